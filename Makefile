@@ -1,0 +1,25 @@
+# make quickstart: the whole pipeline on this machine. make test: everything that guards the code.
+PYTHON ?= python3
+# One environment for each Python, so that `make test PYTHON=python3.13` leaves the default one alone.
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
+
+# Two worker processes, one thread pool each; a test file stays in one of them.
+test: $(VENV)/installed
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@

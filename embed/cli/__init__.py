@@ -1,0 +1,34 @@
+"""`embed VERB …`: one module a verb; `python -m embed.cli.VERB …` is the same."""
+
+import importlib
+import pkgutil
+import sys
+
+
+def verbs() -> dict[str, str]:
+    """{verb: first line of its module's docstring}, read without importing anything heavy."""
+    import ast
+    from pathlib import Path
+
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.name not in ("common", "__main__"):
+            source = Path(__path__[0], f"{module.name}.py").read_text()
+            found[module.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `embed VERB arguments`."""
+    from embed.cli.common import run
+
+    argv = sys.argv[1:] if argv is None else argv
+    known = verbs()
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: embed VERB [arguments]      embed VERB --help\n")
+        print("\n".join(f"  {verb:10} {line}" for verb, line in known.items()))
+        return 0 if argv else 2
+    if argv[0] not in known:
+        print(f"embed: {argv[0]!r} is not a verb; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    return run(importlib.import_module(f"embed.cli.{argv[0]}").main, argv[1:])

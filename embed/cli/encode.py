@@ -1,0 +1,44 @@
+"""embed encode: turn a corpus file or single texts into vectors, written as .npy."""
+
+import argparse
+
+import numpy as np
+from rich.console import Console
+
+from embed import inference
+from embed.inference.index import Corpus, read_corpus
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that encode, index and search share."""
+    parser.add_argument("--model", required=True, help="folder of an exported model")
+    parser.add_argument("--precision", choices=inference.PRECISIONS, default="float32")
+    parser.add_argument("--truncate_dim", type=int, help="keep this many dimensions (a Matryoshka prefix)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="embed encode", description=__doc__)
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--corpus", help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)')
+    source.add_argument("--text", action="append", help="a text; may be repeated")
+    parser.add_argument("--output", required=True, help="the .npy file to write, one row a text or chunk, in order")
+    args = parser.parse_args(argv)
+
+    if args.corpus:
+        corpus = read_corpus(args.corpus)
+    else:
+        corpus = Corpus([[text] for text in args.text], [str(i) for i in range(len(args.text))])
+    vectors = np.concatenate(
+        inference.load(args.model).encode_documents(
+            corpus.documents, precision=args.precision, truncate_dim=args.truncate_dim, show_progress_bar=True
+        )
+    )
+    with open(args.output, "wb") as file:
+        np.save(file, vectors, allow_pickle=False)
+    Console().print(f"{vectors.dtype}{list(vectors.shape)} written to {args.output}", highlight=False, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,37 @@
+"""Retrieval figures of an exported model on a folder of evaluation sets, or on one of them."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("embed evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, help="an exported model")
+    parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
+    parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"])
+    parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
+    parser.add_argument("--output", help="also write the figures as JSON")
+    arguments = parser.parse_args(argv)
+    from rich.console import Console
+    from rich.table import Table
+
+    from embed import inference
+    from embed.evaluation import retrieval
+
+    data, encoder = retrieval.read_set(arguments.data), inference.load(arguments.model)
+    figures = retrieval.evaluate_retrieval(encoder, data, arguments.precision, alone=arguments.alone)
+    table = Table("precision", *next(iter(figures.values())))
+    for precision, row in figures.items():
+        table.add_row(precision, *(f"{value:.4f}" for value in row.values()))
+    Console().print(table)
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    from embed.cli.common import run
+
+    sys.exit(run(main))

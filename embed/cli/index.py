@@ -1,0 +1,33 @@
+"""embed index: encode a corpus once and store it for `embed search --index`."""
+
+import argparse
+
+from rich.console import Console
+
+from embed import inference
+from embed.cli.encode import add_model_arguments
+from embed.inference.index import build, read_corpus
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="embed index", description=__doc__)
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--corpus", required=True, help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)'
+    )
+    parser.add_argument("--output", required=True, help="the folder to write")
+    args = parser.parse_args(argv)
+
+    corpus = read_corpus(args.corpus)
+    index = build(
+        inference.load(args.model), corpus, precision=args.precision, truncate_dim=args.truncate_dim,
+        show_progress_bar=True,
+    )  # fmt: skip
+    index.save(args.output)
+    size = f"{len(index):,} {index.precision} vectors, {index.vectors.nbytes / 1e6:.1f} MB"
+    Console().print(f"{size}, written to {args.output}", highlight=False, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

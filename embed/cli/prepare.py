@@ -1,0 +1,22 @@
+"""Build the data of a config: sources, tokenizer, prepared tasks, evaluation sets."""
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    from embed.cli import common
+
+    parser = argparse.ArgumentParser("embed prepare", description=__doc__)
+    common.add_config_arguments(parser)
+    arguments, config = common.parse_config(parser, argv)
+    from embed import pipeline
+
+    pipeline.prepare(pipeline.Run(config, arguments.workdir, arguments.config))
+    return 0
+
+
+if __name__ == "__main__":
+    from embed.cli.common import run
+
+    sys.exit(run(main))

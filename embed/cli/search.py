@@ -1,0 +1,61 @@
+"""embed search: the texts of a corpus nearest to a query, by exact search."""
+
+import argparse
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from embed import inference
+from embed.cli.encode import add_model_arguments
+from embed.inference.index import build, read_corpus
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="embed search", description=__doc__)
+    add_model_arguments(parser)
+    parser.set_defaults(precision=None)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--corpus", help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)')
+    source.add_argument("--index", help="folder that `embed index` wrote; it fixes precision and truncate_dim")
+    parser.add_argument("--query", required=True, action="append", help="may be repeated")
+    parser.add_argument("--top", type=int, default=10, help="how many results")
+    args = parser.parse_args(argv)
+
+    if args.index:
+        if args.precision or args.truncate_dim:
+            raise ValueError("--precision and --truncate_dim are fixed by --index; leave them out")
+        index = inference.Index.load(args.index)
+        encoder = inference.load(args.model)
+        index.check_model(encoder)
+    else:
+        corpus = read_corpus(args.corpus)
+        encoder = inference.load(args.model)
+        index = build(
+            encoder, corpus, precision=args.precision or "float32", truncate_dim=args.truncate_dim,
+            show_progress_bar=True,
+        )  # fmt: skip
+    queries = encoder.encode(args.query, precision=index.precision, truncate_dim=index.truncate_dim)
+    for query, scores, indices in zip(args.query, *index.search(queries, args.top)):
+        Console().print(results_table(query, index, scores, indices))
+    return 0
+
+
+def results_table(query: str, index: inference.Index, scores, indices) -> Table:
+    """Rank, score, id and the beginning of the text of each result, a line each."""
+    table = Table(title=Text(query, "bold"), title_justify="left", box=SIMPLE_HEAD, expand=True)
+    table.add_column("rank", justify="right")
+    table.add_column("bits differing" if index.precision in ("binary", "ubinary") else "cosine", justify="right")
+    table.add_column("id", overflow="fold", ratio=1)
+    if index.texts:
+        table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=3)
+    for rank, (score, i) in enumerate(zip(scores.tolist(), indices.tolist()), 1):
+        shown = f"{score:.3f}" if isinstance(score, float) else str(-score)
+        text = [Text(" ".join(index.texts[i].split()))] if index.texts else []
+        table.add_row(str(rank), shown, Text(index.ids[i]), *text)
+    return table
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""Loading a run's configuration: a Python file with get_config(arg), plus overrides from the command line."""
+
+import ast
+import difflib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def parse_arg(arg: str, **defaults):
+    """The text behind `config.py:` as a ConfigDict: `runlocal,stage=pair` over typed defaults.
+
+    A bare name is True. An unknown name or a value of another type than its default is an error.
+    """
+    values = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        name, _, text = item.partition("=")
+        if name not in defaults:
+            raise ValueError(f"unknown config argument {name!r}{_nearest(name, defaults)}")
+        kind = type(defaults[name])
+        if kind is bool:
+            if text not in ("", "True", "False"):
+                raise ValueError(f"config argument {name}={text!r} must be True or False")
+            values[name] = text != "False"
+        else:
+            try:
+                values[name] = kind(text)
+            except ValueError:
+                raise ValueError(f"config argument {name}={text!r} must be of type {kind.__name__}") from None
+    return ConfigDict(values)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of `FILE.py` or `FILE.py:arg` with overrides `--config.optimizer.clip=1.0`.
+
+    A key that the file does not define is an error that names the nearest one that it does; so is a value of
+    another type than the file's.
+    """
+    file = Path(path.partition(":")[0])
+    if not file.is_file():
+        raise FileNotFoundError(f"no config file at {file}; the shipped ones are in configs/")
+    root = str(file.resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.append(root)  # so that one config can build on another: from configs import quickstart
+    config = _call_get_config(path).lock()
+    known = dict(_leaves(config))
+    for item in overrides:
+        name, equals, text = item.removeprefix("--config.").partition("=")
+        if not item.startswith("--config.") or not equals:
+            raise ValueError(f"unknown argument {item!r}; overrides have the form --config.key=value")
+        if name not in known:
+            raise ValueError(f"unknown config key {name!r}{_nearest(name, known)}")
+        try:
+            value = text if isinstance(known[name], str) else ast.literal_eval(text)
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError, SyntaxError):
+            kind = type(known[name]).__name__
+            raise ValueError(f"config key {name!r} must be of type {kind} like {known[name]!r}, got {text!r}") from None
+    return config
+
+
+def _call_get_config(path: str) -> ConfigDict:
+    file, _, arg = path.partition(":")
+    spec = importlib.util.spec_from_file_location("embed_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config file {file} defines no get_config(arg)")
+    return module.get_config(arg) if arg else module.get_config()
+
+
+def _leaves(config, prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def first_difference(a: dict, b: dict, prefix: str = "") -> str | None:
+    """The first key, in order, at which two nested dicts differ, as `key: left, right`; None if they are equal."""
+    for key in sorted({*a, *b}):
+        left, right = a.get(key, "<absent>"), b.get(key, "<absent>")
+        if isinstance(left, dict) and isinstance(right, dict):
+            if inner := first_difference(left, right, f"{prefix}{key}."):
+                return inner
+        elif left != right:
+            return f"{prefix}{key}: {left!r}, {right!r}"
+    return None
+
+
+def _nearest(name: str, known) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,93 @@
+"""The held-out functions and modules as retrieval sets in the layout of BEIR.
+
+    corpus.jsonl    {"_id", "text"}, contextual also {"document", "chunk"}: rows of one document stand together, in order
+    queries.jsonl   {"_id", "text"}
+    qrels.jsonl     {"query-id", "corpus-id", "score": 1}
+
+Equal queries are one query with several relevant texts.
+"""
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from embed.data import examples, hygiene
+from embed.tokenizers import Tokenizer
+
+
+def functions(functions: Sequence[Mapping], *, max_queries: int) -> tuple[list, list, list]:
+    """(corpus, queries, qrels): docstring summary -> function without its docstring."""
+    corpus, asked = [], []
+    for function in functions:
+        corpus.append({"_id": f"f{len(corpus)}", "text": function["code"]})
+        asked.append((function["summary"], corpus[-1]["_id"]))
+    return corpus, *_queries(asked, max_queries)
+
+
+def contextual(
+    modules: Sequence[Mapping],
+    tokenizer: Tokenizer,
+    *,
+    chunk_length: int,
+    document_length: int,
+    max_chunks: int,
+    max_queries: int,
+    seen: Collection[str] = (),
+) -> tuple[list, list, list]:
+    """(corpus, queries, qrels): owner's words and summary -> chunk, in documents cut as those of training are.
+
+    A chunk's text ends at `chunk_length` tokens. Nobody asks for a chunk whose digest is in `seen`.
+    """
+    corpus, asked = [], []
+    for module in modules:
+        chunks = examples.chunks(module)
+        texts = cut([chunk.text for chunk in chunks], tokenizer, chunk_length)
+        lengths = [len(tokens) for tokens in tokenizer.encode(texts)]
+        for indices in examples.documents(
+            [c.header for c in chunks], lengths, max_chunks=max_chunks, max_tokens=document_length
+        ):
+            document = f"d{len(corpus)}"
+            for place, index in enumerate(indices):
+                name = f"c{len(corpus)}"
+                corpus.append({"_id": name, "text": texts[index], "document": document, "chunk": place})
+                if chunks[index].query and hygiene.digest(chunks[index].text) not in seen:
+                    asked.append((chunks[index].query, name))
+    return corpus, *_queries(asked, max_queries)
+
+
+def cut(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[str]:
+    """Each text up to about its first `length` tokens: the longest prefix, by bisection, that is no longer in tokens."""
+    result = list(texts)
+    too_long = [i for i, tokens in enumerate(tokenizer.encode(texts)) if len(tokens) > length]
+    low = {i: 0 for i in too_long}
+    high = {i: len(texts[i]) for i in too_long}
+    while pending := [i for i in too_long if high[i] - low[i] > 1]:
+        middle = {i: (low[i] + high[i]) // 2 for i in pending}
+        for i, tokens in zip(pending, tokenizer.encode([texts[i][: middle[i]] for i in pending])):
+            (low if len(tokens) <= length else high)[i] = middle[i]
+    for i in too_long:
+        result[i] = texts[i][: low[i]]
+    return result
+
+
+def write(folder: str | Path, corpus: Iterable, queries: Iterable, qrels: Iterable) -> None:
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    for name, rows in (("corpus", corpus), ("queries", queries), ("qrels", qrels)):
+        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _queries(asked: Iterable[tuple[str, str]], max_queries: int) -> tuple[list, list]:
+    """Queries and qrels of (query, corpus id); of too many queries those with the smallest digests."""
+    relevant: dict[str, list[str]] = {}
+    for query, name in asked:
+        relevant.setdefault(query, []).append(name)
+    kept = set(sorted(relevant, key=hygiene.digest)[:max_queries])
+    queries, qrels = [], []
+    for query in relevant:
+        if query in kept:
+            queries.append({"_id": f"q{len(queries)}", "text": query})
+            qrels += [{"query-id": queries[-1]["_id"], "corpus-id": n, "score": 1} for n in relevant[query]]
+    return queries, qrels

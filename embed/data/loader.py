@@ -1,0 +1,460 @@
+"""Batches as a pure function of (seed, step): no iterator, no state, no TensorFlow.
+
+    Curriculum          which example of which task stands in each slot of a step's batch
+    DiffusionLoader     full rows: windows over a task's text
+    ContrastiveLoader   pairs, triplets or chunked documents, packed group by group
+    prefetch            a reader thread in front of a loader
+
+Batch k costs the same at any k, a restart needs the step alone, and the global batch is the same for any number of
+processes: each builds its own rows or groups of it and reads only their examples. All randomness is a counter-based
+hash, so that it depends on no library's generator.
+"""
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from embed import rows
+from embed.rows import RowShape
+
+if TYPE_CHECKING:
+    from embed.data.store import Store
+
+BLOCK = 1024  # slots over which the shares of the tasks are exact
+
+
+# --- keyed randomness -------------------------------------------------------------------------------------------
+
+
+def make_key(*parts: int | str) -> np.uint64:
+    """A 64-bit key of anything that has a fixed text."""
+    return np.frombuffer(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), np.uint64)[0]
+
+
+def random_bits(key: np.uint64, counters: np.ndarray) -> np.ndarray:
+    """uint64 for each counter: SplitMix64 (Steele et al. 2014) started at `key`."""
+    z = (np.asarray(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def shuffled(key: np.uint64, n: int) -> np.ndarray:
+    """A permutation of 0..n-1, int64[n]."""
+    return np.argsort(random_bits(key, np.arange(n)), kind="stable")
+
+
+def permute(key: np.uint64, index: np.ndarray, size: int) -> np.ndarray:
+    """Where a keyed permutation of 0..size-1 sends each index, int64, without ever holding the permutation.
+
+    A Feistel network over the digits (left, right) of the index in a grid of barely more than `size` cells; what
+    lands outside is sent on until it lands inside (cycle walking), which keeps it a bijection.
+    """
+    height = math.isqrt(size - 1) + 1 if size > 1 else 1
+    width = -(-size // height)
+    keys = random_bits(key, np.arange(6))
+
+    def network(x):
+        left, right = x // width, x % width
+        for k in range(0, 6, 2):
+            left = (left + (random_bits(keys[k], right) % np.uint64(height)).astype(np.int64)) % height
+            right = (right + (random_bits(keys[k + 1], left) % np.uint64(width)).astype(np.int64)) % width
+        return left * width + right
+
+    x = network(np.asarray(index, np.int64))
+    while (outside := x >= size).any():
+        x[outside] = network(x[outside])
+    return x
+
+
+# --- which examples ---------------------------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """The examples of consecutive slots."""
+
+    task: np.ndarray  # int[n] into Curriculum.tasks
+    epoch: np.ndarray  # int[n]: how often the task had been gone through before
+    index: np.ndarray  # int[n]: the example in its task
+
+
+class Curriculum:
+    """Mixtures that change with the step: phases of (steps, {task: rate}).
+
+    Slots are numbered from the start of their phase and cut into blocks of `BLOCK`. Each block has a fixed integer
+    count a task (largest remainder) in an order permuted by (seed, phase, block). The n-th slot of a task, counted
+    over all phases, is example n of the task, through a permutation for each epoch. A step at or beyond the end
+    uses the last phase. Rates need not add up to 1.
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[tuple[int, Mapping[str, float]]],
+        sizes: Mapping[str, int],
+        *,
+        seed: int,
+        slots: int,
+    ):
+        """`sizes`: examples a task; `slots`: examples a step, over all processes."""
+        if not phases:
+            raise ValueError("a curriculum needs at least one phase (steps, {task: rate})")
+        self.tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate})
+        self.seed, self.slots, self.sizes = seed, slots, [sizes.get(task) for task in self.tasks]
+        for task, size in zip(self.tasks, self.sizes):
+            if size is None:
+                raise ValueError(
+                    f"no data for the task {task!r} of the curriculum; there is: {', '.join(sorted(sizes))}"
+                )
+            if size < 1:
+                raise ValueError(f"the task {task!r} has no examples")
+        for steps, rates in phases:
+            if steps < 1 or min(rates.values(), default=0) < 0 or not any(rates.values()):
+                raise ValueError(f"a phase needs at least one step and a positive rate, got ({steps}, {dict(rates)})")
+
+        self._first_step = np.cumsum([0] + [steps for steps, _ in phases[:-1]])
+        self._counts = [self._block_counts(rates) for _, rates in phases]  # a phase: int[tasks]
+        self._before = [np.zeros(len(self.tasks), np.int64)]  # slots of each task before each phase
+        for p, (steps, _) in enumerate(phases[:-1]):
+            blocks, rest = divmod(steps * slots, BLOCK)
+            tail = np.bincount(self._order(p, blocks)[:rest], minlength=len(self.tasks))
+            self._before.append(self._before[p] + blocks * self._counts[p] + tail)
+
+    def _block_counts(self, rates: Mapping[str, float]) -> np.ndarray:
+        """Slots of each task in a block, by largest remainder."""
+        rates = np.array([rates.get(task, 0) for task in self.tasks], np.float64)
+        quota = rates / rates.sum() * BLOCK
+        counts = np.floor(quota).astype(np.int64)
+        counts[np.argsort(counts - quota, kind="stable")[: BLOCK - counts.sum()]] += 1
+        for task, rate, count in zip(self.tasks, rates, counts):
+            if rate and not count:
+                raise ValueError(
+                    f"the task {task!r} has the share {rate / rates.sum():.2g} of its mixture, less than one slot in "
+                    f"{BLOCK}: it would never be drawn; give it more, or 0"
+                )
+        return counts
+
+    def _order(self, phase: int, block: int) -> np.ndarray:
+        """The task of each slot of a block, int[BLOCK]."""
+        tasks = np.repeat(np.arange(len(self.tasks)), self._counts[phase])
+        return tasks[shuffled(make_key(self.seed, "block", phase, block), BLOCK)]
+
+    def draw(self, step: int, start: int, stop: int) -> Draw:
+        """The examples of slots start..stop-1 of the batch of `step`."""
+        phase = int(np.searchsorted(self._first_step, step, side="right")) - 1
+        begin = (step - int(self._first_step[phase])) * self.slots + start
+        end = begin + stop - start
+        task, nth = np.zeros((2, stop - start), np.int64)
+        for block in range(begin // BLOCK, -(-end // BLOCK)):
+            order, rank = self._order(phase, block), np.zeros(BLOCK, np.int64)
+            for t in range(len(self.tasks)):
+                where = np.flatnonzero(order == t)
+                rank[where] = self._before[phase][t] + block * self._counts[phase][t] + np.arange(len(where))
+            low, high = max(begin - block * BLOCK, 0), min(end - block * BLOCK, BLOCK)
+            here = slice(block * BLOCK + low - begin, block * BLOCK + high - begin)
+            task[here], nth[here] = order[low:high], rank[low:high]
+        epoch, index = np.zeros((2, len(task)), np.int64)
+        for t, (name, size) in enumerate(zip(self.tasks, self.sizes)):
+            mine = np.flatnonzero(task == t)
+            epoch[mine] = nth[mine] // size
+            for e in np.unique(epoch[mine]):
+                now = mine[epoch[mine] == e]
+                index[now] = permute(make_key(self.seed, "epoch", name, int(e)), nth[now] % size, size)
+        return Draw(task, epoch, index)
+
+
+def _share(what: str, total: int, process_index: int, process_count: int) -> range:
+    """Which of the `total` rows or groups of a batch this process builds."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
+    if total < 1 or total % process_count:
+        raise ValueError(f"{what}={total} must be a positive multiple of the number of processes, {process_count}")
+    own = total // process_count
+    return range(process_index * own, (process_index + 1) * own)
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------
+
+
+class DiffusionLoader:
+    """Rows of `length` tokens cut out of a task's text, int32[rows of this process, length] each.
+
+    The windows of an epoch tile the task's flat token array, taken as a ring that starts at a place keyed by the
+    epoch, so that other tokens stand at the cuts each time. A window crosses documents: each is a segment with its
+    own positions. With `truncate_probability` a row is cut to a random length (PAPER.md §2).
+    """
+
+    def __init__(
+        self,
+        stores: Mapping[str, "Store"],
+        phases: Sequence[tuple[int, Mapping[str, float]]],
+        *,
+        seed: int,
+        rows: int,
+        length: int,
+        truncate_probability: float = 0.01,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """`rows`: over all processes."""
+        self.seed, self.length, self.truncate_probability = seed, length, truncate_probability
+        self._rows = _share("rows", rows, process_index, process_count)
+        tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate and task in stores})
+        self._stores = {task: stores[task] for task in tasks}
+        self._offsets = {task: stores[task].offsets("tokens") for task in tasks}  # int64[documents + 1]
+        for task, offsets in self._offsets.items():
+            if offsets[-1] < length:
+                raise ValueError(f"the task {task!r} has {offsets[-1]} tokens, fewer than one row of {length}")
+        windows = {task: int(offsets[-1]) // length for task, offsets in self._offsets.items()}
+        self.curriculum = Curriculum(phases, windows, seed=seed, slots=rows)
+
+    def batch(self, step: int) -> dict:
+        """tokens, segment_ids and positions of this process's rows; stats: fill, the share that is not padding."""
+        draw = self.curriculum.draw(step, self._rows.start, self._rows.stop)
+        tokens, segment_ids, positions = np.zeros((3, len(self._rows), self.length), np.int32)
+        for j, (task, epoch, index) in enumerate(zip(*draw)):
+            tokens[j], segment_ids[j], positions[j] = self._window(self.curriculum.tasks[task], int(epoch), int(index))
+        bits = random_bits(make_key(self.seed, "truncate", step), np.arange(2 * self._rows.stop)).reshape(-1, 2)
+        chance, keep = bits[self._rows.start :].T
+        cut = chance * 2.0**-64 < self.truncate_probability
+        kept = np.where(cut, 1 + keep.astype(np.float64) * 2.0**-64 * (self.length - 1), self.length).astype(np.int64)
+        inside = np.arange(self.length) < kept[:, None]
+        batch = {"tokens": tokens * inside, "segment_ids": segment_ids * inside, "positions": positions * inside}
+        return batch | {"stats": {"fill": float(inside.mean()), "cut": int(cut.sum())}}
+
+    def _window(self, task: str, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, segment ids and positions of one window."""
+        store, offsets = self._stores[task], self._offsets[task]
+        total = int(offsets[-1])
+        shift = int(make_key(self.seed, "shift", task, epoch)) % total
+        start = (shift + index * self.length) % total
+        stop = min(start + self.length, total)
+        wrapped = self.length - (stop - start)
+        tokens = store.flat("tokens", start, stop)
+        begins = offsets[np.searchsorted(offsets, start, "right") : np.searchsorted(offsets, stop)] - start
+        if wrapped:
+            tokens = np.concatenate([tokens, store.flat("tokens", 0, wrapped)])
+            begins = np.concatenate([begins, stop - start + offsets[: np.searchsorted(offsets, wrapped)]])
+        first = np.zeros(self.length, np.int64)
+        first[begins] = 1
+        first[0] = 1
+        segment_ids = np.cumsum(first)
+        place = np.arange(self.length)
+        return tokens, segment_ids, place - np.maximum.accumulate(place * first)
+
+
+# --- contrastive ------------------------------------------------------------------------------------------------
+
+STAGES = ("pair", "triplet", "contextual")
+
+
+def split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """The pieces of a flat array."""
+    stops = np.cumsum(lengths)
+    return [flat[stop - length : stop] for stop, length in zip(stops, lengths)]
+
+
+class ContrastiveLoader:
+    """Packed groups of contrastive examples and where each embedding stands in the flattened tables.
+
+    A batch is `groups` groups of `group_size` examples, each packed by itself into `rows_per_group` rows; a process
+    owns whole groups. R = groups · rows_per_group rows of the global batch; slots and `positive` are global, arrays
+    are this process's part of it, axis 0 in order of groups:
+
+        all         tokens, segment_ids, positions, span_ids   int32[rows, L]
+        pair        query_slots, document_slots   int32[N] into the span table [R · S]
+                    query_ids, document_ids   int32[N]   content of the tokens as they stand in the rows
+                    valid   bool[N]   query and document have tokens
+        triplet     the same, and negative_slots, negative_ids, negative_valid   [N, K]
+        contextual  chunk_slots, chunk_ids, chunk_valid   [C] into the span table, C = documents · max_chunks
+                    chunk_document   int32[C]   content of the whole document that holds the chunk
+                    query_slots, query_ids   int32[N], N = documents · max_queries_per_document
+                    positive   int32[N] into the chunks; document_slots   int32[N] into the segment table [R · G]
+                    valid   bool[N]   query and positive chunk have tokens
+        stats       fill   share of tokens that are not padding
+                    cut    segments shortened to make their group fit
+                    lost   examples (queries) that are there but not valid: a side of them has no tokens (left)
+
+    Slots that stand for nothing (fewer negatives, chunks or queries than there is room for) are 0 and not valid.
+    More negatives or queries than there is room for: as many as fit, by a draw keyed by seed, step and slot.
+    """
+
+    def __init__(
+        self,
+        stores: Mapping[str, "Store"],
+        phases: Sequence[tuple[int, Mapping[str, float]]],
+        *,
+        stage: str,
+        seed: int,
+        group_size: int,
+        groups: int,
+        rows_per_group: int,
+        shape: RowShape,
+        num_negatives: int = 0,
+        max_queries_per_document: int = 0,
+        max_chunks: int = 0,
+        separator_id: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """`groups`: over all processes. The four arguments after `shape` are for triplet or contextual only."""
+        if stage not in STAGES:
+            raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
+        if stage == "contextual" and (max_queries_per_document < 1 or not 1 <= max_chunks <= shape.spans):
+            raise ValueError(
+                f"the contextual stage needs max_queries_per_document={max_queries_per_document} of at least 1 "
+                f"and max_chunks={max_chunks} in 1..{shape.spans}, the spans a row"
+            )
+        self.stage, self.seed, self.shape = stage, seed, shape
+        self.group_size, self.rows_per_group, self.num_negatives = group_size, rows_per_group, num_negatives
+        self.max_queries, self.max_chunks, self.separator_id = max_queries_per_document, max_chunks, separator_id
+        self._groups = _share("groups", groups, process_index, process_count)
+        self._stores = stores
+        self.curriculum = Curriculum(
+            phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
+        )
+
+    def batch(self, step: int) -> dict:
+        """This process's part of the batch of `step`, as the class says."""
+        size = self.group_size
+        examples = self._read(step, self._groups.start * size, self._groups.stop * size)
+        build = self._documents if self.stage == "contextual" else self._texts
+        parts = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self._groups)]
+        stats = [part.pop("stats") for part in parts]
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        stats = {name: sum(s[name] for s in stats) for name in stats[0]}
+        return batch | {"stats": {"fill": float((batch["segment_ids"] > 0).mean()), **stats}}
+
+    def _read(self, step: int, start: int, stop: int) -> list[dict]:
+        draw = self.curriculum.draw(step, start, stop)
+        examples = [None] * (stop - start)
+        for t in np.unique(draw.task):
+            mine = np.flatnonzero(draw.task == t)
+            for i, example in zip(mine, self._stores[self.curriculum.tasks[t]].read(draw.index[mine])):
+                examples[i] = example
+        return examples
+
+    def _choose(self, what: str, step: int, slot: int, available: int, wanted: int) -> np.ndarray:
+        """All of `available` things, in order, or a keyed draw of `wanted` of them without replacement."""
+        if available <= wanted:
+            return np.arange(available)
+        return shuffled(make_key(self.seed, what, step, slot), available)[:wanted]
+
+    def _pack(self, group: int, segments: list[rows.Segment]) -> tuple[rows.Packed, list[rows.Segment], dict]:
+        packed, segments, cut = rows.pack_group(segments, self.shape, self.rows_per_group)
+        arrays = packed.rows._asdict()
+        # Slots of the global batch from here on.
+        return packed._replace(row=packed.row + group * self.rows_per_group), segments, arrays | {"stats": {"cut": cut}}
+
+    def _texts(self, step: int, group: int, examples: list[dict]) -> dict:
+        """pair and triplet."""
+        n, k = len(examples), self.num_negatives
+        texts = [e["query"] for e in examples] + [e["document"] for e in examples]
+        where = np.full((n, k), -1)  # of each negative in `texts`
+        for i, e in enumerate(examples if self.stage == "triplet" else []):
+            negatives = split(e["negatives"], e["negative_lengths"])
+            chosen = self._choose("negatives", step, group * n + i, len(negatives), k)
+            where[i, : len(chosen)] = len(texts) + np.arange(len(chosen))
+            texts += [negatives[c] for c in chosen]
+        packed, segments, out = self._pack(group, [rows.dense(text) for text in texts])
+        ids, filled = rows.content_ids([s.tokens for s in segments]), _lengths(segments) > 0
+        slots = packed.span_slots().astype(np.int32)
+        valid = filled[:n] & filled[n : 2 * n]
+        out |= dict(query_slots=slots[:n], document_slots=slots[n : 2 * n], valid=valid)
+        out |= dict(query_ids=ids[:n], document_ids=ids[n : 2 * n])
+        out["stats"]["lost"] = int((~valid).sum())
+        if self.stage == "triplet":
+            there = where >= 0
+            out |= dict(negative_slots=np.where(there, slots[where], 0), negative_ids=np.where(there, ids[where], 0))
+            out["negative_valid"] = there & filled[where]
+        return out
+
+    def _documents(self, step: int, group: int, examples: list[dict]) -> dict:
+        """contextual."""
+        n, q, c = len(examples), self.max_queries, self.max_chunks
+        segments, counts = [], np.array([len(e["chunk_lengths"]) for e in examples])
+        if counts.max() > c:
+            raise ValueError(
+                f"a document of {counts.max()} chunks is over max_chunks={c}: prepare the data with that bound"
+            )
+        for e in examples:
+            segments.append(rows.chunked(split(e["document"], e["chunk_lengths"]), self.separator_id))
+        where, answer = (
+            np.full((n, q), -1),
+            np.zeros((n, q), np.int64),
+        )  # query in `segments`, its chunk in the document
+        for i, e in enumerate(examples):
+            queries = split(e["queries"], e["query_lengths"])
+            chosen = self._choose("queries", step, group * n + i, len(queries), q)
+            if len(queries) and not 0 <= e["positives"].min() <= e["positives"].max() < counts[i]:
+                raise ValueError(f"positives {e['positives']} point outside a document of {counts[i]} chunks")
+            where[i, : len(chosen)] = len(segments) + np.arange(len(chosen))
+            answer[i, : len(chosen)] = e["positives"][chosen]
+            segments += [rows.dense(queries[x]) for x in chosen]
+        packed, segments, out = self._pack(group, segments)
+        ids, filled, slots = rows.content_ids([s.tokens for s in segments]), _lengths(segments) > 0, packed.span_slots()
+
+        chunk_slots, chunk_ids, chunk_document = np.zeros((3, n, c), np.int32)
+        chunk_valid = np.zeros((n, c), bool)
+        for i, (s, count) in enumerate(zip(segments[:n], counts)):
+            content = s.tokens[s.spans > 0]  # without separators
+            lengths = np.bincount(s.spans, minlength=count + 1)[1:]
+            chunk_slots[i, :count] = slots[i] + np.arange(count)
+            chunk_ids[i, :count] = rows.content_ids(split(content, lengths))
+            chunk_document[i] = rows.content_ids([content])[0]
+            chunk_valid[i, :count] = lengths > 0
+        there = where >= 0
+        valid = there & filled[where] & np.take_along_axis(chunk_valid, answer, 1)
+        documents = np.arange(n)[:, None]
+        positive = np.where(there, (group * n + documents) * c + answer, 0)
+        document_slots = np.where(there, packed.segment_slots()[documents], 0)
+        out |= {
+            "chunk_slots": chunk_slots.reshape(-1),
+            "chunk_ids": chunk_ids.reshape(-1),
+            "chunk_document": chunk_document.reshape(-1),
+            "chunk_valid": chunk_valid.reshape(-1),
+            "query_slots": np.where(there, slots[where], 0).astype(np.int32).reshape(-1),
+            "query_ids": np.where(there, ids[where], 0).reshape(-1),
+            "positive": positive.astype(np.int32).reshape(-1),
+            "document_slots": document_slots.astype(np.int32).reshape(-1),
+            "valid": valid.reshape(-1),
+        }
+        out["stats"]["lost"] = int((there & ~valid).sum())
+        return out
+
+
+def _lengths(segments: Sequence[rows.Segment]) -> np.ndarray:
+    return np.array([len(s.tokens) for s in segments], np.int64)
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------
+
+
+def prefetch(loader, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, dict]]:
+    """(step, batch) of steps start..stop-1, in order, read up to `depth` ahead by one thread.
+
+    What the reader raises is raised here, at its step, with a note that names the step. When the consumer stops,
+    batches not yet begun are dropped.
+    """
+    if depth < 1:
+        raise ValueError(f"depth={depth} must be at least 1")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    steps = range(start, stop)
+    try:
+        pending = deque((step, pool.submit(loader.batch, step)) for step in steps[:depth])
+        while pending:
+            step, future = pending.popleft()
+            try:
+                batch = future.result()
+            except Exception as error:
+                error.add_note(f"while reading the batch of step {step}")
+                raise
+            if step + depth < stop:
+                pending.append((step + depth, pool.submit(loader.batch, step + depth)))
+            yield step, batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

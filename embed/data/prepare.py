@@ -1,0 +1,444 @@
+"""From sources to the store that trainers read: builds `python_docs`, trains the vocabulary, runs every task once.
+
+    prepare(directory, gin_file="configs/data/python_docs.gin")
+
+    directory/tokenizer/sentencepiece.model
+    directory/tasks/TASK/               `embed.data.store`, shuffled
+    directory/mixtures.json             {mixture: {task: rate}}
+    directory/evaluation/SET/SPLIT/     `embed.data.evaluation_sets`
+    directory/tfds/                     the TFDS build
+    directory/info.json                 arguments, packages, counts, what was dropped and why, seconds
+
+Everything is written beside `directory` and renamed at the end. gin is parsed here and nowhere else.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import gc
+import hashlib
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import gin
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+
+from embed import tokenizers
+from embed.data import evaluation_sets, sources, store, vocabulary
+
+_WINDOW = 600  # characters of one training text of the vocabulary
+
+
+@gin.configurable("mixtures")
+@dataclasses.dataclass(frozen=True)
+class Mixtures:
+    """rates: {mixture: {task: relative number of examples}}. Tasks that are in no mixture are not prepared."""
+
+    rates: Mapping[str, Mapping[str, float]] = gin.REQUIRED
+
+
+@gin.configurable("vocabulary")
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """characters: how much training text the vocabulary is trained on, sampled evenly."""
+
+    characters: int = 4_000_000
+
+
+@gin.configurable("text")
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """max_characters: of all diffusion text together."""
+
+    max_characters: int = 40_000_000
+
+
+@gin.configurable("pairs")
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Longest query and document of a pair, in tokens."""
+
+    query_length: int = 32
+    document_length: int = 128
+
+
+@gin.configurable("contextual")
+@dataclasses.dataclass(frozen=True)
+class Contextual:
+    """Longest query, chunk and document, in tokens (documents with a separator between chunks), and most chunks."""
+
+    query_length: int = 32
+    chunk_length: int = 64
+    document_length: int = 1024
+    max_chunks: int = 16
+
+
+@gin.configurable("evaluation")
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """max_queries: of one evaluation set."""
+
+    max_queries: int = 3000
+
+
+_CONFIGURABLES = {
+    "mixtures": Mixtures,
+    "vocabulary": Vocabulary,
+    "text": Text,
+    "pairs": Pairs,
+    "contextual": Contextual,
+    "evaluation": Evaluation,
+}
+
+
+def prepare(
+    directory: str | Path,
+    *,
+    gin_file: str | Path,
+    gin_bindings: Sequence[str] = (),
+    vocab_size: int = 8192,
+    split_identifiers: bool = True,
+    seed: int = 0,
+    limit: int | None = None,
+    packages: sources.Packages | None = None,
+) -> None:
+    """Writes `directory`; does nothing where it is complete and was made with the same arguments.
+
+    `limit`: at most that many functions and modules a split (of about as many files: for trials). `packages`: other
+    sources than `python_docs.PACKAGES`. Raises ValueError for a directory made with other arguments (naming them), for
+    unknown and unused gin bindings (naming the nearest valid key), for empty splits and empty tasks.
+    """
+    directory = Path(directory).absolute()
+    settings = bind(gin_file, gin_bindings)
+    arguments = {
+        "gin": {name: dataclasses.asdict(value) for name, value in settings.items()},
+        "vocab_size": vocab_size,
+        "split_identifiers": split_identifiers,
+        "seed": seed,
+        "limit": limit,
+        "packages": dataclasses.asdict(packages) if packages else None,
+    }
+    arguments = json.loads(json.dumps(arguments))
+    console = rich.console.Console(stderr=True)
+    if (directory / "info.json").exists():
+        found = json.loads((directory / "info.json").read_text())["arguments"]
+        if differing := _differing(found, arguments):
+            raise ValueError(
+                f"{directory} was prepared with other arguments: "
+                + "; ".join(f"{name} was {was!r}, now {now!r}" for name, was, now in differing)
+                + "; choose another directory or remove it"
+            )
+        console.print(f"data: {directory} is complete")
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} exists and holds no prepared data (no info.json); choose another directory")
+
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    info = _write(partial, arguments, settings, packages, console)
+    (partial / "info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    if directory.exists():
+        directory.rmdir()
+    partial.rename(directory)
+    _print(console, info)
+
+
+def _write(folder: Path, arguments: Mapping, settings: Mapping, packages: sources.Packages | None, console) -> dict:
+    limit, seed = arguments["limit"], arguments["seed"]
+    progress = rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        "{task.description}",
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+    )
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(what: str):
+        start = time.monotonic()
+        progress.update(bar, description=f"data: {what}")
+        yield
+        seconds[what] = round(time.monotonic() - start, 2)
+        progress.advance(bar)
+
+    rates = settings["mixtures"].rates
+    names = sorted({task for mixture in rates.values() for task in mixture})
+    pool = ThreadPoolExecutor(1)
+    with progress, pool:
+        bar = progress.add_task("data", total=len(names) + 7)
+        # The sources are read by processes of their own while TensorFlow is imported.
+        packages = packages or sources.PACKAGES
+        reading = sources.Reading(packages, limit=limit)
+        with timed("import tensorflow"):
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+            import tensorflow_datasets as tfds
+
+            tfds.disable_progress_bar()  # there is one here
+            from embed.data import python_docs, tasks
+
+            if unknown := [name for name in names if name not in tasks.TASKS]:
+                raise ValueError(f"mixtures.rates: no task {unknown[0]!r}{_nearest(unknown[0], tasks.TASKS)}")
+        with timed("read sources"):
+            modules = reading.result()
+        gc.collect()
+        gc.freeze()  # or every collection walks through all sources again
+        with timed("deduplicate and decontaminate"):
+            corpus = python_docs.clean(modules, limit)
+            corpus.dropped["unreadable files"] = len(reading.unreadable)
+        start = time.monotonic()
+        trained = pool.submit(
+            vocabulary.train_sentencepiece,
+            sample([m["text"] for m in corpus.modules["train"]], settings["vocabulary"].characters, seed),
+            folder / "tokenizer",
+            vocab_size=arguments["vocab_size"],
+            split_identifiers=arguments["split_identifiers"],
+        )
+        trained.add_done_callback(
+            lambda _: seconds.update({"train the vocabulary": round(time.monotonic() - start, 2)})
+        )
+        with timed("build python_docs"):
+            for config in ("functions", "modules"):
+                builder = python_docs.PythonDocs(
+                    config=config, data_dir=folder / "tfds", packages=packages, limit=limit, corpus=corpus
+                )
+                builder.download_and_prepare()
+        with timed("wait for the vocabulary"):
+            trained.result()
+            tokenizer = tokenizers.load(folder / "tokenizer")
+
+        text, pairs, contextual = settings["text"], settings["pairs"], settings["contextual"]
+        tasks.register(
+            folder / "tfds",
+            str(builder.version),
+            tokenizer,
+            max_text_characters=text.max_characters,
+            chunk_length=contextual.chunk_length,
+            context_length=contextual.document_length,
+            context_query_length=contextual.query_length,
+            max_chunks=contextual.max_chunks,
+        )
+        tasks.register_mixtures(rates)
+        sequence_length = {"query": pairs.query_length, "document": pairs.document_length}
+        counts = {}
+        for name in names:
+            with timed(name):
+                counts[name] = run_task(name, folder / "tasks" / name, sequence_length, seed)
+        with timed("evaluation sets"):
+            counts |= _evaluation_sets(folder / "evaluation", corpus, tokenizer, settings)
+        (folder / "mixtures.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
+    gc.unfreeze()
+    return {
+        "arguments": arguments,
+        "packages": packages.versions(),
+        "packages_missing": packages.missing(),
+        "builder": f"python_docs:{builder.version}",
+        "vocabulary": {"digest": tokenizer.digest, "size": tokenizer.vocab_size},
+        "counts": counts,
+        "dropped": corpus.dropped,
+        "unreadable": reading.unreadable,
+        "seconds": seconds,
+    }
+
+
+def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: int) -> dict:
+    """Tokens of a task's train split, shuffled, as a store; returns its counts. Raises ValueError where it is empty."""
+    import seqio
+
+    from embed.data import tasks
+
+    task = seqio.TaskRegistry.get(name)
+    stage = tasks.TASKS[name]
+    dataset = task.get_dataset(
+        sequence_length=sequence_length if stage == "pair" else None,
+        split="train",
+        shuffle=False,
+        trim_output_features=False,
+        try_in_mem_cache=False,
+    )
+    values = {column: [] for column in tasks.COLUMNS[stage]}
+    for batch in dataset.ragged_batch(1024):
+        for column, ragged in batch.items():
+            values[column] += np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
+    # A pair with an empty side, a document without tokens: nothing to learn from.
+    sides = {"diffusion": ("tokens",), "pair": ("query", "document"), "contextual": ("document", "queries")}[stage]
+    kept = [i for i in range(len(values[sides[0]])) if all(len(values[side][i]) for side in sides)]
+    dropped = {"no tokens": len(values[sides[0]]) - len(kept)}
+    if not kept:
+        raise ValueError(f"the task {name!r} gives no example with tokens; take it out of mixtures.rates")
+    np.random.default_rng(int(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).hexdigest(), 16)).shuffle(kept)
+    writer = store.Writer(path, tasks.COLUMNS[stage])
+    writer.extend(
+        {
+            column: (np.concatenate([arrays[i] for i in kept]), np.array([len(arrays[i]) for i in kept]))
+            for column, arrays in values.items()
+        }
+    )
+    tokens = {
+        column: int(sum(map(len, arrays)))
+        for column, arrays in values.items()
+        if column in ("tokens", "query", "document", "queries")
+    }
+    counts = {"examples": len(kept), "tokens": tokens, "dropped": dropped}
+    tokenizer = task.output_features[sides[0]].vocabulary.tokenizer
+    writer.close({"task": name, "stage": stage, "vocabulary": tokenizer.digest, **counts})
+    return counts
+
+
+def sample(texts: Sequence[str], characters: int, seed: int) -> list[str]:
+    """Windows of text, drawn evenly without replacement, of about so many characters together."""
+    windows = [(i, start) for i, text in enumerate(texts) for start in range(0, len(text), _WINDOW)]
+    chosen = random.Random(seed).sample(windows, min(len(windows), -(-characters // _WINDOW)))
+    return [texts[i][start : start + _WINDOW] for i, start in chosen]
+
+
+def _evaluation_sets(folder: Path, corpus, tokenizer, settings: Mapping) -> dict:
+    from embed.data import python_docs
+
+    contextual, most = settings["contextual"], settings["evaluation"].max_queries
+    counts = {}
+    for split in ("development", "test"):
+        sets = {
+            "functions": evaluation_sets.functions(corpus.functions[split], max_queries=most),
+            "contextual": evaluation_sets.contextual(
+                [python_docs.module_example(m) for m in corpus.modules[split]],
+                tokenizer,
+                chunk_length=contextual.chunk_length,
+                document_length=contextual.document_length,
+                max_chunks=contextual.max_chunks,
+                max_queries=most,
+                seen=corpus.seen,
+            ),
+        }
+        for name, (texts, queries, qrels) in sets.items():
+            if not queries:
+                raise ValueError(f"the evaluation set {name}/{split} has no query: its packages document too little")
+            evaluation_sets.write(folder / name / split, texts, queries, qrels)
+            counts[f"evaluation/{name}/{split}"] = {
+                "corpus": len(texts),
+                "queries": len(queries),
+                "relevant": len(qrels),
+                "documents": len({row.get("document", row["_id"]) for row in texts}),
+            }
+    return counts
+
+
+# --- gin --------------------------------------------------------------------------------------------------------------
+
+
+def bind(gin_file: str | Path, gin_bindings: Sequence[str] = ()) -> dict:
+    """{configurable: its bound settings}. Unknown and unused bindings raise ValueError."""
+    if not Path(gin_file).is_file():
+        raise FileNotFoundError(f"no gin file {gin_file}")
+    text = Path(gin_file).read_text(encoding="utf-8") + "\n" + "\n".join(gin_bindings)
+    valid = [f"{name}.{f.name}" for name, kind in _CONFIGURABLES.items() for f in dataclasses.fields(kind)]
+    gin.clear_config()
+    try:
+        bound = _bindings(text, gin_file)
+        for key in bound:
+            if "." in key and key.rpartition("/")[2] not in valid:
+                raise ValueError(f"{gin_file}: unknown gin binding {key!r}{_nearest(key, valid)}")
+        gin.parse_config(text)
+        try:
+            settings = {name: kind() for name, kind in _CONFIGURABLES.items()}
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{gin_file}: {str(error).splitlines()[0]}") from None
+        # gin passes macros and scopes that nothing uses in silence.
+        used = _bindings(gin.operative_config_str(), "operative config")
+        for key in bound:
+            if key not in used:
+                raise ValueError(f"{gin_file}: the gin binding {key!r} is used by nothing{_nearest(key, valid)}")
+    finally:
+        gin.clear_config()
+    for name, value in settings.items():
+        for field, number in dataclasses.asdict(value).items():
+            if name != "mixtures" and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{gin_file}: {name}.{field} must be a whole number of at least 1, got {number!r}")
+    _check_rates(settings["mixtures"].rates, gin_file)
+    return settings
+
+
+def _check_rates(rates, gin_file) -> None:
+    if not isinstance(rates, dict) or not rates:
+        raise ValueError(f"{gin_file}: mixtures.rates must be {{mixture: {{task: rate}}}}, got {rates!r}")
+    for mixture, members in rates.items():
+        if not isinstance(members, dict) or not members:
+            raise ValueError(f"{gin_file}: mixture {mixture!r} must be {{task: rate}} with at least one task")
+        for task, rate in members.items():
+            if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+                raise ValueError(f"{gin_file}: the rate of {task!r} in {mixture!r} must be positive, got {rate!r}")
+
+
+def _bindings(text: str, where) -> dict:
+    """{"scope/configurable.parameter" or macro: None} of a gin text, in order."""
+    try:
+        statements = list(gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+    keys = {}
+    for s in statements:
+        if isinstance(s, gin.config_parser.BindingStatement):
+            name = f"{s.scope}/{s.selector}" if s.scope else s.selector
+            keys[f"{name}.{s.arg_name}" if s.arg_name else name] = None
+        elif not isinstance(s, gin.config_parser.ImportStatement):
+            raise ValueError(f"{where}: only bindings are allowed, got {type(s).__name__}")
+    return keys
+
+
+def _nearest(name: str, valid) -> str:
+    name = name.rpartition("/")[2]
+    nearest = difflib.get_close_matches(name, list(valid), n=1, cutoff=0)
+    return f"; the nearest valid one is {nearest[0]!r}" if nearest else ""
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def _differing(was: Mapping, now: Mapping, prefix: str = "") -> list[tuple]:
+    rows = []
+    for key in sorted(set(was) | set(now)):
+        a, b = was.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            rows += _differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            rows.append((f"{prefix}{key}".removeprefix("gin."), a, b))
+    return rows
+
+
+def _print(console, info: Mapping) -> None:
+    table = rich.table.Table(title="Prepared data", title_justify="left")
+    for column in ("", "examples", "tokens", "dropped", "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, count in info["counts"].items():
+        if "examples" in count:
+            table.add_row(
+                name,
+                f"{count['examples']:,}",
+                f"{sum(count['tokens'].values()):,}",
+                f"{sum(count['dropped'].values()):,}",
+                f"{info['seconds'][name]:.1f}",
+            )
+        else:
+            table.add_row(name, f"{count['queries']:,} queries", f"{count['corpus']:,} texts", "", "")
+    table.add_section()
+    for name, seconds in info["seconds"].items():
+        if name not in info["counts"]:
+            table.add_row(name, "", "", "", f"{seconds:.1f}")
+    table.add_section()
+    for reason, count in info["dropped"].items():
+        if count:
+            table.add_row(reason, "", "", f"{count:,}", "")
+    console.print(table)
+    if info["packages_missing"]:
+        console.print(f"packages of the fixed lists that are not installed here: {', '.join(info['packages_missing'])}")

@@ -1,0 +1,357 @@
+"""Python source trees -> functions, classes and modules, with `ast`. Standard library only: worker processes run this file.
+
+A file is read, parsed and walked once. What comes out of it are plain dictionaries:
+
+    module    package, module (dotted name), text, digest, summary (first paragraph of the docstring), functions, classes,
+              order: [["class" | "function", index], …] in source order,
+              digests: normalised content of every function in it, nested ones too, without docstrings
+    function  name, owner (its class, dotted where nested, or ""), arguments (names), docstring, summary,
+              code (source without the docstring, dedented), body (offset in `code` where the body begins), digest
+    class     name (dotted where nested), summary, header (decorators, class statement and fields)
+"""
+
+import ast
+import dataclasses
+import gc
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+SKIPPED_FOLDERS = frozenset(
+    "test tests testing testdata test_data site-packages __pycache__ _vendor _vendored vendored third_party "
+    "idlelib lib2to3 turtledemo ensurepip".split()
+)
+# Tests, and modules that a program wrote.
+SKIPPED_FILES = re.compile(
+    r"(test_|gen_).*|.*(_test|_tests|_test_utils|_pb2|_pb2_grpc|_gen|_generated)\.py|conftest\.py"
+)
+MAX_FILE_BYTES = 1_000_000
+SPLITS = ("train", "development", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packages:
+    """Which import packages make up which split, and the folders to look for them in (none: where Python looks)."""
+
+    train: tuple[str, ...]
+    development: tuple[str, ...]
+    test: tuple[str, ...]
+    path: tuple[str, ...] = ()
+
+    def folders(self) -> dict[str, dict[str, Path]]:
+        """{split: {package: folder}} of the packages that are here."""
+        path = self.path or tuple(entry for entry in sys.path if entry)
+        found: dict[str, dict[str, Path]] = {}
+        for split in SPLITS:
+            found[split] = {}
+            for package in getattr(self, split):
+                if package == "stdlib" and not self.path:
+                    found[split][package] = Path(sysconfig.get_path("stdlib"))
+                    continue
+                for entry in path:
+                    if (Path(entry) / package).is_dir():
+                        found[split][package] = Path(entry) / package
+                        break
+        return found
+
+    def versions(self) -> dict[str, str]:
+        """{package: "name==version"} of the distributions that brought the packages that are here."""
+        here = [package for packages in self.folders().values() for package in packages]
+        if self.path:
+            return {package: f"{package}==0" for package in here}
+        distributions = importlib.metadata.packages_distributions()
+        versions = {}
+        for package in here:
+            if package == "stdlib":
+                versions[package] = "python==" + ".".join(map(str, sys.version_info[:3]))
+            else:
+                names = sorted(set(distributions.get(package, ())))
+                versions[package] = ",".join(f"{n}=={importlib.metadata.version(n)}" for n in names) or f"{package}==0"
+        return versions
+
+    def missing(self) -> list[str]:
+        folders = self.folders()
+        return [p for split in SPLITS for p in getattr(self, split) if p not in folders[split]]
+
+
+def files(folder: Path, package: str) -> Iterator[tuple[str, str]]:
+    """(dotted module name, path) of the package's sources, sorted, without tests, vendored and generated code."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS and not f.startswith("test_"))
+        for name in sorted(names):
+            if name.endswith(".py") and not SKIPPED_FILES.fullmatch(name):
+                parts = list(Path(parent, name[:-3]).relative_to(folder).parts)
+                if parts[-1] == "__init__":
+                    parts.pop()
+                if package != "stdlib":
+                    parts.insert(0, package)
+                yield ".".join(parts), os.path.join(parent, name)
+
+
+def summary(docstring: str) -> str:
+    """The first paragraph in one line, up to where a section or an example begins."""
+    paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
+    return " ".join(_SECTION.split(paragraph, maxsplit=1)[0].split())
+
+
+_TITLES = "Args|Arguments|Parameters|Params|Attributes|Returns|Return|Yields|Raises|Example|Examples|Notes?|See Also|References"
+_SECTION = re.compile(rf"^\s*(?:(?:{_TITLES})\s*(?::|\n\s*-{{3,}})|:\w+[^:\n]*:|>>>|\.\. |@param)", re.MULTILINE)
+_PARAMETERS = re.compile(
+    # Google: an indented block under the title. NumPy: up to the next underlined title.
+    r"^(?:Args|Arguments|Parameters|Params):[ ]*\n((?:[ \t]+.*\n?|\s*\n)+)"
+    r"|^Parameters\n-{3,}\n((?:(?!^.+\n-{3,}).*\n?)+)",
+    re.MULTILINE,
+)
+_FIELD = re.compile(r"^:param[^:\n]*?(\w+):((?:.*\n?)(?:[ \t]+.*\n?)*)", re.MULTILINE)
+
+
+def parameters(docstring: str) -> str:
+    """The documentation of the parameters (Google, NumPy or Sphinx style) in one line, or ""."""
+    if match := _PARAMETERS.search(docstring):
+        return " ".join((match[1] or match[2]).split())
+    return " ".join(f"{name}: {' '.join(text.split())}" for name, text in _FIELD.findall(docstring))
+
+
+def description(docstring: str) -> str:
+    """The prose between the first paragraph and the first section or example, in one line, or ""."""
+    parts = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)
+    return " ".join(_SECTION.split(parts[1], maxsplit=1)[0].split()) if len(parts) == 2 else ""
+
+
+def digest(text: str) -> str:
+    """As `hygiene.digest`, which a worker process does not import."""
+    return hashlib.blake2b("".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def read_module(package: str, name: str, source: bytes) -> dict:
+    """One file as the dictionary described above. Raises SyntaxError, UnicodeDecodeError or ValueError (null bytes)."""
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    text = source.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    tree = ast.parse(text)
+    reader = _Reader(text.split("\n"))
+    reader.visit(tree.body, owner="")
+    return {
+        "package": package,
+        "module": name,
+        "text": text,
+        "digest": digest(text),
+        "summary": summary(ast.get_docstring(tree) or ""),
+        "functions": reader.functions,
+        "classes": reader.classes,
+        "order": reader.order,
+        "digests": sorted(reader.digests),
+    }
+
+
+class _Reader:
+    """Walks the statements of one module (never its expressions, where most of the nodes are)."""
+
+    def __init__(self, lines: list[str]):
+        self.lines = lines
+        self.functions: list[dict] = []
+        self.classes: list[dict] = []
+        self.order: list[tuple[str, int]] = []
+        self.digests: set[str] = set()
+
+    def visit(self, statements: Iterable[ast.stmt], owner: str) -> None:
+        for node in statements:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                if (function := self.function(node, owner)) is not None:
+                    self.order.append(("function", len(self.functions)))
+                    self.functions.append(function)
+                self.nested(node.body)
+            elif isinstance(node, ast.ClassDef):
+                name = f"{owner}.{node.name}" if owner else node.name
+                self.order.append(("class", len(self.classes)))
+                self.classes.append(self.class_(node, name))
+                self.visit(node.body, name)
+            else:
+                for block in _blocks(node):
+                    self.visit(block, owner)
+
+    def nested(self, statements: Iterable[ast.stmt]) -> None:
+        """Digests of the functions inside a function: they are no examples, but their text is in the module's."""
+        for node in statements:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.digests.add(digest(self.code(node)[0]))
+            for block in _blocks(node):
+                self.nested(block)
+
+    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, owner: str) -> dict | None:
+        code, body = self.code(node)
+        content = digest(code)
+        self.digests.add(content)
+        docstring = ast.get_docstring(node) or ""
+        if _trivial(node.body[1:] if docstring else node.body):
+            return None
+        arguments = node.args
+        names = [a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+        names += [a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None]
+        return {
+            "name": node.name,
+            "owner": owner,
+            "arguments": " ".join(name for name in names if name not in ("self", "cls")),
+            "docstring": docstring,
+            "summary": summary(docstring),
+            "code": code,
+            "body": body,
+            "digest": content,
+        }
+
+    def class_(self, node: ast.ClassDef, name: str) -> dict:
+        fields = [s for s in node.body if isinstance(s, (ast.Assign, ast.AnnAssign))]
+        end = max(_start(node.body[0]), node.lineno + 1)  # the first line that is not the class statement's
+        header = self.text(_start(node), end, node.col_offset)
+        header += "".join("\n" + self.text(_start(s), s.end_lineno + 1, node.col_offset) for s in fields)
+        return {"name": name, "summary": summary(ast.get_docstring(node) or ""), "header": header}
+
+    def code(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str, int]:
+        """The function without its docstring, and where in it the body begins."""
+        start, end, indent = _start(node), node.end_lineno + 1, node.col_offset
+        first = node.body[0]
+        if ast.get_docstring(node, clean=False) is None or not self.alone(first):
+            body = _start(first)
+            if body > node.lineno:
+                head = self.text(start, body, indent)
+                return head + "\n" + self.text(body, end, indent), len(head) + 1
+            # def f(x): return x
+            before = self.lines[body - 1].encode()[: first.col_offset].decode()
+            head = "\n".join(filter(None, [self.text(start, body, indent), before[indent:]]))
+            return self.text(start, end, indent), len(head)
+        head = self.text(start, first.lineno, indent)
+        return head + "\n" + self.text(first.end_lineno + 1, end, indent), len(head) + 1
+
+    def alone(self, node: ast.stmt) -> bool:
+        """Whether the statement shares its lines with no other one."""
+        before = self.lines[node.lineno - 1].encode()[: node.col_offset]
+        after = self.lines[node.end_lineno - 1].encode()[node.end_col_offset :].strip()
+        return not before.strip() and (not after or after.startswith(b"#"))
+
+    def text(self, start: int, end: int, indent: int) -> str:
+        """Lines start … end - 1 (from 1), dedented by `indent` columns where they are indented so far."""
+        lines = self.lines[start - 1 : end - 1]
+        if indent:
+            lines = [line[indent:] if line[:indent].isspace() or not line.strip() else line for line in lines]
+        return "\n".join(lines)
+
+
+def _start(node: ast.stmt) -> int:
+    """The first line of a statement, decorators included."""
+    decorators = getattr(node, "decorator_list", None)
+    return min(node.lineno, decorators[0].lineno) if decorators else node.lineno
+
+
+def _blocks(node: ast.stmt) -> Iterator[list[ast.stmt]]:
+    """The blocks of statements directly inside a statement."""
+    for field in ("body", "orelse", "finalbody"):
+        if isinstance(block := getattr(node, field, None), list):
+            yield block
+    for handler in getattr(node, "handlers", ()):
+        yield handler.body
+    for case in getattr(node, "cases", ()):
+        yield case.body
+
+
+def _trivial(body: Sequence[ast.stmt]) -> bool:
+    """Nothing to read: no statement, or nothing but pass, constants and raise NotImplementedError."""
+    for node in body:
+        if isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            continue
+        if isinstance(node, ast.Raise):
+            raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            if isinstance(raised, ast.Name) and raised.id in ("NotImplementedError", "NotImplemented"):
+                continue
+        return False
+    return True
+
+
+# Packages that an installation of this project brings. None of the held-out ones is a copy of a training package.
+PACKAGES = Packages(
+    train=tuple(
+        "stdlib tensorflow scipy jax matplotlib tensorflow_datasets numpy keras pyglove huggingface_hub IPython fontTools "
+        "prompt_toolkit _pytest setuptools beartype pip tornado ipykernel PIL jupyter_client zmq mpl_toolkits psutil jedi "
+        "packaging platformdirs nbformat click traitlets treescope h5py pyarrow pyparsing anyio optree urllib3 requests "
+        "tensorflow_text pexpect simple_parsing markdown_it grpc attr opt_einsum gin tensorboardX ml_collections filelock "
+        "parso tqdm dateutil xdist bm25s jupyter_core pluggy jsonschema nbclient".split()
+    ),
+    development=("absl", "clu", "etils", "fsspec", "rich"),
+    test=("flax", "optax", "orbax", "seqio"),
+)
+
+
+class Reading:
+    """Reads all files of the packages in worker processes that start at once; `result` waits for them."""
+
+    def __init__(self, packages: Packages, *, limit: int | None = None, processes: int | None = None):
+        """`limit`: at most that many files a split, chosen by the digest of their names."""
+        self.packages = packages
+        self.unreadable: dict[str, str] = {}
+        work = []
+        for split, folders in packages.folders().items():
+            found = [(package, *file) for package, folder in folders.items() for file in files(folder, package)]
+            if limit is not None:
+                found = sorted(found, key=lambda file: digest(file[1]))[:limit]
+            work += [(os.path.getsize(path), split, package, module, path) for package, module, path in found]
+        work.sort(reverse=True)
+        if processes is None:
+            processes = min(
+                len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8
+            )
+        self._folder = tempfile.TemporaryDirectory(prefix="python_docs_")
+        self._workers = []
+        # Plain processes of this file, not `multiprocessing`: a spawned one would import the caller's main module again.
+        for index in range(processes):
+            share = [item[1:] for item in work[index::processes]]
+            Path(self._folder.name, f"{index}.in").write_text(json.dumps(share))
+            command = [sys.executable, "-P", "-W", "ignore", __file__, self._folder.name, str(index)]
+            self._workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+
+    def result(self) -> dict[str, list[dict]]:
+        """{split: modules sorted by name}; `unreadable` then holds {path: why} of the files that were left out."""
+        modules: dict[str, list[dict]] = {split: [] for split in SPLITS}
+        for index, worker in enumerate(self._workers):
+            if worker.wait() != 0:
+                raise RuntimeError(f"reading Python sources failed: a worker ended with exit code {worker.returncode}")
+            with open(Path(self._folder.name, f"{index}.out"), encoding="utf-8") as lines:
+                for line in lines:
+                    split, module = json.loads(line)
+                    if "error" in module:
+                        self.unreadable[module["path"]] = module["error"]
+                    else:
+                        modules[split].append(module)
+        self._folder.cleanup()
+        for split in SPLITS:
+            modules[split].sort(key=lambda module: module["module"])
+        return modules
+
+
+def _work(folder: str, index: str) -> None:
+    warnings.simplefilter("ignore")  # SyntaxWarning of the sources
+    gc.disable()  # syntax trees hold no cycles, and scanning them doubles the time
+    with open(Path(folder, f"{index}.out"), "w", encoding="utf-8") as out:
+        for split, package, module, path in json.loads(Path(folder, f"{index}.in").read_text()):
+            try:
+                source = Path(path).read_bytes()
+                if b"def " not in source:
+                    continue  # imports, tables of constants
+                if len(source) > MAX_FILE_BYTES:
+                    raise ValueError(f"{len(source)} bytes, at most {MAX_FILE_BYTES} are read")
+                record = read_module(package, module, source)
+            except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError, LookupError) as error:
+                record = {"path": path, "error": f"{type(error).__name__}: {error}"}
+            out.write(json.dumps((split, record)) + "\n")
+
+
+if __name__ == "__main__":
+    _work(*sys.argv[1:])

@@ -1,0 +1,10 @@
+"""Exported models at work: text to vectors, late chunking, exact search. Needs neither TensorFlow nor training code.
+
+encoder = embed.inference.load("runs/quickstart/export/embed")
+vectors = encoder.encode(["def add(a, b): return a + b"], precision="int8")
+"""
+
+from embed.inference.encoder import PRECISIONS, Encoder, load, quantize
+from embed.inference.index import Index
+
+__all__ = ["PRECISIONS", "Encoder", "Index", "load", "quantize"]

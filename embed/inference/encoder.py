@@ -1,0 +1,245 @@
+"""From text to vectors: tokenise, pack into rows, one forward pass, mean over spans, quantise (ARCHITECTURE.md)."""
+
+import bisect
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from embed import tokenizers
+from embed.checkpoints import export
+from embed.models import quantization, transformer
+from embed.models.pooling import pool_spans
+from embed.rows import RowShape, Segment, chunked, cut, dense, place
+
+PRECISIONS = ("float32", "int8", "binary", "ubinary")
+MIN_ROW_LENGTH = 64
+TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
+
+
+def load(path, *, dtype: str | None = None) -> "Encoder":
+    """The encoder in an exported folder.
+
+    `dtype` of the computation is "float32" or "bfloat16"; by default float32 on CPU and bfloat16 on accelerators.
+    """
+    params, config, settings = export.read(path)
+    tokenizer = tokenizers.load(path)
+    if tokenizer.digest != settings.get("tokenizer_digest"):
+        raise ValueError(f"the tokenizer in {path} is not the one this model was exported with")
+    config = dataclasses.replace(config, dtype=dtype or ("float32" if _on_cpu() else "bfloat16"))
+    embedding = settings["embedding"]
+    return Encoder(
+        params, config, tokenizer, separator=embedding["separator"], max_length=embedding["max_length"],
+        matryoshka=embedding["matryoshka"], path=path, digest=settings.get("weights_digest"),
+    )  # fmt: skip
+
+
+def quantize(pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False) -> np.ndarray:
+    """Pooled float32 vectors [..., D] in another precision: the prefix first, then `normalize`, then bits.
+
+    float32 [..., D]; int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits of v >= 0, the first
+    dimension highest; binary int8 [..., D/8] = ubinary - 128, as sentence-transformers has it.
+    """
+    _check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
+    pooled = jnp.asarray(pooled)[..., :truncate_dim]
+    if precision == "int8":
+        return np.array(quantization.int8(pooled))
+    if precision in ("binary", "ubinary"):
+        packed = np.array(quantization.pack_bits(pooled))
+        return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+    vectors = np.array(pooled)
+    if normalize:  # a zero vector stays one
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    return vectors
+
+
+class Encoder:
+    """A model that turns texts into vectors. Made by `load`, or from parameters in memory."""
+
+    def __init__(
+        self, params, config: transformer.TransformerConfig, tokenizer, *, separator: bool = True,
+        max_length: int | None = None, matryoshka: Sequence[int] = (), path=None, digest: str | None = None,
+    ):  # fmt: skip
+        """`separator`: whether the separator token stands between the chunks of a document, as it did in training.
+
+        `max_length`: the most tokens of a text or document, None for no limit. `digest` identifies the weights.
+        """
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
+        self.config = dataclasses.replace(config, remat="none")
+        self.params = jax.tree.map(lambda x: jnp.asarray(x, config.dtype), params)
+        self.tokenizer, self.separator, self.max_length = tokenizer, separator, max_length
+        self.matryoshka, self.path, self.digest = tuple(matryoshka), path, digest
+
+    @property
+    def dimensions(self) -> int:
+        """D of a float32 vector before truncation."""
+        return self.config.hidden_size
+
+    def encode(
+        self, texts: str | Sequence[str], *, precision: str = "float32", truncate_dim: int | None = None,
+        normalize_embeddings: bool = False, batch_tokens: int | None = None, show_progress_bar: bool = False,
+        truncate: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """One vector a text, in the order of the texts; a single str gives a single vector.
+
+        Returns float32 [N, D] (the pooled mean itself), int8 [N, D], or binary int8 / ubinary uint8 [N, D/8].
+        `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for float32
+        alone. `batch_tokens` is the size of a batch in tokens (None: 4,096 on CPU, 65,536 on accelerators); it
+        changes no result. A text longer than `max_length` is an error, or with `truncate=True` is cut with a
+        warning. A text without tokens is an error.
+        """
+        if isinstance(texts, str):
+            return self.encode(
+                [texts], precision=precision, truncate_dim=truncate_dim, normalize_embeddings=normalize_embeddings,
+                batch_tokens=batch_tokens, truncate=truncate,
+            )[0]  # fmt: skip
+        texts = list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"text {i} is {text!r:.80} ({type(text).__name__}), expected a str")
+        tokens = self.tokenizer.encode(texts)
+        for i, ids in enumerate(tokens):
+            if not len(ids):
+                raise ValueError(f"text {i} has no tokens: {texts[i]!r:.80}")
+        segments = self._fit([dense(ids) for ids in tokens], "text", truncate)
+        return self._embed(segments, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar)
+
+    def encode_tokens(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [N, D]: `encode` of texts that are tokenized already; one without tokens is a zero vector."""
+        return self._embed([dense(ids) for ids in tokens], "float32", None, False, None, False)
+
+    def encode_documents(
+        self, documents: Sequence[Sequence[str]], *, precision: str = "float32", truncate_dim: int | None = None,
+        normalize_embeddings: bool = False, batch_tokens: int | None = None, show_progress_bar: bool = False,
+        truncate: bool = False,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """One array [chunks, D] a document: each chunk pooled from hidden states that saw the whole document.
+
+        Late chunking; keywords and precisions as in `encode`. An empty chunk is a zero vector (in binary: every bit
+        set), and so is a chunk that `truncate=True` cut off entirely. A document without tokens is an error.
+        """
+        documents = [d if isinstance(d, str) else list(d) for d in documents]
+        for i, document in enumerate(documents):
+            if isinstance(document, str) or not all(isinstance(chunk, str) for chunk in document):
+                raise ValueError(f"document {i} is {document!r:.80}, expected a list of str, one a chunk")
+        tokens = iter(self.tokenizer.encode([chunk for document in documents for chunk in document]))
+        separator_id = self.tokenizer.separator_id if self.separator else None
+        segments = [chunked([next(tokens) for _ in document], separator_id) for document in documents]
+        for i, segment in enumerate(segments):
+            if not segment.spans.any():
+                raise ValueError(f"document {i} has no tokens in any of its {segment.num_spans} chunks")
+        segments = self._fit(segments, "document", truncate)
+        vectors = self._embed(segments, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar)
+        return np.split(vectors, np.cumsum([s.num_spans for s in segments])[:-1]) if segments else []
+
+    def _fit(self, segments: list[Segment], noun: str, truncate: bool) -> list[Segment]:
+        """The segments, none longer than max_length: cut with a warning, or an error."""
+        long = [i for i, s in enumerate(segments) if self.max_length and len(s.tokens) > self.max_length]
+        if not long:
+            return segments
+        if not truncate:
+            raise ValueError(
+                f"{noun} {long[0]} has {len(segments[long[0]].tokens)} tokens, the model takes {self.max_length} "
+                f"({len(long)} of {len(segments)} are too long): shorten it, or cut with truncate=True"
+            )
+        kept = [cut(s, self.max_length) for s in segments]
+        tokens = sum(len(s.tokens) for s in segments) - sum(len(s.tokens) for s in kept)
+        chunks = sum(len(np.setdiff1d(segments[i].spans, np.append(kept[i].spans, 0))) for i in long)
+        lost = f"{tokens} tokens" + (f", {chunks} whole chunks" if chunks else "")
+        warnings.warn(
+            f"{len(long)} of {len(segments)} {noun}s were cut to {self.max_length} tokens (lost: {lost})", stacklevel=3
+        )
+        return kept
+
+    def _embed(self, segments, precision, truncate_dim, normalize, batch_tokens, progress) -> np.ndarray:
+        """Vectors of all spans of all segments, in order: [total spans, D or D/8]."""
+        _check_precision(precision, self.dimensions, truncate_dim, normalize)
+        if batch_tokens is None:
+            batch_tokens = 4096 if _on_cpu() else 65536  # 4,096: activations stay in a CPU's cache
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens} must be positive")
+        finish = functools.partial(quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize)
+        empty = finish(np.zeros((0, self.dimensions), np.float32))
+        first = np.cumsum([0] + [s.num_spans for s in segments])
+        out = np.empty((first[-1], empty.shape[1]), empty.dtype)
+        bar = tqdm(total=len(segments), desc="encode", unit="text", disable=not progress)
+
+        def store(members, packed, spans):
+            vectors = finish(spans).reshape(-1, out.shape[1])  # R·S D
+            for i, slot in zip(members, packed.span_slots()):
+                out[first[i] : first[i + 1]] = vectors[slot : slot + segments[i].num_spans]
+            bar.update(len(members))
+
+        waiting = None  # the batch on the device, while the next one is packed
+        with bar:
+            for members, where, shape, num_rows in _batches(segments, batch_tokens):
+                packed = place([segments[i] for i in members], where, shape, num_rows)
+                spans = _pooled(self.params, *packed.rows, config=self.config, num_spans=shape.spans)
+                if waiting:
+                    store(*waiting)
+                waiting = members, packed, spans
+            if waiting:
+                store(*waiting)
+        return out
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_spans"))
+def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spans):
+    """Rows [R, L] -> the mean of each span, float32 [R, S, D]. Compiled once for each R, L and config."""
+    hidden = transformer.apply(config, params, tokens, segment_ids, positions)
+    return pool_spans(hidden, span_ids, num_spans)
+
+
+def _batches(segments: Sequence[Segment], batch_tokens: int) -> Iterator[tuple[list, np.ndarray, RowShape, int]]:
+    """(segment indices, row of each, row shape, number of rows), longest segments first, every segment once.
+
+    A row has the power of two that holds the longest segment still to do; then the longest that fits the room left
+    goes in, until none does. Shapes repeat, so that few programs are compiled: batch_tokens // L rows, and in the
+    last batch the power of four that suffices. A segment claims max(tokens, 8 · spans), so that L / 8 span slots
+    always suffice.
+    """
+    stacks: dict[int, list[int]] = {}
+    for i in reversed(range(len(segments))):
+        claim = max(len(segments[i].tokens), TOKENS_PER_SPAN * int(segments[i].num_spans))
+        stacks.setdefault(claim, []).append(i)
+    claims = sorted(stacks)
+    while claims:
+        length = max(MIN_ROW_LENGTH, 1 << (claims[-1] - 1).bit_length())
+        num_rows = max(1, batch_tokens // length)
+        members, where = [], []
+        for row in range(num_rows):
+            room = length
+            while k := bisect.bisect_right(claims, room):
+                claim = claims[k - 1]
+                members.append(stacks[claim].pop())
+                where.append(row)
+                room -= claim
+                if not stacks[claim]:
+                    del claims[k - 1]
+        used = where[-1] + 1
+        if used < num_rows:
+            num_rows = min(num_rows, 4 ** -(-(used - 1).bit_length() // 2))
+        spans = length // TOKENS_PER_SPAN
+        yield members, np.array(where), RowShape(length, spans, spans), num_rows
+
+
+def _check_precision(precision: str, dimensions: int, truncate_dim: int | None, normalize: bool) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
+    if truncate_dim is not None and not 1 <= truncate_dim <= dimensions:
+        raise ValueError(f"truncate_dim={truncate_dim} must be in 1..{dimensions}")
+    kept = truncate_dim or dimensions
+    if precision in ("binary", "ubinary") and kept % 8:
+        raise ValueError(f"{precision} packs eight dimensions a byte: {kept} dimensions are not a multiple of 8")
+    if normalize and precision != "float32":
+        raise ValueError(f"normalize_embeddings is for float32 alone, not {precision}: its distance ignores lengths")
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"

@@ -1,0 +1,126 @@
+"""Hard negatives from embeddings: documents that a model ranks high for a query and that are not its answer."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 512  # queries whose scores against all documents are held at once
+
+
+def mine(
+    query_embeddings: np.ndarray,
+    document_embeddings: np.ndarray,
+    positives: Sequence[int],
+    *,
+    num_negatives: int,
+    rank_window: tuple[int, int],
+    margin: float | None,
+    document_ids: np.ndarray | None = None,
+    query_ids: np.ndarray | None = None,
+    relative: bool = False,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """The first `num_negatives` acceptable documents in a window of each query's ranking.
+
+    Queries [N, D] and documents [M, D] are compared by cosine; `positives` int[N] index the documents. The
+    documents at ranks lo..hi-1 (0 = best, the positive has a rank too; ties by lower index) are candidates, less
+
+        positive    those with the content of a positive of this query, or of any query with the same id
+        margin      those scoring above s(positive) - margin; with `relative`, above s - |s| * margin, which unlike
+                    s * (1 - margin) stays below a negative s. margin=None removes none
+        duplicate   those with the content of a better-ranked candidate
+
+    Content is compared by `document_ids` int[M] and `query_ids` int[N]; by default every row is its own content.
+
+    Returns int32 [N, num_negatives] into documents, -1 where too few are left, and counts: queries; negatives;
+    short (queries with fewer than num_negatives), of which none (with not one) and small_window (the window held
+    fewer than num_negatives to begin with); and how many candidates of the short queries each rule removed:
+    removed_positive, removed_margin, removed_duplicate (the first rule that applies counts).
+    """
+    queries, documents = _embeddings(query_embeddings, "query"), _embeddings(document_embeddings, "document")
+    positives = np.asarray(positives, np.int32)
+    query_ids = np.arange(len(queries)) if query_ids is None else np.asarray(query_ids)
+    document_ids = np.arange(len(documents)) if document_ids is None else np.asarray(document_ids)
+    for name, got, want in (
+        ("positives", positives, len(queries)), ("query_ids", query_ids, len(queries)),
+        ("document_ids", document_ids, len(documents)),
+    ):  # fmt: skip
+        if got.shape != (want,):
+            raise ValueError(f"{name} has shape {list(got.shape)}, expected [{want}]")
+    if len(positives) and not (0 <= positives.min() and positives.max() < len(documents)):
+        raise ValueError(f"positives must be in 0..{len(documents) - 1}, got {positives.min()}..{positives.max()}")
+    low, high = rank_window
+    if not 0 <= low < high:
+        raise ValueError(f"rank_window={rank_window} must be (lo, hi) with 0 <= lo < hi")
+    if num_negatives < 1:
+        raise ValueError(f"num_negatives={num_negatives} must be positive")
+    high = min(high, len(documents))
+
+    # A pair of contents is one number, so that membership of a whole block is one np.isin.
+    _, query_content = np.unique(query_ids, return_inverse=True)
+    _, document_content = np.unique(document_ids, return_inverse=True)
+    answers = np.unique(query_content * len(documents) + document_content[positives])
+
+    negatives = np.full((len(queries), num_negatives), -1, np.int32)
+    counts = dict.fromkeys(
+        ("queries", "negatives", "short", "none", "small_window")
+        + ("removed_positive", "removed_margin", "removed_duplicate"), 0
+    )  # fmt: skip
+    counts["queries"] = len(queries)
+    documents = jnp.asarray(documents)
+    for start in range(0, len(queries), BLOCK):
+        rows = slice(start, start + BLOCK)
+        scores, ranked, own = _rank(queries[rows], documents, positives[rows], high=high)
+        scores, ranked = np.asarray(scores)[:, low:], np.asarray(ranked)[:, low:]  # n W
+        own = np.asarray(own)[:, None]
+
+        content = document_content[ranked]
+        is_positive = np.isin(query_content[rows, None] * len(documents) + content, answers)
+        bound = own if margin is None else own - (np.abs(own) if relative else 1) * margin
+        too_close = (scores > bound) & ~is_positive & (margin is not None)
+        repeats = _repeats(content) & ~is_positive & ~too_close
+        kept = ~(is_positive | too_close | repeats)
+
+        place = np.cumsum(kept, 1) - 1
+        query, column = np.nonzero(kept & (place < num_negatives))
+        negatives[start + query, place[query, column]] = ranked[query, column]
+        short = kept.sum(1) < num_negatives
+        counts["short"] += int(short.sum())
+        counts["none"] += int((kept.sum(1) == 0).sum())
+        counts["small_window"] += int(short.sum()) if ranked.shape[1] < num_negatives else 0
+        for name, removed in (("positive", is_positive), ("margin", too_close), ("duplicate", repeats)):
+            counts[f"removed_{name}"] += int(removed[short].sum())
+    counts["negatives"] = int((negatives >= 0).sum())
+    return negatives, counts
+
+
+@functools.partial(jax.jit, static_argnames="high")
+def _rank(queries, documents, positives, *, high):
+    """The `high` best documents of each query: cosines [n, high], indices [n, high]; and its positive's cosine [n]."""
+
+    def normalize(x):
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+
+    scores = jnp.dot(normalize(queries), normalize(documents).T, precision="highest")
+    own = jnp.take_along_axis(scores, positives[:, None], 1)[:, 0]
+    return *jax.lax.top_k(scores, high), own
+
+
+def _repeats(content: np.ndarray) -> np.ndarray:
+    """Whether the same value stands further left in the row, bool [n, W]."""
+    order = np.argsort(content, axis=1, kind="stable")
+    values = np.take_along_axis(content, order, 1)
+    repeats = np.zeros(content.shape, bool)
+    np.put_along_axis(repeats, order[:, 1:], values[:, 1:] == values[:, :-1], 1)
+    return repeats
+
+
+def _embeddings(values, noun: str) -> np.ndarray:
+    values = np.asarray(values, np.float32)
+    if values.ndim != 2 or not len(values):
+        raise ValueError(f"{noun} embeddings have shape {list(values.shape)}, expected [N, D] with N > 0")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{(~np.isfinite(values).all(1)).sum()} of {len(values)} {noun} embeddings are not finite")
+    return values

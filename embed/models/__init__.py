@@ -1,0 +1,1 @@
+"""The encoder and what turns its hidden states into embeddings."""

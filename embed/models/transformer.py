@@ -1,0 +1,217 @@
+"""The encoder: the Qwen3 architecture with bidirectional attention (PAPER.md §1), in Flax NNX.
+
+Parameters live outside as a plain nested dict of arrays, so that checkpoints, sharding rules, merging and export
+see one simple tree; `apply` binds them to the module for one call:
+
+    params = init(config, key)
+    hidden = apply(config, params, tokens, segment_ids, positions)      # [R, L, D]
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from embed.models.attention import attention
+from embed.typing import Array, typechecked
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the outputs of the weight products
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and numerics of an encoder. Hashable, so that it can be a static argument of jit."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    dtype: str = "float32"  # of the compute; parameters are float32 masters whatever this says
+    remat: str = "none"  # a key of REMAT_POLICIES
+    unroll: int = 1  # layers a scan iteration; on CPU all of them is fastest
+    dense_barrier: bool = False  # see `dense`; for CPU
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat={self.remat!r} must be one of {sorted(REMAT_POLICIES)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r} must be float32 or bfloat16 (float16 overflows in this model)")
+
+
+# hidden / layers / heads / kv heads / head_dim / ffn
+SIZES = {
+    "0.6b": dict(hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, intermediate_size=3072),
+    "4b": dict(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=9728),
+    # Ours, for CPUs: wide vectors (lexical matching wants dimensions) on a thin network (which costs time).
+    "tiny": dict(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=256),
+    "micro": dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
+}
+
+
+def make_config(size: str, vocab_size: int, **overrides) -> TransformerConfig:
+    """The config of a named size; `overrides` replace single fields."""
+    if size not in SIZES:
+        raise ValueError(f"model size {size!r} must be one of {', '.join(SIZES)}")
+    return TransformerConfig(**{**SIZES[size], "vocab_size": vocab_size, **overrides})
+
+
+def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:
+    """x / rms(x) · scale, the mean of squares in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rope_tables(positions: Int[Array, "R L"], head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin of the rotary angles, float32[R, L, 1, head_dim / 2]."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Float[Array, "R L H d"], tables: tuple[Array, Array]) -> Float[Array, "R L H d"]:
+    """Rotate the two halves of each head against each other (the half-split convention of Qwen3)."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def dense(x: Float[Array, "*n D"], weight: Float[Array, "D F"]) -> Float[Array, "*n F"]:
+    """x @ weight whose backward pass reads its operands from memory.
+
+    XLA's CPU compiler otherwise fuses the element-wise backward of the neighbouring operations into a transposing
+    copy of the activations, one for each weight gradient: a third of a training step (ARCHITECTURE.md, "Speed").
+    """
+    return x @ weight
+
+
+def _dense_backward(saved, gradient):
+    x, weight = saved
+    x, gradient = jax.lax.optimization_barrier((x, gradient))
+    x_flat, gradient_flat = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    return (gradient_flat @ weight.T).reshape(x.shape), x_flat.T @ gradient_flat
+
+
+dense.defvjp(lambda x, weight: (x @ weight, (x, weight)), _dense_backward)
+
+
+class Layer(nnx.Module):
+    """One pre-norm block: attention, then SwiGLU, each added to its input."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        D, H, K, d, F = (
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size,
+        )  # fmt: skip
+
+        def weight(shape, fan_in, gain=1.0):
+            return nnx.Param(jax.random.normal(rngs.params(), shape) * (gain * fan_in**-0.5))
+
+        depth_gain = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance at any depth
+        self.config = config
+        self.attention_norm = nnx.Param(jnp.ones(D))
+        self.query = weight((D, H, d), D)
+        self.key = weight((D, K, d), D)
+        self.value = weight((D, K, d), D)
+        self.query_norm = nnx.Param(jnp.ones(d))
+        self.key_norm = nnx.Param(jnp.ones(d))
+        self.output = weight((H, d, D), H * d, depth_gain)
+        self.mlp_norm = nnx.Param(jnp.ones(D))
+        self.gate = weight((D, F), D)
+        self.up = weight((D, F), D)
+        self.down = weight((F, D), F, depth_gain)
+
+    def __call__(self, x: Float[Array, "R L D"], segment_ids: Int[Array, "R L"], rope) -> Float[Array, "R L D"]:
+        dtype, eps = x.dtype, self.config.norm_eps
+        product = dense if self.config.dense_barrier else jnp.matmul
+
+        def project(y, weight):  # R L D, D H d -> R L H d as one matrix product
+            w = weight[...].astype(dtype)
+            return product(y, w.reshape(w.shape[0], -1)).reshape(*y.shape[:-1], *w.shape[1:])
+
+        y = rms_norm(x, self.attention_norm[...], eps)
+        query = apply_rope(rms_norm(project(y, self.query), self.query_norm[...], eps), rope)
+        key = apply_rope(rms_norm(project(y, self.key), self.key_norm[...], eps), rope)
+        mixed = attention(query, key, project(y, self.value), segment_ids)  # R L H d
+        output = self.output[...].astype(dtype)
+        x = x + product(mixed.reshape(*x.shape[:-1], -1), output.reshape(-1, output.shape[-1]))
+        y = rms_norm(x, self.mlp_norm[...], eps)
+        return x + product(jax.nn.silu(project(y, self.gate)) * project(y, self.up), self.down[...].astype(dtype))
+
+
+class Transformer(nnx.Module):
+    """Token embedding, stacked layers under one scan, final norm. Input and output embeddings are tied."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        # Qwen's scale. A smaller table than its tied logits would like, but it learns faster: after 150 pair steps
+        # nDCG@10 was 0.34 at 0.3 / √D (0.019 here), 0.30 at 1 / √D.
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * 0.02)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        self.layers = nnx.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)  # every array gets a layer axis
+        self.norm = nnx.Param(jnp.ones(config.hidden_size))
+
+    def __call__(
+        self, tokens: Int[Array, "R L"], segment_ids: Int[Array, "R L"], positions: Int[Array, "R L"]
+    ) -> Float[Array, "R L D"]:
+        config = self.config
+        x = self.embedding[...].astype(config.dtype)[tokens]
+        rope = rope_tables(positions, config.head_dim, config.rope_theta)
+        graph, stacked = nnx.split(self.layers)
+
+        def block(x, layer):
+            return nnx.merge(graph, layer)(x, segment_ids, rope), None
+
+        if config.remat != "none":
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(block, x, stacked, unroll=min(config.unroll, config.num_layers))
+        return rms_norm(x, self.norm[...], config.norm_eps)
+
+
+@functools.lru_cache
+def _abstract(config: TransformerConfig):
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+
+
+def abstract_params(config: TransformerConfig) -> dict:
+    """The parameter tree as jax.ShapeDtypeStructs: names and shapes without memory."""
+    return nnx.to_pure_dict(_abstract(config)[1])
+
+
+def init(config: TransformerConfig, key: jax.Array) -> dict:
+    """Random parameters, float32, as a nested dict; `layers` arrays are stacked over depth."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
+
+
+@typechecked
+def apply(
+    config: TransformerConfig,
+    params: dict,
+    tokens: Int[Array, "R L"],
+    segment_ids: Int[Array, "R L"],
+    positions: Int[Array, "R L"],
+) -> Float[Array, "R L D"]:
+    """Hidden states after the final norm, in the compute dtype."""
+    graph, state = _abstract(config)
+    state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)(tokens, segment_ids, positions)
+
+
+def count_params(params: dict) -> tuple[int, int]:
+    """(all parameters, parameters without the embedding table)."""
+    total = sum(x.size for x in jax.tree.leaves(params))
+    return total, total - params["embedding"].size

@@ -1,0 +1,399 @@
+"""The stage graph: the only place that knows the order of the stages.
+
+    prepare ─ diffusion ─ pair ─┬─ contextual ─────────┬─ merge ─ export ─ report
+                                └─ mine ─ triplet ─────┘
+
+Each step leaves steps/NAME.json with its result and its seconds when it is complete; a run started again skips those.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from embed import config as configs
+from embed import mining, tokenizers
+from embed.checkpoints import export, merge, training_state
+from embed.data.store import Store, Writer
+from embed.evaluation import baselines, report, retrieval
+from embed.inference import Encoder, denoise, load
+from embed.inference.index import Index
+from embed.models import transformer
+from embed.rows import content_ids
+from embed.training import loop, sharding, stages
+from embed.training.metrics import progress_bar, read_metrics
+
+PRECISIONS = ("float32", "int8", "binary")
+console = Console(soft_wrap=True)
+
+
+class Run:
+    """A config and its workdir, with what the steps share."""
+
+    def __init__(self, config: ConfigDict, workdir, config_path: str = ""):
+        self.config, self.workdir, self.config_path = config, Path(workdir), config_path
+        self._claim()
+
+    def _claim(self) -> None:
+        """Write config.json, or check that the workdir is this config's."""
+        # What is trained, not which stage of it this process was asked for.
+        resolved = json.loads(json.dumps({k: v for k, v in self.config.to_dict().items() if k != "stage"}))
+        file = self.workdir / "config.json"
+        if file.exists():
+            if difference := configs.first_difference(json.loads(file.read_text()), resolved):
+                raise ValueError(
+                    f"{self.workdir} was made by another config ({difference} now); use its config or another workdir"
+                )
+            return
+        if self.workdir.exists() and any(self.workdir.iterdir()):
+            raise ValueError(f"{self.workdir} is not empty and holds no run; use another workdir")
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        write_json(file, resolved)
+
+    @property
+    def data(self) -> Path:
+        return self.workdir / "data"
+
+    @cached_property
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return tokenizers.load(self.data / "tokenizer")
+
+    @cached_property
+    def model(self) -> transformer.TransformerConfig:
+        fields = dict(self.config.model)
+        return transformer.make_config(fields.pop("size"), self.tokenizer.vocab_size, **fields)
+
+    @cached_property
+    def mixtures(self) -> dict[str, dict[str, float]]:
+        return json.loads((self.data / "mixtures.json").read_text()) | {"triplet": {"triplet": 1.0}}
+
+    def store(self, task: str) -> Store:
+        return Store(self.data / "tasks" / task)
+
+    def encoder(self, params) -> Encoder:
+        return Encoder(
+            params, self.model, self.tokenizer,
+            separator=self.config.export.separator, max_length=self.config.export.max_length or None,
+        )  # fmt: skip
+
+    def params(self, checkpoint: str):
+        """The parameters of `random init`, of a trained stage, or of `merged`."""
+        if checkpoint == "random init":
+            return transformer.init(self.model, jax.random.key(self.config.seed))
+        if checkpoint == "merged":
+            a, b = self.params("contextual"), self.params("triplet")
+            return merge.slerp(a, b, self.config.merge.ratio)
+        abstract = transformer.abstract_params(self.model)
+        return training_state.load_params(self.workdir / checkpoint / "checkpoints", abstract)
+
+
+def write_json(path: Path, value) -> None:
+    """Write atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".partial{os.getpid()}")  # several processes may write the same file
+    temporary.write_text(json.dumps(value, indent=2, default=float) + "\n")
+    temporary.replace(path)
+
+
+def prepare(run: Run) -> dict:
+    """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later."""
+    from embed.data.prepare import prepare as prepare_data
+
+    data = run.config.data
+    prepare_data(
+        run.data, gin_file=data.gin_file, gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
+        split_identifiers=data.split_identifiers, seed=run.config.seed, limit=data.limit or None,
+    )  # fmt: skip
+    return json.loads((run.data / "info.json").read_text())
+
+
+def train_stage(run: Run, name: str) -> dict:
+    """Train stage `name` from the checkpoint that its config names, or continue it."""
+    config = run.config
+    if name not in config.stages:
+        raise ValueError(f"config.stage={name!r} must be one of {', '.join(config.stages)}")
+    if not (run.data / "mixtures.json").exists():
+        raise FileNotFoundError(f"{run.data} holds no prepared data; run `embed prepare` with this config and workdir")
+    stage = config.stages[name]
+    phases = []
+    for steps, mixture in stage.curriculum:
+        if mixture not in run.mixtures:
+            raise ValueError(
+                f"stage {name}: no mixture {mixture!r}; {config.data.gin_file} binds {', '.join(run.mixtures)}"
+            )
+        phases.append((steps, run.mixtures[mixture]))
+    steps = sum(n for n, _ in phases)
+    if not steps:
+        raise ValueError(f"stage {name}: curriculum={stage.curriculum} has no steps")
+    stores = {task: run.store(task) for _, rates in phases for task in rates}
+    separator = run.tokenizer.separator_id if config.export.separator else None
+    folder = run.workdir / name
+    write_json(folder / "run.json", provenance() | {"stage": name, "tokenizer_digest": run.tokenizer.digest})
+    with progress_bar(name, steps) as update:
+        loop.train(
+            folder,
+            loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id),
+            loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator),
+            steps=steps,
+            initial_params=lambda: run.params(stage.init or "random init"),
+            abstract_params=transformer.abstract_params(run.model),
+            optimizer=stage.optimizer,
+            seed=config.seed,
+            mesh=sharding.make_mesh(**config.mesh),
+            log_every=stage.log_every,
+            checkpoint_every=stage.checkpoint_every,
+            progress=update,
+        )
+    return {"steps": steps}
+
+
+def evaluation_set(run: Run, name: str, split: str = "test") -> retrieval.RetrievalSet:
+    """`functions` or `contextual`."""
+    return retrieval.read_set(run.data / "evaluation" / name / split)
+
+
+def evaluate(run: Run, checkpoint: str) -> dict:
+    """Retrieval of a checkpoint on the held-out packages, at every precision."""
+    encoder = run.encoder(run.params(checkpoint))
+    functions, contextual = evaluation_set(run, "functions"), evaluation_set(run, "contextual")
+    return {
+        "functions": retrieval.evaluate_retrieval(encoder, functions, PRECISIONS),
+        "contextual": retrieval.evaluate_retrieval(encoder, contextual, PRECISIONS),
+        "contextual_alone": retrieval.evaluate_retrieval(encoder, contextual, PRECISIONS, alone=True),
+    }
+
+
+def evaluate_baselines(run: Run) -> dict:
+    """BM25, and BM25 fused with the merged model by reciprocal rank."""
+    encoder = run.encoder(run.params("merged"))
+    functions, contextual = evaluation_set(run, "functions"), evaluation_set(run, "contextual")
+    lexical, fused = {}, {}
+    for name, data, alone in (
+        ("functions", functions, True), ("contextual", contextual, False), ("contextual_alone", contextual, True),
+    ):  # fmt: skip
+        words = baselines.bm25(data, context=not alone)
+        lexical[name] = {"float32": retrieval.score(words, data)}
+        ranked = retrieval.rank(encoder, data, PRECISIONS, alone=alone)
+        fused[name] = {p: retrieval.score(baselines.reciprocal_rank_fusion(words, ranked[p]), data) for p in PRECISIONS}
+    return {"BM25": lexical, "BM25 + merged": fused}
+
+
+def diffusion_report(run: Run) -> dict:
+    """How well the diffusion stage denoises held-out text, and one text while it is denoised."""
+    mask_id, left_shift = run.tokenizer.mask_id, run.config.stages.diffusion.left_shift
+    params, length = run.params("diffusion"), run.config.stages.diffusion.batch.length
+    flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, "functions").corpus[:512]))
+    windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
+    levels = denoise.elbo_and_accuracy(
+        params, run.model, windows, mask_id=mask_id, left_shift=left_shift,
+        chunk=run.config.stages.diffusion.logits_chunk,
+    )  # fmt: skip
+    text = windows[0][: length // 2].copy()
+    hidden = np.random.default_rng(run.config.seed).random(len(text)) < run.config.sample.mask_fraction
+    hidden[0] = False
+    original = run.tokenizer.decode(text)
+    text[hidden] = mask_id
+    states = denoise.denoise(
+        params, run.model, text, mask_id=mask_id, tokens_per_step=run.config.sample.tokens_per_step,
+        left_shift=left_shift, length=length,
+    )  # fmt: skip
+    shown = sorted({0, len(states) // 2, len(states) - 1})
+    return {
+        "elbo": levels.pop("elbo")["nll"],
+        "diffusion": [{"t": float(t), **figures} for t, figures in levels.items()],
+        "denoising": [{"step": k, "text": show_masked(run.tokenizer, states[k])} for k in shown]
+        + [{"step": "original", "text": original}],
+    }
+
+
+def show_masked(tokenizer, tokens: np.ndarray) -> str:
+    """Decoded text with an underscore for each masked token."""
+    pieces, start = [], 0
+    for i in [*np.flatnonzero(tokens == tokenizer.mask_id), len(tokens)]:
+        if i > start:
+            pieces.append(tokenizer.decode(tokens[start:i]))
+        if i < len(tokens):
+            pieces.append("_")
+        start = i + 1
+    return " ".join(pieces)
+
+
+def mine(run: Run) -> dict:
+    """Hard negatives for the triplet stage out of the pair checkpoint, as a store of their own."""
+    config, target = run.config.mining, run.data / "tasks" / "triplet"
+    store = run.store(config.task)
+    examples = store.read(np.arange(len(store)))
+    encoder = run.encoder(run.params("pair"))
+    queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
+    chosen, counts = mining.mine(
+        encoder.encode_tokens(queries), encoder.encode_tokens(documents), np.arange(len(examples)),
+        num_negatives=config.num_negatives, rank_window=tuple(config.rank_window), margin=config.margin,
+        query_ids=content_ids(queries), document_ids=content_ids(documents),
+    )  # fmt: skip
+    writer = Writer(target, ["query", "document", "negatives", "negative_lengths"])
+    none = np.zeros(0, np.int32)
+    for example, row in zip(examples, chosen):
+        negatives = [examples[j]["document"] for j in row if j >= 0]
+        writer.append(
+            {
+                "query": example["query"],
+                "document": example["document"],
+                "negatives": np.concatenate(negatives) if negatives else none,
+                "negative_lengths": np.array([len(n) for n in negatives], np.int32),
+            }
+        )
+    writer.close({"task": "triplet", "mined_by": "pair", "mining": config.to_dict(), "counts": counts})
+    return {"examples": len(examples), **counts}
+
+
+def merge_sweep(run: Run) -> dict:
+    """nDCG@10 of slerp at each ratio on the development split."""
+    a, b = run.params("contextual"), run.params("triplet")
+    functions, contextual = (evaluation_set(run, name, "development") for name in ("functions", "contextual"))
+    sweep = []
+    for ratio in run.config.merge.sweep:
+        encoder = run.encoder(merge.slerp(a, b, ratio))
+        figures = {
+            name: retrieval.evaluate_retrieval(encoder, data, ("float32",))["float32"]["ndcg@10"]
+            for name, data in (("functions", functions), ("contextual", contextual))
+        }
+        sweep.append({"ratio": ratio, **figures})
+    return {"slerp_ratio": run.config.merge.ratio, "slerp_sweep": sweep}
+
+
+def export_model(run: Run, checkpoint: str, folder) -> Path:
+    """Write a checkpoint as a model that embed.inference loads."""
+    settings = {
+        "matryoshka": list(run.config.stages.pair.matryoshka),
+        "separator": run.config.export.separator,
+        "max_length": run.config.export.max_length or None,
+    }
+    source = provenance() | {"checkpoint": checkpoint, "config": run.config.to_dict()}
+    return export.export(
+        folder, run.params(checkpoint), run.model, run.tokenizer, embedding=settings, provenance=source
+    )
+
+
+def export_models(run: Run) -> dict:
+    """export/embed (the merged model) and export/embed-context (the contextual one)."""
+    names = {"embed": "merged", "embed-context": "contextual"}
+    for name, checkpoint in names.items():
+        export_model(run, checkpoint, run.workdir / "export" / name)
+    return names
+
+
+def provenance() -> dict:
+    """The git commit and the versions of what computed."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def worked_search(run: Run) -> dict:
+    """One query against the held-out functions with the exported model."""
+    data, precision = evaluation_set(run, "functions"), "int8"
+    encoder = load(run.workdir / "export" / "embed")
+    index = Index(encoder.encode(data.corpus, precision=precision), precision)
+    query = data.queries[0]
+    scores, found = index.search(encoder.encode([query], precision=precision), 5)
+    hits = [
+        {
+            "rank": k + 1,
+            "score": float(scores[0, k]),
+            "id": data.corpus_ids[i],
+            "text": " ".join(data.corpus[i].split())[:80],
+        }
+        for k, i in enumerate(found[0])
+    ]
+    return {"query": query, "precision": precision, "hits": hits}
+
+
+def machine() -> str:
+    """What this computes on, in words."""
+    device = jax.devices()[0]
+    return f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+def steps_of(run: Run) -> list[tuple[str, Callable[[Run], dict]]]:
+    """Every step in order."""
+
+    def stage(name):
+        return name, lambda run: train_stage(run, name)
+
+    def evaluation(name):
+        return f"evaluate {name}", lambda run: evaluate(run, name)
+
+    return [
+        ("prepare", prepare),
+        evaluation("random init"),
+        stage("diffusion"),
+        ("denoise", diffusion_report),
+        evaluation("diffusion"),
+        stage("pair"),
+        evaluation("pair"),
+        stage("contextual"),
+        evaluation("contextual"),
+        ("mine", mine),
+        stage("triplet"),
+        evaluation("triplet"),
+        ("merge", merge_sweep),
+        evaluation("merged"),
+        ("baselines", evaluate_baselines),
+        ("export", export_models),
+        ("search", worked_search),
+    ]
+
+
+def run(run: Run) -> dict:
+    """Every step that is not yet complete, then the report; returns what results.json holds."""
+    results, seconds, sources = {}, {}, []
+    for name, step in steps_of(run):
+        file = run.workdir / "steps" / f"{name}.json"
+        if not file.exists():
+            console.print(f"[bold]{name}[/bold]")
+            start, source = time.perf_counter(), provenance()
+            result = step(run)
+            write_json(file, {"result": result, "seconds": time.perf_counter() - start, **source})
+        saved = json.loads(file.read_text())
+        results[name], seconds[name] = saved["result"], round(saved["seconds"], 1)
+        sources.append({key: saved[key] for key in ("commit", "versions", "device")})
+    checkpoints = {n.removeprefix("evaluate "): r for n, r in results.items() if n.startswith("evaluate ")}
+    metrics = {name: run.workdir / name / "metrics.jsonl" for name in run.config.stages}
+    total = {
+        "command": f"embed pipeline --config={run.config_path}",
+        "machine": machine(),
+        # Of the first step; "commits" tells whether a run was continued by another state of the code.
+        **sources[0],
+        "commits": sorted({source["commit"] for source in sources}),
+        "checkpoints": checkpoints | results["baselines"],
+        **results["denoise"],
+        **results["merge"],
+        "search": results["search"],
+        "seconds": seconds,
+        "seconds_per_step": {name: read_metrics(path)[-1]["seconds_per_step"] for name, path in metrics.items()},
+        "data": results["prepare"] | {f"mined: {name}": count for name, count in results["mine"].items()},
+    }
+    write_json(run.workdir / "results.json", total)
+    path = report.write_report(run.workdir, total, metrics)
+    console.print(report.render_table(total))
+    search = total["search"]
+    console.print(f"[bold]embed search[/bold]: {search['query']}")
+    for hit in search["hits"]:
+        console.print(f"  {hit['rank']}  {hit['score']:.3f}  {hit['id']}", markup=False, highlight=False)
+    console.print(f"{sum(seconds.values()):.0f} s in all. Report: {path}; model: {run.workdir / 'export' / 'embed'}")
+    return total

@@ -1,0 +1,188 @@
+"""Packed rows and spans: the one data layout of every stage and of inference.
+
+A batch is R rows of L tokens with three integer maps (see `Rows`). A *segment* is one text or one document:
+attention stays inside it. A *span* is what one embedding is averaged over: the whole of a dense text, or one
+chunk of a document (late chunking). Several segments share a row. This module only knows NumPy.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Rows(NamedTuple):
+    """The row arrays, all int32[R, L]."""
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray  # 1..G inside a row, 0 = padding; attention never crosses segments
+    positions: np.ndarray  # restart at 0 in each segment
+    span_ids: np.ndarray  # 1..S inside a row, 0 = pooled nowhere (padding, separators)
+
+
+class RowShape(NamedTuple):
+    """When the packer closes a row: at `length` tokens, `spans` spans or `segments` segments."""
+
+    length: int
+    spans: int
+    segments: int
+
+
+class Segment(NamedTuple):
+    """One text: its tokens and, for each token, the span it belongs to (1.. inside this segment, 0 = none)."""
+
+    tokens: np.ndarray  # int32[n]
+    spans: np.ndarray  # int32[n]
+    num_spans: int  # slots it takes in the span table, empty chunks included
+
+
+class Packed(NamedTuple):
+    """Rows and where each segment went.
+
+    Segment i, span k (from 0) is slot `row[i] * S + first_span[i] + k` of the flattened span table [R * S];
+    segment i as a whole is slot `row[i] * G + segment[i]` of the flattened segment table [R * G].
+    """
+
+    rows: Rows
+    row: np.ndarray  # int[n]
+    first_span: np.ndarray  # int[n], from 0
+    segment: np.ndarray  # int[n], from 0
+    shape: RowShape
+
+    def span_slots(self, spans: np.ndarray | int = 0) -> np.ndarray:
+        """Flat slot in the span table of span `spans` (from 0) of each segment, int[n]."""
+        return self.row * self.shape.spans + self.first_span + spans
+
+    def segment_slots(self) -> np.ndarray:
+        """Flat slot in the segment table of each segment, int[n]."""
+        return self.row * self.shape.segments + self.segment
+
+
+def dense(tokens: np.ndarray) -> Segment:
+    """A text with one embedding: one segment, one span."""
+    tokens = np.asarray(tokens, np.int32)
+    return Segment(tokens, np.ones_like(tokens), 1)
+
+
+def chunked(chunks: Sequence[np.ndarray], separator_id: int | None = None) -> Segment:
+    """A document with one embedding a chunk: one segment, one span a chunk, in order.
+
+    `separator_id` is put between chunks and pooled into none of them (PAPER.md §1); None joins them bare.
+    """
+    tokens, spans = [], []
+    for k, chunk in enumerate(chunks):
+        if k and separator_id is not None:
+            tokens.append(np.array([separator_id], np.int32))
+            spans.append(np.zeros(1, np.int32))
+        tokens.append(np.asarray(chunk, np.int32))
+        spans.append(np.full(len(chunk), k + 1, np.int32))
+    if not tokens:
+        return Segment(np.zeros(0, np.int32), np.zeros(0, np.int32), 0)
+    return Segment(np.concatenate(tokens), np.concatenate(spans), len(chunks))
+
+
+def cut(segment: Segment, length: int) -> Segment:
+    """The first `length` tokens of a segment; its span slots stay, those that lost every token are empty."""
+    if len(segment.tokens) <= length:
+        return segment
+    return segment._replace(tokens=segment.tokens[:length], spans=segment.spans[:length])
+
+
+def content_ids(texts: Sequence[np.ndarray]) -> np.ndarray:
+    """A 32-bit hash of each token sequence, int32[n]: equal tokens have equal ids."""
+    digests = (hashlib.blake2b(np.ascontiguousarray(t, np.int32), digest_size=4).digest() for t in texts)
+    return np.frombuffer(b"".join(digests), np.int32)
+
+
+def first_fit_decreasing(
+    lengths: np.ndarray, spans: np.ndarray, shape: RowShape, num_rows: int | None = None
+) -> np.ndarray | None:
+    """The row of each segment, int[n], or None if `num_rows` rows do not hold them.
+
+    Longest first, each into the first row with room for its tokens, its spans and one more segment; with
+    `num_rows=None` a new row is opened whenever none has room. A segment that no row could hold is an error.
+    """
+    if len(lengths) and (lengths.max() > shape.length or spans.max() > shape.spans):
+        if num_rows is not None:
+            return None
+        raise ValueError(
+            f"a segment of {lengths.max()} tokens and {spans.max()} spans does not fit a row of "
+            f"{shape.length} tokens and {shape.spans} spans"
+        )
+    capacity = len(lengths) if num_rows is None else num_rows
+    free_tokens = np.full(capacity, shape.length)
+    free_spans = np.full(capacity, shape.spans)
+    free_segments = np.full(capacity, shape.segments)
+    where = np.zeros(len(lengths), np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        room = (free_tokens >= lengths[i]) & (free_spans >= spans[i]) & (free_segments >= 1)
+        r = int(room.argmax()) if capacity else 0
+        if not capacity or not room[r]:
+            return None
+        where[i] = r
+        free_tokens[r] -= lengths[i]
+        free_spans[r] -= spans[i]
+        free_segments[r] -= 1
+    return where
+
+
+def largest_cap(lengths: np.ndarray, spans: np.ndarray, shape: RowShape, num_rows: int) -> tuple[int, np.ndarray]:
+    """The largest c for which first-fit-decreasing of min(length, c) fits `num_rows` rows, and those rows.
+
+    Below the c at which the tokens alone would fit, c is tried downward: first-fit-decreasing is not monotone.
+    """
+    cap = min(int(lengths.max(initial=1)), shape.length)
+    budget = num_rows * shape.length
+    while cap > 1 and np.minimum(lengths, cap).sum() > budget:
+        cap -= 1
+    for c in range(cap, 0, -1):
+        where = first_fit_decreasing(np.minimum(lengths, c), spans, shape, num_rows)
+        if where is not None:
+            return c, where
+    raise ValueError(
+        f"{len(lengths)} segments with {int(spans.sum())} spans do not fit {num_rows} rows of "
+        f"{shape.length} tokens, {shape.spans} spans and {shape.segments} segments, even cut to one token each"
+    )
+
+
+def place(segments: Sequence[Segment], where: np.ndarray, shape: RowShape, num_rows: int) -> Packed:
+    """Write segments into rows, in order, at the rows that `where` names."""
+    tokens, segment_ids, positions, span_ids = np.zeros((4, num_rows, shape.length), np.int32)
+    used, span_count, segment_count = np.zeros((3, num_rows), np.int64)
+    first_span, segment_index = np.zeros((2, len(segments)), np.int64)
+    for i, (s, r) in enumerate(zip(segments, where)):
+        start, stop = used[r], used[r] + len(s.tokens)
+        tokens[r, start:stop] = s.tokens
+        segment_ids[r, start:stop] = segment_count[r] + 1
+        positions[r, start:stop] = np.arange(len(s.tokens))
+        span_ids[r, start:stop] = np.where(s.spans > 0, s.spans + span_count[r], 0)
+        first_span[i], segment_index[i] = span_count[r], segment_count[r]
+        used[r] = stop
+        span_count[r] += s.num_spans
+        segment_count[r] += 1
+    return Packed(Rows(tokens, segment_ids, positions, span_ids), np.asarray(where), first_span, segment_index, shape)
+
+
+def pack(segments: Sequence[Segment], shape: RowShape, num_rows: int | None = None) -> Packed:
+    """Pack segments by first-fit-decreasing, into as many rows as needed or into exactly `num_rows`."""
+    lengths = np.array([len(s.tokens) for s in segments], np.int64)
+    spans = np.array([s.num_spans for s in segments], np.int64)
+    where = first_fit_decreasing(lengths, spans, shape, num_rows)
+    if where is None:
+        raise ValueError(
+            f"{lengths.sum()} tokens in {len(segments)} segments do not fit {num_rows} rows of {shape.length}"
+        )
+    return place(segments, where, shape, int(where.max(initial=-1)) + 1 if num_rows is None else num_rows)
+
+
+def pack_group(segments: Sequence[Segment], shape: RowShape, num_rows: int) -> tuple[Packed, list[Segment], int]:
+    """Pack a group into exactly `num_rows` rows, cutting its longest segments to one common cap if it must.
+
+    Returns the packed rows, the segments as they stand in them, and how many were cut.
+    """
+    lengths = np.array([len(s.tokens) for s in segments], np.int64)
+    spans = np.array([s.num_spans for s in segments], np.int64)
+    cap, where = largest_cap(lengths, spans, shape, num_rows)
+    segments = [cut(s, cap) for s in segments]
+    return place(segments, where, shape, num_rows), segments, int((lengths > cap).sum())

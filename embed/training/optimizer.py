@@ -1,0 +1,34 @@
+"""AdamW with clipping under a warmup-stable-decay schedule (PAPER.md §2)."""
+
+import jax
+import optax
+
+
+def wsd_schedule(learning_rate: float, steps: int, warmup: float, decay: float) -> optax.Schedule:
+    """Linear from 0 over the first `warmup` fraction of the steps, constant, linear to 0 over the last `decay`."""
+    if warmup + decay > 1 or min(warmup, decay) < 0:
+        raise ValueError(f"warmup={warmup} and decay={decay} are fractions of the steps with a sum of at most 1")
+    up, down = round(warmup * steps), round(decay * steps)
+    return optax.join_schedules(
+        [
+            # Step 0 already moves: a rate of exactly 0 would waste it.
+            lambda step: learning_rate * (step + 1) / max(up, 1),
+            optax.constant_schedule(learning_rate),
+            lambda step: learning_rate * (1 - (step + 1) / (down + 1)),
+        ],
+        [up, steps - down],
+    )
+
+
+def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW; norm scales are not decayed."""
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+        ),
+    )

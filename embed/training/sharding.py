@@ -1,0 +1,82 @@
+"""Where every array lives: one mesh, one short rule table."""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Parameter name -> axes of its dimensions; the first match counts. Arrays under layers/ have a leading layer axis.
+RULES = (
+    (r"^embedding$", ("tensor", "fsdp")),  # V D
+    (r"^layers/(query|key|value)$", (None, "fsdp", "tensor", None)),  # N D H d
+    (r"^layers/output$", (None, "tensor", None, "fsdp")),  # N H d D
+    (r"^layers/(gate|up)$", (None, "fsdp", "tensor")),  # N D F
+    (r"^layers/down$", (None, "tensor", "fsdp")),  # N F D
+    (r"norm$", ()),  # small: replicated
+)
+BATCH = PartitionSpec(("data", "fsdp"))  # rows; everything else about a batch is replicated
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        named = ", ".join(f"{a}={s}" for a, s in zip(AXES, (data, fsdp, tensor)))
+        raise ValueError(f"mesh {named} does not cover {len(devices)} devices; one axis may be -1")
+    # Auto: jax.make_mesh defaults to explicit axes, under which objectives would have to name axes.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parameter_name(path) -> str:
+    """The name of a leaf of a parameter tree, `layers/query`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
+def parameter_shardings(mesh: Mesh, params):
+    """The NamedSharding of each parameter by RULES; a dimension that its axis does not divide stays whole."""
+
+    def one(path, x):
+        name = parameter_name(path)
+        for pattern, axes in RULES:
+            if re.search(pattern, name):
+                axes = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
+                return NamedSharding(mesh, PartitionSpec(*axes))
+        raise ValueError(f"no sharding rule matches parameter {name!r}; add one to embed.training.sharding.RULES")
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def state_shardings(mesh: Mesh, state, params_shardings):
+    """Shardings of an optimizer state: subtrees shaped like the parameters follow them, the rest is replicated."""
+    structure = jax.tree.structure(params_shardings)
+
+    def is_params(x):
+        return jax.tree.structure(x) == structure
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: params_shardings if is_params(x) else replicated, state, is_leaf=is_params)
+
+
+def put_batch(mesh: Mesh, batch: dict) -> dict:
+    """This process's share of a batch as global arrays: row arrays [rows, L] over (data, fsdp), tables replicated.
+
+    Tables (slots, ids, validity) are small and every process builds them for its own groups only, so they are
+    sharded by examples like the rows; the objectives see them whole.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    out = {}
+    for name, x in batch.items():
+        total = x.shape[0] * jax.process_count()
+        spec = BATCH if total % shards == 0 else PartitionSpec()
+        if name == "tokens" and spec != BATCH:
+            raise ValueError(f"{total} rows a batch do not divide over {shards} devices (data x fsdp)")
+        if spec != BATCH and jax.process_count() > 1:
+            raise ValueError(f"{total} entries of {name!r} a batch do not divide over {shards} devices (data x fsdp)")
+        out[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+    return out

@@ -1,0 +1,161 @@
+"""What a stage adds to the one loop: an objective over a batch of rows, and the loader that makes the batches.
+
+A stage's loss function has the signature
+
+    loss(params, batch, key, progress) -> (scalar, {name: scalar})
+
+with `batch` the arrays of the loader, `key` a PRNG key that is a function of (seed, step), and `progress` the
+fraction of the stage that is done.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from embed.data.loader import ContrastiveLoader, DiffusionLoader
+from embed.models import transformer
+from embed.models.pooling import pool_spans
+from embed.models.quantization import straight_through_int8
+from embed.objectives import contrastive, masked_diffusion
+from embed.rows import RowShape
+
+KINDS = ("diffusion", "pair", "contextual", "triplet")
+
+
+def diffusion_loss(params, batch, key, progress, *, model, mask_id: int, left_shift: bool, logits_chunk: int):
+    """Masked-diffusion ELBO in nats a token (PAPER.md §2)."""
+    tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
+    # With the shift the first token of a segment has no predecessor to be predicted from.
+    valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
+    noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id)
+    hidden = transformer.apply(model, params, noised, segment_ids, positions)
+    if left_shift:
+        hidden = masked_diffusion.left_shift(hidden)
+    nll, correct = masked_diffusion.token_nll(hidden, params["embedding"], tokens, chunk=logits_chunk)
+    loss = masked_diffusion.elbo_loss(nll, masked, t, valid)
+    count = jnp.maximum(masked.sum(), 1)
+    return loss, {
+        "accuracy": (correct & masked).sum() / count,
+        "masked_nll": jnp.where(masked, nll, 0).sum() / count,
+    }
+
+
+def embed_rows(params, batch, *, model, shape: RowShape, documents: bool = False):
+    """Quantized span embeddings [R * S, D] of a batch and, if asked, of whole segments [R * G, D]."""
+    hidden = transformer.apply(model, params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    spans = pool_spans(hidden, batch["span_ids"], shape.spans)
+    tables = [spans.reshape(-1, spans.shape[-1])]
+    if documents:
+        pooled_segments = jnp.where(batch["span_ids"] > 0, batch["segment_ids"], 0)
+        whole = pool_spans(hidden, pooled_segments, shape.segments)
+        tables.append(whole.reshape(-1, whole.shape[-1]))
+    return [straight_through_int8(table) for table in tables]
+
+
+def over_prefixes(prefixes, dimensions: int, loss: Callable):
+    """The mean of `loss(p)` over Matryoshka prefixes, each the first p dimensions of every embedding (PAPER.md §8)."""
+    for p in prefixes:
+        if not 0 < p <= dimensions:
+            raise ValueError(f"Matryoshka prefix {p} must be between 1 and the {dimensions} dimensions of the model")
+    return sum(loss(p) for p in prefixes) / len(prefixes)
+
+
+def pair_loss(params, batch, key, progress, *, model, shape, prefixes, temperature, margin):
+    """PAPER.md §3."""
+    (spans,) = embed_rows(params, batch, model=model, shape=shape)
+    q, d = spans[batch["query_slots"]], spans[batch["document_slots"]]
+
+    def loss(p):
+        return contrastive.pair_loss(
+            q[:, :p], d[:, :p], temperature=temperature, margin=margin,
+            query_ids=batch["query_ids"], document_ids=batch["document_ids"], valid=batch["valid"],
+        )  # fmt: skip
+
+    return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
+
+
+def triplet_loss(params, batch, key, progress, *, model, shape, prefixes, temperature):
+    """PAPER.md §5."""
+    (spans,) = embed_rows(params, batch, model=model, shape=shape)
+    q, d, h = (spans[batch[name]] for name in ("query_slots", "document_slots", "negative_slots"))
+
+    def loss(p):
+        return contrastive.triplet_loss(
+            q[:, :p], d[:, :p], h[..., :p], temperature=temperature,
+            query_ids=batch["query_ids"], document_ids=batch["document_ids"], negative_ids=batch["negative_ids"],
+            valid=batch["valid"], negative_valid=batch["negative_valid"],
+        )  # fmt: skip
+
+    return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
+
+
+def contextual_loss(params, batch, key, progress, *, model, shape, prefixes, temperature, margin, alpha, beta):
+    """PAPER.md §4, with β on a cosine from beta[0] to beta[1] over the stage."""
+    spans, segments = embed_rows(params, batch, model=model, shape=shape, documents=True)
+    q, c, d = spans[batch["query_slots"]], spans[batch["chunk_slots"]], segments[batch["document_slots"]]
+    beta_now = beta[1] + (beta[0] - beta[1]) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+
+    def loss(p):
+        return contrastive.contextual_loss(
+            q[:, :p], c[:, :p], d[:, :p], positive=batch["positive"], chunk_document=batch["chunk_document"],
+            temperature=temperature, beta=beta_now, alpha=alpha, margin=margin, query_ids=batch["query_ids"],
+            chunk_ids=batch["chunk_ids"], valid=batch["valid"], chunk_valid=batch["chunk_valid"],
+        )  # fmt: skip
+
+    top1 = _top1(q, c[batch["positive"]], batch["valid"])
+    return over_prefixes(prefixes, model.hidden_size, loss), {"top1": top1, "beta": beta_now}
+
+
+def _top1(q, d, valid):
+    """How often a query's own document is the most similar of the batch; a progress figure, without gradient."""
+    q, d = jax.lax.stop_gradient((contrastive.normalize(q), contrastive.normalize(d)))
+    scores = jnp.where(valid[None, :], contrastive.cosine(q, d), -2)
+    return ((jnp.diagonal(scores) >= scores.max(1)) & valid).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def row_shape(batch) -> RowShape:
+    """The packer's limits out of a stage's batch config."""
+    return RowShape(batch.length, batch.spans, batch.segments)
+
+
+def make_loss(stage, model: transformer.TransformerConfig, mask_id: int) -> Callable:
+    """The loss function of a stage's config."""
+    if stage.kind == "diffusion":
+        return functools.partial(
+            diffusion_loss, model=model, mask_id=mask_id, left_shift=stage.left_shift, logits_chunk=stage.logits_chunk
+        )
+    common = dict(
+        model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature
+    )
+    if stage.kind == "pair":
+        return functools.partial(pair_loss, **common, margin=stage.margin)
+    if stage.kind == "triplet":
+        return functools.partial(triplet_loss, **common)
+    if stage.kind == "contextual":
+        return functools.partial(
+            contextual_loss, **common, margin=stage.margin, alpha=stage.alpha, beta=tuple(stage.beta)
+        )
+    raise ValueError(f"stage kind {stage.kind!r} must be one of {', '.join(KINDS)}")
+
+
+def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | None):
+    """The loader of a stage's config for this process. `phases` is [(steps, {task: rate}), …]."""
+    batch = stage.batch
+    common = dict(seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
+    if stage.kind == "diffusion":
+        return DiffusionLoader(
+            stores,
+            phases,
+            rows=batch.rows,
+            length=batch.length,
+            truncate_probability=batch.truncate_probability,
+            **common,
+        )
+    return ContrastiveLoader(
+        stores, phases, stage=stage.kind, group_size=batch.group_size, groups=batch.groups,
+        rows_per_group=batch.rows_per_group, shape=row_shape(batch), separator_id=separator_id,
+        num_negatives=batch.get("num_negatives", 0), max_chunks=batch.get("max_chunks", 0),
+        max_queries_per_document=batch.get("max_queries_per_document", 0), **common,
+    )  # fmt: skip

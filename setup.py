@@ -1,0 +1,40 @@
+"""Packaging of `embed`."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="embed",
+    version="0.1.0",
+    description="Diffusion-pretrained text embeddings in JAX: training, export and inference",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["embed", "embed.*"]),
+    entry_points={"console_scripts": ["embed = embed.cli:main"]},
+    install_requires=[
+        "absl-py",
+        "beartype",
+        "bm25s",  # the lexical baseline
+        "flax>=0.12.8",
+        "gin-config",  # what the data are
+        "jax>=0.10,<0.13",
+        "jaxtyping",
+        "matplotlib",  # plots of the report
+        "ml-collections",  # what a run is
+        "numpy>=2.0",  # bitwise_count
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "rich",
+        "safetensors",
+        "sentencepiece>=0.2.1",
+        "tensorboardX",
+        "tensorstore",
+        "tokenizers",
+        # Only `embed prepare` imports these three.
+        "seqio",
+        "tensorflow",
+        "tensorflow-datasets",
+    ],
+    extras_require={
+        "test": ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
+    },
+)

@@ -1,0 +1,511 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from embed import rows
+from embed.data import loader as loading
+from embed.data.loader import BLOCK, ContrastiveLoader, Curriculum, DiffusionLoader, prefetch
+from embed.data.store import Store, Writer
+from embed.rows import RowShape
+
+
+class MemoryStore:
+    """The reading side of embed.data.store.Store, over lists of arrays; remembers what was read."""
+
+    def __init__(self, **columns):
+        self.columns = {name: [np.asarray(x, np.int32) for x in column] for name, column in columns.items()}
+        self.seen = []
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def read(self, indices):
+        self.seen += list(indices)
+        return [{name: column[i] for name, column in self.columns.items()} for i in indices]
+
+    def offsets(self, column):
+        return np.cumsum([0] + [len(x) for x in self.columns[column]])
+
+    def flat(self, column, start, stop):
+        return np.concatenate(self.columns[column])[start:stop]
+
+
+def texts(rng, count, shortest, longest):
+    return [rng.integers(4, 1000, n) for n in rng.integers(shortest, longest + 1, count)]
+
+
+def diffusion_stores():
+    rng = np.random.default_rng(0)
+    return {name: MemoryStore(tokens=texts(rng, 40, 0, 60)) for name in ("code", "prose")}
+
+
+def contrastive_stores(stage, count=50):
+    rng = np.random.default_rng(0)
+
+    def pieces(least, most, longest):
+        """A ragged list of ragged lists: (concatenated, lengths)."""
+        lists = [texts(rng, n, 1, longest) for n in rng.integers(least, most + 1, count)]
+        return [np.concatenate([np.zeros(0, int), *x]) for x in lists], [[len(y) for y in x] for x in lists]
+
+    def one():
+        if stage == "contextual":
+            document, chunk_lengths = pieces(1, 4, 6)
+            queries, query_lengths = pieces(0, 5, 4)
+            positives = [rng.integers(0, len(c), len(q)) for c, q in zip(chunk_lengths, query_lengths)]
+            return MemoryStore(
+                document=document, chunk_lengths=chunk_lengths, queries=queries, query_lengths=query_lengths,
+                positives=positives,
+            )  # fmt: skip
+        columns = dict(query=texts(rng, count, 1, 8), document=texts(rng, count, 4, 20))
+        if stage == "triplet":
+            columns["negatives"], columns["negative_lengths"] = pieces(0, 5, 10)
+        return MemoryStore(**columns)
+
+    return {"a": one(), "b": one()}
+
+
+PHASES = [(3, {"code": 1.0}), (4, {"code": 0.25, "prose": 0.75})]
+SHAPE = RowShape(32, 8, 6)
+STAGES = {
+    "diffusion": {},
+    "pair": dict(rows_per_group=4),
+    "triplet": dict(rows_per_group=8, num_negatives=3),
+    "contextual": dict(rows_per_group=6, max_queries_per_document=2, max_chunks=4, separator_id=3),
+}
+
+
+def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, **changes):
+    stage = stage_name  # `changes` may hold another one, to be refused
+    common = dict(seed=seed, process_index=process_index, process_count=process_count)
+    if stage == "diffusion":
+        arguments = dict(rows=8, length=16, truncate_probability=0.3) | changes
+        return DiffusionLoader(stores or diffusion_stores(), PHASES, **common, **arguments)
+    arguments = dict(stage=stage, group_size=5, groups=4, shape=SHAPE) | STAGES[stage] | changes
+    phases = [(3, {"a": 1.0}), (4, {"a": 0.25, "b": 0.75})]
+    return ContrastiveLoader(stores or contrastive_stores(stage), phases, **common, **arguments)
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+# --- all loaders ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_is_a_function_of_seed_and_step(stage):
+    forward, backward = make(stage), make(stage)
+    ahead = [forward.batch(k) for k in range(9)]
+    for k in reversed(range(9)):
+        assert_equal(backward.batch(k), ahead[k])
+    assert_equal(make(stage).batch(50_000), make(stage).batch(50_000))
+    assert not np.array_equal(ahead[0]["tokens"], ahead[1]["tokens"])
+    assert not np.array_equal(ahead[0]["tokens"], make(stage, seed=1).batch(0)["tokens"])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_batches_of_all_processes_together_are_the_batch_of_one(stage, count):
+    for step in (0, 5, 1000):
+        whole = make(stage).batch(step)
+        parts = [make(stage, index, count).batch(step) for index in range(count)]
+        stats = [part.pop("stats") for part in parts]
+        total = whole.pop("stats")
+        assert_equal({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, whole)
+        assert sum(s["cut"] for s in stats) == total["cut"]
+        assert np.mean([s["fill"] for s in stats]) == pytest.approx(total["fill"])
+
+
+def test_a_process_reads_its_own_examples_only():
+    stores = [contrastive_stores("pair", count=1000) for _ in range(4)]
+    for index, own in enumerate(stores):
+        make("pair", index, 4, stores=own).batch(0)
+    read = [own["a"].seen + own["b"].seen for own in stores]
+    assert [len(r) for r in read] == [5] * 4 and len(set(sum(read, []))) == 20
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_array_is_int32_or_bool(stage):
+    for name, array in make(stage).batch(0).items():
+        assert name == "stats" or array.dtype in (np.int32, np.bool_), name
+
+
+@pytest.mark.parametrize("stage, what", [("diffusion", "rows=8"), ("pair", "groups=4")])
+def test_processes_must_divide_the_batch(stage, what):
+    with pytest.raises(ValueError, match=f"{what} must be a positive multiple of the number of processes, 3"):
+        make(stage, 0, 3)
+    with pytest.raises(ValueError, match="process_index=2 must be in 0..1"):
+        make(stage, 2, 2)
+
+
+# --- the curriculum ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 99, 100, 1000, 4097])
+def test_permute_is_a_permutation_of_any_size(size):
+    out = loading.permute(loading.make_key("x"), np.arange(size), size)
+    np.testing.assert_array_equal(np.sort(out), np.arange(size))
+    if size >= 64:
+        assert np.abs(np.corrcoef(out, np.arange(size))[0, 1]) < 5 / np.sqrt(size)
+        assert (out != loading.permute(loading.make_key("y"), np.arange(size), size)).mean() > 0.9
+
+
+def examples(curriculum, steps):
+    """(task name, epoch, index) of every slot of the steps."""
+    for step in steps:
+        draw = curriculum.draw(step, 0, curriculum.slots)
+        yield from ((curriculum.tasks[t], int(e), int(i)) for t, e, i in zip(*draw))
+
+
+@pytest.mark.parametrize("slots", [7, 256, 3000])
+def test_each_epoch_takes_every_example_once_in_an_order_of_its_own_across_blocks_and_phases(slots):
+    sizes = {"a": 501, "b": 90}
+    curriculum = Curriculum([(4, {"a": 1}), (3, {"a": 1, "b": 2}), (1, {"b": 1, "a": 1})], sizes, seed=3, slots=slots)
+    seen = {}
+    for task, epoch, index in examples(curriculum, range(max(10, 10_000 // slots))):
+        seen.setdefault((task, epoch), []).append(index)
+    for task, size in sizes.items():
+        epochs = [order for (t, _), order in sorted(seen.items()) if t == task]
+        assert len(epochs) > 2
+        for order in epochs[:-1]:
+            assert sorted(order) == list(range(size))
+        assert len(set(epochs[-1])) == len(epochs[-1])
+        assert epochs[0] != epochs[1]
+
+
+def test_every_block_has_the_exact_shares_of_its_rates():
+    rates = {"a": 0.5, "b": 0.3, "c": 0.2001}
+    slots = BLOCK // 4
+    curriculum = Curriculum([(100, rates)], dict.fromkeys(rates, 10**6), seed=0, slots=slots)
+    for block in range(3):
+        tasks = [task for task, _, _ in examples(curriculum, range(4 * block, 4 * block + 4))]
+        for task, rate in rates.items():
+            assert abs(tasks.count(task) - BLOCK * rate / sum(rates.values())) < 1
+        assert len({*tasks[:20]}) > 1  # mixed, not one task after the other
+
+
+def test_the_phase_of_the_step_decides_and_the_last_goes_on():
+    curriculum = Curriculum([(2, {"a": 1}), (3, {"b": 1}), (1, {"c": 1})], dict.fromkeys("abc", 100), seed=0, slots=8)
+    tasks = ["".join(sorted({task for task, _, _ in examples(curriculum, [step])})) for step in range(8)]
+    assert tasks == ["a", "a", "b", "b", "b", "c", "c", "c"]
+
+
+def test_part_of_a_batch_is_that_part_of_the_whole():
+    curriculum = Curriculum([(9, {"a": 1, "b": 1})], {"a": 30, "b": 40}, seed=0, slots=1500)
+    whole = curriculum.draw(7, 0, 1500)
+    for start, stop in ((0, 10), (700, 1300), (1499, 1500)):
+        for part, all_ in zip(curriculum.draw(7, start, stop), whole):
+            np.testing.assert_array_equal(part, all_[start:stop])
+
+
+def test_a_rate_of_zero_leaves_a_task_out_without_needing_its_data():
+    curriculum = Curriculum([(1, {"a": 1, "b": 0})], {"a": 5}, seed=0, slots=8)
+    assert curriculum.tasks == ["a"]
+
+
+@pytest.mark.parametrize(
+    "phases, message",
+    [
+        ([], "at least one phase"),
+        ([(0, {"a": 1})], "at least one step and a positive rate"),
+        ([(5, {"a": 0})], "at least one step and a positive rate"),
+        ([(5, {"a": 1, "b": -1})], "at least one step and a positive rate"),
+        ([(5, {"c": 1})], "no data for the task 'c' of the curriculum; there is: a, b, empty"),
+        ([(5, {"empty": 1})], "the task 'empty' has no examples"),
+        ([(5, {"a": 1, "b": 1e-5})], "'b' has the share 1e-05 of its mixture, less than one slot in"),
+    ],
+)
+def test_a_curriculum_that_cannot_be_kept_is_an_error(phases, message):
+    with pytest.raises(ValueError, match=message):
+        Curriculum(phases, {"a": 5, "b": 5, "empty": 0}, seed=0, slots=8)
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------
+
+
+def numbered_store(lengths):
+    """Documents whose tokens say where in the flat array they stand."""
+    return MemoryStore(tokens=np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]))
+
+
+LENGTHS = [5, 0, 1, 30, 7, 12, 0, 3, 16, 9, 22, 1, 1, 8]
+
+
+def numbered_loader(**changes):
+    arguments = dict(seed=0, rows=7, length=16, truncate_probability=0.0) | changes
+    return DiffusionLoader({"x": numbered_store(LENGTHS)}, [(1, {"x": 1})], **arguments)  # 115 tokens: 7 windows
+
+
+@pytest.mark.parametrize("epoch", range(6))
+def test_the_windows_of_an_epoch_tile_the_text_as_a_ring(epoch):
+    tokens = numbered_loader().batch(epoch)["tokens"]
+    np.testing.assert_array_equal((tokens[:, 1:] - tokens[:, :-1]) % sum(LENGTHS), 1)
+    assert len(set(tokens.ravel().tolist())) == 7 * 16  # no token twice
+
+
+def test_each_epoch_starts_its_windows_elsewhere():
+    assert len({numbered_loader().batch(epoch)["tokens"][:, 0].min() for epoch in range(8)}) > 4
+
+
+@pytest.mark.parametrize("epoch", range(6))
+def test_segments_are_the_documents_and_positions_restart_in_each(epoch):
+    batch = numbered_loader().batch(epoch)
+    document = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    for tokens, segments, positions in zip(batch["tokens"], batch["segment_ids"], batch["positions"]):
+        segment, position, previous = 0, 0, None
+        for token, s, p in zip(tokens, segments, positions):
+            # The ring closes between the last document and the first: a boundary as any other.
+            position, segment = (position + 1, segment) if document[token] == previous else (0, segment + 1)
+            previous = document[token]
+            assert (s, p) == (segment, position)
+
+
+def test_rows_are_full_unless_truncated():
+    batch = numbered_loader().batch(0)
+    assert (batch["segment_ids"] > 0).all() and batch["stats"] == {"fill": 1.0, "cut": 0}
+
+
+def test_truncation_keeps_the_start_of_a_row_and_pads_the_rest():
+    whole, cut = numbered_loader().batch(2), numbered_loader(truncate_probability=1.0).batch(2)
+    kept = cut["segment_ids"] > 0
+    lengths = kept.sum(1)
+    assert lengths.min() >= 1 and lengths.max() < 16 and len(set(lengths)) > 2
+    np.testing.assert_array_equal(kept, np.arange(16) < lengths[:, None])
+    for name in ("tokens", "segment_ids", "positions"):
+        np.testing.assert_array_equal(cut[name], whole[name] * kept)
+    assert cut["stats"] == {"fill": pytest.approx(kept.mean()), "cut": 7}
+
+
+def test_rows_are_truncated_as_often_as_asked_and_to_any_length():
+    loader = numbered_loader(truncate_probability=0.2, rows=64)
+    kept = np.concatenate([(loader.batch(k)["segment_ids"] > 0).sum(1) for k in range(30)])
+    cut = kept[kept < 16]
+    assert abs(len(cut) / len(kept) - 0.2) < 5 * np.sqrt(0.16 / len(kept))
+    assert set(cut) == set(range(1, 16)) and abs(cut.mean() - 8) < 1.5
+
+
+def test_less_text_than_a_row_is_an_error():
+    with pytest.raises(ValueError, match="the task 'x' has 115 tokens, fewer than one row of 200"):
+        numbered_loader(length=200)
+
+
+# --- contrastive ------------------------------------------------------------------------------------------------
+
+
+def span(batch, slot):
+    """The tokens that a slot of the span table is the mean of."""
+    row, k = divmod(int(slot), SHAPE.spans)
+    return batch["tokens"][row][batch["span_ids"][row] == k + 1]
+
+
+def drawn(loader, step):
+    """The stored examples of a batch, in order."""
+    draw = loader.curriculum.draw(step, 0, loader.curriculum.slots)
+    return [loader._stores[loader.curriculum.tasks[t]].read([i])[0] for t, _, i in zip(*draw)]
+
+
+def content(tokens):
+    return int(rows.content_ids([tokens])[0])
+
+
+@pytest.mark.parametrize("stage, rows_per_group", [("pair", 2), ("pair", 20), ("triplet", 5), ("triplet", 20)])
+def test_slots_point_at_the_texts_of_each_example_and_ids_hash_what_stands_there(stage, rows_per_group):
+    loader = make(stage, rows_per_group=rows_per_group)
+    batch = loader.batch(4)
+    shortened = 0
+    for i, example in enumerate(drawn(loader, 4)):
+        for side in ("query", "document"):
+            here = span(batch, batch[f"{side}_slots"][i])
+            assert len(here) and batch[f"{side}_ids"][i] == content(here)
+            np.testing.assert_array_equal(here, example[side][: len(here)])
+            shortened += len(here) < len(example[side])
+    assert batch["valid"].all() and batch["stats"]["lost"] == 0
+    assert (shortened > 0) == (rows_per_group == 2) or stage == "triplet"
+    if stage == "pair":
+        assert batch["stats"]["cut"] == shortened
+    assert batch["stats"]["fill"] == (batch["segment_ids"] > 0).mean()
+
+
+def test_each_triplet_has_all_its_negatives_or_a_draw_of_them_without_repeats():
+    loader = make("triplet", rows_per_group=20)
+    counts, chosen_sets = set(), set()
+    for step in range(6):
+        batch = loader.batch(step)
+        assert batch["stats"]["cut"] == 0
+        for i, example in enumerate(drawn(loader, step)):
+            stored = [tuple(x) for x in loading.split(example["negatives"], example["negative_lengths"])]
+            valid = batch["negative_valid"][i]
+            here = [tuple(span(batch, slot)) for slot in batch["negative_slots"][i][valid]]
+            assert len(here) == min(len(stored), 3)
+            assert not valid[len(here) :].any() and (batch["negative_slots"][i][~valid] == 0).all()
+            left = list(stored)
+            for negative, identity in zip(here, batch["negative_ids"][i][valid]):
+                left.remove(negative)  # fails where one is taken twice
+                assert identity == content(negative)
+            counts.add(len(stored))
+            if len(stored) == 5:
+                chosen_sets.add(tuple(stored.index(x) for x in here))
+    assert counts == set(range(6)) and len(chosen_sets) > 3
+
+
+def test_chunks_queries_positives_and_documents_of_the_contextual_stage_fit_together():
+    loader = make("contextual", rows_per_group=12)
+    for step in range(4):
+        batch = loader.batch(step)
+        assert batch["stats"]["cut"] == batch["stats"]["lost"] == 0
+        for i, example in enumerate(drawn(loader, step)):
+            chunks = loading.split(example["document"], example["chunk_lengths"])
+            queries = loading.split(example["queries"], example["query_lengths"])
+            c, q = slice(4 * i, 4 * i + 4), slice(2 * i, 2 * i + 2)
+            np.testing.assert_array_equal(batch["chunk_valid"][c], np.arange(4) < len(chunks))
+            assert (batch["chunk_document"][c] == content(example["document"])).all()
+            for slot, identity, chunk in zip(batch["chunk_slots"][c], batch["chunk_ids"][c], chunks):
+                np.testing.assert_array_equal(span(batch, slot), chunk)
+                assert identity == content(chunk)
+            valid = batch["valid"][q]
+            np.testing.assert_array_equal(valid, np.arange(2) < len(queries))
+            stored = [(tuple(x), p) for x, p in zip(queries, example["positives"])]
+            for j in np.flatnonzero(valid) + 2 * i:
+                text = span(batch, batch["query_slots"][j])
+                chunk, document = batch["positive"][j] - 4 * i, batch["document_slots"][j]
+                stored.remove((tuple(text), chunk))  # each at most once, with its own positive
+                assert batch["query_ids"][j] == content(text)
+                row, segment = divmod(int(document), SHAPE.segments)
+                mine = (batch["segment_ids"][row] == segment + 1) & (batch["span_ids"][row] > 0)
+                np.testing.assert_array_equal(batch["tokens"][row][mine], example["document"])
+
+
+def contextual_store(**changes):
+    """20 times one document of chunks of 6, 5 and 4 tokens with one query on each."""
+    example = dict(
+        document=np.arange(10, 25), chunk_lengths=[6, 5, 4], queries=np.arange(30, 36), query_lengths=[2, 2, 2],
+        positives=[0, 1, 2],
+    )  # fmt: skip
+    return {name: MemoryStore(**{k: [v] * 20 for k, v in (example | changes).items()}) for name in ("a", "b")}
+
+
+def test_a_query_whose_chunk_was_cut_away_is_invalid_and_counted():
+    changes = dict(max_queries_per_document=3, max_chunks=3, separator_id=None)
+    loader = make("contextual", stores=contextual_store(), rows_per_group=3, shape=RowShape(32, 16, 16), **changes)
+    batch = loader.batch(0)  # a group of 5 documents and 15 queries: 105 tokens for 96 places
+    assert batch["stats"]["cut"] == 20 and batch["stats"]["lost"] == 0
+    loader = make("contextual", stores=contextual_store(), rows_per_group=2, shape=RowShape(40, 16, 16), **changes)
+    batch = loader.batch(0)  # 80 places: the third chunks go
+    assert batch["stats"] == {"fill": pytest.approx((batch["segment_ids"] > 0).mean()), "cut": 20, "lost": 20}
+    np.testing.assert_array_equal(batch["valid"], [True, True, False] * 20)
+    np.testing.assert_array_equal(batch["chunk_valid"], [True, True, False] * 20)
+
+
+def test_a_text_without_tokens_makes_its_example_invalid_and_counted():
+    empty = [[]] * 10
+    store = MemoryStore(query=[*empty, *[[5, 6]] * 20], document=[*[[7]] * 20, *empty])
+    phases = [(1, {"a": 1})]
+    batch = ContrastiveLoader(
+        {"a": store}, phases, stage="pair", seed=0, group_size=30, groups=1, rows_per_group=15, shape=SHAPE
+    ).batch(0)
+    assert batch["valid"].sum() == 10 and batch["stats"]["lost"] == 20
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stage": "dense"}, "stage='dense' must be one of pair, triplet, contextual"),
+        ({"max_queries_per_document": 0}, "max_queries_per_document=0 of at least 1"),
+        ({"max_chunks": 9}, "max_chunks=9 in 1..8"),
+    ],
+)
+def test_arguments_that_cannot_work_are_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make("contextual", **changes)
+
+
+def test_a_document_of_more_chunks_than_there_is_room_for_is_an_error():
+    with pytest.raises(ValueError, match="a document of 3 chunks is over max_chunks=2"):
+        make("contextual", stores=contextual_store(), max_chunks=2).batch(0)
+
+
+def test_a_positive_outside_its_document_is_an_error():
+    with pytest.raises(ValueError, match="outside a document of 3 chunks"):
+        make("contextual", stores=contextual_store(positives=[0, 1, 3])).batch(0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_store_on_disk_gives_the_batches_of_one_in_memory(stage, tmp_path):
+    memory = diffusion_stores() if stage == "diffusion" else contrastive_stores(stage)
+    disk = {}
+    for name, store in memory.items():
+        writer = Writer(tmp_path / name, list(store.columns))
+        for i in range(len(store)):
+            writer.append({column: values[i] for column, values in store.columns.items()})
+        writer.close({})
+        disk[name] = Store(tmp_path / name)
+    for step in (0, 20):
+        assert_equal(make(stage, stores=disk).batch(step), make(stage, stores=memory).batch(step))
+
+
+# --- prefetch ---------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Batch k is k; fails at one step; remembers what was asked."""
+
+    def __init__(self, fail_at=None):
+        self.fail_at, self.asked = fail_at, []
+
+    def batch(self, step):
+        self.asked.append(step)
+        if step == self.fail_at:
+            raise OSError("disk on fire")
+        return step
+
+
+def reader_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize("depth", [1, 3, 100])
+def test_prefetch_yields_every_step_in_order(depth):
+    assert list(prefetch(Counting(), 3, 20, depth)) == [(k, k) for k in range(3, 20)]
+    assert list(prefetch(Counting(), 5, 5, depth)) == []
+
+
+def test_prefetch_reads_ahead_by_its_depth_and_no_further():
+    loader = Counting()
+    batches = prefetch(loader, 0, 100, 3)
+    next(batches)
+    assert until(lambda: len(loader.asked) == 4)
+    time.sleep(0.05)
+    assert loader.asked == [0, 1, 2, 3]
+    batches.close()
+
+
+def test_prefetch_raises_the_readers_error_at_its_step():
+    got = []
+    with pytest.raises(OSError, match="disk on fire") as caught:
+        for step, _ in prefetch(Counting(fail_at=4), 0, 10, 3):
+            got.append(step)
+    assert got == [0, 1, 2, 3]
+    assert caught.value.__notes__ == ["while reading the batch of step 4"]
+    assert until(lambda: not reader_threads())
+
+
+def test_prefetch_ends_its_thread_when_the_consumer_stops():
+    for _ in prefetch(Counting(), 0, 10**9, 5):
+        break
+    assert until(lambda: not reader_threads())
+
+
+def test_a_prefetch_of_no_depth_is_an_error():
+    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
+        next(prefetch(Counting(), 0, 5, 0))

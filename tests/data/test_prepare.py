@@ -1,0 +1,208 @@
+"""`prepare` on a small tree of packages that the tests write."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+
+from embed import tokenizers
+from embed.data import hygiene
+from embed.data.prepare import bind, prepare
+from embed.data.sources import Packages
+from embed.data.store import Store
+
+GIN = "configs/data/python_docs.gin"
+PACKAGES = ("alpha", "beta", "gamma", "delta")
+VERBS = "read write open close merge split count find sort filter".split()
+
+
+SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo zu".split()
+
+
+def nonsense(seed, count=12):
+    """Made-up words, so that the vocabulary has something to learn."""
+    rng = np.random.default_rng(list(seed.encode()))
+    return " ".join("".join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(count))
+
+
+def function(package, verb, indent=""):
+    source = f'''
+    def {verb}_{package}(path, limit):
+        """{verb.capitalize()}s the {package} records of a file in order.
+
+        Stops early when the limit is met by {package}.
+
+        Args:
+          path: where the {package} records are.
+          limit: how many to {verb} at most.
+        """
+        # {nonsense(package + verb)}
+        records = open(path).readlines()[: limit * {len(package) + len(verb)}]
+        return [record.{verb}("{package}") for record in records]
+    '''
+    return textwrap.indent(textwrap.dedent(source), indent)
+
+
+def module(package, part):
+    methods = "".join(function(f"{package}{part}", verb, "    ") for verb in VERBS)
+    summary = f'"""Everything about {package} {part}, in one place."""'
+    return f'{summary}\n\n\nclass {package.capitalize()}Store{part}:\n    """Keeps {package} values together."""\n{methods}\n'
+
+
+COPIED = function("held", "copy")  # stands in a training and in a held-out package
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    for package in PACKAGES:
+        (root / package / "tests").mkdir(parents=True)
+        for part in range(3):
+            (root / package / f"part{part}.py").write_text(module(package, part))
+        (root / package / "tests" / "test_x.py").write_text(function(package, "never"))
+    (root / "alpha" / "copied.py").write_text(COPIED)
+    (root / "delta" / "original.py").write_text(COPIED)
+    (root / "alpha" / "broken.py").write_text("def broken(:\n")
+    return Packages(train=("alpha", "beta", "absent"), development=("gamma",), test=("delta",), path=(str(root),))
+
+
+@pytest.fixture(scope="session")
+def data(packages, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(folder, gin_file=GIN, vocab_size=200, packages=packages)
+    return folder
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
+    mixtures = json.loads((data / "mixtures.json").read_text())
+    assert set(mixtures) == {"diffusion", "pairs", "contextual"}
+    tokenizer = tokenizers.load(data / "tokenizer")
+    for name in {task for rates in mixtures.values() for task in rates}:
+        store = Store(data / "tasks" / name)
+        assert len(store) > 0 and store.info["vocabulary"] == tokenizer.digest
+        for example in store.read(range(len(store))):
+            assert all(values.max(initial=0) < tokenizer.vocab_size for values in example.values())
+
+
+def test_training_has_no_text_of_a_held_out_function(data):
+    tokenizer = tokenizers.load(data / "tokenizer")
+    text = Store(data / "tasks" / "python_docs_text")
+    training = hygiene.normalise(tokenizer.decode(text.flat("tokens", 0, int(text.offsets("tokens")[-1]))))
+    corpus = [
+        row["text"]
+        for split in ("development", "test")
+        for row in rows(data / f"evaluation/functions/{split}/corpus.jsonl")
+    ]
+    assert len(corpus) > 50
+    for code in corpus:
+        seen = tokenizer.decode(tokenizer.encode([code])[0])
+        assert hygiene.normalise(seen) not in training
+    # The check can find something: a training function is there.
+    known = tokenizer.decode(tokenizer.encode(["records = open(path).readlines()[: limit * 10]"])[0])
+    assert hygiene.normalise(known) in training
+
+
+def test_what_was_left_out_is_counted(data):
+    info = json.loads((data / "info.json").read_text())
+    assert info["packages"] == {p: f"{p}==0" for p in PACKAGES} and info["packages_missing"] == ["absent"]
+    assert info["dropped"]["train: modules with held-out text"] == 1
+    assert info["dropped"]["train: held-out functions"] == 1
+    assert [path.rpartition("/")[2] for path in info["unreadable"]] == ["broken.py"]
+
+
+def test_function_queries_are_summaries_and_documents_do_not_hold_them(data):
+    folder = data / "evaluation" / "functions" / "test"
+    corpus = {row["_id"]: row["text"] for row in rows(folder / "corpus.jsonl")}
+    queries = {row["_id"]: row["text"] for row in rows(folder / "queries.jsonl")}
+    qrels = rows(folder / "qrels.jsonl")
+    assert len(corpus) == len(queries) == len(qrels) == 31  # 3 modules of 10, and the original of the copy
+    for row in qrels:
+        query, code = queries[row["query-id"]], corpus[row["corpus-id"]]
+        verb = query.split()[0].lower().removesuffix("s")
+        assert f"def {verb}" in code and query not in code and '"""' not in code
+
+
+def test_contextual_queries_name_the_owner_and_their_chunks_do_not(data):
+    folder = data / "evaluation" / "contextual" / "test"
+    corpus = {row["_id"]: row for row in rows(folder / "corpus.jsonl")}
+    first = {row["document"]: row["text"] for row in corpus.values() if row["chunk"] == 0}
+    queries = {row["_id"]: row["text"] for row in rows(folder / "queries.jsonl")}
+    for row in rows(folder / "qrels.jsonl"):
+        query, chunk = queries[row["query-id"]], corpus[row["corpus-id"]]
+        assert query.startswith("delta ") and "Store" not in chunk["text"]
+        assert first[chunk["document"]].startswith("delta.")
+    chunks = [row["chunk"] for row in corpus.values()]
+    assert all(b in (0, a + 1) for a, b in zip(chunks, chunks[1:]))  # rows of a document stand together, in order
+
+
+def test_contextual_examples_are_whole_documents_and_their_queries(data):
+    store = Store(data / "tasks" / "python_docs_modules")
+    for example in store.read(range(len(store))):
+        assert example["chunk_lengths"].sum() == len(example["document"])
+        assert example["query_lengths"].sum() == len(example["queries"])
+        assert len(example["query_lengths"]) == len(example["positives"]) > 0
+        assert example["positives"].max() < len(example["chunk_lengths"]) <= 16
+        assert example["chunk_lengths"].max() <= 64
+
+
+def test_seqio_sees_the_same_tokens_as_inference(data):
+    from embed.data.tasks import TokenizerVocabulary
+
+    tokenizer = tokenizers.load(data / "tokenizer")
+    vocabulary = TokenizerVocabulary(tokenizer)
+    texts = ["def readFile(path_name): pass", "", "größe 中 <mask>", "Reads the alpha records."]
+    for text in texts:
+        expected = tokenizer.encode([text])[0].tolist()
+        assert vocabulary.encode(text) == expected
+        assert vocabulary.encode_tf(text).numpy().tolist() == expected
+    assert vocabulary.vocab_size == tokenizer.vocab_size
+
+
+def test_the_same_arguments_do_nothing_and_others_are_refused_by_name(data, packages):
+    before = (data / "info.json").stat().st_mtime_ns
+    prepare(data, gin_file=GIN, vocab_size=200, packages=packages)
+    assert (data / "info.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="vocab_size was 200, now 201"):
+        prepare(data, gin_file=GIN, vocab_size=201, packages=packages)
+
+
+def test_preparing_again_elsewhere_gives_the_same_tokens_in_the_same_order(data, packages, tmp_path):
+    prepare(tmp_path / "data", gin_file=GIN, vocab_size=200, packages=packages)
+    for name in ("python_docs_summaries", "python_docs_modules"):
+        one, two = Store(data / "tasks" / name), Store(tmp_path / "data" / "tasks" / name)
+        for a, b in zip(one.read(range(len(one))), two.read(range(len(two)))):
+            assert all(np.array_equal(a[column], b[column]) for column in a)
+
+
+def test_a_split_without_packages_is_an_error(packages, tmp_path):
+    nothing = Packages(train=packages.train, development=("gone",), test=packages.test, path=packages.path)
+    with pytest.raises(ValueError, match="split 'development' of python_docs is empty"):
+        prepare(tmp_path / "data", gin_file=GIN, vocab_size=200, packages=nothing)
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        (
+            "pairs.query_lenth = 8",
+            "unknown gin binding 'pairs.query_lenth'; the nearest valid one is 'pairs.query_length'",
+        ),
+        ("a_scope/pairs.query_length = 8", "'a_scope/pairs.query_length' is used by nothing"),
+        ("A_MACRO = 8", "the gin binding 'A_MACRO' is used by nothing"),
+        ("pairs.query_length = 0", "pairs.query_length must be a whole number of at least 1, got 0"),
+        ("mixtures.rates = {'pairs': {'python_docs_names': -1.0}}", "must be positive, got -1.0"),
+    ],
+)
+def test_wrong_gin_bindings_are_errors_that_name_them(binding, message):
+    with pytest.raises(ValueError, match=message):
+        bind(GIN, [binding])
+
+
+def test_a_missing_gin_file_is_named():
+    with pytest.raises(FileNotFoundError, match="no gin file configs/data/none.gin"):
+        bind("configs/data/none.gin")

@@ -1,0 +1,64 @@
+import math
+
+import numpy as np
+
+from embed.evaluation import baselines
+from embed.evaluation.retrieval import RetrievalSet
+
+
+def make(corpus, queries, documents=None):
+    documents = [np.array([i]) for i in range(len(corpus))] if documents is None else documents
+    return RetrievalSet("set", [], queries, [], corpus, documents, [])
+
+
+def test_words_are_split_at_underscores_and_case_and_lower_cased():
+    assert baselines.words("parseHTTPHeader_v2 __init__(self, IOError): x2y 数据 größe") == [
+        "parse", "http", "header", "v2", "init", "self", "io", "error", "x2y", "数据", "größe"
+    ]  # fmt: skip
+
+
+def test_bm25_ranks_as_the_formula_does():
+    corpus = ["parse file", "parse parse config of the long text", "open file", "nothing"]
+    query = ["parse", "file", "file"]
+    texts = [text.split() for text in corpus]
+    mean = np.mean([len(t) for t in texts])
+    scores = []
+    for text in texts:
+        score = 0
+        for word in query:
+            containing, count = sum(word in t for t in texts), text.count(word)
+            idf = math.log(1 + (len(texts) - containing + 0.5) / (containing + 0.5))
+            score += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(text) / mean))
+        scores.append(score)
+    order = sorted(range(4), key=lambda i: -scores[i])
+    assert scores[order[2]] > 0 == scores[order[3]]
+    assert baselines.bm25(make(corpus, [" ".join(query)]), depth=4).tolist() == [[*order[:3], -1]]
+
+
+def test_bm25_leaves_places_empty_where_no_word_is_shared_and_breaks_ties_by_index():
+    found = baselines.bm25(make(["a b", "c", "a b"], ["b", "zebra", "..."]), depth=3)
+    assert found.tolist() == [[0, 2, -1], [-1, -1, -1], [-1, -1, -1]]
+
+
+def test_bm25_in_context_reads_the_first_chunk_of_the_document_before_each_other():
+    corpus, documents = ["ledger", "def add", "parser", "def add"], [np.array([0, 1]), np.array([2, 3])]
+    data = make(corpus, ["ledger add", "parser add"], documents)
+    assert baselines.bm25(data, depth=2)[:, 0].tolist() == [0, 2]  # alone the two functions are the same
+    assert baselines.bm25(data, context=True, depth=2)[:, 0].tolist() == [1, 3]
+
+
+def test_fusion_adds_reciprocal_ranks():
+    first, second = np.array([[3, 1, 2, -1]]), np.array([[2, 3, 0]])
+    # 3: 1/61 + 1/62, 2: 1/63 + 1/61, 1: 1/62, 0: 1/63
+    assert baselines.reciprocal_rank_fusion(first, second, depth=5).tolist() == [[3, 2, 1, 0, -1]]
+
+
+def test_with_k_60_two_middling_ranks_beat_one_first_rank_and_with_k_1_they_do_not():
+    first, second = np.arange(50)[None], np.array([[*range(100, 149), 49]])  # text 49 is fiftieth in both
+    assert baselines.reciprocal_rank_fusion(first, second, depth=2).tolist() == [[49, 0]]  # 2 / 110 > 1 / 61
+    assert baselines.reciprocal_rank_fusion(first, second, k=1, depth=2).tolist() == [[0, 100]]
+
+
+def test_fusion_breaks_ties_by_index_and_keeps_the_best():
+    first, second = np.array([[1, 0], [5, 6]]), np.array([[0, 1], [-1, -1]])
+    assert baselines.reciprocal_rank_fusion(first, second, depth=1).tolist() == [[0], [5]]

@@ -1,0 +1,102 @@
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from embed.evaluation import report
+
+BENCHMARKS = ("functions", "contextual", "contextual_alone")
+
+
+def figures(*precisions, start):
+    def row(i, j):
+        return {"ndcg@10": start + 0.1 * i - 0.01 * j, "recall@10": start + 0.2, "mrr@10": 0}
+
+    return {b: {p: row(i, j) for j, p in enumerate(precisions)} for i, b in enumerate(BENCHMARKS)}
+
+
+@pytest.fixture
+def results():
+    pair, merged = (figures("float32", "int8", "binary", start=start) for start in (0.31, 0.42))
+    return {"checkpoints": {"pair": pair, "merged": merged, "BM25": figures("float32", start=0.5)}}
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": s, "loss": 5 / s}) + "\n" for s in range(1, 50)) + '{"step": 50, "lo')
+    return {"pair": file}
+
+
+def test_the_terminal_table_has_a_row_a_model_and_precision_and_fits_80_columns(results):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console.print(report.render_table(results))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert [line.split() for line in text.splitlines() if "merged" in line] == [
+        ["merged", "0.420", "0.620", "0.520", "0.620", "0.620", "0.620"],
+        ["merged", "0.410", "0.620", "0.510", "0.620", "0.610", "0.620"],
+        ["merged", "0.400", "0.620", "0.500", "0.620", "0.600", "0.620"],
+    ]
+    assert len(re.findall("BM25", text)) == 1
+
+
+def test_the_markdown_table_marks_the_best_of_each_column_and_precision(results):
+    lines = report.markdown_table(results).splitlines()
+    assert lines[0].startswith("| precision | model | functions<br>nDCG@10 | functions<br>recall@10 | contextual<br>")
+    assert {line.count("|") for line in lines} == {9}
+    assert lines[2] == "| float32 | pair | 0.310 | 0.510 | 0.410 | 0.510 | 0.510 | 0.510 |"
+    assert lines[4] == "|  | BM25 | **0.500** | **0.700** | **0.600** | **0.700** | **0.700** | **0.700** |"
+    assert lines[5].startswith("| int8 | pair | 0.300 |") and lines[6].startswith("|  | merged | **0.410** |")
+    assert len(lines) == 2 + 3 + 2 + 2
+
+
+def test_a_figure_that_was_not_measured_is_a_dash(results):
+    del results["checkpoints"]["merged"]["contextual"]
+    line = report.markdown_table(results).splitlines()[3]
+    assert line == "|  | merged | 0.420 | 0.620 | – | – | 0.620 | 0.620 |"
+
+
+def test_results_without_checkpoints_are_refused():
+    with pytest.raises(ValueError, match="results have no checkpoints"):
+        report.markdown_table({"checkpoints": {}})
+
+
+def test_a_report_of_checkpoints_alone_has_the_table_and_its_plot(tmp_path, results):
+    path = report.write_report(tmp_path / "run", results, {})
+    assert path == tmp_path / "run" / "report.md"
+    assert re.findall(r"^## (.*)", path.read_text(), re.M) == [report.TITLE]
+    assert [f.name for f in (tmp_path / "run" / "plots").iterdir()] == ["ndcg.png"]
+
+
+def test_every_section_stands_in_the_report_if_the_results_have_it(tmp_path, results, metrics):
+    results |= {
+        "command": "embed pipeline", "commit": "abc123", "machine": "2 cores",
+        "slerp_sweep": [{"ratio": r, "functions": 0.3 + r / 10, "contextual": 0.5} for r in (0, 0.5, 1)],
+        "slerp_ratio": 0.5, "elbo": 3.25, "diffusion": [{"t": 0.1, "accuracy": 0.4, "nll": 2.5}],
+        "denoising": [{"step": 0, "text": "_ the _"}, {"step": "original", "text": "```in the end"}],
+        "search": {"query": "a|b", "hits": [{"rank": 1, "score": 0.5, "id": "f", "text": "def f():\n  pass"}]},
+        "seconds": {"prepare": 10.0, "pair": 90.26}, "seconds_per_step": {"pair": 0.25},
+        "data": {"pairs": 12345, "dropped": {"short": 7}, "packages": ["a==1", "b==2"]}, "versions": {"jax": "0.10"},
+    }  # fmt: skip
+    text = report.write_report(tmp_path / "run", results, metrics).read_text()
+    for expected in (
+        "command: `embed pipeline`", "![Training loss of each stage](plots/loss.png)",
+        "| 0.5 (chosen) | 0.350 | 0.500 |",
+        "ELBO: 3.250 nats per token.", "| 0.1 | 0.400 | 2.500 |", "Step 0:\n\n```text\n_ the _\n```",
+        "Original:\n\n````text\n```in the end\n````", "Query: **a\\|b**", "| 1 | 0.500 | `f` | def f(): pass |",
+        "| prepare | 10.0 | – |", "| pair | 90.3 | 0.250 |", "| all | 100.3 | – |", "| pairs | 12,345 |",
+        "| dropped.short | 7 |", "| packages | a==1, b==2 |", "jax 0.10",
+    ):  # fmt: skip
+        assert expected in text, expected
+    for image in re.findall(r"\]\((plots/.*?)\)", text):
+        assert (tmp_path / "run" / image).read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"\]\(plots/", text)) == 3
+
+
+def test_the_running_mean_keeps_a_line_and_smooths_a_jag():
+    line = [3.0 * k for k in range(50)]
+    assert report._running_mean(line) == pytest.approx(line)
+    assert report._running_mean([0.0, 3.0, 0.0, 3.0]) == pytest.approx([0, 1, 2, 3])
+    assert report._running_mean([]) == []

@@ -1,0 +1,265 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small
+
+from embed import inference
+from embed.checkpoints import export
+from embed.inference import encoder as room
+from embed.rows import Segment
+
+EMBEDDING = {"matryoshka": [8, 32], "separator": True, "max_length": None}
+TEXTS = small.sentences(60, seed=1, longest=90) + ["the", "a list of a list " * 40]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return small.encoder()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return export.export(
+        tmp_path_factory.mktemp("export") / "model", small.params(), small.config(), small.tokenizer(),
+        embedding=EMBEDDING, provenance={},
+    )  # fmt: skip
+
+
+def segments(lengths, spans=1):
+    return [Segment(np.ones(n, np.int32), np.ones(n, np.int32), spans) for n in lengths]
+
+
+# One text
+
+
+def test_a_vector_is_the_mean_of_the_text_s_own_hidden_states(encoder):
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (62, 32) and vectors.dtype == np.float32
+    for text, vector in zip(TEXTS, vectors):
+        alone = small.hidden_states(small.tokenizer().encode([text])[0]).mean(0)
+        np.testing.assert_allclose(vector, alone, atol=1e-5)
+
+
+def test_padding_and_neighbours_in_the_row_change_nothing(encoder):
+    tokens = small.tokenizer().encode(TEXTS[:1])[0]
+    bare = small.hidden_states(tokens, length=len(tokens)).mean(0)
+    np.testing.assert_allclose(encoder.encode(TEXTS[:20])[0], bare, atol=1e-5)
+
+
+def test_a_vector_does_not_depend_on_the_batch_it_was_in(encoder):
+    together = encoder.encode(TEXTS)
+    for batch_tokens in (1, 300, 100_000):
+        np.testing.assert_allclose(encoder.encode(TEXTS, batch_tokens=batch_tokens), together, atol=1e-5)
+    reversed_ = encoder.encode(TEXTS[::-1])
+    np.testing.assert_allclose(reversed_[::-1], together, atol=1e-5)
+
+
+def test_one_str_gives_one_vector_and_no_texts_give_none(encoder):
+    assert encoder.encode("parse the file").shape == (32,)
+    np.testing.assert_allclose(encoder.encode("parse the file"), encoder.encode(["parse the file"])[0], atol=1e-6)
+    assert encoder.encode([]).shape == (0, 32)
+    assert encoder.encode([], precision="ubinary").shape == (0, 4)
+    assert encoder.encode_documents([]) == []
+
+
+def test_tokens_and_texts_give_the_same_vectors(encoder):
+    tokens = small.tokenizer().encode(TEXTS[:5])
+    np.testing.assert_allclose(encoder.encode_tokens(tokens), encoder.encode(TEXTS[:5]), atol=1e-6)
+
+
+def test_an_exported_model_gives_the_vectors_of_the_parameters_in_memory(encoder, folder):
+    loaded = inference.load(folder)
+    np.testing.assert_array_equal(loaded.encode(TEXTS), encoder.encode(TEXTS))
+    assert (loaded.dimensions, loaded.separator, loaded.max_length, loaded.matryoshka) == (32, True, None, (8, 32))
+
+
+# Precisions
+
+
+def test_int8_is_127_tanh_rounded(encoder):
+    pooled = encoder.encode(TEXTS)
+    vectors = encoder.encode(TEXTS, precision="int8")
+    assert vectors.dtype == np.int8
+    np.testing.assert_array_equal(vectors, np.round(127 * np.tanh(pooled.astype(np.float64))))
+
+
+def test_bits_are_packed_as_sentence_transformers_packs_them(encoder):
+    pooled = encoder.encode(TEXTS)
+    ubinary, binary = (encoder.encode(TEXTS, precision=p) for p in ("ubinary", "binary"))
+    assert (ubinary.dtype, binary.dtype) == (np.uint8, np.int8) and ubinary.shape == binary.shape == (62, 4)
+    weights = 2 ** np.arange(7, -1, -1)
+    expected = ((pooled >= 0).reshape(62, 4, 8) * weights).sum(-1)
+    np.testing.assert_array_equal(ubinary, expected)
+    np.testing.assert_array_equal(binary, expected - 128)
+
+
+def test_zero_is_a_set_bit():
+    vectors = np.array([[0.0, -1e-9, 1.0, -1.0, -1.0, -1.0, -1.0, 0.0]], np.float32)
+    assert room.quantize(vectors, "ubinary").tolist() == [[0b10100001]]
+    assert room.quantize(vectors, "binary").tolist() == [[0b10100001 - 128]]
+
+
+def test_a_prefix_is_taken_before_bits_are_packed(encoder):
+    whole = encoder.encode(TEXTS, precision="ubinary")
+    np.testing.assert_array_equal(encoder.encode(TEXTS, precision="ubinary", truncate_dim=16), whole[:, :2])
+    np.testing.assert_array_equal(encoder.encode(TEXTS, truncate_dim=5), encoder.encode(TEXTS)[:, :5])
+
+
+def test_normalizing_comes_after_truncating(encoder):
+    vectors = encoder.encode(TEXTS, truncate_dim=7, normalize_embeddings=True)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    prefix = encoder.encode(TEXTS, truncate_dim=7)
+    np.testing.assert_allclose(vectors * np.linalg.norm(prefix, axis=1, keepdims=True), prefix, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", inference.PRECISIONS)
+def test_quantizing_float32_vectors_equals_encoding_in_that_precision(encoder, precision):
+    direct = encoder.encode(TEXTS, precision=precision)
+    np.testing.assert_array_equal(room.quantize(encoder.encode(TEXTS), precision), direct, strict=True)
+
+
+# Documents
+
+
+@pytest.mark.parametrize("separator", [True, False])
+def test_a_chunk_is_the_mean_over_its_tokens_of_hidden_states_that_saw_the_document(separator):
+    documents = [TEXTS[:3], TEXTS[3:4], TEXTS[4:11], ["the", "", "a file"]]
+    found = small.encoder(separator=separator).encode_documents(documents)
+    assert [v.shape for v in found] == [(3, 32), (1, 32), (7, 32), (3, 32)]
+    for document, vectors in zip(documents, found):
+        tokens, starts = [], []
+        chunks = small.tokenizer().encode(document)
+        for k, chunk in enumerate(chunks):
+            tokens += [small.tokenizer().separator_id] if k and separator else []
+            starts.append(len(tokens))
+            tokens += chunk.tolist()
+        hidden = small.hidden_states(tokens)
+        for start, chunk, vector in zip(starts, chunks, vectors):
+            expected = hidden[start : start + len(chunk)].mean(0) if len(chunk) else np.zeros(32)
+            np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_a_document_of_one_chunk_is_a_text(encoder):
+    vectors = np.concatenate(encoder.encode_documents([[text] for text in TEXTS]))
+    np.testing.assert_array_equal(vectors, encoder.encode(TEXTS))
+
+
+def test_a_later_chunk_changes_an_earlier_one(encoder):
+    first, second = encoder.encode_documents([["parse the file", "open"], ["parse the file", "a list of vectors"]])
+    assert np.abs(first[0] - second[0]).max() > 1e-3
+
+
+def test_an_empty_chunk_is_zero_in_every_precision_and_costs_no_place(encoder):
+    document = [["", "the file", *[""] * 40]]
+    assert not encoder.encode_documents(document)[0][[0, *range(2, 42)]].any()
+    assert not encoder.encode_documents(document, precision="int8")[0][0].any()
+    assert (encoder.encode_documents(document, precision="ubinary")[0][0] == 255).all()
+
+
+# What is refused
+
+
+def test_a_text_without_tokens_is_named(encoder):
+    with pytest.raises(ValueError, match="text 1 has no tokens: '  '"):
+        encoder.encode(["the", "  "])
+    with pytest.raises(ValueError, match="document 1 has no tokens in any of its 2 chunks"):
+        encoder.encode_documents([["the"], ["", " "]])
+    with pytest.raises(ValueError, match="document 0 has no tokens in any of its 0 chunks"):
+        encoder.encode_documents([[]])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"precision": "float16"}, "precision 'float16' must be one of float32, int8, binary, ubinary"),
+        ({"precision": "binary", "truncate_dim": 12}, "12 dimensions are not a multiple of 8"),
+        ({"truncate_dim": 33}, r"truncate_dim=33 must be in 1..32"),
+        ({"truncate_dim": 0}, r"truncate_dim=0 must be in 1..32"),
+        ({"precision": "int8", "normalize_embeddings": True}, "normalize_embeddings is for float32 alone, not int8"),
+        ({"batch_tokens": 0}, "batch_tokens=0 must be positive"),
+    ],
+)
+def test_a_wrong_keyword_is_one_sentence(encoder, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(["the"], **keywords)
+
+
+def test_what_is_not_text_is_named(encoder):
+    with pytest.raises(ValueError, match=r"text 1 is 3 \(int\), expected a str"):
+        encoder.encode(["the", 3])
+    with pytest.raises(ValueError, match="document 0 is 'the', expected a list of str"):
+        encoder.encode_documents(["the"])
+
+
+def test_nothing_is_cut_without_being_asked_and_a_cut_is_counted():
+    encoder = small.encoder(max_length=10)
+    tokens = small.tokenizer().encode(["the a of " * 9])[0]
+    message = f"text 1 has {len(tokens)} tokens, the model takes 10 \\(1 of 2 are too long\\)"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(["the", "the a of " * 9])
+    with pytest.warns(UserWarning, match=f"1 of 2 texts were cut to 10 tokens \\(lost: {len(tokens) - 10} tokens\\)"):
+        vectors = encoder.encode(["the", "the a of " * 9], truncate=True)
+    np.testing.assert_allclose(vectors[1], small.hidden_states(tokens[:10]).mean(0), atol=1e-5)
+    with pytest.warns(UserWarning, match="1 of 1 documents were cut to 10 tokens .lost: .* tokens, 2 whole chunks"):
+        vectors = encoder.encode_documents([["the a of " * 9, "list", "a"]], truncate=True)[0]
+    assert vectors[0].any() and not vectors[1:].any()
+
+
+def test_a_tokenizer_larger_than_the_model_or_not_its_own_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="entries, the model only"):
+        inference.Encoder(small.params(), room.dataclasses.replace(small.config(), vocab_size=5), small.tokenizer())
+    config = (folder / "config.json").read_text().replace(small.tokenizer().digest, "0" * 64)
+    for name in ("model.safetensors", "sentencepiece.model"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="is not the one this model was exported with"):
+        inference.load(tmp_path)
+
+
+# Batches
+
+
+def test_every_segment_stands_once_in_rows_that_hold_it():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 700, 500)
+    spans = rng.integers(1, 30, 500)
+    todo = [Segment(np.ones(n, np.int32), np.ones(n, np.int32), s) for n, s in zip(lengths, spans)]
+    seen = []
+    for members, where, shape, num_rows in room._batches(todo, 4096):
+        assert num_rows * shape.length <= max(4096, shape.length)
+        assert where.max() < num_rows
+        assert np.bincount(where, lengths[members]).max() <= shape.length
+        assert np.bincount(where, spans[members]).max() <= shape.spans
+        seen += members
+    assert sorted(seen) == list(range(500))
+
+
+def test_rows_are_at_least_nine_tenths_full_where_lengths_vary():
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.6, 2000).astype(int) + 8
+    room_ = sum(r * shape.length for _, _, shape, r in room._batches(segments(lengths), 4096))
+    assert lengths.sum() / room_ > 0.9
+
+
+def test_few_programs_are_compiled_and_none_for_more_of_the_same(encoder):
+    room._pooled.clear_cache()
+    encoder.encode(small.sentences(1500, seed=2, longest=200))
+    compiled = room._pooled._cache_size()
+    assert compiled <= 4  # rows of 256, 128 and 64 tokens, and the last batch
+    encoder.encode(small.sentences(1500, seed=3, longest=200))
+    small.encoder().encode(small.sentences(1500, seed=4, longest=200))  # another checkpoint of the same architecture
+    assert room._pooled._cache_size() <= compiled + 1  # at most another last batch
+
+
+def test_inference_needs_neither_tensorflow_nor_seqio_nor_training_nor_data(folder):
+    program = """
+import sys
+for name in ("tensorflow", "tensorflow_datasets", "seqio", "gin", "orbax", "embed.training", "embed.data"):
+    sys.modules[name] = None
+import embed.inference
+encoder = embed.inference.load(sys.argv[1])
+print(encoder.encode(["parse the file"]).shape, encoder.encode_documents([["a", "b"]])[0].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True)
+    assert done.stdout == "(1, 32) (2, 32)\n", done.stderr

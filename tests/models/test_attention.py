@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from embed.models.attention import attention
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+
+
+def random_heads(heads, kv_heads, dim=4, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(2, 8, h, dim)).astype(dtype) for h in (heads, kv_heads, kv_heads)]
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 2), (3, 1)])
+def test_grouped_query_attention_equals_the_reference(heads, kv_heads):
+    arrays = random_heads(heads, kv_heads)
+    got = attention(*arrays, SEGMENTS)
+    for row in range(2):
+        want = reference.attention(*(a[row].astype(np.float64) for a in arrays), SEGMENTS[row])
+        np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_sees_its_own_segment_before_and_after_it_and_nothing_else():
+    length = 8
+    flat = np.zeros((1, length, 1, length), np.float32)  # equal scores: the weights are uniform over what is seen
+    values = np.eye(length, dtype=np.float32)[None, :, None]  # the output is the weights themselves
+    weights = np.asarray(attention(flat, flat, values, SEGMENTS[:1]))[0, :, 0]
+    sees = [
+        "111.....",
+        "111.....",
+        "111.....",
+        "...11...",
+        "...11...",
+        ".....1..",
+        "......11",  # padding sees only padding
+        "......11",
+    ]
+    assert ["".join("1" if w > 0 else "." for w in row) for row in weights] == sees
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+
+
+def test_no_value_and_no_gradient_crosses_a_segment():
+    arrays = random_heads(2, 1)
+    mine = SEGMENTS[0] == 2
+    segment_two = jax.jit(lambda arrays: attention(*arrays, SEGMENTS)[0, 3:5])
+    others = [a.copy() for a in arrays]
+    for a in others:
+        a[0][~mine] = 100
+    np.testing.assert_array_equal(segment_two(others), segment_two(arrays))
+    for g in jax.jit(jax.grad(lambda arrays: (segment_two(arrays) ** 2).sum()))(arrays):
+        np.testing.assert_array_equal(g[0][~mine], 0)
+        assert np.abs(g[0][mine]).min() > 0
+
+
+def test_bfloat16_stays_bfloat16_and_close():
+    arrays = random_heads(4, 2)
+    got = attention(*(jnp.asarray(a, jnp.bfloat16) for a in arrays), SEGMENTS)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float32), attention(*arrays, SEGMENTS), atol=0.03)

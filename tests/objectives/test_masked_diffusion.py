@@ -1,0 +1,189 @@
+import math
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from embed.objectives import masked_diffusion as md
+
+MASK = 2
+
+
+def corrupt(seed, rows, length, valid=None, t_min=1e-3):
+    tokens = np.random.default_rng(seed).integers(4, 50, (rows, length))
+    valid = np.ones((rows, length), bool) if valid is None else valid
+    return tokens, *map(np.asarray, md.corrupt(jax.random.key(seed), tokens, valid, mask_id=MASK, t_min=t_min))
+
+
+def test_masked_tokens_become_the_mask_and_all_others_stay():
+    tokens, noised, masked, _ = corrupt(0, 8, 64)
+    assert (noised[masked] == MASK).all() and masked.any()
+    np.testing.assert_array_equal(noised[~masked], tokens[~masked])
+
+
+def test_invalid_tokens_are_never_masked():
+    valid = np.arange(8 * 64).reshape(8, 64) % 3 > 0
+    tokens, noised, masked, _ = corrupt(1, 8, 64, valid)
+    assert not masked[~valid].any()
+    np.testing.assert_array_equal(noised[~valid], tokens[~valid])
+
+
+def test_a_row_is_masked_with_its_own_probability_t():
+    length = 4096
+    _, _, masked, t = corrupt(2, 64, length)
+    deviation = (masked.mean(1) - t) / np.sqrt(t * (1 - t) / length)
+    assert np.abs(deviation).max() < 4.5 and 0.7 < deviation.std() < 1.3
+
+
+def test_masks_of_different_rows_are_independent():
+    _, _, masked, t = corrupt(3, 2, 8192, t_min=0.4)
+    both = t[0] * t[1]
+    assert abs((masked[0] & masked[1]).mean() - both) < 5 * math.sqrt(both / 8192)
+
+
+def draws(rows, count=2000, t_min=1e-3):
+    """t of many keys, [count, rows]."""
+    one = np.zeros((rows, 1), np.int32)
+    keys = jax.random.split(jax.random.key(0), count)
+    corrupt_t = jax.vmap(lambda key: md.corrupt(key, one, one > -1, mask_id=MASK, t_min=t_min)[2])
+    return np.asarray(jax.jit(corrupt_t)(keys))
+
+
+@pytest.mark.parametrize("rows", [1, 6, 16])
+def test_t_of_each_row_is_uniform_over_its_range(rows):
+    t_min = 0.1
+    t = draws(rows, t_min=t_min)
+    assert t.min() >= t_min and t.max() <= 1
+    for row in range(rows):  # Kolmogorov-Smirnov against the uniform distribution, 1 in 10^6
+        grid = (np.sort(t[:, row]) - t_min) / (1 - t_min)
+        distance = np.abs(grid - (np.arange(len(t)) + 0.5) / len(t)).max()
+        assert distance < math.sqrt(math.log(2e6) / (2 * len(t)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, 16, 64])
+def test_t_is_stratified_over_the_batch(rows):
+    for t in draws(rows, count=20, t_min=0):
+        assert sorted(np.floor((t - t.min()) * rows + 1e-3)) == list(range(rows))  # equally spaced
+
+
+@pytest.mark.parametrize("block", [2, 4, 8, 16, 32])
+def test_t_is_stratified_over_every_block_of_neighbouring_rows(block):
+    for t in draws(64, count=20, t_min=0):
+        for part in t.reshape(-1, block):
+            # On the circle, since frac() wraps: gaps between neighbours are all 1 / block.
+            np.testing.assert_allclose(np.diff(np.sort(part), append=part.min() + 1), 1 / block, atol=1e-5)
+
+
+def batch(rows=3, length=8, seed=0):
+    rng = np.random.default_rng(seed)
+    valid = rng.random((rows, length)) < 0.8
+    masked = valid & (rng.random((rows, length)) < 0.5)
+    return rng.exponential(size=(rows, length)), masked, rng.uniform(0.01, 1, rows), valid
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-6), (np.float32, 1e-4)])
+def test_elbo_loss_and_gradient_equal_the_reference(dtype, tolerance):
+    nll, masked, t, valid = batch()
+    with jax.enable_x64(dtype == np.float64):
+        value, grad = jax.value_and_grad(md.elbo_loss)(nll.astype(dtype), masked, t.astype(dtype), valid)
+    (want,) = reference.gradient(lambda x: reference.elbo_loss(x, masked, t, valid), [nll])
+    assert value.dtype == dtype
+    np.testing.assert_allclose(value, reference.elbo_loss(nll, masked, t, valid), rtol=tolerance)
+    np.testing.assert_allclose(grad, want, rtol=tolerance)
+
+
+def test_elbo_loss_of_nothing_valid_is_zero_with_zero_gradient():
+    nll, _, t, _ = batch()
+    nothing = np.zeros(nll.shape, bool)
+    value, grad = jax.value_and_grad(md.elbo_loss)(nll.astype(np.float32), nothing, t.astype(np.float32), nothing)
+    assert value == 0
+    np.testing.assert_array_equal(grad, 0)
+
+
+def test_elbo_loss_ignores_what_stands_at_tokens_that_are_not_masked():
+    nll, masked, t, valid = batch()
+    np.testing.assert_array_equal(
+        md.elbo_loss(np.where(masked, nll, np.nan).astype(np.float32), masked, t, valid),
+        md.elbo_loss(nll.astype(np.float32), masked, t, valid),
+    )
+
+
+def test_elbo_of_a_uniform_prediction_is_the_logarithm_of_the_vocabulary():
+    """The expectation of masked / t is 1, so the bound on a model that knows nothing is log V."""
+    rows, length, vocabulary = 256, 256, 50
+    _, _, masked, t = corrupt(4, rows, length, t_min=0.05)
+    loss = md.elbo_loss(np.full((rows, length), np.log(vocabulary)), masked, t, np.ones((rows, length), bool))
+    np.testing.assert_allclose(loss, np.log(vocabulary), rtol=0.02)
+
+
+def test_left_shift_puts_the_state_before_each_token_at_its_place():
+    hidden = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    np.testing.assert_array_equal(md.left_shift(hidden)[:, 1:], hidden[:, :-1])
+
+
+R, L, D, V = 3, 12, 5, 41
+
+
+def states(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    hidden, embedding = rng.normal(size=(R, L, D)), rng.normal(size=(V, D))
+    return hidden.astype(dtype), embedding.astype(dtype), rng.integers(0, V, (R, L)), rng.normal(size=(R, L))
+
+
+@pytest.mark.parametrize("chunk", [4, L])
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-6), (np.float32, 1e-4)])
+def test_token_nll_and_gradients_equal_the_reference_for_every_chunk(chunk, dtype, tolerance):
+    hidden, embedding, targets, weights = states()
+
+    def loss(arrays):
+        nll, correct = md.token_nll(*arrays, targets, chunk=chunk)
+        return (nll * weights).sum(), (nll, correct)
+
+    def plain(h, e):
+        return (reference.token_nll(h, e, targets) * weights).sum()
+
+    with jax.enable_x64(dtype == np.float64):
+        arrays = [hidden.astype(dtype), embedding.astype(dtype)]
+        (_, (nll, correct)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    assert nll.dtype == dtype
+    np.testing.assert_allclose(nll, reference.token_nll(hidden, embedding, targets), rtol=tolerance)
+    np.testing.assert_array_equal(correct, (hidden @ embedding.T).argmax(-1) == targets)
+    for got, want in zip(gradients, reference.gradient(plain, [hidden, embedding])):
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+def all_shapes(jaxpr):
+    """The shapes of everything computed in a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, jex.core.ClosedJaxpr)):
+            if isinstance(parameter, jex.core.ClosedJaxpr):
+                yield from all_shapes(parameter.jaxpr)
+            elif isinstance(parameter, jex.core.Jaxpr):
+                yield from all_shapes(parameter)
+
+
+@pytest.mark.parametrize("chunk, held", [(4, False), (L, True)])
+def test_logits_of_a_whole_row_are_never_held(chunk, held):
+    hidden, embedding, targets, _ = states(np.float32)
+    grad = jax.grad(lambda h, e: md.token_nll(h, e, targets, chunk=chunk)[0].sum(), argnums=(0, 1))
+    sizes = [math.prod(shape) for shape in all_shapes(jax.make_jaxpr(grad)(hidden, embedding).jaxpr)]
+    assert R * chunk * V in sizes  # the walk does see the logits of a chunk
+    assert (max(sizes) >= R * L * V) == held
+
+
+def test_a_chunk_that_does_not_divide_the_row_is_an_error():
+    hidden, embedding, targets, _ = states(np.float32)
+    with pytest.raises(ValueError, match="chunk=5 must divide the row length 12"):
+        md.token_nll(hidden, embedding, targets, chunk=5)
+
+
+def test_bfloat16_states_give_float32_losses():
+    hidden, embedding, targets, _ = states(np.float32)
+    low = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(embedding, jnp.bfloat16)
+    nll, _ = md.token_nll(*low, targets, chunk=4)
+    assert nll.dtype == jnp.float32
+    np.testing.assert_allclose(nll, reference.token_nll(*(np.asarray(x, float) for x in low), targets), rtol=1e-4)

@@ -1,0 +1,71 @@
+"""Imports run downward only: the rooms of ARCHITECTURE.md, held by a walk over every import statement."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import embed
+
+ROOT = Path(embed.__file__).parent
+# From the top down. Rooms on one floor do not import one another.
+FLOORS = [
+    {"cli"},
+    {"pipeline"},
+    {"evaluation"},
+    {"inference", "training", "mining"},
+    {"checkpoints", "data"},
+    {"objectives", "models"},
+    {"rows", "tokenizers", "config"},
+    {"typing"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+FORBIDDEN = {"inference": {"data", "training"}}  # below or beside, and still not allowed
+DATA_LIBRARIES = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "gin"}
+MAY_IMPORT_THEM = {"data/python_docs.py", "data/tasks.py", "data/prepare.py"}
+
+FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(source: str):
+    """(line, dotted name) of every import in a module, inside functions too; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def violations(file: str, source: str):
+    """What a file of embed/ imports and may not."""
+    room = file.split("/")[0].removesuffix(".py")
+    for line, name in imported(source):
+        package, *inner = name.split(".")
+        if package in DATA_LIBRARIES and file not in MAY_IMPORT_THEM:
+            yield f"{file}:{line} imports {package}: only {sorted(MAY_IMPORT_THEM)} may"
+        if package == "embed" and inner:
+            other = inner[0]
+            if other != room and (FLOOR[other] <= FLOOR[room] or other in FORBIDDEN.get(room, ())):
+                yield f"{file}:{line} imports embed.{other}: {room} may not"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_run_downward_only(file):
+    assert list(violations(file, (ROOT / file).read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "file, source",
+    [
+        ("models/pooling.py", "from embed.objectives import contrastive"),
+        ("data/store.py", "import embed.checkpoints.merge"),
+        ("training/loop.py", "def f():\n    from embed import pipeline"),
+        ("inference/encoder.py", "from embed.data.store import Store"),
+        ("rows.py", "import embed.models"),
+        ("data/loader.py", "import tensorflow as tf"),
+        ("training/stages.py", "from seqio import preprocessors"),
+    ],
+)
+def test_a_wrong_import_is_found(file, source):
+    assert len(list(violations(file, source))) == 1

@@ -1,0 +1,250 @@
+"""The whole house at a micro size, through the commands a user types."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from embed import cli, config, pipeline
+from embed.training.metrics import read_metrics
+
+CONFIG = "configs/quickstart.py:runlocal"
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A complete run of the pipeline."""
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def prepared(workdir, tmp_path):
+    """A workdir of which only the data are prepared."""
+    folder = tmp_path / "run"
+    (folder / "steps").mkdir(parents=True)
+    shutil.copy(workdir / "config.json", folder)
+    shutil.copy(workdir / "steps" / "prepare.json", folder / "steps")
+    (folder / "data").symlink_to(workdir / "data")
+    return folder
+
+
+def test_results_have_every_row_set_and_precision(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    models = ["random init", "diffusion", "pair", "contextual", "triplet", "merged"]
+    assert list(results["checkpoints"]) == [*models, "BM25", "BM25 + merged"]
+    for name in [*models, "BM25 + merged"]:
+        for benchmark in ("functions", "contextual", "contextual_alone"):
+            for precision in ("float32", "int8", "binary"):
+                figures = results["checkpoints"][name][benchmark][precision]
+                assert 0 <= figures["ndcg@10"] <= 1 and 0 <= figures["recall@10"] <= 1
+    assert set(results["seconds"]) >= {"prepare", "diffusion", "pair", "contextual", "mine", "triplet", "merge"}
+    assert results["commit"] and results["versions"]["jax"]
+
+
+def test_report_shows_the_table_and_its_plots_exist(workdir):
+    text = (workdir / "report.md").read_text()
+    for part in ("BM25 + merged", "plots/loss.png", "plots/ndcg.png", "ELBO", "slerp ratio"):
+        assert part in text
+    for plot in ("loss", "ndcg", "slerp"):
+        assert (workdir / "plots" / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_stage_changes_the_model_it_starts_from_and_logs_each_step(workdir):
+    run = pipeline.Run(config.load(CONFIG), workdir)
+    for name, stage in run.config.stages.items():
+        before, after = run.params(stage.init or "random init"), run.params(name)
+        assert not np.array_equal(before["embedding"], after["embedding"])
+        rows = read_metrics(workdir / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2]
+        assert all(np.isfinite(row["loss"]) and 0 < row["fill"] <= 1 for row in rows)
+
+
+def test_a_complete_pipeline_is_not_run_again(workdir):
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()}
+    assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={workdir}"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()} == before
+
+
+def test_the_export_searches_a_corpus_file(workdir, tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    texts = ["def add(a, b): return a + b", "def open_file(path): return open(path)", "class Tree: pass"]
+    corpus.write_text("".join(json.dumps({"_id": f"t{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+    for precision in ("float32", "int8", "binary", "ubinary"):
+        arguments = ["search", f"--model={workdir}/export/embed", f"--corpus={corpus}", f"--query={texts[1]}"]
+        assert cli.main([*arguments, f"--precision={precision}"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.index("t1") < min(shown.index("t0"), shown.index("t2")), shown
+
+
+def test_merging_two_exports_gives_the_pipelines_merged_model(workdir, tmp_path):
+    run = pipeline.Run(config.load(CONFIG), workdir)
+    for name in ("contextual", "triplet"):
+        pipeline.export_model(run, name, tmp_path / name)
+    arguments = [f"--a={tmp_path}/contextual", f"--b={tmp_path}/triplet", "--ratio=0.5", f"--output={tmp_path}/merged"]
+    assert cli.main(["merge", *arguments]) == 0
+    from embed import inference
+
+    texts = ["read a file", "a tree of arrays"]
+    ours = inference.load(tmp_path / "merged").encode(texts)
+    np.testing.assert_allclose(ours, inference.load(workdir / "export" / "embed").encode(texts), atol=1e-6)
+
+
+def test_sample_fills_every_mask(workdir, capsys):
+    arguments = [f"--config={CONFIG}", f"--workdir={workdir}", "--text=def <mask> ( <mask> ) :"]
+    assert cli.main(["sample", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("_") for line in lines] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["quickstart.ipynb"])
+def test_the_colab_runs_from_top_to_bottom_and_is_stored_without_outputs(name, workdir, monkeypatch):
+    assert name in os.listdir(ROOT / "colabs")
+    notebook = nbformat.read(ROOT / "colabs" / name, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in cells)
+    monkeypatch.setenv("EMBED_MODEL", str(workdir / "export" / "embed"))
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    kinds = [output.output_type for cell in cells for output in cell.outputs]
+    assert "error" not in kinds and "display_data" in kinds
+
+
+# --- bad input: one sentence, exit code 2 ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (
+            ["pipeline", f"--config={CONFIG}", "--config.seeed=1", "--workdir={workdir}"],
+            "unknown config key 'seeed'; did you mean 'seed'?",
+        ),
+        (
+            ["pipeline", f"--config={CONFIG}", "--config.seed=1", "--workdir={workdir}"],
+            "was made by another config (seed: 0, 1 now)",
+        ),
+        (["pipeline", "--config=configs/none.py", "--workdir={workdir}"], "no config file at configs/none.py"),
+        (
+            ["train", f"--config={CONFIG},stage=triple", "--workdir={workdir}"],
+            "config.stage='triple' must be one of contextual, diffusion, pair, triplet",
+        ),
+        (["evaluate", "--model={workdir}/nowhere", "--data={workdir}/data/evaluation/functions/test"], "nowhere"),
+        (["search", "--model={workdir}/export/embed", "--corpus={workdir}/empty.jsonl", "--query=x"], "empty.jsonl"),
+        (["search", "--model={workdir}/export/embed", "--corpus={workdir}/none.jsonl", "--query=x"], "none.jsonl"),
+        (["trane"], "'trane' is not a verb; there are"),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence_and_exit_code_2(workdir, arguments, sentence, capsys):
+    (workdir / "empty.jsonl").write_text("")
+    assert cli.main([a.replace("{workdir}", str(workdir)) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.strip().splitlines()) == 1
+
+
+def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
+    for binding, sentence in (
+        ("vocabulary.charcters = 5", "'vocabulary.charcters'; the nearest valid one is 'vocabulary.characters'"),
+        ("some_scope/vocabulary.characters = 5", "'some_scope/vocabulary.characters' is used by nothing"),
+    ):
+        workdir = tmp_path / str(len(binding))
+        arguments = [
+            "prepare",
+            f"--config={CONFIG}",
+            f"--workdir={workdir}",
+            f"--config.data.gin_bindings=({binding!r},)",
+        ]
+        assert cli.main(arguments) == 2
+        assert sentence in capsys.readouterr().err
+
+
+# --- processes: killed, and several ---------------------------------------------------------------------------------
+
+STEPS = "--config.stages.diffusion.curriculum=((9, 'diffusion'),)"
+SAVING = "--config.stages.diffusion.checkpoint_every=4"
+
+# Trains as `embed train` does, without TensorFlow, and dies by SIGKILL before batch KILL_AT.
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    for name in ("tensorflow", "tensorflow_datasets", "seqio", "gin"):
+        sys.modules[name] = None
+    from embed import cli
+    from embed.data import loader
+    batch = loader.DiffusionLoader.batch
+    def mortal(self, step):
+        if step == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(self, step)
+    loader.DiffusionLoader.batch = mortal
+    sys.exit(cli.main(sys.argv[1:]))
+    """
+)
+
+
+def _train(folder, *arguments, kill_at=-1, command=None):
+    command = command or [sys.executable, "-c", KILLED, "train"]
+    arguments = [f"--config={CONFIG},stage=diffusion", f"--workdir={folder}", STEPS, SAVING, *arguments]
+    environment = {**ENVIRONMENT, "KILL_AT": str(kill_at)}
+    return subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def _reconfigure(folder):
+    """Let the workdir be that of a config with more diffusion steps."""
+    resolved = config.load(CONFIG, [STEPS, SAVING]).to_dict()
+    pipeline.write_json(folder / "config.json", {k: v for k, v in resolved.items() if k != "stage"})
+
+
+def _losses(folder):
+    return {row["step"]: row["loss"] for row in read_metrics(folder / "diffusion" / "metrics.jsonl")}
+
+
+def test_kill_9_in_mid_stage_then_the_same_command_gives_the_losses_of_an_unbroken_run(prepared, tmp_path):
+    _reconfigure(prepared)
+    unbroken = tmp_path / "unbroken"
+    shutil.copytree(prepared, unbroken, symlinks=True)
+    done = _train(unbroken)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _train(prepared, kill_at=8).returncode == -9
+    assert len(_losses(prepared)) < 9
+    again = _train(prepared)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert _losses(prepared) == _losses(unbroken)
+    assert sorted(_losses(prepared)) == list(range(1, 10))
+
+
+def test_two_local_processes_train_the_losses_of_one(prepared, tmp_path):
+    _reconfigure(prepared)
+    two = tmp_path / "two"
+    shutil.copytree(prepared, two, symlinks=True)
+    done = _train(prepared)
+    assert done.returncode == 0, done.stderr[-2000:]
+    embed = tmp_path / "embed"
+    embed.write_text(f'#!/bin/sh\nexec {sys.executable} -m embed.cli "$@"\n')
+    embed.chmod(0o755)
+    launched = _train(two, command=["env", f"EMBED={embed}", "bash", "launch/local.sh", "2"])
+    assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[-2000:]
+    one_losses, two_losses = _losses(prepared), _losses(two)
+    assert sorted(two_losses) == sorted(one_losses) == list(range(1, 10))
+    np.testing.assert_allclose([two_losses[s] for s in range(1, 10)], [one_losses[s] for s in range(1, 10)], rtol=1e-5)
+
+
+def test_the_launcher_prints_its_commands_and_refuses_nonsense():
+    dry = subprocess.run(
+        ["bash", "launch/local.sh", "--dry-run", "2", "--config=c.py:stage=pair", "--workdir=w"],
+        cwd=ROOT, capture_output=True, text=True, env={**ENVIRONMENT, "PORT": "1234"},
+    )  # fmt: skip
+    common = "embed train --config=c.py:stage=pair --workdir=w --coordinator=127.0.0.1:1234 --num_processes=2"
+    assert dry.stdout.splitlines() == [f"{common} --process_id=0", f"{common} --process_id=1"]
+    wrong = subprocess.run(["bash", "launch/local.sh", "many"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "launch/local.sh N --config" in wrong.stderr

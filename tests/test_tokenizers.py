@@ -1,0 +1,113 @@
+import json
+
+import numpy as np
+import pytest
+import tokenizers as hf
+
+from embed import tokenizers
+from embed.data.vocabulary import identifier_rules, train_sentencepiece
+
+TEXTS = [
+    f"def parse_config_{i}(path, HTTPServer): return open(path).readConfig(value{i}) or parse('Config {i}')"
+    for i in range(300)
+] + ["Reads the configuration of a server.", "größe ﬁne Straße"] * 20
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split")
+    train_sentencepiece(TEXTS, folder, vocab_size=160)
+    return tokenizers.load(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    train_sentencepiece(TEXTS, folder, vocab_size=400, split_identifiers=False)
+    return tokenizers.load(folder)
+
+
+def test_identifiers_fall_apart_into_the_words_of_prose(split):
+    words = split.encode(["parse the http server"])[0]
+    for text in ("parse_the_HTTPServer", "parseTheHttpServer", "parse the\n\tHTTP server"):
+        np.testing.assert_array_equal(split.encode([text])[0], words, err_msg=text)
+
+
+def test_without_splitting_case_and_bytes_survive_a_round_trip(plain):
+    for text in ("parse_config", "HTTPServer", "größe 中"):
+        assert plain.decode(plain.encode([text])[0]) == text
+
+
+def test_control_tokens_have_fixed_ids_and_text_never_yields_them(split, plain):
+    for tokenizer in (split, plain):
+        assert (tokenizer.mask_id, tokenizer.separator_id) == (2, 3)
+        ids = np.concatenate(tokenizer.encode(["<mask> <sep> <pad> <unk>", "a<mask>b"]))
+        assert not np.isin(ids, [0, 2, 3]).any()
+
+
+def test_encoding_adds_nothing_and_an_empty_text_has_no_tokens(split):
+    one, both = split.encode(["server"])[0], split.encode(["server config"])[0]
+    np.testing.assert_array_equal(both[: len(one)], one)
+    assert [len(ids) for ids in split.encode(["", "  \n "])] == [0, 0]
+    assert all(ids.dtype == np.int32 for ids in split.encode(["", "x"]))
+
+
+def test_many_texts_at_once_equal_one_at_a_time(split):
+    together = split.encode(TEXTS)
+    for text, ids in zip(TEXTS[::50], together[::50]):
+        np.testing.assert_array_equal(ids, split.encode([text])[0])
+
+
+def test_training_is_deterministic_and_digests_tell_models_apart(split, plain, tmp_path):
+    train_sentencepiece(TEXTS, tmp_path, vocab_size=160)
+    assert tokenizers.load(tmp_path).digest == split.digest != plain.digest
+
+
+def test_a_saved_tokenizer_loads_as_the_same(split, tmp_path):
+    split.save(tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert again.digest == split.digest and again.vocab_size == split.vocab_size
+
+
+def test_rules_fold_ligatures_and_split_runs_of_capitals():
+    rules = identifier_rules()
+    assert rules["ﬁ"] == "fi" and rules["eC"] == "e c" and rules["PSe"] == "p se" and rules["_"] == " "
+
+
+def test_a_vocabulary_that_cannot_be_reached_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="a vocabulary of 5000 pieces cannot be trained on 2 texts"):
+        train_sentencepiece(["a b", "c"], tmp_path, vocab_size=5000)
+    with pytest.raises(ValueError, match="at least one training text"):
+        train_sentencepiece([], tmp_path, vocab_size=50)
+
+
+@pytest.fixture
+def huggingface(tmp_path):
+    model = hf.Tokenizer(hf.models.WordLevel({"[UNK]": 0, "read": 1, "file": 2, "<m>": 3, "<s>": 4}, unk_token="[UNK]"))
+    model.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    model.post_processor = hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 4)])
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_id": 3, "separator_id": 4}))
+    return tmp_path
+
+
+def test_a_hugging_face_tokenizer_adds_no_special_tokens(huggingface, tmp_path):
+    tokenizer = tokenizers.load(huggingface)
+    assert [ids.tolist() for ids in tokenizer.encode(["read file", "file what", ""])] == [[1, 2], [2, 0], []]
+    assert (tokenizer.mask_id, tokenizer.separator_id, tokenizer.vocab_size) == (3, 4, 5)
+    tokenizer.save(tmp_path / "copy")
+    assert tokenizers.load(tmp_path / "copy").digest == tokenizer.digest
+
+
+def test_missing_and_wrong_files_are_named(huggingface, tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected sentencepiece.model or tokenizer.json"):
+        tokenizers.load(tmp_path / "nowhere")
+    (huggingface / "tokenizer_config.json").write_text('{"mask_id": 99, "separator_id": 4}')
+    with pytest.raises(ValueError, match="mask_id = 99 is outside the vocabulary of 5 tokens"):
+        tokenizers.load(huggingface)
+    (huggingface / "tokenizer_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="must hold mask_id and separator_id"):
+        tokenizers.load(huggingface)
+    (tmp_path / "sentencepiece.model").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        tokenizers.load(tmp_path)

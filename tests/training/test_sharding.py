@@ -1,0 +1,91 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+from embed.models import transformer
+from embed.training import sharding
+
+
+def test_every_parameter_is_claimed_by_a_rule():
+    mesh = sharding.make_mesh()
+    for size in transformer.SIZES:
+        sharding.parameter_shardings(mesh, transformer.abstract_params(transformer.make_config(size, 64)))
+
+
+def test_an_unclaimed_parameter_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="'adapter'"):
+        sharding.parameter_shardings(sharding.make_mesh(), {"adapter": jax.ShapeDtypeStruct((4,), "float32")})
+
+
+def test_a_mesh_that_does_not_cover_the_devices_is_an_error():
+    with pytest.raises(ValueError, match="data=3, fsdp=1, tensor=1 does not cover 1 devices"):
+        sharding.make_mesh(data=3, devices=jax.devices()[:1])
+
+
+# Forced host devices must be set before jax starts, so the program runs in a process of its own.
+EQUAL_LOSSES = textwrap.dedent(
+    """
+    import jax, jax.numpy as jnp, numpy as np
+    from ml_collections import ConfigDict
+    from embed.models import transformer
+    from embed.rows import RowShape
+    from embed.training import loop, optimizer, sharding, stages
+
+    devices = jax.devices()
+    assert len(devices) == 8
+    # Sums in another order differ in their last bits; rounding to int8 would now and then make a whole level of that.
+    # It acts on each number alone, so nothing about sharding is lost without it.
+    stages.straight_through_int8 = lambda pooled: 127 * jnp.tanh(pooled)
+    model = transformer.make_config("micro", 64)
+    rng = np.random.default_rng(0)
+    R, L, N = 16, 24, 32
+    shape = RowShape(L, 4, 4)
+    batch = dict(
+        tokens=rng.integers(4, 64, (R, L)), segment_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
+        positions=np.tile(np.arange(6), (R, 4)), span_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
+        query_slots=np.arange(N) // 2 * 4 + np.arange(N) % 2, document_slots=np.arange(N) // 2 * 4 + 2,
+        query_ids=np.arange(N), document_ids=np.arange(N) // 2, valid=np.arange(N) != 3,
+    )
+    batch = {k: v.astype(bool if k == "valid" else np.int32) for k, v in batch.items()}
+    config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.))
+    stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1, left_shift=True,
+                            logits_chunk=8, batch=dict(length=L, spans=4, segments=4)))
+    loss = stages.make_loss(stage, model, mask_id=2)
+
+    def losses(mesh):
+        tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(1e-3, 4, 0, 0))
+        params = transformer.init(model, jax.random.key(0))
+        shardings = sharding.parameter_shardings(mesh, params)
+        params = jax.tree.map(jax.device_put, params, shardings)
+        state = jax.jit(tx.init, out_shardings=sharding.state_shardings(mesh, jax.eval_shape(tx.init, params), shardings))(params)
+        if mesh.shape["fsdp"] > 1:
+            assert not params["layers"]["gate"].sharding.is_fully_replicated
+            assert not state[1][0].mu["layers"]["gate"].sharding.is_fully_replicated
+        step = jax.jit(loop.make_train_step(loss, tx, 0, 4))
+        placed = sharding.put_batch(mesh, batch)
+        out = []
+        for k in range(4):
+            params, state, metrics = step(params, state, placed, k)
+            out.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
+        return np.array(out)
+
+    one = losses(sharding.make_mesh(devices=devices[:1]))
+    for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
+        np.testing.assert_allclose(losses(sharding.make_mesh(**axes)), one, rtol=2e-5)
+    assert np.unique(one).size == one.size
+    """
+)
+
+
+@pytest.mark.parametrize("kind", ["pair", "diffusion"])
+def test_losses_on_eight_devices_equal_those_on_one(kind):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, "-c", EQUAL_LOSSES.replace("KIND", kind)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
