@@ -110,14 +110,14 @@ def get_config(arg: str = "") -> ConfigDict:
         beta=(0.2, 0.5),  # weight of the document-level loss: from, to, on a cosine
         optimizer=dict(learning_rate=2e-3),
         batch=dict(
-            group_size=2 if arg.runlocal else 8,  # documents
+            group_size=2 if arg.runlocal else 16,  # documents
             groups=2,
-            rows_per_group=3 if arg.runlocal else 8,
-            length=1024,
-            spans=64,
+            rows_per_group=6 if arg.runlocal else 16,
+            length=512,
+            spans=32,
             segments=32,
-            max_chunks=32,
-            max_queries_per_document=4 if arg.runlocal else 8,
+            max_chunks=8,
+            max_queries_per_document=4,
         ),
     )
     config.stages.triplet = make(
@@ -140,6 +140,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.mining = ConfigDict()  # hard negatives for the triplet stage, by the pair checkpoint
     config.mining.task = "python_docs_summaries"  # whose documents are ranked for its queries
+    config.mining.queries = 8192  # at most; 0 = all. The triplet stage sees no others
     config.mining.num_negatives = 4  # a query, at most
     config.mining.rank_window = (5, 50)
     config.mining.margin = 0.05  # below the positive's cosine

@@ -9,6 +9,7 @@ Each step leaves steps/NAME.json with its result and its seconds when it is comp
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -235,14 +236,19 @@ def mine(run: Run) -> dict:
     examples = store.read(np.arange(len(store)))
     encoder = run.encoder(run.params("pair"))
     queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
+    ids = content_ids(queries)
+    # Stores are shuffled: the first so many are a fair sample. All examples that ask the same come along, or their
+    # documents would be taken for negatives.
+    rows = np.flatnonzero(np.isin(ids, ids[: config.queries or None]))
     chosen, counts = mining.mine(
-        encoder.encode_tokens(queries), encoder.encode_tokens(documents), np.arange(len(examples)),
+        encoder.encode_tokens([queries[i] for i in rows]), encoder.encode_tokens(documents), rows,
         num_negatives=config.num_negatives, rank_window=tuple(config.rank_window), margin=config.margin,
-        query_ids=content_ids(queries), document_ids=content_ids(documents),
+        query_ids=ids[rows], document_ids=content_ids(documents),
     )  # fmt: skip
+    shutil.rmtree(target, ignore_errors=True)  # complete, if the last run was killed right behind it
     writer = Writer(target, ["query", "document", "negatives", "negative_lengths"])
     none = np.zeros(0, np.int32)
-    for example, row in zip(examples, chosen):
+    for example, row in zip((examples[i] for i in rows), chosen):
         negatives = [examples[j]["document"] for j in row if j >= 0]
         writer.append(
             {
@@ -253,7 +259,7 @@ def mine(run: Run) -> dict:
             }
         )
     writer.close({"task": "triplet", "mined_by": "pair", "mining": config.to_dict(), "counts": counts})
-    return {"examples": len(examples), **counts}
+    return {"documents": len(examples), **counts}
 
 
 def merge_sweep(run: Run) -> dict:

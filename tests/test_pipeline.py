@@ -18,6 +18,7 @@ from embed.training.metrics import read_metrics
 
 CONFIG = "configs/quickstart.py:runlocal"
 ROOT = Path(__file__).parent.parent
+MIXTURES = (("diffusion", "diffusion"), ("pair", "pairs"), ("contextual", "contextual"), ("triplet", "triplet"))
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
@@ -38,6 +39,18 @@ def prepared(workdir, tmp_path):
     shutil.copy(workdir / "steps" / "prepare.json", folder / "steps")
     (folder / "data").symlink_to(workdir / "data")
     return folder
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
+def test_every_shipped_config_trains_a_step_of_each_stage_when_shrunk_by_runlocal(path, workdir, tmp_path):
+    shrunk = config.load(f"configs/{path}:runlocal", [f"--config.stages.{s}.curriculum=((1, {m!r}),)" for s, m in MIXTURES])
+    assert shrunk.data == config.load(CONFIG).data, "data of its own: prepare them here"
+    run = pipeline.Run(shrunk, tmp_path / "run")
+    run.data.symlink_to(workdir / "data")
+    for name in shrunk.stages:
+        assert pipeline.train_stage(run, name) == {"steps": 1}
+        (row,) = read_metrics(run.workdir / name / "metrics.jsonl")
+        assert np.isfinite(row["loss"])
 
 
 def test_results_have_every_row_set_and_precision(workdir):

@@ -74,7 +74,11 @@ class Pairs:
 @gin.configurable("contextual")
 @dataclasses.dataclass(frozen=True)
 class Contextual:
-    """Longest query, chunk and document, in tokens (documents with a separator between chunks), and most chunks."""
+    """Of training: longest query, chunk and document, in tokens (documents with a separator between chunks), and most
+    chunks.
+
+    Chunks of the evaluation sets are as long.
+    """
 
     query_length: int = 32
     chunk_length: int = 64
@@ -85,9 +89,11 @@ class Contextual:
 @gin.configurable("evaluation")
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """max_queries: of one evaluation set."""
+    """max_queries: of one evaluation set. Longest document in tokens, and most chunks, of the contextual sets."""
 
     max_queries: int = 3000
+    document_length: int = 1024
+    max_chunks: int = 16
 
 
 _CONFIGURABLES = {
@@ -306,18 +312,18 @@ def sample(texts: Sequence[str], characters: int, seed: int) -> list[str]:
 def _evaluation_sets(folder: Path, corpus, tokenizer, settings: Mapping) -> dict:
     from embed.data import python_docs
 
-    contextual, most = settings["contextual"], settings["evaluation"].max_queries
+    evaluation = settings["evaluation"]
     counts = {}
     for split in ("development", "test"):
         sets = {
-            "functions": evaluation_sets.functions(corpus.functions[split], max_queries=most),
+            "functions": evaluation_sets.functions(corpus.functions[split], max_queries=evaluation.max_queries),
             "contextual": evaluation_sets.contextual(
                 [python_docs.module_example(m) for m in corpus.modules[split]],
                 tokenizer,
-                chunk_length=contextual.chunk_length,
-                document_length=contextual.document_length,
-                max_chunks=contextual.max_chunks,
-                max_queries=most,
+                chunk_length=settings["contextual"].chunk_length,
+                document_length=evaluation.document_length,
+                max_chunks=evaluation.max_chunks,
+                max_queries=evaluation.max_queries,
                 seen=corpus.seen,
             ),
         }

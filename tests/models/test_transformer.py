@@ -171,8 +171,8 @@ def test_initial_states_have_unit_scale_and_initial_predictions_are_nearly_unifo
     tokens = np.arange(128, dtype=np.int32)[None]
     hidden = jax.jit(functools.partial(transformer.apply, config))(tree, tokens, np.ones_like(tokens), tokens)
     assert 0.9 < np.sqrt(np.mean(np.square(hidden))) < 1.1
-    # A table of scale 0.02 under unit states: logits of standard deviation 0.02 √64.
-    np.testing.assert_allclose(np.std(hidden @ tree["embedding"].T), 0.16, rtol=0.1)
+    # A table of scale 0.64 / √D under states of unit scale.
+    np.testing.assert_allclose(np.std(hidden @ tree["embedding"].T), 0.64, rtol=0.1)
 
 
 @pytest.mark.parametrize(
@@ -189,5 +189,5 @@ def test_a_config_that_cannot_work_is_an_error(changes, message):
 
 
 def test_an_unknown_size_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'7b' must be one of 0.6b, 4b, tiny, micro"):
+    with pytest.raises(ValueError, match="'7b' must be one of 0.6b, 4b, tiny, small, micro"):
         transformer.make_config("7b", 100)
