@@ -53,7 +53,9 @@ def flops(stage, model: transformer.TransformerConfig, rows: int, length: int) -
     return total
 
 
-def measure(run: pipeline.Run, name: str, model: transformer.TransformerConfig, repeats: int, trace: str) -> list[float]:
+def measure(
+    run: pipeline.Run, name: str, model: transformer.TransformerConfig, repeats: int, trace: str
+) -> list[float]:
     """[GFLOP, seconds of the loss, of the gradient, of the step] of a stage under `model`."""
     stage = run.config.stages[name]
     phases = [(steps, run.mixtures[mixture]) for steps, mixture in stage.curriculum]
@@ -91,7 +93,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="*", help="default: all of the config")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--trace", default="", help="folder for profiler traces")
-    parser.add_argument("--returned_memory", action="store_true", help="let malloc hand freed memory back, as by default")
+    parser.add_argument(
+        "--returned_memory", action="store_true", help="let malloc hand freed memory back, as by default"
+    )
     arguments = parser.parse_args()
     kept = not arguments.returned_memory and keep_freed_memory()
     run = pipeline.Run(config.load(arguments.config), arguments.workdir, arguments.config)
@@ -102,7 +106,9 @@ def main() -> None:
     a = jnp.asarray(np.random.default_rng(0).normal(size=(2048, 2048)), jnp.float32)
     product = jax.jit(jnp.matmul)
     peak = 2 * 2048**3 / 1e9 / fastest(lambda: product(a, a), arguments.repeats)
-    print("| stage | variant | GFLOP | loss, s | gradient, s | step, s | GFLOP/s of the step |\n|---|---|---|---|---|---|---|")
+    print(
+        "| stage | variant | GFLOP | loss, s | gradient, s | step, s | GFLOP/s of the step |\n|---|---|---|---|---|---|---|"
+    )
     print(f"| matmul | 2048³ | {2 * 2048**3 / 1e9:.1f} | | | | {peak:.0f} |")
     for name in arguments.stages or run.config.stages:
         for variant, changes in VARIANTS.items():

@@ -76,7 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages = ConfigDict()
     config.stages.diffusion = make(
         kind="diffusion",
-        curriculum=((steps(120), "diffusion"),),
+        curriculum=((steps(60), "diffusion"),),
         left_shift=False,  # True when starting from a causal checkpoint
         logits_chunk=32,  # positions whose logits are held at once
         optimizer=dict(learning_rate=2e-3),
@@ -102,13 +102,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = make(
         kind="contextual",
         init="pair",
-        curriculum=((steps(60), "contextual"),),
+        curriculum=((steps(240), "contextual"),),
         matryoshka=prefixes,
         temperature=0.05,
         margin=0.1,
         alpha=0.2,  # weight of the in-document loss against the in-batch one
         beta=(0.2, 0.5),  # weight of the document-level loss: from, to, on a cosine
-        optimizer=dict(learning_rate=2e-3),
         batch=dict(
             group_size=2 if arg.runlocal else 16,  # documents
             groups=2,
@@ -146,9 +145,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mining.margin = 0.05  # below the positive's cosine
 
     config.merge = ConfigDict()
-    config.merge.ratio = 0.5  # of the way from the contextual to the triplet checkpoint
+    config.merge.ratio = 0.8  # of the way from the contextual to the triplet checkpoint
     config.merge.sweep = (
-        (0.5,) if arg.runlocal else (0.0, 0.25, 0.5, 0.75, 1.0)
+        (0.8,) if arg.runlocal else (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     )  # ratios tried on the development split
 
     config.sample = ConfigDict()  # the denoising demonstration after the diffusion stage

@@ -40,7 +40,9 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # from malloc.h
     # One arena: the others are made of mapped heaps of 64 MB.
-    return all(libc.mallopt(name, value) for name, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)))
+    return all(
+        libc.mallopt(name, value) for name, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from embed.models.attention import attention
 from embed.typing import Array, typechecked
 
+FINAL_NORM = 0.4  # scale of the final norm at random init
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
@@ -58,7 +59,7 @@ SIZES = {
     "4b": dict(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=9728),
     # Ours, for CPUs: wide vectors (lexical matching wants dimensions) on a thin network (which costs time).
     "tiny": dict(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=256),
-    "small": dict(hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=512),
+    "small": dict(hidden_size=512, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=256),
     "micro": dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
 }
 
@@ -164,7 +165,9 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = nnx.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)  # every array gets a layer axis
-        self.norm = nnx.Param(jnp.ones(config.hidden_size))
+        # Small, so that pooled vectors stay where the tanh of int8 is nearly linear. From 1 the tanh clips the direction
+        # that all texts share, training learns to lean on that, and float32 cosines, which are not clipped, get worse.
+        self.norm = nnx.Param(jnp.full(config.hidden_size, FINAL_NORM))
 
     def __call__(
         self, tokens: Int[Array, "R L"], segment_ids: Int[Array, "R L"], positions: Int[Array, "R L"]

@@ -71,9 +71,7 @@ def test_a_step_unmasks_the_most_confident_tokens_and_touches_no_other():
     for state in states:
         np.testing.assert_array_equal(state[text != MASK], text[text != MASK])
     valid = np.ones((1, LENGTH), bool)
-    best, confidence = denoise._predict(
-        random_params(), text[None], valid, model=MODEL, mask_id=MASK, left_shift=False
-    )
+    best, confidence = denoise._predict(random_params(), text[None], valid, model=MODEL, mask_id=MASK, left_shift=False)
     masked = np.flatnonzero(text == MASK)
     first = masked[np.argsort(-np.asarray(confidence)[masked])[:2]]
     assert set(np.flatnonzero(states[0] != states[1])) == set(first)

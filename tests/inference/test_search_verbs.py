@@ -76,7 +76,9 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
     code = cli.main(["mine", *paths, "--margin", "-2", "--num_negatives", "3"])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert code == 0
-    assert [(r["query-id"], r["corpus-id"], sorted(r["negatives"])) for r in rows] == [
+    # c0 and c3 are one text, so which of them ranks first is a matter of a last bit; both never appear.
+    same = {"c3": "c0"}
+    assert [(r["query-id"], r["corpus-id"], sorted(same.get(n, n) for n in r["negatives"])) for r in rows] == [
         ("q0", "c0", ["c1", "c2"]), ("q1", "c1", ["c0"]), ("q1", "c2", ["c0"])
     ]  # fmt: skip
     assert "short 3" in capsys.readouterr().out

@@ -165,14 +165,14 @@ def test_sizes_have_the_published_numbers_of_parameters():
     assert (total, total - without_embedding) == (4_022_468_096, 388_956_160)
 
 
-def test_initial_states_have_unit_scale_and_initial_predictions_are_nearly_uniform():
+def test_initial_states_have_the_scale_of_the_final_norm_and_initial_predictions_are_nearly_uniform():
     config = transformer.make_config("micro", 500, hidden_size=64)
     tree = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
     tokens = np.arange(128, dtype=np.int32)[None]
     hidden = jax.jit(functools.partial(transformer.apply, config))(tree, tokens, np.ones_like(tokens), tokens)
-    assert 0.9 < np.sqrt(np.mean(np.square(hidden))) < 1.1
-    # A table of scale 0.64 / √D under states of unit scale.
-    np.testing.assert_allclose(np.std(hidden @ tree["embedding"].T), 0.64, rtol=0.1)
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(hidden))), transformer.FINAL_NORM, rtol=1e-3)
+    # A table of scale 0.64 / √D under states of that scale.
+    np.testing.assert_allclose(np.std(hidden @ tree["embedding"].T), 0.64 * transformer.FINAL_NORM, rtol=0.1)
 
 
 @pytest.mark.parametrize(
