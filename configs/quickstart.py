@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.pair = make(
         kind="pair",
         init="diffusion",
-        curriculum=((steps(280), "pairs"),),
+        curriculum=((steps(400), "pairs"),),
         matryoshka=prefixes,
         temperature=0.05,  # 0.02 in the paper, at batch 16,384
         margin=0.1,  # of the false-negative mask
@@ -102,17 +102,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = make(
         kind="contextual",
         init="pair",
-        curriculum=((steps(200), "contextual"),),
+        curriculum=((steps(240), "contextual"),),
         matryoshka=prefixes,
         temperature=0.05,
         margin=0.1,
         alpha=0.2,  # weight of the in-document loss against the in-batch one
         beta=(0.2, 0.5),  # weight of the document-level loss: from, to, on a cosine
-        optimizer=dict(learning_rate=3e-3),
         batch=dict(
             group_size=2 if arg.runlocal else 16,  # documents
             groups=2,
-            rows_per_group=6 if arg.runlocal else 13,
+            rows_per_group=6 if arg.runlocal else 16,
             length=512,
             spans=32,
             segments=32,
@@ -140,7 +139,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.mining = ConfigDict()  # hard negatives for the triplet stage, by the pair checkpoint
     config.mining.task = "python_docs_summaries"  # whose documents are ranked for its queries
-    config.mining.queries = 4096  # at most; 0 = all. The triplet stage sees no others
+    config.mining.queries = 8192  # at most; 0 = all. The triplet stage sees no others
     config.mining.num_negatives = 4  # a query, at most
     config.mining.rank_window = (5, 50)
     config.mining.margin = 0.05  # below the positive's cosine
@@ -148,7 +147,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.merge = ConfigDict()
     config.merge.ratio = 0.8  # of the way from the contextual to the triplet checkpoint
     config.merge.sweep = (
-        (0.8,) if arg.runlocal else (0.0, 0.4, 0.6, 0.8, 1.0)
+        (0.8,) if arg.runlocal else (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     )  # ratios tried on the development split
 
     config.sample = ConfigDict()  # the denoising demonstration after the diffusion stage
