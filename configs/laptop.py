@@ -19,10 +19,11 @@ def get_config(arg: str = "") -> ConfigDict:
     diffusion, pair, contextual, triplet = (
         config.stages[name] for name in ("diffusion", "pair", "contextual", "triplet")
     )
-    pair.curriculum = ((1300, "pairs"),)
+    pair.curriculum = ((800, "pairs"),)
     pair.optimizer.learning_rate = 3e-3  # of a model twice as wide
     pair.batch.update(group_size=128, rows_per_group=76)  # documents of up to about 80 tokens
-    contextual.optimizer.learning_rate = 3e-3
+    contextual.optimizer.learning_rate = 2e-3
+    contextual.batch.rows_per_group = 13
     triplet.curriculum = ((150, "triplet"),)
     for stage in (pair, contextual, triplet):
         stage.matryoshka = (64, 128, 256, 512)
