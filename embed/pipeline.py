@@ -379,7 +379,7 @@ def run(run: Run) -> dict:
         results[name], seconds[name] = saved["result"], round(saved["seconds"], 1)
         sources.append({key: saved[key] for key in ("commit", "versions", "device")})
     checkpoints = {n.removeprefix("evaluate "): r for n, r in results.items() if n.startswith("evaluate ")}
-    metrics = {name: run.workdir / name / "metrics.jsonl" for name in run.config.stages}
+    metrics = {name: run.workdir / name / "metrics.jsonl" for name in results if name in run.config.stages}
     total = {
         "command": f"embed pipeline --config={run.config_path}",
         "machine": machine(),
