@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep freed memory instead of handing it back to the kernel; False where there is no glibc.
 
     XLA on CPU allocates its temporary buffers anew for every step. Above 32 MB malloc maps and unmaps each of them,
-    and the kernel zeroes every page again: a quarter of a training step (ARCHITECTURE.md, "Speed").
+    and the kernel zeroes every page again. What that costs depends on the machine (ARCHITECTURE.md, "Speed").
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

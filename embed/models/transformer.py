@@ -160,7 +160,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.config = config
         # Qwen's 0.02 at its width of 1024, at any width. It matters: at 256, after 400 pair steps, nDCG@10 was .370 at
-        # 0.035, .359 at 0.02 and .349 at 1 / √D (int8; quickstart's pair stage from random init).
+        # 0.035, .359 at 0.02 and .349 at 1 / √D (int8; quickstart's pair stage from random
+        # init, the final norm still starting at 1).
         scale = 0.64 * config.hidden_size**-0.5
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
         keys = jax.random.split(rngs.params(), config.num_layers)
