@@ -17,6 +17,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed encode arguments`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed encode", description=__doc__)
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)

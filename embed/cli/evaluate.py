@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed evaluate arguments`; returns the exit code."""
     parser = argparse.ArgumentParser("embed evaluate", description=__doc__)
     parser.add_argument("--model", required=True, help="an exported model")
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")

@@ -10,6 +10,7 @@ from embed.inference.index import build, read_corpus
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed index arguments`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed index", description=__doc__)
     add_model_arguments(parser)
     parser.add_argument(

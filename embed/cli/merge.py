@@ -5,6 +5,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed merge arguments`; returns the exit code."""
     parser = argparse.ArgumentParser("embed merge", description=__doc__)
     parser.add_argument("--a", required=True, help="an exported model; ratio 0 gives it back")
     parser.add_argument(

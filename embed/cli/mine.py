@@ -15,6 +15,7 @@ from embed.mining import mine
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed mine arguments`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed mine", description=__doc__)
     parser.add_argument("--model", required=True, help="folder of an exported model")
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")

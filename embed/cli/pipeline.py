@@ -5,6 +5,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed pipeline arguments`; returns the exit code."""
     from embed.cli import common
 
     parser = argparse.ArgumentParser("embed pipeline", description=__doc__)

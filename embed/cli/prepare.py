@@ -5,6 +5,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed prepare arguments`; returns the exit code."""
     from embed.cli import common
 
     parser = argparse.ArgumentParser("embed prepare", description=__doc__)

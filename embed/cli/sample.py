@@ -5,6 +5,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed sample arguments`; returns the exit code."""
     from embed.cli import common
 
     parser = argparse.ArgumentParser("embed sample", description=__doc__)

@@ -13,6 +13,7 @@ from embed.inference.index import build, read_corpus
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run `embed search arguments`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed search", description=__doc__)
     add_model_arguments(parser)
     parser.set_defaults(precision=None)

@@ -140,18 +140,6 @@ def evaluate_retrieval(
     return {p: score(ranking, data) for p, ranking in rank(encoder, data, precisions, alone=alone).items()}
 
 
-def evaluate_functions(encoder: Encoder, folder, precisions: Sequence[str]) -> dict[str, dict[str, float]]:
-    """{precision: metrics} on a set of separate texts."""
-    return evaluate_retrieval(encoder, read_set(folder), precisions, alone=True)
-
-
-def evaluate_contextual(
-    encoder: Encoder, folder, precisions: Sequence[str], alone: bool
-) -> dict[str, dict[str, float]]:
-    """{precision: metrics} on a set of chunked documents: chunks in context, or with `alone` each by itself."""
-    return evaluate_retrieval(encoder, read_set(folder), precisions, alone=alone)
-
-
 def _gains(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.ndarray:
     """The grade of the text at each of the first k ranks, 0 where it is not relevant, float64 [Q, k]."""
     gains = np.zeros((len(relevant), k))

@@ -154,17 +154,14 @@ def test_a_ranking_is_that_of_texts_encoded_in_the_precision(tmp_path, precision
         scores = unit[0] @ unit[1].T
     ranking = retrieval.rank(encoder, data, [precision])[precision]
     np.testing.assert_array_equal(ranking, np.argsort(-scores, axis=1, kind="stable"))
-    assert retrieval.evaluate_functions(encoder, tmp_path / "set", [precision]) == {
-        precision: retrieval.score(ranking, data)
-    }
+    assert retrieval.evaluate_retrieval(encoder, data, [precision]) == {precision: retrieval.score(ranking, data)}
 
 
 def test_a_contextual_set_is_evaluated_both_ways(tmp_path):
-    encoder, folder = small.encoder(), make(tmp_path / "set", chunked=True)
-    context = retrieval.evaluate_contextual(encoder, folder, ["float32", "int8"], alone=False)
-    alone = retrieval.evaluate_contextual(encoder, folder, ["float32", "int8"], alone=True)
+    encoder, data = small.encoder(), retrieval.read_set(make(tmp_path / "set", chunked=True))
+    context = retrieval.evaluate_retrieval(encoder, data, ["float32", "int8"])
+    alone = retrieval.evaluate_retrieval(encoder, data, ["float32", "int8"], alone=True)
     assert list(context) == list(alone) == ["float32", "int8"]
-    assert alone == retrieval.evaluate_functions(encoder, folder, ["float32", "int8"])
     assert context != alone
     # Query i is text i after one more word: by itself even a random model finds it, the context blurs it.
     assert alone["float32"]["ndcg@10"] > 0.8
