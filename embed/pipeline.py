@@ -81,6 +81,10 @@ class Run:
     def store(self, task: str) -> Store:
         return Store(self.data / "tasks" / task)
 
+    def ranking(self, checkpoint: str, benchmark: str) -> Path:
+        """What `evaluate` found: {precision: best corpus rows of each query, int32 [Q, DEPTH]} as .npz."""
+        return self.workdir / "rankings" / checkpoint.replace(" ", "_") / f"{benchmark}.npz"
+
     def encoder(self, params) -> Encoder:
         return Encoder(
             params, self.model, self.tokenizer,
@@ -163,30 +167,37 @@ def evaluation_set(run: Run, name: str, split: str = "test") -> retrieval.Retrie
     return retrieval.read_set(run.data / "evaluation" / name / split)
 
 
-def evaluate(run: Run, checkpoint: str) -> dict:
-    """Retrieval of a checkpoint on the held-out packages, at every precision."""
-    encoder = run.encoder(run.params(checkpoint))
+def benchmarks(run: Run) -> dict[str, tuple[retrieval.RetrievalSet, bool]]:
+    """{name: (test set, whether chunks are encoded alone)}: the columns of the report's table."""
     functions, contextual = evaluation_set(run, "functions"), evaluation_set(run, "contextual")
-    return {
-        "functions": retrieval.evaluate_retrieval(encoder, functions, PRECISIONS),
-        "contextual": retrieval.evaluate_retrieval(encoder, contextual, PRECISIONS),
-        "contextual_alone": retrieval.evaluate_retrieval(encoder, contextual, PRECISIONS, alone=True),
-    }
+    return {"functions": (functions, True), "contextual": (contextual, False), "contextual_alone": (contextual, True)}
+
+
+def evaluate(run: Run, checkpoint: str) -> dict:
+    """Retrieval of a checkpoint on the held-out packages, at every precision; rankings/ keeps what it found."""
+    encoder = run.encoder(run.params(checkpoint))
+    figures = {}
+    for name, (data, alone) in benchmarks(run).items():
+        rankings = retrieval.rank(encoder, data, PRECISIONS, alone=alone)
+        path = run.ranking(checkpoint, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **rankings)
+        figures[name] = {p: retrieval.score(ranking, data) for p, ranking in rankings.items()}
+    return figures
 
 
 def evaluate_baselines(run: Run) -> dict:
-    """BM25, and BM25 fused with the merged model by reciprocal rank."""
-    encoder = run.encoder(run.params("merged"))
-    functions, contextual = evaluation_set(run, "functions"), evaluation_set(run, "contextual")
-    lexical, fused = {}, {}
-    for name, data, alone in (
-        ("functions", functions, True), ("contextual", contextual, False), ("contextual_alone", contextual, True),
-    ):  # fmt: skip
+    """BM25, and BM25 fused by reciprocal rank with the two models that are exported."""
+    rows: dict[str, dict] = {"BM25": {}, "BM25 + contextual": {}, "BM25 + merged": {}}
+    for name, (data, alone) in benchmarks(run).items():
         words = baselines.bm25(data, context=not alone)
-        lexical[name] = {"float32": retrieval.score(words, data)}
-        ranked = retrieval.rank(encoder, data, PRECISIONS, alone=alone)
-        fused[name] = {p: retrieval.score(baselines.reciprocal_rank_fusion(words, ranked[p]), data) for p in PRECISIONS}
-    return {"BM25": lexical, "BM25 + merged": fused}
+        rows["BM25"][name] = {"float32": retrieval.score(words, data)}
+        for checkpoint in ("contextual", "merged"):
+            rows[f"BM25 + {checkpoint}"][name] = {
+                precision: retrieval.score(baselines.reciprocal_rank_fusion(words, ranking), data)
+                for precision, ranking in np.load(run.ranking(checkpoint, name)).items()
+            }
+    return rows
 
 
 def diffusion_report(run: Run) -> dict:

@@ -14,6 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 from embed import cli, config, pipeline
+from embed.evaluation import retrieval
 from embed.training.metrics import read_metrics
 
 CONFIG = "configs/quickstart.py:runlocal"
@@ -58,14 +59,22 @@ def test_every_shipped_config_trains_a_step_of_each_stage_when_shrunk_by_runloca
 def test_results_have_every_row_set_and_precision(workdir):
     results = json.loads((workdir / "results.json").read_text())
     models = ["random init", "diffusion", "pair", "contextual", "triplet", "merged"]
-    assert list(results["checkpoints"]) == [*models, "BM25", "BM25 + merged"]
-    for name in [*models, "BM25 + merged"]:
+    assert list(results["checkpoints"]) == [*models, "BM25", "BM25 + contextual", "BM25 + merged"]
+    for name in [*models, "BM25 + contextual", "BM25 + merged"]:
         for benchmark in ("functions", "contextual", "contextual_alone"):
             for precision in ("float32", "int8", "binary"):
                 figures = results["checkpoints"][name][benchmark][precision]
                 assert 0 <= figures["ndcg@10"] <= 1 and 0 <= figures["recall@10"] <= 1
     assert set(results["seconds"]) >= {"prepare", "diffusion", "pair", "contextual", "mine", "triplet", "merge"}
     assert results["commit"] and results["versions"]["jax"]
+
+
+def test_kept_rankings_score_what_the_table_says(workdir):
+    run = pipeline.Run(config.load(CONFIG), workdir)
+    figures = json.loads((workdir / "results.json").read_text())["checkpoints"]["contextual"]
+    for benchmark, (data, _) in pipeline.benchmarks(run).items():
+        rankings = np.load(run.ranking("contextual", benchmark))
+        assert {p: retrieval.score(rankings[p], data) for p in rankings} == figures[benchmark]
 
 
 def test_report_shows_the_table_and_its_plots_exist(workdir):
