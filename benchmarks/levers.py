@@ -19,6 +19,8 @@ from embed.evaluation import retrieval
 def parse_variant(text: str) -> tuple[str, list[str]]:
     """("name", ["--config.key=value", …]) of "name: key=value key=value"."""
     name, _, changes = text.partition(":")
+    if data := [change for change in changes.split() if change.startswith("data.")]:
+        raise ValueError(f"{name}: {data[0]} would change the data, which are those of --from")
     return name.strip(), [f"--config.{change}" for change in changes.split()]
 
 

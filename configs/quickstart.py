@@ -106,12 +106,13 @@ def get_config(arg: str = "") -> ConfigDict:
         matryoshka=prefixes,
         temperature=0.05,
         margin=0.1,
+        optimizer=dict(learning_rate=2e-3),
         alpha=0.2,  # weight of the in-document loss against the in-batch one
         beta=(0.2, 0.5),  # weight of the document-level loss: from, to, on a cosine
         batch=dict(
             group_size=2 if arg.runlocal else 16,  # documents
             groups=2,
-            rows_per_group=6 if arg.runlocal else 16,
+            rows_per_group=6 if arg.runlocal else 14,
             length=512,
             spans=32,
             segments=32,

@@ -6,6 +6,7 @@
 Each step leaves steps/NAME.json with its result and its seconds when it is complete; a run started again skips those.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -42,13 +43,14 @@ class Run:
     """A config and its workdir, with what the steps share."""
 
     def __init__(self, config: ConfigDict, workdir, config_path: str = ""):
+        if "://" in str(workdir):
+            raise ValueError(f"workdir {workdir} is a URL; it must be a folder, local or mounted")
         self.config, self.workdir, self.config_path = config, Path(workdir), config_path
         self._claim()
 
     def _claim(self) -> None:
         """Write config.json, or check that the workdir is this config's."""
-        # What is trained, not which stage of it this process was asked for.
-        resolved = json.loads(json.dumps({k: v for k, v in self.config.to_dict().items() if k != "stage"}))
+        resolved = resolve(self.config)
         file = self.workdir / "config.json"
         if file.exists():
             if difference := configs.first_difference(json.loads(file.read_text()), resolved):
@@ -100,6 +102,16 @@ class Run:
             return merge.slerp(a, b, self.config.merge.ratio)
         abstract = transformer.abstract_params(self.model)
         return training_state.load_params(self.workdir / checkpoint / "checkpoints", abstract)
+
+
+def resolve(config: ConfigDict) -> dict:
+    """What makes a run what it is: the config and the text of its gin file, not which stage a process was asked for."""
+    resolved = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "stage"}))
+    gin_file = Path(config.data.gin_file)
+    if not gin_file.is_file():
+        raise FileNotFoundError(f"no gin file {gin_file} (config.data.gin_file) in {Path.cwd()}")
+    resolved["data"]["gin_digest"] = hashlib.sha256(gin_file.read_bytes()).hexdigest()[:12]
+    return resolved
 
 
 def write_json(path: Path, value) -> None:
@@ -311,11 +323,13 @@ def export_models(run: Run) -> dict:
 
 def provenance() -> dict:
     """The git commit and the versions of what computed."""
-    root = Path(__file__).parent.parent
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    root, commit = Path(__file__).parent.parent, ""
+    if (root / ".git").exists() and shutil.which("git"):  # not that of a repository which holds this installation
+        describe = ["git", "-C", root, "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit or "unknown",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "device": jax.devices()[0].device_kind,
     }

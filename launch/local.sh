@@ -5,7 +5,8 @@
 #   launch/local.sh 2 --config=configs/quickstart.py:stage=pair --workdir=runs/quickstart
 #   launch/local.sh --dry-run 2 ...        print the commands, run nothing
 #
-# The losses equal those of one process: a batch is a function of the seed and the step. Each process logs to
+# The batches are those of one process, functions of the seed and the step; so are the losses, up to the rounding of sums
+# in another order. Each process logs to
 # WORKDIR.logs/process-K.log; process 0 also shows its progress here. The first failure ends all of them.
 # EMBED names the command (default: embed), PORT the coordinator's port (default: a free one).
 set -euo pipefail
@@ -13,7 +14,7 @@ set -euo pipefail
 dry_run=false
 if [[ "${1:-}" == --dry-run ]]; then dry_run=true; shift; fi
 if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || $# -lt 3 ]]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 processes=$1; shift

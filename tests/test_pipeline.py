@@ -167,13 +167,51 @@ def test_the_colab_runs_from_top_to_bottom_and_is_stored_without_outputs(name, w
         (["search", "--model={workdir}/export/embed", "--corpus={workdir}/empty.jsonl", "--query=x"], "empty.jsonl"),
         (["search", "--model={workdir}/export/embed", "--corpus={workdir}/none.jsonl", "--query=x"], "none.jsonl"),
         (["trane"], "'trane' is not a verb; there are"),
+        (
+            ["merge", "--a={workdir}/export/embed", "--b={workdir}/bare", "--output={workdir}/never"],
+            "they embed differently",
+        ),
+        (
+            ["encode", "--model={workdir}/export/embed", "--text=x", "--output={workdir}/nowhere/x.npy"],
+            "must be a file in a folder that exists",
+        ),
+        (
+            ["train", f"--config={CONFIG},stage=pair", "--workdir={workdir}", "--process_id=1"],
+            "--coordinator and --process_id need --num_processes",
+        ),
+        (["pipeline", f"--config={CONFIG}", "--workdir=gs://bucket/run"], "gs://bucket/run is a URL"),
+        (
+            ["pipeline", f"--config={CONFIG}", "--config.data.gin_file=none.gin", "--workdir={workdir}"],
+            "no gin file none.gin",
+        ),
     ],
 )
 def test_wrong_input_ends_in_one_sentence_and_exit_code_2(workdir, arguments, sentence, capsys):
     (workdir / "empty.jsonl").write_text("")
+    if not (workdir / "bare").exists():
+        shutil.copytree(workdir / "export" / "embed", workdir / "bare")
+        settings = json.loads((workdir / "bare" / "config.json").read_text())
+        settings["embedding"]["separator"] = False
+        (workdir / "bare" / "config.json").write_text(json.dumps(settings))
     assert cli.main([a.replace("{workdir}", str(workdir)) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_workdir_of_another_gin_file_is_refused(workdir, tmp_path, capsys):
+    changed = tmp_path / "python_docs.gin"
+    changed.write_text((ROOT / "configs/data/python_docs.gin").read_text() + "\ntext.max_characters = 1000\n")
+    run = config.load(CONFIG, [f"--config.data.gin_file={changed}"])
+    assert pipeline.resolve(run)["data"]["gin_digest"] != pipeline.resolve(config.load(CONFIG))["data"]["gin_digest"]
+    assert (
+        cli.main(["pipeline", f"--config={CONFIG}", f"--config.data.gin_file={changed}", f"--workdir={workdir}"]) == 2
+    )
+    assert "was made by another config (data.gin_digest" in capsys.readouterr().err
+
+
+def test_provenance_needs_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert pipeline.provenance()["commit"] == "unknown"
 
 
 def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
@@ -216,21 +254,20 @@ KILLED = textwrap.dedent(
 )
 
 
-def _train(folder, *arguments, kill_at=-1, command=None):
+def _train(folder, *arguments, stage="diffusion", kill_at=-1, command=None):
     command = command or [sys.executable, "-c", KILLED, "train"]
-    arguments = [f"--config={CONFIG},stage=diffusion", f"--workdir={folder}", STEPS, SAVING, *arguments]
+    arguments = [f"--config={CONFIG},stage={stage}", f"--workdir={folder}", STEPS, SAVING, *arguments]
     environment = {**ENVIRONMENT, "KILL_AT": str(kill_at)}
     return subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
 
 
 def _reconfigure(folder):
     """Let the workdir be that of a config with more diffusion steps."""
-    resolved = config.load(CONFIG, [STEPS, SAVING]).to_dict()
-    pipeline.write_json(folder / "config.json", {k: v for k, v in resolved.items() if k != "stage"})
+    pipeline.write_json(folder / "config.json", pipeline.resolve(config.load(CONFIG, [STEPS, SAVING])))
 
 
-def _losses(folder):
-    return {row["step"]: row["loss"] for row in read_metrics(folder / "diffusion" / "metrics.jsonl")}
+def _losses(folder, stage="diffusion"):
+    return {row["step"]: row["loss"] for row in read_metrics(folder / stage / "metrics.jsonl")}
 
 
 def test_kill_9_in_mid_stage_then_the_same_command_gives_the_losses_of_an_unbroken_run(prepared, tmp_path):
@@ -256,11 +293,18 @@ def test_two_local_processes_train_the_losses_of_one(prepared, tmp_path):
     embed = tmp_path / "embed"
     embed.write_text(f'#!/bin/sh\nexec {sys.executable} -m embed.cli "$@"\n')
     embed.chmod(0o755)
-    launched = _train(two, command=["env", f"EMBED={embed}", "bash", "launch/local.sh", "2"])
-    assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[-2000:]
+    # The second stage starts from the checkpoint of the first.
+    for stage in ("diffusion", "pair"):
+        launched = _train(two, stage=stage, command=["env", f"EMBED={embed}", "bash", "launch/local.sh", "2"])
+        assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[-2000:]
+    done = _train(prepared, stage="pair")
+    assert done.returncode == 0, done.stderr[-2000:]
     one_losses, two_losses = _losses(prepared), _losses(two)
     assert sorted(two_losses) == sorted(one_losses) == list(range(1, 10))
     np.testing.assert_allclose([two_losses[s] for s in range(1, 10)], [one_losses[s] for s in range(1, 10)], rtol=1e-5)
+    # Sums in another order may round an embedding to the next of int8's levels.
+    pairs = [list(_losses(folder, "pair").values()) for folder in (two, prepared)]
+    np.testing.assert_allclose(*pairs, rtol=2e-3)
 
 
 def test_the_launcher_prints_its_commands_and_refuses_nonsense():

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: embed VERB [arguments]      embed VERB --help\n")
         print("\n".join(f"  {verb:10} {line}" for verb, line in known.items()))
+        print("\nEMBED_TRACEBACK=1 in the environment shows where an error was found.")
         return 0 if argv else 2
     if argv[0] not in known:
         print(f"embed: {argv[0]!r} is not a verb; there are {', '.join(known)}", file=sys.stderr)

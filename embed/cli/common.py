@@ -5,10 +5,11 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def run(main: Callable, argv: list[str] | None = None) -> int:
-    """Run a verb. Wrong input ends in one sentence and exit code 2; a defect of ours keeps its traceback."""
+    """Run a verb. Wrong input ends in one sentence and exit code 2; with EMBED_TRACEBACK=1 also where it was found."""
     keep_freed_memory()
     try:
         return main(argv) or 0
@@ -22,10 +23,10 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
     ) as error:
         if os.environ.get("EMBED_TRACEBACK"):
             raise
-        print(f"embed: error: {error}", file=sys.stderr)
+        print(f"embed: error: {'; '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("embed: interrupted; the same command continues", file=sys.stderr)
+        print("embed: interrupted", file=sys.stderr)
         return 130
 
 
@@ -43,6 +44,12 @@ def keep_freed_memory() -> bool:
     return all(
         libc.mallopt(name, value) for name, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
     )
+
+
+def check_output(path: str | None) -> None:
+    """Refuse a file that could not be written, before the work rather than behind it."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise FileNotFoundError(f"--output={path} must be a file in a folder that exists")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

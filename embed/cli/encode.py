@@ -1,11 +1,13 @@
 """embed encode: turn a corpus file or single texts into vectors, written as .npy."""
 
 import argparse
+import sys
 
 import numpy as np
 from rich.console import Console
 
 from embed import inference
+from embed.cli.common import check_output, run
 from embed.inference.index import Corpus, read_corpus
 
 
@@ -25,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--text", action="append", help="a text; may be repeated")
     parser.add_argument("--output", required=True, help="the .npy file to write, one row a text or chunk, in order")
     args = parser.parse_args(argv)
+    check_output(args.output)
 
     if args.corpus:
         corpus = read_corpus(args.corpus)
@@ -42,4 +45,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

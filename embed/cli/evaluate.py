@@ -1,4 +1,4 @@
-"""Retrieval figures of an exported model on a folder of evaluation sets, or on one of them."""
+"""Retrieval figures of an exported model on a retrieval set: what the report shows, for a model and data of your own."""
 
 import argparse
 import json
@@ -8,19 +8,21 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser("embed evaluate", description=__doc__)
-    parser.add_argument("--model", required=True, help="an exported model")
-    parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
-    parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"])
-    parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
-    parser.add_argument("--output", help="also write the figures as JSON")
-    arguments = parser.parse_args(argv)
     from rich.console import Console
     from rich.table import Table
 
     from embed import inference
+    from embed.cli.common import check_output
     from embed.evaluation import retrieval
 
+    parser = argparse.ArgumentParser("embed evaluate", description=__doc__)
+    parser.add_argument("--model", required=True, help="an exported model")
+    parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
+    parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"], choices=inference.PRECISIONS)
+    parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
+    parser.add_argument("--output", help="also write the figures as JSON")
+    arguments = parser.parse_args(argv)
+    check_output(arguments.output)
     data, encoder = retrieval.read_set(arguments.data), inference.load(arguments.model)
     figures = retrieval.evaluate_retrieval(encoder, data, arguments.precision, alone=arguments.alone)
     table = Table("precision", *next(iter(figures.values())))

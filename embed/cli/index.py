@@ -1,10 +1,12 @@
 """embed index: encode a corpus once and store it for `embed search --index`."""
 
 import argparse
+import sys
 
 from rich.console import Console
 
 from embed import inference
+from embed.cli.common import run
 from embed.cli.encode import add_model_arguments
 from embed.inference.index import build, read_corpus
 
@@ -31,4 +33,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

@@ -19,12 +19,19 @@ def main(argv: list[str] | None = None) -> int:
 
     if not 0 <= arguments.ratio <= 1:
         raise ValueError(f"--ratio={arguments.ratio} must be between 0 and 1")
-    a, b = inference.load(arguments.a), inference.load(arguments.b)
+    a, b = (inference.load(path, dtype="float32") for path in (arguments.a, arguments.b))
     if a.tokenizer.digest != b.tokenizer.digest:
         raise ValueError(
             f"{arguments.a} and {arguments.b} have different tokenizers: their vectors mean different things"
         )
-    settings = {"matryoshka": list(a.matryoshka), "separator": a.separator, "max_length": a.max_length}
+    settings, other = (
+        {"matryoshka": list(m.matryoshka), "separator": m.separator, "max_length": m.max_length} for m in (a, b)
+    )
+    for name, value in settings.items():
+        if value != other[name]:
+            raise ValueError(
+                f"{name} is {value} in {arguments.a} and {other[name]} in {arguments.b}: they embed differently"
+            )
     provenance = {"merged": [arguments.a, arguments.b], "ratio": arguments.ratio}
     merged = merge.slerp(a.params, b.params, arguments.ratio)
     print(export.export(arguments.output, merged, a.config, a.tokenizer, embedding=settings, provenance=provenance))

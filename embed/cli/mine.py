@@ -5,11 +5,13 @@ Writes JSON lines {"query-id", "corpus-id": its positive, "negatives": [ids, bes
 
 import argparse
 import json
+import sys
 
 import numpy as np
 from rich.console import Console
 
 from embed import inference
+from embed.cli.common import check_output, run
 from embed.evaluation.retrieval import embed_set, read_set
 from embed.mining import mine
 
@@ -27,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--margin", type=float, default=0.05, help="negatives score this much less than the positive")
     parser.add_argument("--relative", action="store_true", help="the margin is a fraction of the positive's score")
     args = parser.parse_args(argv)
+    check_output(args.output)
 
     data = read_set(args.data)
     encoder = inference.load(args.model)
@@ -51,4 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

@@ -1,6 +1,7 @@
 """embed search: the texts of a corpus nearest to a query, by exact search."""
 
 import argparse
+import sys
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embed import inference
+from embed.cli.common import run
 from embed.cli.encode import add_model_arguments
 from embed.inference.index import build, read_corpus
 
@@ -59,4 +61,4 @@ def results_table(query: str, index: inference.Index, scores, indices) -> Table:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run(main))

@@ -14,6 +14,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_processes", type=int, help="how many processes train together")
     parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
     arguments, config = common.parse_config(parser, argv)
+    if not arguments.num_processes and (arguments.coordinator or arguments.process_id is not None):
+        raise ValueError("--coordinator and --process_id need --num_processes: this process would train alone")
     if arguments.num_processes:
         import jax
 

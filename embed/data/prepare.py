@@ -273,14 +273,16 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
         trim_output_features=False,
         try_in_mem_cache=False,
     )
+    # A pair with an empty side, a document without tokens: nothing to learn from.
+    sides = {"diffusion": ("tokens",), "pair": ("query", "document"), "contextual": ("document", "queries")}[stage]
+    vocabulary = task.output_features[sides[0]].vocabulary
+    vocabulary.lost.clear()
     values = {column: [] for column in tasks.COLUMNS[stage]}
     for batch in dataset.ragged_batch(1024):
         for column, ragged in batch.items():
             values[column] += np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
-    # A pair with an empty side, a document without tokens: nothing to learn from.
-    sides = {"diffusion": ("tokens",), "pair": ("query", "document"), "contextual": ("document", "queries")}[stage]
     kept = [i for i in range(len(values[sides[0]])) if all(len(values[side][i]) for side in sides)]
-    dropped = {"no tokens": len(values[sides[0]]) - len(kept)}
+    lost = {"examples without tokens": len(values[sides[0]]) - len(kept), **vocabulary.lost}
     if not kept:
         raise ValueError(f"the task {name!r} gives no example with tokens; take it out of mixtures.rates")
     np.random.default_rng(int(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).hexdigest(), 16)).shuffle(kept)
@@ -296,9 +298,8 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
         for column, arrays in values.items()
         if column in ("tokens", "query", "document", "queries")
     }
-    counts = {"examples": len(kept), "tokens": tokens, "dropped": dropped}
-    tokenizer = task.output_features[sides[0]].vocabulary.tokenizer
-    writer.close({"task": name, "stage": stage, "vocabulary": tokenizer.digest, **counts})
+    counts = {"examples": len(kept), "tokens": tokens, "lost": lost}
+    writer.close({"task": name, "stage": stage, "vocabulary": vocabulary.tokenizer.digest, **counts})
     return counts
 
 
@@ -424,7 +425,7 @@ def _differing(was: Mapping, now: Mapping, prefix: str = "") -> list[tuple]:
 
 def _print(console, info: Mapping) -> None:
     table = rich.table.Table(title="Prepared data", title_justify="left")
-    for column in ("", "examples", "tokens", "dropped", "seconds"):
+    for column in ("", "examples", "tokens", "cut or left out", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     for name, count in info["counts"].items():
         if "examples" in count:
@@ -432,7 +433,7 @@ def _print(console, info: Mapping) -> None:
                 name,
                 f"{count['examples']:,}",
                 f"{sum(count['tokens'].values()):,}",
-                f"{sum(count['dropped'].values()):,}",
+                f"{sum(count['lost'].values()):,}",
                 f"{info['seconds'][name]:.1f}",
             )
         else:

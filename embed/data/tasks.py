@@ -12,6 +12,7 @@ python_docs_modules        document, chunk_lengths, queries, query_lengths, posi
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from embed.tokenizers import Tokenizer
 BATCH = 512  # texts tokenised at once
 # No token is longer than 16 characters, and indentation is squeezed: what lies beyond is not worth tokenising.
 CHARACTERS_PER_TOKEN = 20
+CUT, BEYOND, UNASKED = "texts cut to their length", "modules beyond max_characters", "documents without a query"
 COLUMNS = {
     "diffusion": ("tokens",),
     "pair": ("query", "document"),
@@ -46,11 +48,15 @@ TASKS = {
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """Our tokenizer as seqio knows it: the tokens are the same as at inference. No EOS."""
+    """Our tokenizer as seqio knows it: the tokens are the same as at inference. No EOS.
+
+    `lost` counts what the preprocessors cut or left out since it was last cleared, by reason.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
         self.tokenizer = tokenizer
+        self.lost = Counter()
 
     bos_id = eos_id = unk_id = None
 
@@ -86,7 +92,9 @@ class TokenizerVocabulary(seqio.Vocabulary):
         if length is None:
             return self.tokenizer.encode(texts)
         cut = [text[: length * CHARACTERS_PER_TOKEN] for text in texts]
-        return [tokens[:length] for tokens in self.tokenizer.encode(cut)]
+        every = self.tokenizer.encode(cut)
+        self.lost[CUT] += sum(len(a) < len(b) or len(t) > length for a, b, t in zip(cut, texts, every))
+        return [tokens[:length] for tokens in every]
 
 
 def register(
@@ -158,13 +166,12 @@ def text(dataset: tf.data.Dataset, output_features, max_characters: int) -> tf.d
         for record in _records(dataset, ("text",)):
             source = record["text"][: max(max_characters - total, 0)]
             total += len(source)
+            vocabulary.lost[BEYOND] += len(source) < len(record["text"])
             if source:
                 batch.append(source)
             if sum(map(len, batch)) > 1_000_000:
                 yield {"tokens": vocabulary.encode_batch(batch)}
                 batch = []
-            if total >= max_characters:
-                break
         yield {"tokens": vocabulary.encode_batch(batch)}
 
     return _ragged(generate, ("tokens",))
@@ -211,6 +218,7 @@ def contextual(
                     [c.header for c in chunks], [len(t) for t in mine], max_chunks=max_chunks, max_tokens=context_length
                 ):
                     positives = [place for place, i in enumerate(document) if first + i in queries]
+                    vocabulary.lost[UNASKED] += not positives
                     if positives:
                         asking = [queries[first + document[place]] for place in positives]
                         batch["document"].append(np.concatenate([mine[i] for i in document]))

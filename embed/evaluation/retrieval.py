@@ -150,17 +150,21 @@ def _gains(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.nda
 
 
 def _read_texts(path: Path) -> tuple[list[str], list[str], list[tuple[str, Mapping]]]:
-    """(ids, texts, rows) of a file of {"_id", "text"}."""
+    """(ids, texts, rows) of a file of {"_id", "text"} and perhaps "title"."""
     rows = read_jsonl(path)
     if not rows:
         raise ValueError(f"{path} is empty")
     for where, row in rows:
         if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
             raise ValueError(f'{where}: expected "_id" and "text", both strings, got {row!r:.80}')
+        if not isinstance(row.get("title", ""), str):
+            raise ValueError(f'{where}: "title" must be a string, got {row["title"]!r:.80}')
     ids = [row["_id"] for _, row in rows]
     if len(set(ids)) < len(ids):
         raise ValueError(f"{path}: {len(ids) - len(set(ids))} ids stand more than once")
-    return ids, [row["text"] for _, row in rows], rows
+    # A title stands in front of its text, as in BEIR's own evaluation.
+    texts = [f"{row['title']} {row['text']}" if row.get("title") else row["text"] for _, row in rows]
+    return ids, texts, rows
 
 
 def _documents(path: Path, rows: Sequence[tuple[str, Mapping]]) -> list[np.ndarray]:

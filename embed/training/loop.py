@@ -21,7 +21,7 @@ from embed.training.optimizer import make_optimizer, wsd_schedule
 
 
 class NonFiniteLossError(ValueError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, seed: int, steps: int) -> Callable:
@@ -50,7 +50,6 @@ def train(
     mesh,
     log_every: int,
     checkpoint_every: int,
-    keep_checkpoints: int = 2,
     progress: Callable = lambda step, loss: None,
 ):
     """Train to `steps` under `folder` and return the final parameters; continues from the newest checkpoint there.
@@ -58,7 +57,7 @@ def train(
     `initial_params()` makes the starting parameters, called only when there is no checkpoint; `abstract_params` is
     their tree of shapes and dtypes. `optimizer` is the optimizer section of a config, `progress(step, loss)` is told of each
     logged step. Metrics are read from the device one log interval late, so the host never waits for the step it
-    has just sent off; a non-finite loss raises NonFiniteLossError before anything after it is saved.
+    has just sent off; a non-finite loss or gradient raises NonFiniteLossError before anything after it is saved.
     """
     schedule = wsd_schedule(optimizer.learning_rate, steps, optimizer.warmup, optimizer.decay)
     transformation = make_optimizer(optimizer, schedule)
@@ -69,9 +68,7 @@ def train(
     def with_sharding(tree, shardings):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    with training_state.open_manager(
-        folder / "checkpoints", save_every=checkpoint_every, keep=keep_checkpoints
-    ) as manager:
+    with training_state.open_manager(folder / "checkpoints", save_every=checkpoint_every, keep=2) as manager:
         start = manager.latest_step() or 0
         if start:
             params, state = training_state.restore(
@@ -81,7 +78,8 @@ def train(
                 with_sharding(abstract_state, state_sharding),
             )
         else:
-            params = jax.tree.map(jax.device_put, initial_params(), params_sharding)
+            # Through the host: an array on one device of this process cannot go to a mesh of several processes.
+            params = jax.tree.map(jax.device_put, jax.device_get(initial_params()), params_sharding)
             state = jax.jit(transformation.init, out_shardings=state_sharding)(params)
 
         train_step = jax.jit(
@@ -90,7 +88,7 @@ def train(
             out_shardings=(params_sharding, state_sharding, None),
         )
         writer = MetricsWriter(folder, start) if jax.process_index() == 0 else None
-        log = _Log(writer, schedule, progress, start, log_every)
+        log = _Log(writer, schedule, progress, start, log_every, steps)
         for step, batch in prefetch(loader, start, steps, depth=2):
             stats = batch.pop("stats")
             params, state, metrics = train_step(params, state, sharding.put_batch(mesh, batch), step)
@@ -106,12 +104,17 @@ def train(
 
 
 class _Log:
-    """Collects metrics on the device and writes them an interval late."""
+    """Collects metrics on the device and writes them an interval late.
 
-    def __init__(self, writer, schedule, progress, start: int, every: int):
-        self.writer, self.schedule, self.progress, self.every = writer, schedule, progress, every
+    A row holds the metrics of its own step, the mean fill and the sums of the loader's counts (this process's) since the
+    row before: what was cut or lost is never left out.
+    """
+
+    def __init__(self, writer, schedule, progress, start: int, every: int, last: int):
+        self.writer, self.schedule, self.progress, self.every, self.last = writer, schedule, progress, every, last
         self.clock, self.clock_step = time.perf_counter(), start
         self.pending = []  # (step, device metrics, loader stats), oldest first
+        self.stats = []  # loader stats since the last row
 
     def add(self, step: int, metrics: dict, stats: dict) -> None:
         self.pending.append((step, metrics, stats))
@@ -124,20 +127,24 @@ class _Log:
     def _write(self, count: int) -> None:
         ready, self.pending = self.pending[:count], self.pending[count:]
         for step, metrics, stats in ready:
-            value = float(metrics["loss"])
-            if not np.isfinite(value):
-                raise NonFiniteLossError(
-                    f"the loss of step {step} is {value}; lower optimizer.learning_rate or look at the batch; "
-                    "the last checkpoint before it is intact"
-                )
-            if step % self.every:
+            self.stats.append(stats)
+            for name, what in (("loss", "loss"), ("gradient_norm", "gradient norm")):
+                if not np.isfinite(float(metrics[name])):
+                    raise NonFiniteLossError(
+                        f"the {what} of step {step} is {float(metrics[name])}; lower optimizer.learning_rate or look at "
+                        "the batch; the last checkpoint before it is intact"
+                    )
+            if step % self.every and step != self.last:
                 continue
             now = time.perf_counter()
             seconds = (now - self.clock) / max(step - self.clock_step, 1)
             self.clock, self.clock_step = now, step
-            row = {name: float(x) for name, x in metrics.items()} | stats
+            row = {name: float(x) for name, x in metrics.items()}
+            row |= {name: sum(s[name] for s in self.stats) for name in stats}
+            row["fill"] /= len(self.stats)
+            self.stats = []
             row["learning_rate"] = float(self.schedule(jnp.asarray(step - 1)))
             row["seconds_per_step"] = seconds
             if self.writer:
                 self.writer.write(step, row)
-            self.progress(step, value)
+            self.progress(step, row["loss"])

@@ -21,13 +21,13 @@ def wsd_schedule(learning_rate: float, steps: int, warmup: float, decay: float) 
 
 
 def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW; norm scales are not decayed."""
+    """Global-norm clipping (none where clip is 0), then AdamW; norm scales are not decayed."""
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.adamw(
             schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
         ),

@@ -17,7 +17,7 @@ RULES = (
     (r"^layers/down$", (None, "tensor", "fsdp")),  # N F D
     (r"norm$", ()),  # small: replicated
 )
-BATCH = PartitionSpec(("data", "fsdp"))  # rows; everything else about a batch is replicated
+BATCH = PartitionSpec(("data", "fsdp"))  # axis 0 of every array of a batch: rows, or examples
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -64,13 +64,22 @@ def state_shardings(mesh: Mesh, state, params_shardings):
 
 
 def put_batch(mesh: Mesh, batch: dict) -> dict:
-    """This process's share of a batch as global arrays: row arrays [rows, L] over (data, fsdp), tables replicated.
+    """This process's share of a batch as global arrays, axis 0 over (data, fsdp).
 
-    Tables (slots, ids, validity) are small and every process builds them for its own groups only, so they are
-    sharded by examples like the rows; the objectives see them whole.
+    Tables (slots, ids, validity) are sharded by examples as token arrays are by rows: every process builds those of its
+    own groups; the objectives see them whole. Slots count rows in the order of the processes, so the mesh must give
+    process p the p-th part of the rows and no other.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     out = {}
+    parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
+    own = {i for (part, *_) in parts for i in range(*part.indices(shards))}
+    each, process = shards // jax.process_count(), jax.process_index()
+    if own != set(range(process * each, (process + 1) * each)):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives process {process} of {jax.process_count()} the batch shards {sorted(own)} of "
+            f"{shards}; data x fsdp must be a multiple of the processes, each with shards of its own, in order"
+        )
     for name, x in batch.items():
         total = x.shape[0] * jax.process_count()
         spec = BATCH if total % shards == 0 else PartitionSpec()

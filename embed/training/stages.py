@@ -56,6 +56,8 @@ def embed_rows(params, batch, *, model, shape: RowShape, documents: bool = False
 
 def over_prefixes(prefixes, dimensions: int, loss: Callable):
     """The mean of `loss(p)` over Matryoshka prefixes, each the first p dimensions of every embedding (PAPER.md §8)."""
+    if not prefixes:
+        raise ValueError(f"matryoshka=() has no prefix; ({dimensions},) is the whole embedding alone")
     for p in prefixes:
         if not 0 < p <= dimensions:
             raise ValueError(f"Matryoshka prefix {p} must be between 1 and the {dimensions} dimensions of the model")

@@ -1,5 +1,5 @@
 import threading
-import time
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -467,11 +467,10 @@ def reader_threads():
     return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
+def no_reader_is_left():
+    for thread in reader_threads():
+        thread.join(timeout=10)
+    return not reader_threads()
 
 
 @pytest.mark.parametrize("depth", [1, 3, 100])
@@ -480,12 +479,26 @@ def test_prefetch_yields_every_step_in_order(depth):
     assert list(prefetch(Counting(), 5, 5, depth)) == []
 
 
-def test_prefetch_reads_ahead_by_its_depth_and_no_further():
+class AtOnce:
+    """An executor that runs what is submitted before `submit` returns."""
+
+    def __init__(self, *arguments, **keywords):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def shutdown(self, **keywords):
+        pass
+
+
+def test_prefetch_reads_ahead_by_its_depth_and_no_further(monkeypatch):
+    monkeypatch.setattr("embed.data.loader.ThreadPoolExecutor", AtOnce)
     loader = Counting()
     batches = prefetch(loader, 0, 100, 3)
     next(batches)
-    assert until(lambda: len(loader.asked) == 4)
-    time.sleep(0.05)
     assert loader.asked == [0, 1, 2, 3]
     batches.close()
 
@@ -497,13 +510,13 @@ def test_prefetch_raises_the_readers_error_at_its_step():
             got.append(step)
     assert got == [0, 1, 2, 3]
     assert caught.value.__notes__ == ["while reading the batch of step 4"]
-    assert until(lambda: not reader_threads())
+    assert no_reader_is_left()
 
 
 def test_prefetch_ends_its_thread_when_the_consumer_stops():
     for _ in prefetch(Counting(), 0, 10**9, 5):
         break
-    assert until(lambda: not reader_threads())
+    assert no_reader_is_left()
 
 
 def test_a_prefetch_of_no_depth_is_an_error():

@@ -115,6 +115,20 @@ def test_what_was_left_out_is_counted(data):
     assert [path.rpartition("/")[2] for path in info["unreadable"]] == ["broken.py"]
 
 
+def test_texts_that_are_cut_are_counted(data):
+    from embed.data import tasks
+
+    info = json.loads((data / "info.json").read_text())
+    assert set(info["counts"]["python_docs_modules"]["lost"]) >= {tasks.CUT, tasks.UNASKED}
+    vocabulary = tasks.TokenizerVocabulary(tokenizers.load(data / "tokenizer"))
+    texts = ["open(path)", "records of a file in order, and then all of it once more", ""]
+    longest = len(vocabulary.tokenizer.encode(texts[:1])[0])
+    assert [len(tokens) for tokens in vocabulary.encode_batch(texts, longest)] == [longest, longest, 0]
+    assert vocabulary.lost == {tasks.CUT: 1}
+    vocabulary.encode_batch(["x" * (longest * tasks.CHARACTERS_PER_TOKEN + 1)], longest)
+    assert vocabulary.lost == {tasks.CUT: 2}
+
+
 def test_function_queries_are_summaries_and_documents_do_not_hold_them(data):
     folder = data / "evaluation" / "functions" / "test"
     corpus = {row["_id"]: row["text"] for row in rows(folder / "corpus.jsonl")}

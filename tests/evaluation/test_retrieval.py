@@ -142,6 +142,13 @@ def test_chunks_are_ranked_in_context_and_alone(tmp_path):
     np.testing.assert_allclose(queries, encoder.encode(data.queries), atol=1e-6)
 
 
+def test_a_title_stands_in_front_of_its_text(tmp_path):
+    corpus = [{"_id": "c0", "title": "Trees", "text": "of arrays"}, {"_id": "c1", "title": "", "text": " as it is "}]
+    qrels = [{"query-id": "q0", "corpus-id": "c0", "score": 1}]
+    folder = write(tmp_path / "set", corpus, [{"_id": "q0", "text": "tree"}], qrels)
+    assert retrieval.read_set(folder).corpus == ["Trees of arrays", " as it is "]
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])
 def test_a_ranking_is_that_of_texts_encoded_in_the_precision(tmp_path, precision):
     encoder, data = small.encoder(), retrieval.read_set(make(tmp_path / "set", chunked=False))

@@ -26,7 +26,12 @@ class Loader:
             raise RuntimeError("killed")
         tokens = np.random.default_rng(step).integers(4, 64, (4, 16)).astype(np.int32)
         positions = np.tile(np.arange(16, dtype=np.int32), (4, 1))
-        return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions, "stats": {"fill": 1.0}}
+        return {
+            "tokens": tokens,
+            "segment_ids": np.ones_like(tokens),
+            "positions": positions,
+            "stats": {"fill": 1.0, "cut": step},
+        }
 
 
 def train(folder, loader, steps=12, loss=None, **keywords):
@@ -40,9 +45,7 @@ def train(folder, loader, steps=12, loss=None, **keywords):
         optimizer=OPTIMIZER,
         seed=0,
         mesh=sharding.make_mesh(devices=jax.devices()[:1]),
-        log_every=1,
-        checkpoint_every=5,
-        **keywords,
+        **{"log_every": 1, "checkpoint_every": 5, **keywords},
     )
 
 
@@ -83,6 +86,26 @@ def test_a_non_finite_loss_stops_the_run_and_reaches_no_checkpoint(tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+def test_a_non_finite_gradient_stops_the_run_and_reaches_no_checkpoint(tmp_path):
+    finite = stages.make_loss(STAGE, MODEL, mask_id=2)
+
+    def loss(params, batch, key, progress):
+        value, metrics = finite(params, batch, key, progress)
+        zero = jax.numpy.where(progress >= 0.5, params["norm"][0] - jax.lax.stop_gradient(params["norm"][0]), 1.0)
+        return value + jax.numpy.sqrt(zero), metrics  # where it is 0, the gradient is infinite and the loss is not
+
+    with pytest.raises(loop.NonFiniteLossError, match="gradient norm of step 7 is (nan|inf)"):
+        train(tmp_path, Loader(), loss=loss, checkpoint_every=1)
+    params = training_state.load_params(tmp_path / "checkpoints", transformer.abstract_params(MODEL))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+def test_rows_sum_what_the_loader_counted_and_the_last_step_has_one(tmp_path):
+    train(tmp_path, Loader(), steps=7, log_every=5)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["cut"], row["fill"]) for row in rows] == [(5, 0 + 1 + 2 + 3 + 4, 1.0), (7, 5 + 6, 1.0)]
+
+
 def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
     read = []
 
@@ -95,9 +118,9 @@ def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
             return 1.0
 
     reported = []
-    log = loop._Log(None, lambda step: 0.1, lambda step, loss: reported.append(step), start=0, every=2)
+    log = loop._Log(None, lambda step: 0.1, lambda step, loss: reported.append(step), start=0, every=2, last=9)
     for step in range(1, 6):
-        log.add(step, {"loss": OnDevice(step)}, {})
+        log.add(step, {"loss": OnDevice(step), "gradient_norm": OnDevice(step)}, {"fill": 1.0})
         assert step not in read
     log.flush()
     assert set(read) == {1, 2, 3, 4, 5} and reported == [2, 4]

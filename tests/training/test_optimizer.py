@@ -29,6 +29,14 @@ def test_overlapping_warmup_and_decay_are_refused():
         wsd_schedule(1.0, 10, 0.7, 0.6)
 
 
+def test_clip_bounds_the_gradient_and_0_leaves_it_alone():
+    params, gradients = {"w": jnp.zeros(4)}, {"w": jnp.full(4, 10.0)}
+    for clip, first_moment in ((1.0, 0.1 * 0.5), (0.0, 0.1 * 10)):
+        optimizer = make_optimizer(ConfigDict({**CONFIG, "clip": clip}), wsd_schedule(0.1, 10, 0, 0))
+        _, state = optimizer.update(gradients, optimizer.init(params), params)
+        np.testing.assert_allclose(state[1][0].mu["w"], first_moment, rtol=1e-6)
+
+
 def test_norm_scales_are_not_decayed_and_everything_else_is():
     config = transformer.make_config("micro", 16)
     params = transformer.init(config, jax.random.key(0))

@@ -4,6 +4,7 @@ import sys
 import textwrap
 
 import jax
+import numpy as np
 import pytest
 
 from embed.models import transformer
@@ -24,6 +25,16 @@ def test_an_unclaimed_parameter_is_an_error_that_names_it():
 def test_a_mesh_that_does_not_cover_the_devices_is_an_error():
     with pytest.raises(ValueError, match="data=3, fsdp=1, tensor=1 does not cover 1 devices"):
         sharding.make_mesh(data=3, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_batch_that_the_mesh_does_not_split_by_process_is_an_error(process, monkeypatch):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    sharding.put_batch(mesh, {"tokens": np.zeros((4, 8), np.int32)})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    with pytest.raises(ValueError, match=f"process {process} of 2 the batch shards .0. of 1; data x fsdp must be"):
+        sharding.put_batch(mesh, {"tokens": np.zeros((4, 8), np.int32)})
 
 
 # Forced host devices must be set before jax starts, so the program runs in a process of its own.
