@@ -19,11 +19,10 @@ def get_config(arg: str = "") -> ConfigDict:
         stage.matryoshka = (64, 128, 256, 512)
         stage.checkpoint_every = 200  # a step is most of a second: lose no more than minutes
     pair.optimizer.learning_rate = 3e-3  # of a model twice as wide
-    contextual.optimizer.learning_rate = 2e-3
     config.mining.queries = 16384
     if not parse_arg(arg, runlocal=False, stage="").runlocal:
-        pair.curriculum = ((800, "pairs"),)
+        pair.curriculum = ((1000, "pairs"),)
         pair.batch.update(group_size=128, rows_per_group=76)  # documents of up to about 80 tokens
-        contextual.batch.rows_per_group = 13
+        contextual.curriculum = ((400, "contextual"),)
         triplet.curriculum = ((150, "triplet"),)
     return config
