@@ -29,12 +29,9 @@ setup(
         "tensorboardX",
         "tensorstore",
         "tokenizers",
-        # Only `embed prepare` imports these three.
-        "seqio",
-        "tensorflow",
-        "tensorflow-datasets",
     ],
     extras_require={
+        "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports these
         "test": ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -124,6 +125,8 @@ def write_json(path: Path, value) -> None:
 
 def prepare(run: Run) -> dict:
     """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later."""
+    if missing := [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]:
+        raise ValueError(f"preparing data needs {', '.join(missing)}: pip install '.[data]'")
     from embed.data.prepare import prepare as prepare_data
 
     data = run.config.data

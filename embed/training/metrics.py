@@ -44,7 +44,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, total: int, start: int = 0) -> Iterator[Callable]:
+def progress_bar(description: str, total: int) -> Iterator[Callable]:
     """A bar with steps, loss and the time left; yields `update(step, loss)`."""
     from rich.progress import (
         BarColumn,
@@ -60,5 +60,5 @@ def progress_bar(description: str, total: int, start: int = 0) -> Iterator[Calla
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns) as bar:
-        task = bar.add_task(description, total=total, completed=start, loss="…")
+        task = bar.add_task(description, total=total, loss="…")
         yield lambda step, loss: bar.update(task, completed=step, loss=f"{loss:.4f}")
