@@ -9,11 +9,12 @@ from ml_collections import ConfigDict
 
 from configs import quickstart
 from embed.config import parse_arg
+from embed.models.transformer import SIZES
 
 
 def get_config(arg: str = "") -> ConfigDict:
     config = quickstart.get_config(arg)
-    config.model.size = "small"
+    config.model.update(SIZES["small"])
     pair, contextual, triplet = (config.stages[name] for name in ("pair", "contextual", "triplet"))
     for stage in (pair, contextual, triplet):
         stage.matryoshka = (64, 128, 256, 512)

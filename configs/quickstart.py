@@ -8,6 +8,7 @@
 from ml_collections import ConfigDict
 
 from embed.config import parse_arg
+from embed.models.transformer import SIZES
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -16,8 +17,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.stage = arg.stage  # the stage that `embed train` trains: a key of config.stages
 
-    config.model = ConfigDict()
-    config.model.size = "micro" if arg.runlocal else "tiny"  # a key of embed.models.transformer.SIZES
+    # Sizes by name (embed/models/transformer.py); each is a field that can be overridden: config.model.num_layers.
+    config.model = ConfigDict(SIZES["micro" if arg.runlocal else "tiny"])
+    config.model.rope_theta = 1e4  # positions up to a thousand; 1e6 in Qwen3
     config.model.dtype = "float32"  # of the compute: bfloat16 on accelerators
     config.model.remat = "none"  # what the backward pass keeps: none (everything), dots, full (a layer's input)
     config.model.unroll = 64  # layers a scan iteration; unrolled is faster on CPU, scanned compiles faster

@@ -74,8 +74,7 @@ class Run:
 
     @cached_property
     def model(self) -> transformer.TransformerConfig:
-        fields = dict(self.config.model)
-        return transformer.make_config(fields.pop("size"), self.tokenizer.vocab_size, **fields)
+        return transformer.TransformerConfig(vocab_size=self.tokenizer.vocab_size, **self.config.model)
 
     @cached_property
     def mixtures(self) -> dict[str, dict[str, float]]:
