@@ -80,7 +80,7 @@ def rows(path):
 
 def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
     mixtures = json.loads((data / "mixtures.json").read_text())
-    assert set(mixtures) == {"diffusion", "pairs", "contextual"}
+    assert set(mixtures) == {"diffusion", "pairs", "summaries", "contextual"}
     tokenizer = tokenizers.load(data / "tokenizer")
     for name in {task for rates in mixtures.values() for task in rates}:
         store = Store(data / "tasks" / name)
