@@ -13,6 +13,7 @@ import numpy as np
 
 from embed import inference, pipeline
 from embed.evaluation import retrieval
+from embed.inference.index import Index
 
 HEADER = 0.75  # of 0.25, 0.5, 0.75, 1 and 1.5 the best in the first run
 PLACES = ((1, 1), (2, 3), (4, 7), (8, 15))
@@ -28,8 +29,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a set of chunked documents")
     arguments = parser.parse_args()
     encoder, data = inference.load(arguments.model), retrieval.read_set(arguments.data)
-    queries, alone = map(unit, retrieval.embed_set(encoder, data, alone=True))
-    context = unit(retrieval.embed_set(encoder, data)[1])
+    queries, alone = retrieval.embed_set(encoder, data, alone=True)
+    context, alone = retrieval.embed_set(encoder, data)[1], unit(alone)
     first, place = np.zeros_like(alone), np.zeros(len(alone), int)
     for rows in data.documents:
         first[rows], place[rows] = alone[rows[0]], np.arange(len(rows))
@@ -38,8 +39,8 @@ def main() -> None:
     groups = [("all", np.ones(len(asked), bool))]
     groups += [(f"{a}" if a == b else f"{a} to {b}", (asked >= a) & (asked <= b)) for a, b in PLACES]
     scores = []
-    for corpus in (alone, context, unit(alone + HEADER * first)):
-        ranking = np.argsort(-queries @ corpus.T, axis=1, kind="stable")[:, :10]
+    for corpus in (alone, context, alone + HEADER * first):
+        _, ranking = Index(corpus, "float32").search(queries, 10)
         scores.append(retrieval.ndcg(ranking, data.relevant, 10))
     source = pipeline.provenance()
     print(f"python benchmarks/context.py: {arguments.model}, {arguments.data}; commit {source['commit']},")

@@ -109,6 +109,7 @@ _FEATURES = {
 
 
 def module_example(record: dict) -> dict:
+    """A module as read from its source, as an example of the builder's `modules` config: members in source order."""
     members = []
     for kind, index in record["order"]:
         if kind == "class":

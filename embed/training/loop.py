@@ -128,10 +128,10 @@ class _Log:
         ready, self.pending = self.pending[:count], self.pending[count:]
         for step, metrics, stats in ready:
             self.stats.append(stats)
-            for name, what in (("loss", "loss"), ("gradient_norm", "gradient norm")):
-                if not np.isfinite(float(metrics[name])):
+            for name in ("loss", "gradient_norm"):
+                if not np.isfinite(value := float(metrics[name])):
                     raise NonFiniteLossError(
-                        f"the {what} of step {step} is {float(metrics[name])}; lower optimizer.learning_rate or look at "
+                        f"the {name} of step {step} is {value}; lower optimizer.learning_rate or look at "
                         "the batch; the last checkpoint before it is intact"
                     )
             if step % self.every and step != self.last:
