@@ -59,6 +59,7 @@ def train(
     logged step. Metrics are read from the device one log interval late, so the host never waits for the step it
     has just sent off; a non-finite loss or gradient raises NonFiniteLossError before anything after it is saved.
     """
+    sharding.check_processes(mesh)
     schedule = wsd_schedule(optimizer.learning_rate, steps, optimizer.warmup, optimizer.decay)
     transformation = make_optimizer(optimizer, schedule)
     params_sharding = sharding.parameter_shardings(mesh, abstract_params)

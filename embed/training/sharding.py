@@ -63,15 +63,12 @@ def state_shardings(mesh: Mesh, state, params_shardings):
     return jax.tree.map(lambda x: params_shardings if is_params(x) else replicated, state, is_leaf=is_params)
 
 
-def put_batch(mesh: Mesh, batch: dict) -> dict:
-    """This process's share of a batch as global arrays, axis 0 over (data, fsdp).
+def check_processes(mesh: Mesh) -> None:
+    """Refuse a mesh that does not give process p the p-th part of a batch's rows and no other.
 
-    Tables (slots, ids, validity) are sharded by examples as token arrays are by rows: every process builds those of its
-    own groups; the objectives see them whole. Slots count rows in the order of the processes, so the mesh must give
-    process p the p-th part of the rows and no other.
+    Every process builds the rows of its own groups, and slots count rows in the order of the processes.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    out = {}
     parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
     own = {i for (part, *_) in parts for i in range(*part.indices(shards))}
     each, process = shards // jax.process_count(), jax.process_index()
@@ -80,6 +77,16 @@ def put_batch(mesh: Mesh, batch: dict) -> dict:
             f"mesh {dict(mesh.shape)} gives process {process} of {jax.process_count()} the batch shards {sorted(own)} of "
             f"{shards}; data x fsdp must be a multiple of the processes, each with shards of its own, in order"
         )
+
+
+def put_batch(mesh: Mesh, batch: dict) -> dict:
+    """This process's share of a batch as global arrays, axis 0 over (data, fsdp).
+
+    Tables (slots, ids, validity) are sharded by examples as token arrays are by rows: every process builds those of its
+    own groups; the objectives see them whole. The mesh must pass `check_processes`.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    out = {}
     for name, x in batch.items():
         total = x.shape[0] * jax.process_count()
         spec = BATCH if total % shards == 0 else PartitionSpec()

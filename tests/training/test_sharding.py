@@ -14,7 +14,9 @@ from embed.training import sharding
 def test_every_parameter_is_claimed_by_a_rule():
     mesh = sharding.make_mesh()
     for size in transformer.SIZES:
-        sharding.parameter_shardings(mesh, transformer.abstract_params(transformer.make_config(size, 64)))
+        params = transformer.abstract_params(transformer.make_config(size, 64))
+        shardings = sharding.parameter_shardings(mesh, params)
+        assert jax.tree.structure(shardings) == jax.tree.structure(params)
 
 
 def test_an_unclaimed_parameter_is_an_error_that_names_it():
@@ -30,11 +32,11 @@ def test_a_mesh_that_does_not_cover_the_devices_is_an_error():
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_batch_that_the_mesh_does_not_split_by_process_is_an_error(process, monkeypatch):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    sharding.put_batch(mesh, {"tokens": np.zeros((4, 8), np.int32)})
+    sharding.check_processes(mesh)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: process)
     with pytest.raises(ValueError, match=f"process {process} of 2 the batch shards .0. of 1; data x fsdp must be"):
-        sharding.put_batch(mesh, {"tokens": np.zeros((4, 8), np.int32)})
+        sharding.check_processes(mesh)
 
 
 # Forced host devices must be set before jax starts, so the program runs in a process of its own.
@@ -61,10 +63,16 @@ EQUAL_LOSSES = textwrap.dedent(
         query_slots=np.arange(N) // 2 * 4 + np.arange(N) % 2, document_slots=np.arange(N) // 2 * 4 + 2,
         query_ids=np.arange(N), document_ids=np.arange(N) // 2, valid=np.arange(N) != 3,
     )
-    batch = {k: v.astype(bool if k == "valid" else np.int32) for k, v in batch.items()}
+    if "KIND" == "triplet":
+        batch |= dict(negative_slots=np.arange(2 * N).reshape(N, 2) % (4 * R), negative_ids=np.arange(2 * N).reshape(N, 2) % 40,
+                      negative_valid=np.arange(2 * N).reshape(N, 2) % 5 != 0)
+    if "KIND" == "contextual":  # the first text of each row asks for a chunk of the row's others
+        batch |= dict(chunk_slots=np.arange(N) // 2 * 4 + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
+                      chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
+    batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}
     config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.))
     stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1, left_shift=True,
-                            logits_chunk=8, batch=dict(length=L, spans=4, segments=4)))
+                            alpha=0.2, beta=(0.2, 0.5), logits_chunk=8, batch=dict(length=L, spans=4, segments=4)))
     loss = stages.make_loss(stage, model, mask_id=2)
 
     def losses(mesh):
@@ -92,7 +100,7 @@ EQUAL_LOSSES = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kind", ["pair", "diffusion"])
+@pytest.mark.parametrize("kind", ["diffusion", "pair", "contextual", "triplet"])
 def test_losses_on_eight_devices_equal_those_on_one(kind):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
