@@ -19,6 +19,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     # Sizes by name (embed/models/transformer.py); each is a field that can be overridden: config.model.num_layers.
     config.model = ConfigDict(SIZES["micro" if arg.runlocal else "tiny"])
+    config.model.vocab_size = 0  # rows of the embedding table; 0 = as many as the tokenizer has ids
+    config.model.tied = True  # whether the embedding table is the diffusion stage's output layer as well
     config.model.rope_theta = 1e4  # positions up to a thousand; 1e6 in Qwen3
     config.model.dtype = "float32"  # of the compute: bfloat16 on accelerators
     config.model.remat = "none"  # what the backward pass keeps: none (everything), dots, full (a layer's input)
@@ -33,6 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = ConfigDict()
     config.data.gin_file = "configs/data/python_docs.gin"  # what the data are: tasks, mixtures, lengths
     config.data.gin_bindings = ("evaluation.max_queries = 50",) if arg.runlocal else ()  # over those of the file
+    config.data.tokenizer = ""  # a folder or hub id that has one; "" = a SentencePiece vocabulary is trained
     config.data.vocab_size = 512 if arg.runlocal else 8192  # of the SentencePiece model that is trained
     config.data.split_identifiers = True  # case-folded, parse_config and parseConfig become two words
     config.data.limit = 60 if arg.runlocal else 0  # examples a split, 0 = all
@@ -53,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     stage = ConfigDict()  # what all stages have
     stage.kind = ""  # diffusion, pair, contextual or triplet: the objective and its batches
-    stage.init = ""  # the stage whose last checkpoint this one starts from; "" = random
+    stage.init = ""  # the stage, or folder of `embed convert`, whose checkpoint this one starts from; "" = random
     stage.curriculum = ()  # ((steps, mixture), …)
     stage.optimizer = optimizer
     stage.log_every = 1 if arg.runlocal else 10

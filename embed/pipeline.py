@@ -26,7 +26,7 @@ from rich.console import Console
 
 from embed import config as configs
 from embed import mining, tokenizers
-from embed.checkpoints import export, merge, training_state
+from embed.checkpoints import converted, export, huggingface, merge, training_state
 from embed.data.store import Store, Writer
 from embed.evaluation import baselines, report, retrieval
 from embed.inference import Encoder, denoise, load
@@ -74,7 +74,10 @@ class Run:
 
     @cached_property
     def model(self) -> transformer.TransformerConfig:
-        return transformer.TransformerConfig(vocab_size=self.tokenizer.vocab_size, **self.config.model)
+        fields = self.config.model.to_dict()
+        return transformer.TransformerConfig(
+            **fields | {"vocab_size": fields["vocab_size"] or self.tokenizer.vocab_size}
+        )
 
     @cached_property
     def mixtures(self) -> dict[str, dict[str, float]]:
@@ -93,15 +96,27 @@ class Run:
             separator=self.config.export.separator, max_length=self.config.export.max_length or None,
         )  # fmt: skip
 
-    def params(self, checkpoint: str):
-        """The parameters of `random init`, of a trained stage, or of `merged`."""
+    def params(self, checkpoint: str, shardings=None):
+        """The parameters of `random init`, of a trained stage, of `merged`, or of a folder of `embed convert`."""
         if checkpoint == "random init":
-            return transformer.init(self.model, jax.random.key(self.config.seed))
+            make = jax.jit(transformer.init, static_argnums=0, out_shardings=shardings)
+            return make(self.model, jax.random.key(self.config.seed))
         if checkpoint == "merged":
             a, b = self.params("contextual"), self.params("triplet")
             return merge.slerp(a, b, self.config.merge.ratio)
+        folder = self.workdir / checkpoint
+        if checkpoint not in self.config.stages:
+            folder = Path(checkpoint)
+            if not (folder / converted.INFO).is_file():
+                known = ", ".join(self.config.stages)
+                raise FileNotFoundError(
+                    f"{checkpoint!r} is neither a stage ({known}) nor a folder that `embed convert` wrote"
+                )
+            converted.check(folder, self.model, self.tokenizer)
         abstract = transformer.abstract_params(self.model)
-        return training_state.load_params(self.workdir / checkpoint / "checkpoints", abstract)
+        if shardings is not None:
+            abstract = sharding.with_sharding(abstract, shardings)
+        return training_state.load_params(folder / "checkpoints", abstract)
 
 
 def resolve(config: ConfigDict) -> dict:
@@ -132,6 +147,7 @@ def prepare(run: Run) -> dict:
     prepare_data(
         run.data, gin_file=data.gin_file, gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
         split_identifiers=data.split_identifiers, seed=run.config.seed, limit=data.limit or None,
+        tokenizer=tokenizers.load(huggingface.resolve(data.tokenizer)) if data.tokenizer else None,
     )  # fmt: skip
     return json.loads((run.data / "info.json").read_text())
 
@@ -164,7 +180,7 @@ def train_stage(run: Run, name: str) -> dict:
             loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id),
             loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator),
             steps=steps,
-            initial_params=lambda: run.params(stage.init or "random init"),
+            initial_params=lambda shardings: run.params(stage.init or "random init", shardings),
             abstract_params=transformer.abstract_params(run.model),
             optimizer=stage.optimizer,
             seed=config.seed,

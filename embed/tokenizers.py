@@ -8,13 +8,17 @@ from typing import Protocol
 
 import numpy as np
 
-SENTENCEPIECE_FILE = "sentencepiece.model"
+SENTENCEPIECE_FILES = ("sentencepiece.model", "spiece.model")  # ours; as transformers names it
 HUGGINGFACE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+NO_LIMIT = 10**30  # what transformers writes for a tokenizer without a longest text
 
 
 class Tokenizer(Protocol):
-    """`digest` is the sha256 (hex) of the model file: two tokenizers with one digest give the same tokens."""
+    """`digest` is the sha256 (hex) of the model file: two tokenizers with one digest give the same tokens.
+
+    `vocab_size` is one more than the largest id that occurs: of a text's tokens, the mask or the separator.
+    """
 
     vocab_size: int
     mask_id: int
@@ -29,6 +33,9 @@ class Tokenizer(Protocol):
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that `load` reads."""
+
+    def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
+        """Writes the files that transformers' AutoTokenizer and `load` read; both give the same tokens."""
 
 
 class SentencePieceTokenizer:
@@ -64,13 +71,32 @@ class SentencePieceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, SENTENCEPIECE_FILE).write_bytes(self._model)
+        Path(folder, SENTENCEPIECE_FILES[0]).write_bytes(self._model)
+
+    def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
+        """As a class of transformers that runs SentencePiece itself and adds no token to a text.
+
+        Multi-character rules of the normalisation (`embed.data.vocabulary`) cannot be said in a tokenizer.json. That
+        class takes a control symbol that is written out in a text, "<sep>", for the symbol; SentencePiece does not.
+        """
+        Path(folder, SENTENCEPIECE_FILES[1]).write_bytes(self._model)
+        piece = self._processor.id_to_piece
+        pad, unknown = piece(self._processor.pad_id()), piece(self._processor.unk_id())
+        _write_config(
+            folder, tokenizer_class="BertGenerationTokenizer", model_max_length=max_length or NO_LIMIT,
+            # Every symbol that the class has must be a piece that exists, or it is given an id beyond the table.
+            pad_token=pad, bos_token=pad, eos_token=pad, unk_token=unknown, sep_token=piece(self.separator_id),
+            mask_id=self.mask_id, separator_id=self.separator_id,
+        )  # fmt: skip
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library, and which of its ids mask and separate."""
+    """A `tokenizer.json` of the `tokenizers` library, and which ids mask and separate.
 
-    def __init__(self, model: str, *, mask_id: int, separator_id: int):
+    The mask is by default the first id behind the vocabulary: a row that Qwen's table has and that no text yields.
+    """
+
+    def __init__(self, model: str, *, separator_id: int, mask_id: int | None = None):
         import tokenizers
 
         self._model = model
@@ -80,10 +106,14 @@ class HuggingFaceTokenizer:
             raise ValueError(f"not a tokenizer.json ({len(model)} characters): {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        for name, index in (("mask_id", mask_id), ("separator_id", separator_id)):
-            if not 0 <= index < self.vocab_size:
-                raise ValueError(f"{name} = {index} is outside the vocabulary of {self.vocab_size} tokens")
+        # Not their number: ids may have gaps.
+        entries = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 <= separator_id < entries:
+            raise ValueError(f"separator_id = {separator_id} is outside the vocabulary of {entries} tokens")
+        mask_id = entries if mask_id is None else mask_id
+        if mask_id < 0:
+            raise ValueError(f"mask_id = {mask_id} must be 0 or more")
+        self.vocab_size = max(entries, mask_id + 1)
         self.mask_id = mask_id
         self.separator_id = separator_id
         self.digest = hashlib.sha256(model.encode()).hexdigest()
@@ -98,30 +128,69 @@ class HuggingFaceTokenizer:
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, HUGGINGFACE_FILE).write_text(self._model, encoding="utf-8")
-        config = {"mask_id": self.mask_id, "separator_id": self.separator_id}
-        Path(folder, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_config(folder, mask_id=self.mask_id, separator_id=self.separator_id)
+
+    def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
+        """Without the post-processor if that would add tokens to a text, as `encode` adds none."""
+        model = json.loads(self._model)
+        if self._tokenizer.num_special_tokens_to_add(is_pair=False):
+            model["post_processor"] = None
+        model |= {"truncation": None, "padding": None}
+        Path(folder, HUGGINGFACE_FILE).write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
+        _write_config(
+            folder, tokenizer_class="PreTrainedTokenizerFast", model_max_length=max_length or NO_LIMIT,
+            pad_token=self._tokenizer.id_to_token(self.separator_id), mask_id=self.mask_id,
+            separator_id=self.separator_id,
+        )  # fmt: skip
 
 
 def load(folder: str | Path) -> Tokenizer:
-    """The tokenizer that stands in a folder: sentencepiece.model, or tokenizer.json with tokenizer_config.json.
+    """The tokenizer that stands in a folder: a SentencePiece model, or tokenizer.json with tokenizer_config.json.
 
-    Raises FileNotFoundError where neither is there, ValueError where a file does not say what it must.
+    tokenizer_config.json may say `mask_id` and `separator_id`. Where it does not, as in the folders of others, the
+    separator is its sep_token, or else its pad_token, which is the same one in pplx-embed (PAPER.md §1).
+
+    Raises FileNotFoundError where no tokenizer is there, ValueError where a file does not say what it must.
     """
     folder = Path(folder)
-    if (path := folder / SENTENCEPIECE_FILE).is_file():
-        return SentencePieceTokenizer(path.read_bytes())
-    if (path := folder / HUGGINGFACE_FILE).is_file():
-        config_path = folder / CONFIG_FILE
-        if not config_path.is_file():
-            raise FileNotFoundError(f"{config_path} is missing: it must hold mask_id and separator_id")
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        for key in ("mask_id", "separator_id"):
-            if not isinstance(config.get(key), int):
-                raise ValueError(f"{config_path} must hold an integer {key!r}, it has {sorted(config)}")
-        return HuggingFaceTokenizer(
-            path.read_text(encoding="utf-8"), mask_id=config["mask_id"], separator_id=config["separator_id"]
+    for name in SENTENCEPIECE_FILES:
+        if (path := folder / name).is_file():
+            return SentencePieceTokenizer(path.read_bytes())
+    if not (path := folder / HUGGINGFACE_FILE).is_file():
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}: expected {', '.join(SENTENCEPIECE_FILES)} or {HUGGINGFACE_FILE}"
         )
-    raise FileNotFoundError(f"no tokenizer in {folder}: expected {SENTENCEPIECE_FILE} or {HUGGINGFACE_FILE}")
+    config_path = folder / CONFIG_FILE
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{config_path} is missing: it must say what separates chunks")
+    config, model = json.loads(config_path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+    ids = {name: config[name] for name in ("separator_id", "mask_id") if name in config}
+    for name, value in ids.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{config_path} has {name} = {value!r}, it must be an integer")
+    if "separator_id" not in ids:
+        ids["separator_id"] = _find_separator(config, model, config_path)
+    return HuggingFaceTokenizer(model, **ids)
+
+
+def _find_separator(config: dict, model: str, path: Path) -> int:
+    for name in ("sep_token", "pad_token", "eos_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            break
+    else:
+        raise ValueError(f"{path} names no separator: it has none of separator_id, sep_token, pad_token, eos_token")
+    import tokenizers
+
+    index = tokenizers.Tokenizer.from_str(model).token_to_id(token)
+    if index is None:
+        raise ValueError(f"{path} has {name} = {token!r}, which is not in the vocabulary")
+    return index
+
+
+def _write_config(folder: str | Path, **fields) -> None:
+    Path(folder, CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _texts(texts: Sequence[str]) -> list[str]:

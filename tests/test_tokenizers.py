@@ -99,14 +99,45 @@ def test_a_hugging_face_tokenizer_adds_no_special_tokens(huggingface, tmp_path):
     assert tokenizers.load(tmp_path / "copy").digest == tokenizer.digest
 
 
+def config(folder, **fields):
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+
+
+def test_the_mask_is_by_default_an_id_behind_the_vocabulary_that_no_text_yields(huggingface):
+    config(huggingface, separator_id=4)
+    tokenizer = tokenizers.load(huggingface)
+    assert (tokenizer.mask_id, tokenizer.vocab_size) == (5, 6)
+    assert tokenizer.decode([1, tokenizer.mask_id, 2]) == "read file"
+
+
+@pytest.mark.parametrize(
+    "fields, separator",
+    [
+        (dict(sep_token="<m>", pad_token="<s>"), 3),
+        (dict(sep_token=None, pad_token={"content": "<s>"}), 4),
+        (dict(eos_token="file"), 2),
+    ],
+)
+def test_the_separator_of_a_folder_of_others_is_its_sep_or_pad_or_eos_token(huggingface, fields, separator):
+    config(huggingface, **fields)
+    assert tokenizers.load(huggingface).separator_id == separator
+
+
 def test_missing_and_wrong_files_are_named(huggingface, tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected sentencepiece.model or tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="expected sentencepiece.model, spiece.model or tokenizer.json"):
         tokenizers.load(tmp_path / "nowhere")
-    (huggingface / "tokenizer_config.json").write_text('{"mask_id": 99, "separator_id": 4}')
-    with pytest.raises(ValueError, match="mask_id = 99 is outside the vocabulary of 5 tokens"):
-        tokenizers.load(huggingface)
+    for fields, message in [
+        (dict(separator_id=99), "separator_id = 99 is outside the vocabulary of 5 tokens"),
+        (dict(separator_id=4, mask_id=-1), "mask_id = -1 must be 0 or more"),
+        (dict(separator_id="4"), "has separator_id = '4', it must be an integer"),
+        (dict(pad_token="[PAD]"), "pad_token = '.PAD.', which is not in the vocabulary"),
+        (dict(mask_id=3), "names no separator: it has none of separator_id, sep_token, pad_token, eos_token"),
+    ]:
+        config(huggingface, **fields)
+        with pytest.raises(ValueError, match=message):
+            tokenizers.load(huggingface)
     (huggingface / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="must hold mask_id and separator_id"):
+    with pytest.raises(FileNotFoundError, match="it must say what separates chunks"):
         tokenizers.load(huggingface)
     (tmp_path / "sentencepiece.model").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a SentencePiece model"):

@@ -19,14 +19,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from embed.models.transformer import TransformerConfig, abstract_params
+from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
 
 FORMAT = "embed"
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# How to compute is the reader's choice; everything else of the config is the model.
-COMPUTE_FIELDS = {"dtype", "remat", "unroll", "dense_barrier"}
-ARCHITECTURE = {f.name: f.type for f in dataclasses.fields(TransformerConfig) if f.name not in COMPUTE_FIELDS}
+# How to compute is the reader's choice and an encoder has no output layer; everything else of the config is the model.
+LEFT_OUT = {"dtype", "remat", "unroll", "dense_barrier", "tied"}
+ARCHITECTURE = {f.name: f.type for f in dataclasses.fields(TransformerConfig) if f.name not in LEFT_OUT}
 EMBEDDING = ("matryoshka", "separator", "max_length")
 
 
@@ -37,15 +37,9 @@ def export(folder, params, config: TransformerConfig, tokenizer, *, embedding: M
     a document) and max_length (tokens of a text, None = no limit); `provenance` is any JSON object (stages, commit,
     versions). An export that stands at `folder` is replaced, anything else there is an error.
     """
+    config, params = encoder_only(config, params)
+    check(folder, params, config, tokenizer, embedding)
     tensors = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
-    problems = [f"tensor {name} is not finite" for name, value in tensors.items() if not np.isfinite(value).all()]
-    problems += _tensor_problems({name: value.shape for name, value in tensors.items()}, config)
-    problems += _embedding_problems(embedding, config)
-    if tokenizer.vocab_size > config.vocab_size:
-        problems.append(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
-    if problems:
-        raise ValueError(f"cannot export to {folder}: " + "; ".join(problems))
-
     with replace_folder(folder, is_ours=is_export) as partial:
         tokenizer.save(partial)
         safetensors.numpy.save_file(tensors, partial / WEIGHTS, metadata={"format": FORMAT})
@@ -60,6 +54,18 @@ def export(folder, params, config: TransformerConfig, tokenizer, *, embedding: M
         }
         (partial / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
     return Path(folder)
+
+
+def check(folder, params, config: TransformerConfig, tokenizer, embedding: Mapping) -> None:
+    """Raise a ValueError that lists everything that is wrong with a model that is to be written to `folder`."""
+    tensors = flatten(params)
+    problems = [f"tensor {name} is not finite" for name, value in tensors.items() if not np.isfinite(value).all()]
+    problems += _tensor_problems({name: value.shape for name, value in tensors.items()}, config)
+    problems += _embedding_problems(embedding, config)
+    if tokenizer.vocab_size > config.vocab_size:
+        problems.append(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
+    if problems:
+        raise ValueError(f"cannot export to {folder}: " + "; ".join(problems))
 
 
 def read(folder) -> tuple[dict, TransformerConfig, dict]:

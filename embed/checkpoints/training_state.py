@@ -39,6 +39,12 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract_params, abstract
     return restored["params"], restored["optimizer"]
 
 
+def save_params(folder: Path, params) -> None:
+    """A checkpoint of parameters alone, as step 0: for `load_params`, not for `restore`."""
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+
+
 def load_params(folder: Path, abstract_params):
     """The parameters of the newest checkpoint under `folder`, on this process's first device unless told otherwise."""
     if not folder.is_dir():

@@ -116,15 +116,18 @@ def prepare(
     seed: int = 0,
     limit: int | None = None,
     packages: sources.Packages | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
     """Writes `directory`; does nothing where it is complete and was made with the same arguments.
 
     `limit`: at most that many functions and modules a split (of about as many files: for trials). `packages`: other
-    sources than `python_docs.PACKAGES`. Raises ValueError for a directory made with other arguments (naming them), for
+    sources than `python_docs.PACKAGES`. With `tokenizer` no vocabulary is trained. Raises ValueError for a directory made with other arguments (naming them), for
     unknown and unused gin bindings (naming the nearest valid key), for empty splits and empty tasks.
     """
     directory = Path(directory).absolute()
     settings = bind(gin_file, gin_bindings)
+    if tokenizer:
+        vocab_size, split_identifiers = tokenizer.vocab_size, None
     arguments = {
         "gin": {name: dataclasses.asdict(value) for name, value in settings.items()},
         "vocab_size": vocab_size,
@@ -132,6 +135,7 @@ def prepare(
         "seed": seed,
         "limit": limit,
         "packages": dataclasses.asdict(packages) if packages else None,
+        "tokenizer": tokenizer.digest if tokenizer else None,
     }
     arguments = json.loads(json.dumps(arguments))
     console = rich.console.Console(stderr=True)
@@ -151,7 +155,7 @@ def prepare(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    info = _write(partial, arguments, settings, packages, console)
+    info = _write(partial, arguments, settings, packages, tokenizer, console)
     (partial / "info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     if directory.exists():
         directory.rmdir()
@@ -159,7 +163,7 @@ def prepare(
     _print(console, info)
 
 
-def _write(folder: Path, arguments: Mapping, settings: Mapping, packages: sources.Packages | None, console) -> dict:
+def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokenizer, console) -> dict:
     limit, seed = arguments["limit"], arguments["seed"]
     progress = rich.progress.Progress(
         rich.progress.SpinnerColumn(),
@@ -204,13 +208,16 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages: source
             corpus = python_docs.clean(modules, limit)
             corpus.dropped["unreadable files"] = len(reading.unreadable)
         start = time.monotonic()
-        trained = pool.submit(
-            vocabulary.train_sentencepiece,
-            sample([m["text"] for m in corpus.modules["train"]], settings["vocabulary"].characters, seed),
-            folder / "tokenizer",
-            vocab_size=arguments["vocab_size"],
-            split_identifiers=arguments["split_identifiers"],
-        )
+        if tokenizer:
+            trained = pool.submit(tokenizer.save, folder / "tokenizer")
+        else:
+            trained = pool.submit(
+                vocabulary.train_sentencepiece,
+                sample([m["text"] for m in corpus.modules["train"]], settings["vocabulary"].characters, seed),
+                folder / "tokenizer",
+                vocab_size=arguments["vocab_size"],
+                split_identifiers=arguments["split_identifiers"],
+            )
         trained.add_done_callback(
             lambda _: seconds.update({"train the vocabulary": round(time.monotonic() - start, 2)})
         )

@@ -18,7 +18,7 @@ def _predict(params, tokens: Int[Array, "1 L"], valid, *, model, mask_id: int, l
     positions = jnp.arange(tokens.shape[1])[None]
     hidden = transformer.apply(model, params, tokens, valid.astype(jnp.int32), positions)
     hidden = shift_left(hidden) if left_shift else hidden
-    logits = (hidden[0] @ params["embedding"].astype(hidden.dtype).T).astype(jnp.float32)
+    logits = (hidden[0] @ transformer.output_embedding(params).astype(hidden.dtype).T).astype(jnp.float32)
     probabilities = jax.nn.softmax(logits.at[:, mask_id].set(-jnp.inf), -1)
     return probabilities.argmax(-1), probabilities.max(-1)
 
@@ -86,7 +86,7 @@ def elbo_and_accuracy(
     def evaluate(noised):
         hidden = transformer.apply(model, params, noised, segment_ids, positions)
         hidden = md.left_shift(hidden) if left_shift else hidden
-        return md.token_nll(hidden, params["embedding"], tokens, chunk=chunk)
+        return md.token_nll(hidden, transformer.output_embedding(params), tokens, chunk=chunk)
 
     key = jax.random.key(seed)
     report = {}

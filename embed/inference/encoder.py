@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from embed import tokenizers
-from embed.checkpoints import export
+from embed.checkpoints import export, huggingface
 from embed.models import quantization, transformer
 from embed.models.pooling import pool_spans
 from embed.rows import RowShape, Segment, chunked, cut, dense, place
@@ -22,21 +22,31 @@ MIN_ROW_LENGTH = 64
 TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
 
 
-def load(path, *, dtype: str | None = None) -> "Encoder":
-    """The encoder in an exported folder.
+def load(path, *, dtype: str | None = None, revision: str | None = None) -> "Encoder":
+    """The encoder in a folder that `embed export` wrote, or a pplx-embed or bidirectional Qwen3 checkpoint.
 
-    `dtype` of the computation is "float32" or "bfloat16"; by default float32 on CPU and bfloat16 on accelerators.
+    `path` is a folder or the id of a repository on the Hugging Face hub, "perplexity-ai/pplx-embed-v1-0.6b", at its
+    `revision`. `dtype` of the computation is "float32" or "bfloat16"; by default float32 on CPU and bfloat16 on
+    accelerators. A causal language model is refused: it is something to train from.
     """
-    params, config, settings = export.read(path)
-    tokenizer = tokenizers.load(path)
-    if tokenizer.digest != settings.get("tokenizer_digest"):
-        raise ValueError(f"the tokenizer in {path} is not the one this model was exported with")
-    config = dataclasses.replace(config, dtype=dtype or ("float32" if _on_cpu() else "bfloat16"))
-    embedding = settings["embedding"]
-    return Encoder(
-        params, config, tokenizer, separator=embedding["separator"], max_length=embedding["max_length"],
-        matryoshka=embedding["matryoshka"], path=path, digest=settings.get("weights_digest"),
-    )  # fmt: skip
+    folder = huggingface.resolve(path, revision)
+    dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
+    if huggingface.is_checkpoint(folder):
+        checkpoint = huggingface.open_checkpoint(folder)
+        if checkpoint.causal:
+            raise ValueError(
+                f"{path} is a causal language model, not an encoder: `embed convert {path} OUTPUT` makes of it a "
+                "checkpoint that the diffusion stage can start from"
+            )
+        params, config, embedding = checkpoint.params(dtype=dtype), checkpoint.config, checkpoint.embedding
+        tokenizer, digest = tokenizers.load(folder), checkpoint.digest
+    else:
+        params, config, settings = export.read(folder)
+        tokenizer, embedding, digest = tokenizers.load(folder), settings["embedding"], settings.get("weights_digest")
+        if tokenizer.digest != settings.get("tokenizer_digest"):
+            raise ValueError(f"the tokenizer in {folder} is not the one this model was exported with")
+    how = {name: embedding[name] for name in export.EMBEDDING}
+    return Encoder(params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, path=path, digest=digest)
 
 
 def quantize(pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False) -> np.ndarray:

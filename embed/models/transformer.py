@@ -39,6 +39,7 @@ class TransformerConfig:
     intermediate_size: int
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
+    tied: bool = True  # whether the embedding table is also the output layer of the diffusion stage
     dtype: str = "float32"  # of the compute; parameters are float32 masters whatever this says
     remat: str = "none"  # a key of REMAT_POLICIES
     unroll: int = 1  # layers a scan iteration; on CPU all of them is fastest
@@ -156,7 +157,7 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Token embedding, stacked layers under one scan, final norm. Input and output embeddings are tied."""
+    """Token embedding, stacked layers under one scan, final norm; where not tied, the output layer as well."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.config = config
@@ -170,6 +171,8 @@ class Transformer(nnx.Module):
         # Small, so that pooled vectors stay where the tanh of int8 is nearly linear. From 1 the tanh clips the direction
         # that all texts share, training learns to lean on that, and float32 cosines, which are not clipped, get worse.
         self.norm = nnx.Param(jnp.full(config.hidden_size, FINAL_NORM))
+        if not config.tied:
+            self.head = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
 
     def __call__(
         self, tokens: Int[Array, "R L"], segment_ids: Int[Array, "R L"], positions: Int[Array, "R L"]
@@ -218,7 +221,17 @@ def apply(
     return nnx.merge(graph, state)(tokens, segment_ids, positions)
 
 
+def output_embedding(params: dict) -> Float[Array, "V D"]:
+    """The rows that hidden states are multiplied with for logits: the embedding table, or the head where not tied."""
+    return params.get("head", params["embedding"])
+
+
+def encoder_only(config: TransformerConfig, params: dict) -> tuple[TransformerConfig, dict]:
+    """The same encoder without the output layer, which no embedding needs."""
+    return dataclasses.replace(config, tied=True), {name: x for name, x in params.items() if name != "head"}
+
+
 def count_params(params: dict) -> tuple[int, int]:
-    """(all parameters, parameters without the embedding table)."""
+    """(all parameters, parameters without the embedding table and the output layer)."""
     total = sum(x.size for x in jax.tree.leaves(params))
-    return total, total - params["embedding"].size
+    return total, total - sum(params[name].size for name in ("embedding", "head") if name in params)

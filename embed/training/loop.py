@@ -54,8 +54,8 @@ def train(
 ):
     """Train to `steps` under `folder` and return the final parameters; continues from the newest checkpoint there.
 
-    `initial_params()` makes the starting parameters, called only when there is no checkpoint; `abstract_params` is
-    their tree of shapes and dtypes. `optimizer` is the optimizer section of a config, `progress(step, loss)` is told of each
+    `initial_params(shardings)` makes the starting parameters, called only when there is no checkpoint; `abstract_params`
+    is their tree of shapes and dtypes. `optimizer` is the optimizer section of a config, `progress(step, loss)` is told of each
     logged step. Metrics are read from the device one log interval late, so the host never waits for the step it
     has just sent off; a non-finite loss or gradient raises NonFiniteLossError before anything after it is saved.
     """
@@ -66,21 +66,17 @@ def train(
     abstract_state = jax.eval_shape(transformation.init, abstract_params)
     state_sharding = sharding.state_shardings(mesh, abstract_state, params_sharding)
 
-    def with_sharding(tree, shardings):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
     with training_state.open_manager(folder / "checkpoints", save_every=checkpoint_every, keep=2) as manager:
         start = manager.latest_step() or 0
         if start:
             params, state = training_state.restore(
                 manager,
                 start,
-                with_sharding(abstract_params, params_sharding),
-                with_sharding(abstract_state, state_sharding),
+                sharding.with_sharding(abstract_params, params_sharding),
+                sharding.with_sharding(abstract_state, state_sharding),
             )
         else:
-            # Through the host: an array on one device of this process cannot go to a mesh of several processes.
-            params = jax.tree.map(jax.device_put, jax.device_get(initial_params()), params_sharding)
+            params = initial_params(params_sharding)
             state = jax.jit(transformation.init, out_shardings=state_sharding)(params)
 
         train_step = jax.jit(

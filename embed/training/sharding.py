@@ -10,7 +10,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # Parameter name -> axes of its dimensions; the first match counts. Arrays under layers/ have a leading layer axis.
 RULES = (
-    (r"^embedding$", ("tensor", "fsdp")),  # V D
+    (r"^(embedding|head)$", ("tensor", "fsdp")),  # V D
     (r"^layers/(query|key|value)$", (None, "fsdp", "tensor", None)),  # N D H d
     (r"^layers/output$", (None, "tensor", None, "fsdp")),  # N H d D
     (r"^layers/(gate|up)$", (None, "fsdp", "tensor")),  # N D F
@@ -50,6 +50,11 @@ def parameter_shardings(mesh: Mesh, params):
         raise ValueError(f"no sharding rule matches parameter {name!r}; add one to embed.training.sharding.RULES")
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def with_sharding(tree, shardings):
+    """Shapes and dtypes of a tree with shardings: what a checkpoint is restored to."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def state_shardings(mesh: Mesh, state, params_shardings):

@@ -33,7 +33,7 @@ def diffusion_loss(params, batch, key, progress, *, model, mask_id: int, left_sh
     hidden = transformer.apply(model, params, noised, segment_ids, positions)
     if left_shift:
         hidden = masked_diffusion.left_shift(hidden)
-    nll, correct = masked_diffusion.token_nll(hidden, params["embedding"], tokens, chunk=logits_chunk)
+    nll, correct = masked_diffusion.token_nll(hidden, transformer.output_embedding(params), tokens, chunk=logits_chunk)
     loss = masked_diffusion.elbo_loss(nll, masked, t, valid)
     count = jnp.maximum(masked.sum(), 1)
     return loss, {

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import reference
 
+from embed.models import attention as room
 from embed.models.attention import attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
@@ -60,3 +61,33 @@ def test_bfloat16_stays_bfloat16_and_close():
     got = attention(*(jnp.asarray(a, jnp.bfloat16) for a in arrays), SEGMENTS)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float32), attention(*arrays, SEGMENTS), atol=0.03)
+
+
+@pytest.mark.parametrize("scores, block", [(8, 1), (20, 2), (32, 4), (64, 8)])
+def test_blocks_of_queries_change_no_value_and_no_gradient(scores, block, monkeypatch):
+    arrays = random_heads(4, 2)
+
+    def outputs(*arrays):
+        out, pullback = jax.vjp(lambda *a: attention(*a, SEGMENTS), *arrays)
+        return out, *pullback(jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+    whole = outputs(*arrays)
+    monkeypatch.setattr(room, "MAX_SCORES", scores)
+    assert room.block_size(8) == block
+    for got, want in zip(outputs(*arrays), whole):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_no_length_holds_more_scores_than_the_limit():
+    assert room.block_size(1024) == 1024
+    for length in (2048, 3000, 4096, 8192, 32768):
+        block = room.block_size(length)
+        assert length % block == 0 and block * length <= room.MAX_SCORES
+    heads = [jax.ShapeDtypeStruct((1, 8192, h, 8), "float32") for h in (2, 1, 1)]
+
+    def loss(*arrays):
+        return attention(*arrays, jnp.ones((1, 8192), jnp.int32)).sum()
+
+    for function in (loss, jax.grad(loss)):
+        memory = jax.jit(function).lower(*heads).compile().memory_analysis().temp_size_in_bytes
+        assert memory < 2 * 8192 * 8192 * 4 / 4, memory  # a quarter of one row's scores

@@ -40,7 +40,7 @@ def train(folder, loader, steps=12, loss=None, **keywords):
         loss=loss or stages.make_loss(STAGE, MODEL, mask_id=2),
         loader=loader,
         steps=steps,
-        initial_params=lambda: transformer.init(MODEL, jax.random.key(0)),
+        initial_params=lambda shardings: transformer.init(MODEL, jax.random.key(0)),
         abstract_params=transformer.abstract_params(MODEL),
         optimizer=OPTIMIZER,
         seed=0,

@@ -4,7 +4,6 @@ import sys
 import textwrap
 
 import jax
-import numpy as np
 import pytest
 
 from embed.models import transformer

@@ -1,0 +1,426 @@
+"""Checkpoints in the layout of the Hugging Face hub: Qwen3 and pplx-embed, in and out (PAPER.md §1).
+
+    checkpoint = huggingface.open_checkpoint(huggingface.resolve("Qwen/Qwen3-0.6B-Base"))
+    params = checkpoint.params(shardings)
+
+A folder holds config.json, *.safetensors and a tokenizer. Three kinds are read: `qwen3`, a causal language model;
+`qwen3` with `"is_causal": false`, an encoder; `bidirectional_pplx_qwen3`, an encoder, dense or contextual. Nothing but
+safetensors is read and no code of a checkpoint is run.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, for safetensors
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from embed.checkpoints import export
+from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
+
+# A parameter of ours -> a tensor of theirs; {} is the layer. Causal models have "model." before all but the head.
+NAMES = {
+    "embedding": "embed_tokens.weight",
+    "layers.attention_norm": "layers.{}.input_layernorm.weight",
+    "layers.query": "layers.{}.self_attn.q_proj.weight",
+    "layers.key": "layers.{}.self_attn.k_proj.weight",
+    "layers.value": "layers.{}.self_attn.v_proj.weight",
+    "layers.query_norm": "layers.{}.self_attn.q_norm.weight",
+    "layers.key_norm": "layers.{}.self_attn.k_norm.weight",
+    "layers.output": "layers.{}.self_attn.o_proj.weight",
+    "layers.mlp_norm": "layers.{}.post_attention_layernorm.weight",
+    "layers.gate": "layers.{}.mlp.gate_proj.weight",
+    "layers.up": "layers.{}.mlp.up_proj.weight",
+    "layers.down": "layers.{}.mlp.down_proj.weight",
+    "norm": "norm.weight",
+    "head": "lm_head.weight",
+}
+# How many leading dimensions of a weight of ours are its input. Theirs is the matrix [output, input], transposed.
+INPUTS = {"query": 1, "key": 1, "value": 1, "output": 2, "gate": 1, "up": 1, "down": 1}
+# A field of ours -> a field of their config.json.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+PPLX = "bidirectional_pplx_qwen3"
+# What our encoder computes; a checkpoint that says otherwise is another architecture.
+FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "rope_scaling": None,
+}
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # of a file that is written
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+FILES = ["*.json", "*.safetensors", "spiece.model"]  # of a repository: no code, no pickle, no other format
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+
+
+def resolve(source, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `source` itself, or the snapshot of a hub id "owner/name" in the local cache.
+
+    A hub id is downloaded by huggingface_hub unless it is in the cache; HF_HUB_OFFLINE=1 downloads nothing.
+    `revision` is a branch, tag or commit of a hub id. FileNotFoundError says why there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for a hub id, {source} is a folder")
+        return folder
+    if not HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"there is no folder {source}, and a hub id has the form owner/name")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=FILES))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"there is no folder {source}, and {source}{at} cannot be had from the hub: {str(error).splitlines()[0]}"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checked folder: every tensor is there, has its shape and can be read."""
+
+    folder: Path
+    config: TransformerConfig
+    causal: bool
+    embedding: dict  # separator, max_length, matryoshka, as `export` has them
+    tensors: Mapping[str, Path]  # their name -> file
+    prefix: str  # before their names, all but the head
+
+    def params(self, shardings=None, dtype=np.float32) -> dict:
+        """The parameter tree, float32 or bfloat16, one array after the other straight into its shards.
+
+        `shardings` is a tree like the parameters', None for this process's first device. Beside the arrays themselves
+        no more is held than the blocks of one array that go to this process's devices.
+        """
+        abstract = export.flatten(abstract_params(self.config))
+        if shardings is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shardings = export.unflatten(dict.fromkeys(abstract, device))
+        shardings = export.flatten(shardings)
+        arrays = {}
+        for name, leaf in abstract.items():
+
+            def read(index, name=name, shape=leaf.shape):
+                return self._block(name, shape, index, dtype)
+
+            arrays[name] = jax.make_array_from_callback(leaf.shape, shardings[name], read)
+        return export.unflatten(arrays)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over config.json and the files with weights."""
+        total = hashlib.sha256()
+        for path in [self.folder / export.CONFIG, *sorted(set(self.tensors.values()))]:
+            with open(path, "rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    def _block(self, name: str, shape: tuple, index: tuple, dtype) -> np.ndarray:
+        """The part `index` of our array `name`."""
+        ranges = [range(n)[part] for n, part in zip(shape, index)]
+        out = np.empty([len(r) for r in ranges], dtype)
+        if not name.startswith("layers."):
+            out[...] = self._read(NAMES[name], tuple(slice(r.start, r.stop) for r in ranges))
+            return out
+        layers, *ranges = ranges
+        split = INPUTS.get(name.removeprefix("layers."), 0)
+        parts = [_merge(shape[1:][a:b], ranges[a:b]) for a, b in ((split, None), (0, split)) if ranges[a:b]]
+        for i, layer in enumerate(layers):
+            out[i] = self._read(NAMES[name].format(layer), tuple(parts)).T.reshape(out.shape[1:])
+        return out
+
+    def _read(self, name: str, part: tuple) -> np.ndarray:
+        name = name if name == NAMES["head"] else self.prefix + name
+        # Opened anew for each tensor: pages of a mapped file count as this process's memory until it is closed.
+        with safetensors.safe_open(self.tensors[name], framework="numpy") as file:
+            return file.get_slice(name)[part]
+
+
+def _merge(shape: tuple, ranges: list[range]) -> slice:
+    """The slice of dimensions that are one dimension in their matrix: only the first may be a part of its whole."""
+    inner = int(np.prod(shape[1:], dtype=int))
+    if any(len(r) != n for r, n in zip(ranges[1:], shape[1:])):
+        raise ValueError(f"cannot read the part {ranges} of {shape}: only its first dimension may be split")
+    return slice(ranges[0].start * inner, ranges[0].stop * inner)
+
+
+def open_checkpoint(folder) -> Checkpoint:
+    """Check a folder and read its config, but no tensor yet. Everything that is wrong is listed in one ValueError."""
+    folder = Path(folder)
+    path = folder / export.CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {export.CONFIG}")
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    config, problems = _read_config(fields)
+    files, file_problems = _tensor_files(folder)
+    problems += file_problems
+    tensors, shapes = {}, {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    if name in tensors:
+                        problems.append(f"tensor {name} is in {tensors[name].name} and in {file.name}")
+                    if part.get_dtype() not in DTYPES:
+                        problems.append(f"tensor {name} is {part.get_dtype()}, expected {', '.join(DTYPES)}")
+                    tensors[name], shapes[name] = file, tuple(part.get_shape())
+        except safetensors.SafetensorError as error:
+            problems.append(f"{file.name} is truncated or damaged ({error})")
+    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
+    if config:
+        # A tied model may carry its head all the same: it must be the embedding table itself.
+        copy = NAMES["head"] if config.tied and NAMES["head"] in tensors else None
+        if not file_problems:
+            problems += _tensor_problems({n: s for n, s in shapes.items() if n != copy}, config, prefix)
+        table = prefix + NAMES["embedding"]
+        if copy and table in tensors and not _equal(tensors[copy], copy, tensors[table], table):
+            problems.append(f"tie_word_embeddings is true, but {copy} differs from {table}")
+    if problems:
+        raise ValueError(f"{folder} is not a checkpoint that can be read: " + "; ".join(problems))
+    causal = fields["model_type"] != PPLX and fields.get("is_causal", True) is not False
+    if not causal:
+        config = dataclasses.replace(config, tied=True)
+    return Checkpoint(folder, config, causal, _embedding(fields, folder), tensors, prefix)
+
+
+def _read_config(fields) -> tuple[TransformerConfig | None, list[str]]:
+    kind = fields.get("model_type") if isinstance(fields, dict) else fields
+    if kind not in ("qwen3", PPLX):
+        return None, [f"config.json has model_type {kind!r}, expected qwen3 or {PPLX}"]
+    problems, values = [], {}
+    rope = fields.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        problems.append(f"config.json has rope_type {rope['rope_type']!r}, expected 'default'")
+    named = {**FIELDS, "rope_theta": "rope_theta"}
+    for ours, theirs in named.items():
+        value = fields.get(theirs, rope.get(theirs))
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or value <= 0 or (ours not in ("norm_eps", "rope_theta") and value != int(value)):
+            problems.append(f"config.json has {theirs}={value!r}, expected a positive number")
+        values[ours] = value
+    for name, expected in FIXED.items():
+        if (value := fields.get(name, expected)) != expected:
+            problems.append(f"config.json has {name}={value!r}, expected {expected!r}")
+    if other := set(fields.get("layer_types") or ()) - {"full_attention"}:
+        problems.append(f"config.json has layer_types {sorted(other)}, expected full_attention alone")
+    if problems:
+        return None, problems
+    try:
+        return TransformerConfig(**values, tied=bool(fields.get("tie_word_embeddings", False))), []
+    except ValueError as error:
+        return None, [f"config.json: {error}"]
+
+
+def _embedding(fields: dict, folder: Path) -> dict:
+    """How texts become vectors: what an export of ours says, or what the released models do (PAPER.md §1)."""
+    if isinstance(ours := fields.get(export.FORMAT), dict):
+        return {name: ours.get(name) for name in export.EMBEDDING}
+    contextual = "Contextual" in str((fields.get("auto_map") or {}).get("AutoModel", ""))
+    longest = fields.get("max_position_embeddings")
+    return {"matryoshka": [], "separator": contextual, "max_length": longest if isinstance(longest, int) else None}
+
+
+def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:
+    if (index := folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return [], [f"{INDEX} has no weight_map"]
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    outside = [
+        str(name) for name in names if not isinstance(name, str) or name != os.path.basename(name) or ".." in name
+    ]
+    if outside:
+        return [], [f"{INDEX} names {name!r}, which is not a file of this folder" for name in outside]
+    missing = [name for name in names if not (folder / name).is_file()]
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} is not a safetensors file" for name in names if not name.endswith(".safetensors")]
+    if not names:
+        pickles = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+        )
+        found = f"; {', '.join(pickles)} is a pickle, which may run code when read" if pickles else ""
+        problems.append(f"there is no .safetensors file{found}")
+    return [] if problems else [folder / name for name in names], problems
+
+
+def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig, prefix: str) -> list[str]:
+    expected = dict(_their_shapes(config, prefix))
+    problems = [f"tensor {name} is missing" for name in expected if name not in shapes]
+    problems += [f"tensor {name} is not part of this architecture" for name in sorted(shapes.keys() - expected.keys())]
+    for name in expected.keys() & shapes.keys():
+        if shapes[name] != expected[name]:
+            problems.append(f"tensor {name} has shape {list(shapes[name])}, expected {list(expected[name])}")
+    return problems
+
+
+def _their_shapes(config: TransformerConfig, prefix: str) -> Iterator[tuple[str, tuple]]:
+    for name, leaf in export.flatten(abstract_params(config)).items():
+        if not name.startswith("layers."):
+            yield ("" if name == "head" else prefix) + NAMES[name], leaf.shape
+            continue
+        split, shape = INPUTS.get(name.removeprefix("layers.")), leaf.shape[1:]
+        if split:
+            shape = int(np.prod(shape[split:])), int(np.prod(shape[:split]))
+        for layer in range(config.num_layers):
+            yield prefix + NAMES[name].format(layer), shape
+
+
+def _equal(a: Path, a_name: str, b: Path, b_name: str, rows: int = 4096) -> bool:
+    with safetensors.safe_open(a, framework="numpy") as left, safetensors.safe_open(b, framework="numpy") as right:
+        left, right = left.get_slice(a_name), right.get_slice(b_name)
+        if left.get_shape() != right.get_shape():
+            return False
+        starts = range(0, left.get_shape()[0], rows)
+        return all(np.array_equal(left[i : i + rows], right[i : i + rows]) for i in starts)
+
+
+def tensors(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Their (name, tensor) of a parameter tree, one at a time, in the order of the layers."""
+    flat = export.flatten(params)
+    yield prefix + NAMES["embedding"], np.asarray(flat["embedding"])
+    for layer in range(flat["layers.gate"].shape[0]):
+        for name, stacked in flat.items():
+            if name.startswith("layers."):
+                array, split = np.asarray(stacked[layer]), INPUTS.get(name.removeprefix("layers."))
+                if split:
+                    array = np.ascontiguousarray(array.reshape(int(np.prod(array.shape[:split])), -1).T)
+                yield prefix + NAMES[name].format(layer), array
+    yield prefix + NAMES["norm"], np.asarray(flat["norm"])
+    if "head" in flat:
+        yield NAMES["head"], np.asarray(flat["head"])
+
+
+def is_checkpoint(folder) -> bool:
+    """Whether the folder's config.json names a kind of model, as all of the hub do and `embed.checkpoints.export` not."""
+    try:
+        return "model_type" in json.loads((Path(folder) / export.CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+LAYOUTS = ("sentence-transformers", "pplx")
+
+
+def write(folder, params, config: TransformerConfig, tokenizer, *, layout: str, embedding: Mapping, card: str) -> Path:
+    """Write an encoder for other programs; the folder appears whole or not at all.
+
+    `sentence-transformers`: a Qwen3 checkpoint that says `"is_causal": false`, with mean pooling: transformers 5 and
+    sentence-transformers 6 load it without code of its own. The names of its modules do not exist in releases of
+    sentence-transformers that could run it causally, so those fail. `pplx`: the layout of the released models, for
+    the programs that know them; their code (configuration.py, modeling.py, st_quantize.py) is not written.
+    `card` is the README.md.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} must be one of {', '.join(LAYOUTS)}")
+    config, params = encoder_only(config, params)
+    export.check(folder, params, config, tokenizer, embedding)
+    with export.replace_folder(folder, is_ours=is_export) as partial:
+        _write_tensors(partial, params)
+        tokenizer.save_for_transformers(partial, embedding["max_length"])
+        for name, document in _documents(config, layout, embedding).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_text(json.dumps(document, indent=2) + "\n")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return Path(folder)
+
+
+def is_export(folder) -> bool:
+    """Whether `write` wrote the folder."""
+    try:
+        return export.FORMAT in json.loads((Path(folder) / export.CONFIG).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _documents(config: TransformerConfig, layout: str, embedding: Mapping) -> dict:
+    """The JSON files of a layout, {path: content}."""
+    longest = embedding["max_length"] or 32768
+    model = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
+    model |= {name: value for name, value in FIXED.items() if name != "rope_scaling"}
+    model |= {
+        "architectures": ["Qwen3Model"],
+        "model_type": "qwen3",
+        "is_causal": False,
+        "use_bidirectional_attention": True,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "max_position_embeddings": longest,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        "dtype": "float32",
+        export.FORMAT: {name: embedding[name] for name in export.EMBEDDING},
+    }
+    base, st = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
+    modules = [(base + ".transformer.Transformer", ""), (st + ".pooling.Pooling", "1_Pooling")]
+    if layout == "pplx":
+        kind = "PPLXQwen3ContextualModel" if embedding["separator"] else "PPLXQwen3Model"
+        model |= {
+            "architectures": ["PPLXQwen3Model"],
+            "model_type": PPLX,
+            "auto_map": {"AutoConfig": "configuration.PPLXQwen3Config", "AutoModel": f"modeling.{kind}"},
+        }
+        del model["is_causal"]
+        modules.append(("st_quantize.FlexibleQuantizer", "2_FlexibleQuantizer"))
+    documents = {
+        export.CONFIG: model,
+        "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
+        "1_Pooling/config.json": {
+            "embedding_dimension": config.hidden_size, "pooling_mode": "mean", "include_prompt": True,
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer", "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None, "similarity_fn_name": "cosine",
+        },
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+            "module_output_name": "token_embeddings",
+        },
+    }  # fmt: skip
+    return documents
+
+
+def _write_tensors(folder: Path, params: Mapping) -> None:
+    """model.safetensors, or several files of at most SHARD_BYTES and their index."""
+    shards, size = [{}], 0
+    for name, tensor in tensors(params):
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        safetensors.numpy.save_file(shards[0], folder / export.WEIGHTS, metadata={"format": "pt"})
+        return
+    where = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
