@@ -4,14 +4,18 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-reference lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
 # Two worker processes, one thread pool each; a test file stays in one of them.
 test: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers tests
+
+# Against PyTorch, transformers, sentence-transformers and onnxruntime.
+test-reference: $(VENV)/installed-reference
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q tests/peers
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -22,4 +26,10 @@ clean:
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[data,test]'
+	touch $@
+
+# torch by itself first: a version of that name, so that a CPU build can be had.
+$(VENV)/installed-reference: $(VENV)/installed
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[data,test,reference]'
 	touch $@

@@ -16,6 +16,7 @@ setup(
         "bm25s",  # the lexical baseline
         "flax>=0.12.8",
         "gin-config",  # what the data are
+        "huggingface-hub",
         "jax>=0.10,<0.13",
         "jaxtyping",
         "matplotlib",  # plots of the report
@@ -32,6 +33,9 @@ setup(
     ],
     extras_require={
         "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports these
+        "onnx": ["onnx"],  # embed export --format=onnx
+        # Other programs that ours must agree with: `make test-reference`.
+        "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "test": ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff"],
     },
 )

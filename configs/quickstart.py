@@ -43,6 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.export = ConfigDict()
     config.export.separator = True  # a separator token between the chunks of a document
     config.export.max_length = 0  # longest text in tokens, 0 = no limit
+    config.export.languages = ("en",)  # what the model card says; not known from the run
+    config.export.license = ""  # of the weights, as the Hugging Face hub names licenses
 
     optimizer = ConfigDict()
     optimizer.learning_rate = 4e-3

@@ -26,10 +26,12 @@ from rich.console import Console
 
 from embed import config as configs
 from embed import mining, tokenizers
-from embed.checkpoints import converted, export, huggingface, merge, training_state
+from embed.checkpoints import converted, export, huggingface, merge, onnx, training_state
+from embed.checkpoints.card import model_card
 from embed.data.store import Store, Writer
 from embed.evaluation import baselines, report, retrieval
 from embed.inference import Encoder, denoise, load
+from embed.inference.encoder import read_model
 from embed.inference.index import Index
 from embed.models import transformer
 from embed.rows import content_ids
@@ -318,17 +320,43 @@ def merge_sweep(run: Run) -> dict:
     return {"slerp_ratio": run.config.merge.ratio, "slerp_sweep": sweep}
 
 
-def export_model(run: Run, checkpoint: str, folder) -> Path:
-    """Write a checkpoint as a model that embed.inference loads."""
+FORMATS = ("native", "sentence-transformers", "pplx", "onnx")
+
+
+def export_model(run: Run, checkpoint: str, folder, layout: str = "native") -> Path:
+    """Write a checkpoint of a run as a model, with a card: for embed.inference (native) or for other programs."""
     settings = {
         "matryoshka": list(run.config.stages.pair.matryoshka),
         "separator": run.config.export.separator,
         "max_length": run.config.export.max_length or None,
     }
     source = provenance() | {"checkpoint": checkpoint, "config": run.config.to_dict()}
-    return export.export(
-        folder, run.params(checkpoint), run.model, run.tokenizer, embedding=settings, provenance=source
-    )
+    file = run.workdir / "steps" / f"evaluate {checkpoint}.json"
+    figures = json.loads(file.read_text())["result"] if file.exists() else None
+    return write_model(
+        folder, run.params(checkpoint), run.model, run.tokenizer, embedding=settings, source=source, layout=layout,
+        figures=figures, languages=run.config.export.languages, license=run.config.export.license,
+    )  # fmt: skip
+
+
+def convert_model(model: str, folder, layout: str, *, revision: str | None = None) -> Path:
+    """Write a model that embed.inference loads in another layout."""
+    params, config, tokenizer, embedding, digest = read_model(model, revision=revision)
+    source = provenance() | {"source": {"path": str(model), "revision": revision, "digest": digest}}
+    return write_model(folder, params, config, tokenizer, embedding=embedding, source=source, layout=layout)
+
+
+def write_model(folder, params, config, tokenizer, *, embedding: dict, source: dict, layout: str, **about) -> Path:
+    """Write parameters as a model in one of FORMATS; `about` is what the card says beside them."""
+    if layout not in FORMATS:
+        raise ValueError(f"format {layout!r} must be one of {', '.join(FORMATS)}")
+    card = model_card(config, embedding, source, layout=layout, **about)
+    common = dict(embedding=embedding, card=card)
+    if layout == "native":
+        return export.export(folder, params, config, tokenizer, provenance=source, **common)
+    if layout == "onnx":
+        return onnx.write(folder, params, config, tokenizer, **common)
+    return huggingface.write(folder, params, config, tokenizer, layout=layout, **common)
 
 
 def export_models(run: Run) -> dict:

@@ -144,11 +144,13 @@ class HuggingFaceTokenizer:
         )  # fmt: skip
 
 
-def load(folder: str | Path) -> Tokenizer:
+def load(folder: str | Path, *, mask_id: int | None = None) -> Tokenizer:
     """The tokenizer that stands in a folder: a SentencePiece model, or tokenizer.json with tokenizer_config.json.
 
     tokenizer_config.json may say `mask_id` and `separator_id`. Where it does not, as in the folders of others, the
     separator is its sep_token, or else its pad_token, which is the same one in pplx-embed (PAPER.md §1).
+
+    `mask_id` is for a tokenizer.json and goes before what its folder says.
 
     Raises FileNotFoundError where no tokenizer is there, ValueError where a file does not say what it must.
     """
@@ -165,6 +167,8 @@ def load(folder: str | Path) -> Tokenizer:
         raise FileNotFoundError(f"{config_path} is missing: it must say what separates chunks")
     config, model = json.loads(config_path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
     ids = {name: config[name] for name in ("separator_id", "mask_id") if name in config}
+    if mask_id is not None:
+        ids["mask_id"] = mask_id
     for name, value in ids.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError(f"{config_path} has {name} = {value!r}, it must be an integer")

@@ -2,12 +2,16 @@
 
 import functools
 import io
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
+import safetensors.numpy
 import sentencepiece
+import tokenizers as hf
 
-from embed.checkpoints import export
+from embed.checkpoints import export, huggingface
 from embed.inference import Encoder
 from embed.models import transformer
 from embed.tokenizers import SentencePieceTokenizer
@@ -39,12 +43,57 @@ def config() -> transformer.TransformerConfig:
 
 @functools.cache
 def params() -> dict:
-    """Random float32 weights, drawn by NumPy: compiling `transformer.init` takes longer than these tests."""
-    rng = np.random.default_rng(0)
-    shapes = export.flatten(transformer.abstract_params(config()))
+    """Weights of `config`, drawn by NumPy: compiling `transformer.init` takes longer than these tests."""
+    return random_params(config())
+
+
+def write_bpe(folder: Path, texts) -> Path:
+    """A tokenizer.json in the manner of Qwen's: byte-level BPE, NFC, an end-of-text token that is never added."""
+    model = hf.Tokenizer(hf.models.BPE())
+    model.normalizer = hf.normalizers.NFC()
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()
+    )
+    model.train_from_iterator(texts, trainer)
+    model.save(str(folder / "tokenizer.json"))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def random_params(config: transformer.TransformerConfig, seed: int = 0) -> dict:
+    """Random float32 weights of any encoder."""
+    rng = np.random.default_rng(seed)
+    shapes = export.flatten(transformer.abstract_params(config))
     return export.unflatten(
         {name: rng.normal(name.endswith("norm"), 0.2, x.shape).astype(np.float32) for name, x in shapes.items()}
     )
+
+
+def make_causal(folder: Path, params: dict) -> Path:
+    """Turn a folder of `huggingface.write` into a causal language model of these weights, in two files."""
+    arrays = dict(huggingface.tensors(params, prefix="model."))
+    (folder / "model.safetensors").unlink()
+    where = {}
+    for i, names in enumerate((list(arrays)[::2], list(arrays)[1::2])):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        safetensors.numpy.save_file({n: arrays[n] for n in names}, folder / file)
+        where |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    edit_config(
+        folder, is_causal=None, use_bidirectional_attention=None, embed=None,
+        tie_word_embeddings="lm_head.weight" not in arrays,
+    )  # fmt: skip
+    return folder
+
+
+def edit_config(folder: Path, **fields) -> None:
+    """Change fields of config.json; None takes one out."""
+    path = folder / "config.json"
+    document = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in document.items() if value is not None}))
 
 
 def encoder(**keywords) -> Encoder:

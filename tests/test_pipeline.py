@@ -11,10 +11,13 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import small
 from nbclient import NotebookClient
 
-from embed import cli, config, pipeline
+from embed import cli, config, pipeline, tokenizers
+from embed.checkpoints import huggingface
 from embed.evaluation import retrieval
+from embed.models import transformer
 from embed.training.metrics import read_metrics
 
 CONFIG = "configs/quickstart.py:runlocal"
@@ -93,6 +96,33 @@ def test_every_stage_changes_the_model_it_starts_from_and_logs_each_step(workdir
         rows = read_metrics(workdir / name / "metrics.jsonl")
         assert [row["step"] for row in rows] == [1, 2]
         assert all(np.isfinite(row["loss"]) and 0 < row["fill"] <= 1 for row in rows)
+
+
+def test_a_stage_starts_from_a_converted_causal_checkpoint_with_its_own_tokenizer(tmp_path, capsys):
+    untied = transformer.make_config("micro", 640, tied=False)
+    tokenizer = tokenizers.load(small.write_bpe(tmp_path, small.sentences(100)))
+    source = huggingface.write(
+        tmp_path / "source", small.random_params(untied), untied, tokenizer, layout="pplx", card="",
+        embedding={"matryoshka": [], "separator": False, "max_length": None},
+    )  # fmt: skip
+    small.edit_config(source, model_type="qwen3")
+    small.make_causal(source, small.random_params(untied))
+    converted = tmp_path / "converted"
+    assert cli.main(["convert", str(source), str(converted)]) == 0
+    run = [f"--config={CONFIG},stage=diffusion", f"--workdir={tmp_path / 'run'}"]
+    run += [f"--config.data.tokenizer={converted / 'tokenizer'}", f"--config.stages.diffusion.init={converted}"]
+    run += ["--config.stages.diffusion.left_shift=True", "--config.model.rope_theta=1e6"]
+    capsys.readouterr()
+    assert cli.main(["prepare", *run]) == 0 and cli.main(["train", *run]) == 2
+    said = capsys.readouterr().err
+    assert "config.model.vocab_size is 601, the checkpoint's 640; config.model.tied is True" in said
+    run += ["--config.model.vocab_size=640", "--config.model.tied=False"]
+    shutil.rmtree(tmp_path / "run")
+    assert cli.main(["prepare", *run]) == 0 and cli.main(["train", *run]) == 0
+    trained = pipeline.Run(config.load(run[0].removeprefix("--config="), run[2:]), tmp_path / "run")
+    after, before = trained.params("diffusion"), small.random_params(untied)
+    change = np.abs(np.asarray(after["head"]) - before["head"])
+    assert 0 < change.max() < 0.02  # two steps away from what was converted
 
 
 def test_a_complete_pipeline_is_not_run_again(workdir):

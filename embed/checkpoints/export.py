@@ -30,12 +30,14 @@ ARCHITECTURE = {f.name: f.type for f in dataclasses.fields(TransformerConfig) if
 EMBEDDING = ("matryoshka", "separator", "max_length")
 
 
-def export(folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, provenance: Mapping) -> Path:
+def export(
+    folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, provenance: Mapping, card: str = ""
+) -> Path:
     """Write a model for inference; the folder appears whole or not at all.
 
     `embedding` has matryoshka (prefixes trained, list of int), separator (whether one stands between the chunks of
     a document) and max_length (tokens of a text, None = no limit); `provenance` is any JSON object (stages, commit,
-    versions). An export that stands at `folder` is replaced, anything else there is an error.
+    versions); `card` is the README.md, if any. An export that stands at `folder` is replaced, anything else there is an error.
     """
     config, params = encoder_only(config, params)
     check(folder, params, config, tokenizer, embedding)
@@ -53,6 +55,8 @@ def export(folder, params, config: TransformerConfig, tokenizer, *, embedding: M
             "provenance": dict(provenance),
         }
         (partial / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return Path(folder)
 
 

@@ -295,8 +295,9 @@ def _equal(a: Path, a_name: str, b: Path, b_name: str, rows: int = 4096) -> bool
         left, right = left.get_slice(a_name), right.get_slice(b_name)
         if left.get_shape() != right.get_shape():
             return False
-        starts = range(0, left.get_shape()[0], rows)
-        return all(np.array_equal(left[i : i + rows], right[i : i + rows]) for i in starts)
+        total = left.get_shape()[0]
+        parts = [slice(i, min(i + rows, total)) for i in range(0, total, rows)]
+        return all(np.array_equal(left[part], right[part]) for part in parts)
 
 
 def tensors(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
@@ -357,8 +358,8 @@ def is_export(folder) -> bool:
         return False
 
 
-def _documents(config: TransformerConfig, layout: str, embedding: Mapping) -> dict:
-    """The JSON files of a layout, {path: content}."""
+def model_config(config: TransformerConfig, layout: str, embedding: Mapping) -> dict:
+    """config.json of an encoder in a layout."""
     longest = embedding["max_length"] or 32768
     model = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     model |= {name: value for name, value in FIXED.items() if name != "rope_scaling"}
@@ -375,8 +376,6 @@ def _documents(config: TransformerConfig, layout: str, embedding: Mapping) -> di
         "dtype": "float32",
         export.FORMAT: {name: embedding[name] for name in export.EMBEDDING},
     }
-    base, st = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
-    modules = [(base + ".transformer.Transformer", ""), (st + ".pooling.Pooling", "1_Pooling")]
     if layout == "pplx":
         kind = "PPLXQwen3ContextualModel" if embedding["separator"] else "PPLXQwen3Model"
         model |= {
@@ -385,9 +384,17 @@ def _documents(config: TransformerConfig, layout: str, embedding: Mapping) -> di
             "auto_map": {"AutoConfig": "configuration.PPLXQwen3Config", "AutoModel": f"modeling.{kind}"},
         }
         del model["is_causal"]
+    return model
+
+
+def _documents(config: TransformerConfig, layout: str, embedding: Mapping) -> dict:
+    """The JSON files of a layout, {path: content}."""
+    base, st = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
+    modules = [(base + ".transformer.Transformer", ""), (st + ".pooling.Pooling", "1_Pooling")]
+    if layout == "pplx":
         modules.append(("st_quantize.FlexibleQuantizer", "2_FlexibleQuantizer"))
-    documents = {
-        export.CONFIG: model,
+    return {
+        export.CONFIG: model_config(config, layout, embedding),
         "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
         "1_Pooling/config.json": {
             "embedding_dimension": config.hidden_size, "pooling_mode": "mean", "include_prompt": True,
@@ -402,7 +409,6 @@ def _documents(config: TransformerConfig, layout: str, embedding: Mapping) -> di
             "module_output_name": "token_embeddings",
         },
     }  # fmt: skip
-    return documents
 
 
 def _write_tensors(folder: Path, params: Mapping) -> None:

@@ -52,10 +52,10 @@ def check_output(path: str | None) -> None:
         raise FileNotFoundError(f"--output={path} must be a file in a folder that exists")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--config=FILE.py[:arg], --workdir, and --config.key=value through `parse_config`."""
-    parser.add_argument("--config", required=True, help="config file, FILE.py or FILE.py:argument,name=value")
-    parser.add_argument("--workdir", required=True, help="where the run lives; the same command continues it")
+    parser.add_argument("--config", required=required, help="config file, FILE.py or FILE.py:argument,name=value")
+    parser.add_argument("--workdir", required=required, help="where the run lives; the same command continues it")
     parser.epilog = "Single fields of the config: --config.key.key=value."
 
 

@@ -1,4 +1,4 @@
-"""Write a trained stage as a model that embed.inference loads: --workdir=DIR --checkpoint=triplet --output=FOLDER."""
+"""Write a checkpoint as a model for inference, here or elsewhere: --format=native, sentence-transformers, pplx or onnx."""
 
 import argparse
 import sys
@@ -9,14 +9,27 @@ def main(argv: list[str] | None = None) -> int:
     from embed.cli import common
 
     parser = argparse.ArgumentParser("embed export", description=__doc__)
-    common.add_config_arguments(parser)
-    parser.add_argument("--checkpoint", required=True, help="a stage of the config, or merged")
+    common.add_config_arguments(parser, required=False)
+    parser.add_argument("--checkpoint", help="with --config and --workdir: a stage of the config, or merged")
+    parser.add_argument("--model", help="instead of a run: a model that exists, a folder or hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--format", default="native", help="native (the default), sentence-transformers, pplx, onnx")
     parser.add_argument("--output", required=True, help="folder to write")
-    arguments, config = common.parse_config(parser, argv)
-    from embed import pipeline
+    arguments, overrides = parser.parse_known_args(argv)
+    run = [arguments.config, arguments.workdir, arguments.checkpoint]
+    if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
+        parser.error("needs either --config, --workdir and --checkpoint, or --model alone")
+    from embed import config, pipeline
 
-    run = pipeline.Run(config, arguments.workdir, arguments.config)
-    print(pipeline.export_model(run, arguments.checkpoint, arguments.output))
+    if arguments.model:
+        path = pipeline.convert_model(
+            arguments.model, arguments.output, arguments.format, revision=arguments.revision
+        )  # fmt: skip
+    else:
+        resolved = config.load(arguments.config, overrides)
+        run = pipeline.Run(resolved, arguments.workdir, arguments.config)
+        path = pipeline.export_model(run, arguments.checkpoint, arguments.output, arguments.format)
+    print(path)
     return 0
 
 

@@ -29,8 +29,14 @@ def load(path, *, dtype: str | None = None, revision: str | None = None) -> "Enc
     `revision`. `dtype` of the computation is "float32" or "bfloat16"; by default float32 on CPU and bfloat16 on
     accelerators. A causal language model is refused: it is something to train from.
     """
-    folder = huggingface.resolve(path, revision)
     dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
+    params, config, tokenizer, how, digest = read_model(path, revision=revision, dtype=dtype)
+    return Encoder(params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, path=path, digest=digest)
+
+
+def read_model(path, *, revision: str | None = None, dtype: str = "float32"):
+    """(parameters, architecture, tokenizer, {separator, max_length, matryoshka}, digest of the weights): see `load`."""
+    folder = huggingface.resolve(path, revision)
     if huggingface.is_checkpoint(folder):
         checkpoint = huggingface.open_checkpoint(folder)
         if checkpoint.causal:
@@ -45,8 +51,7 @@ def load(path, *, dtype: str | None = None, revision: str | None = None) -> "Enc
         tokenizer, embedding, digest = tokenizers.load(folder), settings["embedding"], settings.get("weights_digest")
         if tokenizer.digest != settings.get("tokenizer_digest"):
             raise ValueError(f"the tokenizer in {folder} is not the one this model was exported with")
-    how = {name: embedding[name] for name in export.EMBEDDING}
-    return Encoder(params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, path=path, digest=digest)
+    return params, config, tokenizer, {name: embedding[name] for name in export.EMBEDDING}, digest
 
 
 def quantize(pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False) -> np.ndarray:

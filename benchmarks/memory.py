@@ -1,0 +1,111 @@
+"""Peak memory of loading a checkpoint in the real 0.6B shape, and of encoding one long text.
+
+    python benchmarks/memory.py
+
+Weights are random; each line is measured in a process of its own, by its largest resident size.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from embed import pipeline
+from embed.checkpoints import huggingface
+from embed.models import transformer
+
+LENGTHS = (8192, 32768)
+
+
+def write_checkpoint(folder: Path, size: str, files: int) -> None:
+    """A causal Qwen3 of a named size in bfloat16, without a tokenizer."""
+    config = transformer.make_config(size, 151936)
+    shapes = dict(huggingface._their_shapes(config, "model."))
+    rng, names, where = np.random.default_rng(0), list(shapes), {}
+    for i in range(files):
+        part = names[i::files]
+        file = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
+        arrays = {n: rng.random(shapes[n], np.float32).astype(ml_dtypes.bfloat16) for n in part}
+        safetensors.numpy.save_file(arrays, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": where}))
+    fields = {theirs: getattr(config, ours) for ours, theirs in huggingface.FIELDS.items()}
+    fields |= {"model_type": "qwen3", "rope_theta": config.rope_theta, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def peak() -> float:
+    """Largest resident size of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def load(folder: str, dtype: str) -> float:
+    """Peak while a checkpoint is loaded, in GB, less what the process held before."""
+    checkpoint = huggingface.open_checkpoint(folder)
+    before = peak()
+    params = checkpoint.params(dtype=dtype)
+    assert params["norm"].is_ready()
+    return peak() - before
+
+
+def encode(length: str, size: str) -> float:
+    """Peak of encoding one text of so many tokens with a model of the tiny width, in GB."""
+    import jax
+
+    from embed.inference import Encoder
+
+    class Tokenizer:  # tokens are given
+        vocab_size = 8192
+
+    config = transformer.make_config(size, 8192)
+    encoder = Encoder(transformer.init(config, jax.random.key(0)), config, Tokenizer())
+    tokens = np.random.default_rng(0).integers(0, 8192, int(length)).astype(np.int32)
+    assert np.isfinite(encoder.encode_tokens([tokens])).all()
+    return peak()
+
+
+def measure(*arguments: str) -> float:
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measure", nargs="*", help="internal: what one process measures")
+    parser.add_argument("--files", type=int, default=2, help="files of the checkpoint")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        what, *rest = arguments.measure
+        print({"load": load, "encode": encode}[what](*rest))
+        return
+    source = pipeline.provenance()
+    print(
+        f"python benchmarks/memory.py; commit {source['commit']}, {pipeline.machine()}, jax {source['versions']['jax']}\n"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_checkpoint(folder, "0.6b", arguments.files)
+        largest = max(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
+        print("Loading 0.6B from bfloat16 files, GB:\n")
+        print("| parameters | model | largest file | peak above the process before | peak − model, in largest files |")
+        print("|---|---|---|---|---|")
+        for dtype, width in (("float32", 4), ("bfloat16", 2)):
+            model = 596_049_920 * width / 1e9
+            used = measure("load", scratch, dtype)
+            print(
+                f"| {dtype} | {model:.2f} | {largest:.2f} | {used:.2f} | {(used - model) / largest:.2f} |", flush=True
+            )
+    print("\nEncoding one text with the tiny width, float32, GB:\n\n| tokens | whole process, peak |\n|---|---|")
+    for length in LENGTHS:
+        print(f"| {length} | {measure('encode', str(length), 'tiny'):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""docs/checkpoints.md as a reader would run it: its commands and programs in order, in one folder.
+
+Small random models stand in the hub's cache and in the place of the quickstart's run.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import small
+import transformers
+from conftest import random_qwen3, save
+
+from embed import cli
+from embed.checkpoints import huggingface
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
+
+
+def put_in_cache(cache, hub_id, folder):
+    """What huggingface_hub leaves behind when it has downloaded a repository."""
+    repository = cache / f"models--{hub_id.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+
+
+def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
+    cache, here = tmp_path / "cache", tmp_path / "here"
+    here.mkdir()
+    (here / "configs").symlink_to(ROOT / "configs")
+    causal = save(
+        random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True), tokenizer_folder, tmp_path / "causal"
+    )  # fmt: skip
+    small.edit_config(causal, is_causal=None)
+    put_in_cache(cache, "Qwen/Qwen3-0.6B-Base", causal)
+    for name, kind in (
+        ("pplx-embed-v1-0.6b", "PPLXQwen3Model"),
+        ("pplx-embed-context-v1-0.6b", "PPLXQwen3ContextualModel"),
+    ):
+        # As wide as the released one: the page cuts vectors to 512 dimensions.
+        folder = save(random_qwen3(hidden_size=1024, num_hidden_layers=1), tokenizer_folder, tmp_path / kind)
+        small.edit_config(
+            folder, is_causal=None, model_type=huggingface.PPLX, auto_map={"AutoModel": f"modeling.{kind}"}
+        )
+        put_in_cache(cache, f"perplexity-ai/{name}", folder)
+    # The page exports what the quickstart made; at its micro size the run takes seconds.
+    run = ["--config=configs/quickstart.py:runlocal", f"--workdir={here / 'runs/quickstart'}"]
+    assert cli.main(["pipeline", *run]) == 0
+    environment = {
+        **os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.S)
+    assert len(blocks) >= 6
+    for language, program in blocks:
+        program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # whose run it is
+        command = [sys.executable, "-c", program] if language == "python" else ["bash", "-e", "-c", program]
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"

@@ -1,0 +1,103 @@
+"""Exports in sentence-transformers, transformers and onnxruntime against `embed.inference`."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import sentence_transformers
+import small
+import torch
+import transformers
+from conftest import TEXTS
+
+from embed import inference, tokenizers
+from embed.checkpoints import huggingface, onnx
+from embed.models import transformer
+
+EMBEDDING = {"matryoshka": [16, 32], "separator": True, "max_length": None}
+# What SentencePiece takes for text and transformers' class for a symbol is no text here.
+SAMPLES = [*small.sentences(6, seed=5), *TEXTS]
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "tokenizer.json"])
+def model(request, tokenizer_folder):
+    """(parameters, config, tokenizer) with either kind of tokenizer."""
+    tokenizer = small.tokenizer() if request.param == "sentencepiece" else tokenizers.load(tokenizer_folder)
+    config = transformer.make_config("micro", tokenizer.vocab_size + 5, rope_theta=1e4)
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        return rng.normal(size=leaf.shape).astype(np.float32) * 0.3
+
+    import jax
+
+    params = jax.tree.map(fill, transformer.abstract_params(config))
+    return params, config, tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoder(model):
+    return inference.Encoder(*model)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    return huggingface.write(
+        tmp_path_factory.mktemp("st") / "m", *model, layout="sentence-transformers", embedding=EMBEDDING, card="# m\n"
+    )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_sentence_transformers_gives_our_vectors_without_remote_code(attention, folder, encoder):
+    theirs = sentence_transformers.SentenceTransformer(
+        str(folder), device="cpu", model_kwargs={"attn_implementation": attention}
+    )
+    np.testing.assert_allclose(theirs.encode(SAMPLES), encoder.encode(SAMPLES), atol=1e-4, rtol=0)
+    one_by_one = np.stack([theirs.encode(text) for text in SAMPLES])
+    np.testing.assert_allclose(one_by_one, encoder.encode(SAMPLES), atol=1e-4, rtol=0)
+
+
+def test_it_stays_so_after_sentence_transformers_saves_it(folder, encoder, tmp_path):
+    sentence_transformers.SentenceTransformer(str(folder), device="cpu").save(str(tmp_path / "again"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    np.testing.assert_allclose(again.encode(SAMPLES), encoder.encode(SAMPLES), atol=1e-4, rtol=0)
+
+
+def test_auto_model_gives_our_vectors(folder, encoder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModel.from_pretrained(folder)
+    assert type(theirs).__name__ == "Qwen3Model"
+    batch = tokenizer(SAMPLES, padding=True, return_tensors="pt")
+    for ids, mask, want in zip(batch["input_ids"], batch["attention_mask"], encoder.tokenizer.encode(SAMPLES)):
+        np.testing.assert_array_equal(ids[mask.bool()], want)
+    with torch.no_grad():
+        hidden = theirs(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    pooled = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+    np.testing.assert_allclose(pooled, encoder.encode(SAMPLES), atol=1e-4, rtol=0)
+
+
+def test_the_modules_are_named_so_that_releases_without_bidirectional_attention_refuse(folder):
+    for module in json.loads((folder / "modules.json").read_text()):
+        assert not module["type"].startswith("sentence_transformers.models.")
+
+
+def test_onnxruntime_gives_our_vectors_in_every_precision(model, encoder, tmp_path):
+    path = onnx.write(tmp_path / "m", *model, embedding=EMBEDDING, card="")
+    session = onnxruntime.InferenceSession(path / onnx.FILE)
+    assert (path / "onnx" / onnx.DATA).stat().st_size > 10_000
+    tokens = encoder.tokenizer.encode(SAMPLES)
+    length = max(map(len, tokens))
+    ids, mask = np.zeros((2, len(tokens), length), np.int64)
+    for i, t in enumerate(tokens):
+        ids[i, : len(t)], mask[i, : len(t)] = t, 1
+    hidden, pooled, int8, bits = session.run(None, {"input_ids": ids, "attention_mask": mask})
+    np.testing.assert_allclose(pooled, encoder.encode(SAMPLES), atol=1e-4, rtol=0)
+    np.testing.assert_allclose((hidden * mask[..., None]).sum(1) / mask.sum(1)[:, None], pooled, atol=1e-5)
+    assert (int8 == encoder.encode(SAMPLES, precision="int8")).mean() >= 0.9999
+    assert (bits == encoder.encode(SAMPLES, precision="ubinary")).mean() >= 0.9999
+    (alone,) = session.run(
+        ["pooler_output"], {"input_ids": ids[:1, : len(tokens[0])], "attention_mask": mask[:1, : len(tokens[0])]}
+    )
+    np.testing.assert_allclose(alone[0], pooled[0], atol=1e-5)
