@@ -190,6 +190,9 @@ def open_checkpoint(folder) -> Checkpoint:
         except safetensors.SafetensorError as error:
             problems.append(f"{file.name} is truncated or damaged ({error})")
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
+    causal = bool(config) and fields["model_type"] != PPLX and fields.get("is_causal", True) is not False
+    if config and not causal and NAMES["head"] not in tensors:  # an encoder has none, whatever its config says of it
+        config = dataclasses.replace(config, tied=True)
     if config:
         # A tied model may carry its head all the same: it must be the embedding table itself.
         copy = NAMES["head"] if config.tied and NAMES["head"] in tensors else None
@@ -200,9 +203,6 @@ def open_checkpoint(folder) -> Checkpoint:
             problems.append(f"tie_word_embeddings is true, but {copy} differs from {table}")
     if problems:
         raise ValueError(f"{folder} is not a checkpoint that can be read: " + "; ".join(problems))
-    causal = fields["model_type"] != PPLX and fields.get("is_causal", True) is not False
-    if not causal:
-        config = dataclasses.replace(config, tied=True)
     return Checkpoint(folder, config, causal, _embedding(fields, folder), tensors, prefix)
 
 

@@ -33,7 +33,7 @@ class _Graph:
         import onnx
 
         name = f"c{len(self.constants)}"
-        self.constants.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
+        self.constants.append(onnx.numpy_helper.from_array(np.asarray(value, dtype, order="C"), name))
         return name
 
     def shape(self, *dimensions: int) -> str:
@@ -67,6 +67,7 @@ def build(params: Mapping, config: TransformerConfig):
     bias = g.add("Unsqueeze", away, g.shape(1, 2))  # B 1 1 L
 
     length = g.add("Gather", g.add("Shape", "input_ids"), g.constant(1, np.int64))
+    apart = g.add("Concat", g.shape(0, H), g.add("Unsqueeze", length, g.shape(0)), g.shape(d), axis=0)
     positions = g.add("Range", g.constant(0, np.int64), length, g.constant(1, np.int64))
     positions = g.add("Unsqueeze", g.add("Cast", positions, to=onnx.TensorProto.FLOAT), g.shape(1))  # L 1
     frequencies = config.rope_theta ** (-np.arange(0, d, 2) / d)
@@ -95,8 +96,7 @@ def build(params: Mapping, config: TransformerConfig):
         query = g.add("Reshape", query, g.shape(0, K, -1, d))  # the queries of a group follow each other: B K h·L d
         scores = g.add("MatMul", query, g.add("Transpose", key, perm=[0, 1, 3, 2]))
         weights = g.add("Softmax", g.add("Add", scores, bias), axis=-1)
-        mixed = g.add("Reshape", g.add("MatMul", weights, value), g.add("Concat", g.shape(0, H), g.add(
-            "Unsqueeze", length, g.shape(0)), g.shape(d), axis=0))  # B H L d  # fmt: skip
+        mixed = g.add("Reshape", g.add("MatMul", weights, value), apart)  # B H L d
         mixed = g.add("Reshape", g.add("Transpose", mixed, perm=[0, 2, 1, 3]), g.shape(0, 0, H * d))
         x = g.add("Add", x, g.add("MatMul", mixed, g.constant(layer["output"].reshape(H * d, D))))
         y = g.rms_norm(x, layer["mlp_norm"], config.norm_eps)

@@ -44,7 +44,8 @@ def read_model(path, *, revision: str | None = None, dtype: str = "float32"):
                 f"{path} is a causal language model, not an encoder: `embed convert {path} OUTPUT` makes of it a "
                 "checkpoint that the diffusion stage can start from"
             )
-        params, config, embedding = checkpoint.params(dtype=dtype), checkpoint.config, checkpoint.embedding
+        config, params = transformer.encoder_only(checkpoint.config, checkpoint.params(dtype=dtype))
+        embedding = checkpoint.embedding
         tokenizer, digest = tokenizers.load(folder), checkpoint.digest
     else:
         params, config, settings = export.read(folder)

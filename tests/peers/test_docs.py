@@ -12,7 +12,7 @@ from pathlib import Path
 
 import small
 import transformers
-from conftest import random_qwen3, save
+from random_models import random_qwen3, save
 
 from embed import cli
 from embed.checkpoints import huggingface

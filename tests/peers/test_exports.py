@@ -9,7 +9,7 @@ import sentence_transformers
 import small
 import torch
 import transformers
-from conftest import TEXTS
+from random_models import TEXTS
 
 from embed import inference, tokenizers
 from embed.checkpoints import huggingface, onnx

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, hidden_states, random_qwen3, save
+from random_models import TEXTS, hidden_states, random_qwen3, save
 
 from embed import inference, tokenizers
 from embed.checkpoints import huggingface
@@ -139,9 +139,10 @@ def test_the_real_0p6b_shape_equals_the_reference(tokenizer_folder, tmp_path):
         scale=0.03, vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, intermediate_size=3072,
     )  # fmt: skip
-    rows = [np.random.default_rng(i).integers(0, 151936, n) for i, n in enumerate((1, 30, 77))]
-    theirs = hidden_states(model, rows)
+    rows = [np.random.default_rng(i).integers(0, 151936, n) for i, n in enumerate((1, 30, 77, 5, 12, 50, 20, 60))]
     folder = save(model, tokenizer_folder, tmp_path, max_shard_size="1GB")
+    # In float64: at this depth its own float32 rounds 1 of these 8,192 entries to another int8 level.
+    theirs = hidden_states(model.double(), rows)
     del model
     checkpoint = huggingface.open_checkpoint(folder)
     assert checkpoint.config == transformer.make_config("0.6b", 151936)
