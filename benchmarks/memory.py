@@ -7,7 +7,6 @@ Weights are random; each line is measured in a process of its own, by its larges
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,16 +15,21 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+import tokenizers
 
 from embed import pipeline
 from embed.checkpoints import huggingface
+from embed.cli.convert import main as run_convert
 from embed.models import transformer
 
 LENGTHS = (8192, 32768)
 
 
 def write_checkpoint(folder: Path, size: str, files: int) -> None:
-    """A causal Qwen3 of a named size in bfloat16, without a tokenizer."""
+    """A causal Qwen3 of a named size in bfloat16, with a tokenizer of two words."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1}, unk_token="[UNK]"))
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
     config = transformer.make_config(size, 151936)
     shapes = dict(huggingface._their_shapes(config, "model."))
     rng, names, where = np.random.default_rng(0), list(shapes), {}
@@ -42,8 +46,9 @@ def write_checkpoint(folder: Path, size: str, files: int) -> None:
 
 
 def peak() -> float:
-    """Largest resident size of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Largest resident size of this process so far, in GB. Not getrusage's: that starts with the parent's."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def load(folder: str, dtype: str) -> float:
@@ -52,6 +57,14 @@ def load(folder: str, dtype: str) -> float:
     before = peak()
     params = checkpoint.params(dtype=dtype)
     assert params["norm"].is_ready()
+    return peak() - before
+
+
+def convert(folder: str, dtype: str) -> float:
+    """Peak of `embed convert`, which loads and writes, in GB, less what the process held before."""
+    before = peak()
+    with tempfile.TemporaryDirectory() as scratch:
+        assert run_convert([folder, f"{scratch}/out", f"--dtype={dtype}"]) == 0
     return peak() - before
 
 
@@ -83,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         what, *rest = arguments.measure
-        print({"load": load, "encode": encode}[what](*rest))
+        print({"load": load, "convert": convert, "encode": encode}[what](*rest))
         return
     source = pipeline.provenance()
     print(
@@ -93,15 +106,17 @@ def main() -> None:
         folder = Path(scratch)
         write_checkpoint(folder, "0.6b", arguments.files)
         largest = max(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-        print("Loading 0.6B from bfloat16 files, GB:\n")
-        print("| parameters | model | largest file | peak above the process before | peak − model, in largest files |")
-        print("|---|---|---|---|---|")
+        print("0.6B from bfloat16 files, GB; load is Checkpoint.params, convert is the verb with its writing:\n")
+        print(
+            "| | parameters | model | largest file | peak above the process before | peak − model, in largest files |"
+        )
+        print("|---|---|---|---|---|---|")
         for dtype, width in (("float32", 4), ("bfloat16", 2)):
             model = 596_049_920 * width / 1e9
-            used = measure("load", scratch, dtype)
-            print(
-                f"| {dtype} | {model:.2f} | {largest:.2f} | {used:.2f} | {(used - model) / largest:.2f} |", flush=True
-            )
+            for what in ("load", "convert"):
+                used = measure(what, scratch, dtype)
+                excess = (used - model) / largest
+                print(f"| {what} | {dtype} | {model:.2f} | {largest:.2f} | {used:.2f} | {excess:.2f} |", flush=True)
     print("\nEncoding one text with the tiny width, float32, GB:\n\n| tokens | whole process, peak |\n|---|---|")
     for length in LENGTHS:
         print(f"| {length} | {measure('encode', str(length), 'tiny'):.2f} |", flush=True)
