@@ -1,0 +1,43 @@
+"""What separates int8 from float32: the tanh or the rounding? nDCG@10 of one model on one set of texts.
+
+    python benchmarks/precision.py --model=RUN/export/embed-context --data=RUN/data/evaluation/functions/test
+
+float32 is the pooled mean v; tanh is 127 tanh(v) before rounding; int8 is round(127 tanh v).
+"""
+
+import argparse
+
+import numpy as np
+
+from embed import inference, pipeline
+from embed.evaluation import retrieval
+from embed.inference.index import Index
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model that embed.inference loads")
+    parser.add_argument("--data", required=True, help="a set of queries and texts")
+    arguments = parser.parse_args()
+    encoder, data = inference.load(arguments.model, dtype="float32"), retrieval.read_set(arguments.data)
+    queries, documents = retrieval.embed_set(encoder, data, alone=True)
+    variants = {
+        "float32": ("float32", lambda v: v),
+        "tanh": ("float32", lambda v: np.tanh(v)),
+        "int8": ("int8", lambda v: inference.quantize(v, "int8")),
+    }
+    source = pipeline.provenance()
+    print(f"python benchmarks/precision.py: {arguments.model}, {arguments.data}; commit {source['commit']},")
+    print(f"{pipeline.machine()}, jax {source['versions']['jax']}\n")
+    largest, share = np.abs(documents).max(), (np.abs(documents) > 1).mean()
+    print(f"|v| of documents: mean {np.abs(documents).mean():.3f}, largest {largest:.2f}, above 1 {share:.2%}\n")
+    print("| " + " | ".join(variants) + " |\n|" + "---|" * len(variants))
+    scores = []
+    for precision, change in variants.values():
+        _, ranking = Index(change(documents), precision).search(change(queries), 10)
+        scores.append(retrieval.ndcg(ranking, data.relevant, 10).mean())
+    print("| " + " | ".join(f"{score:.4f}" for score in scores) + " |")
+
+
+if __name__ == "__main__":
+    main()
