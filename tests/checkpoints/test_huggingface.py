@@ -272,7 +272,7 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(encoder_folder, tmp_pa
         np.testing.assert_allclose(
             inference.load("someone/some-model", revision={"b" * 40!r}).encode("a query"), 2 * here, rtol=1e-5)
         for wrong, say in (("someone/other", "there is no folder someone/other, and someone/other cannot be had"),
-                           ("no-such-folder", "a hub id has the form owner/name")):
+                           ("no-such-folder", "a hub id in the form owner/name")):
             try:
                 inference.load(wrong)
             except FileNotFoundError as error:
