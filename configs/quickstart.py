@@ -55,6 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.01
     optimizer.clip = 1.0  # global gradient norm
+    optimizer.moment_dtype = "float32"  # of the first moment: bfloat16 saves half of it; the second is float32
 
     stage = ConfigDict()  # what all stages have
     stage.kind = ""  # diffusion, pair, contextual or triplet: the objective and its batches
@@ -76,6 +77,10 @@ def get_config(arg: str = "") -> ConfigDict:
                 new[name] = value
         return new
 
+    def contrastive(**fields):
+        # Parts of a batch whose activations are held one at a time (gradient caching): 1 = all of it, which is fastest.
+        return make(microbatches=1, **fields)
+
     def steps(n):
         return 2 if arg.runlocal else n
 
@@ -85,11 +90,14 @@ def get_config(arg: str = "") -> ConfigDict:
         kind="diffusion",
         curriculum=((steps(60), "diffusion"),),
         left_shift=False,  # True when starting from a causal checkpoint
-        logits_chunk=32,  # positions whose logits are held at once
+        logits_capacity=0.75
+        if arg.runlocal
+        else 0.6,  # fraction of a device's tokens with room for logits: ~ half are masked
+        logits_chunk=512,  # tokens of a device whose logits are held at once
         optimizer=dict(learning_rate=2e-3),
         batch=dict(rows=4 if arg.runlocal else 32, length=128, truncate_probability=0.01),
     )
-    config.stages.pair = make(
+    config.stages.pair = contrastive(
         kind="pair",
         init="diffusion",
         curriculum=((steps(400), "pairs"),),
@@ -106,7 +114,7 @@ def get_config(arg: str = "") -> ConfigDict:
             segments=8,  # texts a row, at most
         ),
     )
-    config.stages.contextual = make(
+    config.stages.contextual = contrastive(
         kind="contextual",
         init="pair",
         curriculum=((steps(240), "contextual"),),
@@ -127,7 +135,7 @@ def get_config(arg: str = "") -> ConfigDict:
             max_queries_per_document=4,
         ),
     )
-    config.stages.triplet = make(
+    config.stages.triplet = contrastive(
         kind="triplet",
         init="pair",
         curriculum=((steps(60), "triplet"),),

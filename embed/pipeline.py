@@ -176,17 +176,18 @@ def train_stage(run: Run, name: str) -> dict:
     separator = run.tokenizer.separator_id if config.export.separator else None
     folder = run.workdir / name
     write_json(folder / "run.json", provenance() | {"stage": name, "tokenizer_digest": run.tokenizer.digest})
+    mesh = sharding.make_mesh(**config.mesh)
     with progress_bar(name, steps) as update:
         loop.train(
             folder,
-            loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id),
+            loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id, sharding.batch_shards(mesh)),
             loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator),
             steps=steps,
             initial_params=lambda shardings: run.params(stage.init or "random init", shardings),
             abstract_params=transformer.abstract_params(run.model),
             optimizer=stage.optimizer,
             seed=config.seed,
-            mesh=sharding.make_mesh(**config.mesh),
+            mesh=mesh,
             log_every=stage.log_every,
             checkpoint_every=stage.checkpoint_every,
             progress=update,
@@ -238,10 +239,7 @@ def diffusion_report(run: Run) -> dict:
     params, length = run.params("diffusion"), run.config.stages.diffusion.batch.length
     flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, "functions").corpus[:512]))
     windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
-    levels = denoise.elbo_and_accuracy(
-        params, run.model, windows, mask_id=mask_id, left_shift=left_shift,
-        chunk=run.config.stages.diffusion.logits_chunk,
-    )  # fmt: skip
+    levels = denoise.elbo_and_accuracy(params, run.model, windows, mask_id=mask_id, left_shift=left_shift)
     text = windows[0][: length // 2].copy()
     hidden = np.random.default_rng(run.config.seed).random(len(text)) < run.config.sample.mask_fraction
     hidden[0] = False

@@ -82,7 +82,9 @@ def resolve(source, revision: str | None = None) -> Path:
             raise ValueError(f"revision={revision!r} is for a hub id, {source} is a folder")
         return folder
     if not HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"there is no folder {source}: expected an exported model, or a hub id in the form owner/name")
+        raise FileNotFoundError(
+            f"there is no folder {source}: expected an exported model, or a hub id in the form owner/name"
+        )
     import huggingface_hub
 
     try:

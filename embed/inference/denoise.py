@@ -69,7 +69,7 @@ def elbo_and_accuracy(
     left_shift: bool = False,
     levels=(0.1, 0.3, 0.5, 0.7, 0.9),
     seed: int = 0,
-    chunk: int = 32,
+    chunk: int = 512,
 ) -> dict[str, dict[str, float]]:
     """How well held-out text is denoised, at each masked fraction t: {t: {"nll", "accuracy"}}, and "elbo".
 
@@ -83,10 +83,11 @@ def elbo_and_accuracy(
     valid = positions >= int(left_shift)
 
     @jax.jit
-    def evaluate(noised):
+    def evaluate(noised, masked):
         hidden = transformer.apply(model, params, noised, segment_ids, positions)
         hidden = md.left_shift(hidden) if left_shift else hidden
-        return md.token_nll(hidden, transformer.output_embedding(params), tokens, chunk=chunk)
+        table = transformer.output_embedding(params)
+        return md.masked_token_nll(hidden, table, tokens, masked, capacity=1.0, groups=1, chunk=chunk)[:2]
 
     key = jax.random.key(seed)
     report = {}
@@ -94,14 +95,14 @@ def elbo_and_accuracy(
         masked: Bool[Array, "n L"] = (
             jax.random.uniform(jax.random.fold_in(key, int(t * 1000)), tokens.shape) < t
         ) & valid
-        nll, correct = evaluate(jnp.where(masked, mask_id, tokens))
+        nll, correct = evaluate(jnp.where(masked, mask_id, tokens), masked)
         count = jnp.maximum(masked.sum(), 1)
         report[str(t)] = {
-            "nll": float(jnp.where(masked, nll, 0).sum() / count),
-            "accuracy": float((correct & masked).sum() / count),
+            "nll": float(nll.sum() / count),
+            "accuracy": float(correct.sum() / count),
         }
     noised, masked, t = md.corrupt(key, tokens, valid, mask_id=mask_id)
-    nll, _ = evaluate(noised)
+    nll, _ = evaluate(noised, masked)
     elbo: Float[Array, ""] = md.elbo_loss(nll, masked, t, valid)
     report["elbo"] = {"nll": float(elbo)}
     return report

@@ -85,3 +85,46 @@ def token_nll(
 
     _, (nll, correct) = jax.lax.scan(one, None, (chunks(hidden), chunks(targets)))
     return tuple(jnp.moveaxis(x, 0, 1).reshape(rows, length) for x in (nll, correct))
+
+
+@typechecked
+def masked_token_nll(
+    hidden: Float[Array, "R L D"],
+    embedding: Float[Array, "V D"],
+    targets: Int[Array, "R L"],
+    masked: Bool[Array, "R L"],
+    *,
+    capacity: float,
+    groups: int,
+    chunk: int,
+) -> tuple[Float[Array, "R L"], Bool[Array, "R L"], Bool[Array, "R L"]]:
+    """`token_nll` where `masked` says so and nowhere else: (nll, correct, counted), 0 and False elsewhere.
+
+    With stratified t about half of the tokens are masked, and the vocabulary product is most of a small step. Masked
+    tokens are moved together within each of `groups` runs of neighbouring rows, one a device, so that nothing crosses
+    devices. A group has room for `capacity` (a fraction) of its tokens, rounded up to whole chunks of `chunk`; masked
+    tokens beyond are not `counted`: leave them out of the loss and say how many they were.
+    """
+    rows, length, width = hidden.shape
+    if rows % groups:
+        raise ValueError(f"{rows} rows do not divide into {groups} groups")
+    size = rows // groups * length
+    chunk = min(chunk, size)
+    room = min(-(-int(np.ceil(capacity * size)) // chunk) * chunk, -(-size // chunk) * chunk)
+    flat = masked.reshape(groups, size)
+    place = jnp.cumsum(flat, 1) - 1
+    counted = flat & (place < room)
+    group = jnp.arange(groups)[:, None]
+    slots = jnp.zeros((groups, room), jnp.int32)
+    slots = slots.at[group, jnp.where(counted, place, room)].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+    filled = jnp.arange(room) < counted.sum(1, keepdims=True)
+
+    chosen = jnp.take_along_axis(hidden.reshape(groups, size, width), slots[..., None], 1)
+    wanted = jnp.take_along_axis(targets.reshape(groups, size), slots, 1)
+    found = token_nll(chosen, embedding, wanted, chunk=chunk)
+
+    def back(x):  # G room -> R L; an empty slot goes nowhere
+        out = jnp.zeros((groups, size), x.dtype)
+        return out.at[group, jnp.where(filled, slots, size)].set(x, mode="drop").reshape(rows, length)
+
+    return *map(back, found), counted.reshape(rows, length)

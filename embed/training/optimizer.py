@@ -29,6 +29,12 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.adamw(
-            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+            mu_dtype=config.moment_dtype,
         ),
     )

@@ -68,12 +68,17 @@ def state_shardings(mesh: Mesh, state, params_shardings):
     return jax.tree.map(lambda x: params_shardings if is_params(x) else replicated, state, is_leaf=is_params)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts the mesh makes of the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_processes(mesh: Mesh) -> None:
     """Refuse a mesh that does not give process p the p-th part of a batch's rows and no other.
 
     Every process builds the rows of its own groups, and slots count rows in the order of the processes.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
     own = {i for (part, *_) in parts for i in range(*part.indices(shards))}
     each, process = shards // jax.process_count(), jax.process_index()
@@ -90,7 +95,7 @@ def put_batch(mesh: Mesh, batch: dict) -> dict:
     Tables (slots, ids, validity) are sharded by examples as token arrays are by rows: every process builds those of its
     own groups; the objectives see them whole. The mesh must pass `check_processes`.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     out = {}
     for name, x in batch.items():
         total = x.shape[0] * jax.process_count()

@@ -24,8 +24,10 @@ from embed.rows import RowShape
 KINDS = ("diffusion", "pair", "contextual", "triplet")
 
 
-def diffusion_loss(params, batch, key, progress, *, model, mask_id: int, left_shift: bool, logits_chunk: int):
-    """Masked-diffusion ELBO in nats a token (PAPER.md §2)."""
+def diffusion_loss(
+    params, batch, key, progress, *, model, mask_id: int, left_shift: bool, capacity: float, chunk: int, shards: int
+):
+    """Masked-diffusion ELBO in nats a token (PAPER.md §2); `overflow` counts masked tokens beyond the capacity."""
     tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
     # With the shift the first token of a segment has no predecessor to be predicted from.
     valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
@@ -33,40 +35,66 @@ def diffusion_loss(params, batch, key, progress, *, model, mask_id: int, left_sh
     hidden = transformer.apply(model, params, noised, segment_ids, positions)
     if left_shift:
         hidden = masked_diffusion.left_shift(hidden)
-    nll, correct = masked_diffusion.token_nll(hidden, transformer.output_embedding(params), tokens, chunk=logits_chunk)
-    loss = masked_diffusion.elbo_loss(nll, masked, t, valid)
-    count = jnp.maximum(masked.sum(), 1)
+    nll, correct, counted = masked_diffusion.masked_token_nll(
+        hidden, transformer.output_embedding(params), tokens, masked, capacity=capacity, groups=shards, chunk=chunk
+    )
+    loss = masked_diffusion.elbo_loss(nll, counted, t, valid)
+    count = jnp.maximum(counted.sum(), 1)
     return loss, {
-        "accuracy": (correct & masked).sum() / count,
-        "masked_nll": jnp.where(masked, nll, 0).sum() / count,
+        "accuracy": correct.sum() / count,
+        "masked_nll": nll.sum() / count,
+        "overflow": masked.sum() - counted.sum(),
     }
 
 
-def embed_rows(params, batch, *, model, shape: RowShape, documents: bool = False):
+def in_microbatches(function: Callable, count: int, *arrays):
+    """function(*arrays) in `count` parts along axis 0, one after the other; its result [R, …] is that of the whole.
+
+    Only results are kept for the backward pass, which makes each part's activations anew while it adds up the
+    gradients: gradient caching, with one compiled pass over the parts. Part m is rows m, m + count, …, so that every
+    device has its share of every part.
+    """
+    rows = arrays[0].shape[0]
+    if count < 1 or rows % count:
+        raise ValueError(f"{rows} rows do not divide into microbatches={count}")
+    if count == 1:
+        return function(*arrays)
+    parts = [jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for x in arrays]
+    results = jax.lax.map(jax.checkpoint(lambda part: function(*part)), parts)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), results)
+
+
+def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False):
     """Quantized span embeddings [R * S, D] of a batch and, if asked, of whole segments [R * G, D]."""
-    hidden = transformer.apply(model, params, batch["tokens"], batch["segment_ids"], batch["positions"])
-    spans = pool_spans(hidden, batch["span_ids"], shape.spans)
-    tables = [spans.reshape(-1, spans.shape[-1])]
-    if documents:
-        pooled_segments = jnp.where(batch["span_ids"] > 0, batch["segment_ids"], 0)
-        whole = pool_spans(hidden, pooled_segments, shape.segments)
-        tables.append(whole.reshape(-1, whole.shape[-1]))
-    return [straight_through_int8(table) for table in tables]
+
+    def pool(tokens, segment_ids, positions, span_ids):
+        hidden = transformer.apply(model, params, tokens, segment_ids, positions)
+        tables = [pool_spans(hidden, span_ids, shape.spans)]
+        if documents:
+            tables.append(pool_spans(hidden, jnp.where(span_ids > 0, segment_ids, 0), shape.segments))
+        return tables
+
+    rows = (batch[name] for name in ("tokens", "segment_ids", "positions", "span_ids"))
+    tables = in_microbatches(pool, microbatches, *rows)
+    return [straight_through_int8(table.reshape(-1, table.shape[-1])) for table in tables]
 
 
 def over_prefixes(prefixes, dimensions: int, loss: Callable):
-    """The mean of `loss(p)` over Matryoshka prefixes, each the first p dimensions of every embedding (PAPER.md §8)."""
+    """The mean of `loss(p)` over Matryoshka prefixes, each the first p dimensions of every embedding (PAPER.md §8).
+
+    The backward pass makes the similarities of each prefix anew: at 16,384 pairs one float32 matrix of them is 1.07 GB.
+    """
     if not prefixes:
         raise ValueError(f"matryoshka=() has no prefix; ({dimensions},) is the whole embedding alone")
     for p in prefixes:
         if not 0 < p <= dimensions:
             raise ValueError(f"Matryoshka prefix {p} must be between 1 and the {dimensions} dimensions of the model")
-    return sum(loss(p) for p in prefixes) / len(prefixes)
+    return sum(jax.checkpoint(loss, static_argnums=0)(p) for p in prefixes) / len(prefixes)
 
 
-def pair_loss(params, batch, key, progress, *, model, shape, prefixes, temperature, margin):
+def pair_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin):
     """PAPER.md §3."""
-    (spans,) = embed_rows(params, batch, model=model, shape=shape)
+    (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
     q, d = spans[batch["query_slots"]], spans[batch["document_slots"]]
 
     def loss(p):
@@ -78,9 +106,9 @@ def pair_loss(params, batch, key, progress, *, model, shape, prefixes, temperatu
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
 
 
-def triplet_loss(params, batch, key, progress, *, model, shape, prefixes, temperature):
+def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature):
     """PAPER.md §5."""
-    (spans,) = embed_rows(params, batch, model=model, shape=shape)
+    (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
     q, d, h = (spans[batch[name]] for name in ("query_slots", "document_slots", "negative_slots"))
 
     def loss(p):
@@ -93,9 +121,11 @@ def triplet_loss(params, batch, key, progress, *, model, shape, prefixes, temper
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
 
 
-def contextual_loss(params, batch, key, progress, *, model, shape, prefixes, temperature, margin, alpha, beta):
+def contextual_loss(
+    params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin, alpha, beta
+):
     """PAPER.md §4, with β on a cosine from beta[0] to beta[1] over the stage."""
-    spans, segments = embed_rows(params, batch, model=model, shape=shape, documents=True)
+    spans, segments = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches, documents=True)
     q, c, d = spans[batch["query_slots"]], spans[batch["chunk_slots"]], segments[batch["document_slots"]]
     beta_now = beta[1] + (beta[0] - beta[1]) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
 
@@ -122,15 +152,17 @@ def row_shape(batch) -> RowShape:
     return RowShape(batch.length, batch.spans, batch.segments)
 
 
-def make_loss(stage, model: transformer.TransformerConfig, mask_id: int) -> Callable:
-    """The loss function of a stage's config."""
+def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, shards: int = 1) -> Callable:
+    """The loss function of a stage's config; `shards` is how many parts the mesh makes of a batch's rows."""
     if stage.kind == "diffusion":
         return functools.partial(
-            diffusion_loss, model=model, mask_id=mask_id, left_shift=stage.left_shift, logits_chunk=stage.logits_chunk
-        )
+            diffusion_loss, model=model, mask_id=mask_id, left_shift=stage.left_shift, shards=shards,
+            capacity=stage.logits_capacity, chunk=stage.logits_chunk,
+        )  # fmt: skip
     common = dict(
-        model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature
-    )
+        model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature,
+        microbatches=stage.microbatches,
+    )  # fmt: skip
     if stage.kind == "pair":
         return functools.partial(pair_loss, **common, margin=stage.margin)
     if stage.kind == "triplet":

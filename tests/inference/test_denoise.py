@@ -20,9 +20,19 @@ def counting(rows: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module", params=[False, True], ids=["same position", "left shift"])
 def trained(request):
     """(left shift, parameters) after a short diffusion stage on that language."""
-    stage = ConfigDict(dict(kind="diffusion", left_shift=request.param, logits_chunk=LENGTH))
+    stage = ConfigDict(dict(kind="diffusion", left_shift=request.param, logits_chunk=LENGTH, logits_capacity=1.0))
     config = ConfigDict(
-        dict(learning_rate=1e-2, warmup=0.1, decay=0.5, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip=1.0)
+        dict(
+            learning_rate=1e-2,
+            warmup=0.1,
+            decay=0.5,
+            b1=0.9,
+            b2=0.98,
+            eps=1e-8,
+            weight_decay=0.0,
+            clip=1.0,
+            moment_dtype="float32",
+        )
     )
     steps = 300
     tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(config.learning_rate, steps, 0.1, 0.5))

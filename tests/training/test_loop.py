@@ -10,9 +10,19 @@ from embed.training.metrics import read_metrics
 
 MODEL = transformer.make_config("micro", 64)
 OPTIMIZER = ConfigDict(
-    dict(learning_rate=1e-2, warmup=0.1, decay=0.5, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1, clip=1.0)
+    dict(
+        learning_rate=1e-2,
+        warmup=0.1,
+        decay=0.5,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip=1.0,
+        moment_dtype="float32",
+    )
 )
-STAGE = ConfigDict(dict(kind="diffusion", left_shift=False, logits_chunk=8))
+STAGE = ConfigDict(dict(kind="diffusion", left_shift=False, logits_chunk=8, logits_capacity=1.0))
 
 
 class Loader:

@@ -8,7 +8,17 @@ from embed.models import transformer
 from embed.training.optimizer import make_optimizer, wsd_schedule
 
 CONFIG = ConfigDict(
-    dict(learning_rate=0.1, warmup=0.1, decay=0.2, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.5, clip=1.0)
+    dict(
+        learning_rate=0.1,
+        warmup=0.1,
+        decay=0.2,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.5,
+        clip=1.0,
+        moment_dtype="float32",
+    )
 )
 
 

@@ -69,12 +69,13 @@ EQUAL_LOSSES = textwrap.dedent(
         batch |= dict(chunk_slots=np.arange(N) // 2 * 4 + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
                       chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
     batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}
-    config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.))
+    config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.,
+                             moment_dtype="float32"))
     stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1, left_shift=True,
-                            alpha=0.2, beta=(0.2, 0.5), logits_chunk=8, batch=dict(length=L, spans=4, segments=4)))
-    loss = stages.make_loss(stage, model, mask_id=2)
+                            alpha=0.2, beta=(0.2, 0.5), logits_chunk=8, logits_capacity=1.0, microbatches=1, batch=dict(length=L, spans=4, segments=4)))
 
-    def losses(mesh):
+    def losses(mesh, **fields):
+        loss = stages.make_loss(ConfigDict(stage.to_dict() | fields), model, 2, sharding.batch_shards(mesh))
         tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(1e-3, 4, 0, 0))
         params = transformer.init(model, jax.random.key(0))
         shardings = sharding.parameter_shardings(mesh, params)
@@ -94,6 +95,8 @@ EQUAL_LOSSES = textwrap.dedent(
     one = losses(sharding.make_mesh(devices=devices[:1]))
     for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
         np.testing.assert_allclose(losses(sharding.make_mesh(**axes)), one, rtol=2e-5)
+    if "KIND" != "diffusion":
+        np.testing.assert_allclose(losses(sharding.make_mesh(data=4, fsdp=2), microbatches=2), one, rtol=2e-5)
     assert np.unique(one).size == one.size
     """
 )

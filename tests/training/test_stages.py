@@ -1,0 +1,113 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from embed.models import transformer
+from embed.training import stages
+
+MODEL = transformer.make_config("micro", 64)
+R, L, N, S = 16, 24, 32, 4
+STAGE = dict(
+    matryoshka=(16, 32), temperature=0.05, margin=0.1, alpha=0.2, beta=(0.2, 0.5),
+    batch=dict(length=L, spans=S, segments=S),
+)  # fmt: skip
+
+
+@functools.cache
+def batch() -> dict:
+    """R rows of three texts and padding, with the tables of every contrastive stage."""
+    rng = np.random.default_rng(0)
+    two = np.arange(2 * N).reshape(N, 2)
+    arrays = dict(
+        tokens=rng.integers(4, 64, (R, L)), segment_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
+        positions=np.tile(np.arange(6), (R, 4)), span_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
+        query_slots=np.arange(N) // 2 * S + np.arange(N) % 2, document_slots=np.arange(N) // 2 * S + 2,
+        query_ids=np.arange(N), document_ids=np.arange(N) // 2, valid=np.arange(N) != 3,
+        negative_slots=two % (S * R), negative_ids=two % 40, negative_valid=two % 5 != 0,
+        chunk_slots=np.arange(N) // 2 * S + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
+        chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2,
+    )  # fmt: skip
+    return {k: v.astype(bool if "valid" in k else np.int32) for k, v in arrays.items()}
+
+
+@functools.cache
+def params():
+    return transformer.init(MODEL, jax.random.key(0))
+
+
+def loss_of(kind, microbatches, model=MODEL):
+    stage = ConfigDict(STAGE | {"kind": kind, "microbatches": microbatches})
+    loss = stages.make_loss(stage, model, mask_id=2)
+    return lambda params, batch: loss(params, batch, jax.random.key(0), 0.5)[0]
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 16])
+@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet"])
+def test_gradient_caching_gives_the_gradient_of_the_whole_batch(kind, microbatches):
+    whole = jax.jit(jax.value_and_grad(loss_of(kind, 1)))(params(), batch())
+    cached = jax.jit(jax.value_and_grad(loss_of(kind, microbatches)))(params(), batch())
+    np.testing.assert_allclose(cached[0], whole[0], rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(cached[1]), jax.tree.leaves(whole[1])):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_the_mean_of_the_losses_of_parts_has_another_gradient():
+    """The negative control: gradient accumulation is not gradient caching, its queries see fewer negatives."""
+    whole = jax.jit(jax.grad(loss_of("pair", 1)))(params(), batch())
+
+    def accumulated(params):
+        losses = []
+        for i in range(2):
+            rows, examples = slice(i * R // 2, (i + 1) * R // 2), slice(i * N // 2, (i + 1) * N // 2)
+            part = {k: v[rows] if v.shape == (R, L) else v[examples] for k, v in batch().items()}
+            part |= {k: part[k] - i * R // 2 * S for k in ("query_slots", "document_slots")}
+            losses.append(loss_of("pair", 1)(params, part))
+        return sum(losses) / 2
+
+    other = jax.jit(jax.grad(accumulated))(params())
+    a, b = (np.asarray(g["layers"]["gate"]) for g in (whole, other))
+    assert np.abs(a - b).max() > 0.05 * np.abs(a).max()
+
+
+def test_activations_of_one_part_alone_are_held():
+    """Memory of the compiled gradient: it falls with the number of parts and not with the batch."""
+    wide = transformer.make_config("micro", 64, num_layers=4, intermediate_size=512)
+    shapes = transformer.abstract_params(wide)
+
+    def memory(microbatches, copies):
+        arrays = {
+            k: jax.ShapeDtypeStruct((v.shape[0] * copies if v.shape == (R, L) else v.shape[0], *v.shape[1:]), v.dtype)
+            for k, v in batch().items()
+        }
+        compiled = jax.jit(jax.grad(loss_of("pair", microbatches, wide))).lower(shapes, arrays).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(8, 8) < memory(1, 8) / 4
+    assert memory(32, 32) < 2 * memory(8, 8)
+
+
+def test_rows_that_do_not_divide_into_microbatches_are_an_error():
+    with pytest.raises(ValueError, match="16 rows do not divide into microbatches=3"):
+        jax.eval_shape(loss_of("pair", 3), params(), batch())
+
+
+@pytest.mark.parametrize(
+    "prefixes, message", [((), "matryoshka=.. has no prefix"), ((33,), "prefix 33 must be between 1")]
+)
+def test_prefixes_that_the_model_has_not_are_an_error(prefixes, message):
+    with pytest.raises(ValueError, match=message):
+        stages.over_prefixes(prefixes, 32, lambda p: jnp.float32(p))
+
+
+def test_the_diffusion_loss_counts_masked_tokens_that_found_no_room():
+    stage = ConfigDict(dict(kind="diffusion", left_shift=False, logits_capacity=0.25, logits_chunk=8))
+    full = ConfigDict(stage.to_dict() | {"logits_capacity": 1.0})
+    metrics = {
+        name: stages.make_loss(s, MODEL, mask_id=2)(params(), batch(), jax.random.key(0), 0.0)[1]
+        for name, s in (("little", stage), ("full", full))
+    }
+    assert metrics["full"]["overflow"] == 0 < metrics["little"]["overflow"]
