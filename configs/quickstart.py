@@ -22,6 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.vocab_size = 0  # rows of the embedding table; 0 = as many as the tokenizer has ids
     config.model.tied = True  # whether the embedding table is the diffusion stage's output layer as well
     config.model.rope_theta = 1e4  # positions up to a thousand; 1e6 in Qwen3
+    config.model.attention = "auto"  # kernel: splash on TPU, triton on GPU, xla elsewhere; see embed.models.attention
     config.model.dtype = "float32"  # of the compute: bfloat16 on accelerators
     config.model.remat = "none"  # what the backward pass keeps: none (everything), dots, full (a layer's input)
     config.model.unroll = 64  # layers a scan iteration; unrolled is faster on CPU, scanned compiles faster

@@ -25,7 +25,7 @@ FORMAT = "embed"
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # How to compute is the reader's choice and an encoder has no output layer; everything else of the config is the model.
-LEFT_OUT = {"dtype", "remat", "unroll", "dense_barrier", "tied"}
+LEFT_OUT = {"attention", "dtype", "remat", "unroll", "dense_barrier", "tied"}
 ARCHITECTURE = {f.name: f.type for f in dataclasses.fields(TransformerConfig) if f.name not in LEFT_OUT}
 EMBEDDING = ("matryoshka", "separator", "max_length")
 

@@ -1,13 +1,20 @@
-"""Bidirectional attention inside segments: one function for every platform."""
+"""Bidirectional attention inside segments: one function, a kernel for each platform."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from embed.typing import Array, typechecked
 
-# Scores of a row and head that are held at once: all of them up to 1,024 tokens, blocks of queries beyond.
+# Scores of a row and head that `xla` holds at once: all of them up to 1,024 tokens, blocks of queries beyond.
 MAX_SCORES = 2**20
+LANES = 128  # of a TPU: what its kernel wants lengths and head_dim to be multiples of
+KERNELS = ("auto", "xla", "splash", "triton", "cudnn")
+# How rows and heads lie over a mesh (embed.training.sharding). Inside a kernel there is nothing to communicate.
+ROWS, HEADS = ("data", "fsdp"), "tensor"
 
 
 @typechecked
@@ -16,6 +23,9 @@ def attention(
     key: Float[Array, "R L K d"],
     value: Float[Array, "R L K d"],
     segment_ids: Int[Array, "R L"],
+    *,
+    kernel: str = "auto",
+    interpret: bool = False,
 ) -> Float[Array, "R L H d"]:
     """Grouped-query attention in which a token sees exactly the tokens of its own segment, before and after it.
 
@@ -27,9 +37,43 @@ def attention(
         . . . 1
 
     Padding has segment id 0 and sees only padding, so its (unused) output stays finite. Scores are scaled by
-    1/√d, softmax runs in float32. Holds [R, H, b, L] scores, with b queries at a time so that b · L ≤ MAX_SCORES, in the
-    backward pass as well.
+    1/√d, softmax runs in float32.
+
+    `kernel`: xla, everywhere; splash, a Pallas kernel for TPU (length and d multiples of 128); triton, a Pallas kernel for
+    GPU; cudnn, for GPU and rows of one segment and padding, which it takes on trust; auto, the first that fits of splash on
+    TPU, triton on GPU, xla. `interpret` runs a Pallas kernel without its platform, for tests.
     """
+    *_, length, heads, head_dim = query.shape
+    if kernel not in KERNELS:
+        raise ValueError(f"attention={kernel!r} must be one of {', '.join(KERNELS)}")
+    fits = {"splash": length % LANES == 0 and head_dim % LANES == 0, "triton": length % 16 == 0}
+    if kernel == "auto":
+        kernel = {"tpu": "splash", "gpu": "triton"}.get(jax.default_backend(), "xla")
+        kernel = kernel if fits.get(kernel, True) else "xla"
+    if not fits.get(kernel, True):
+        needs = "rows and heads in multiples of 128" if kernel == "splash" else "rows in multiples of 16"
+        raise ValueError(f"attention={kernel!r} needs {needs}, not length {length} and head_dim {head_dim}")
+    if kernel == "xla":
+        return _xla(query, key, value, segment_ids)
+    if kernel == "cudnn":
+        lengths = (segment_ids > 0).sum(1)
+        return jax.nn.dot_product_attention(
+            query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+    function = functools.partial({"splash": _splash, "triton": _triton}[kernel], interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(query, key, value, segment_ids)
+    # A kernel is opaque to the partitioner: say that every device has its own rows and heads.
+    array = PartitionSpec(ROWS, None, HEADS, None)
+    specs = (array, array, array, PartitionSpec(ROWS, None))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=array, check_vma=False)(
+        query, key, value, segment_ids
+    )
+
+
+def _xla(query, key, value, segment_ids):
+    """Holds [R, H, b, L] scores, with b queries at a time so that b · L ≤ MAX_SCORES, in the backward pass as well."""
     rows, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     # Heads in front of positions: on CPU the score and value products then are plain matrix products (13% of a step).
@@ -52,6 +96,51 @@ def attention(
         blocks = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (queries, segments))
         out = jnp.moveaxis(blocks, 0, 3).reshape(query.shape)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
+
+
+def _splash(query, key, value, segment_ids, *, interpret: bool):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
+
+    _, length, heads, head_dim = query.shape
+    block = next(b for b in (512, 384, 256, 128) if length % b == 0)
+    sizes = kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    everything = mask.MultiHeadMask([mask.FullMask((length, length))] * heads)  # not materialised
+    attend = kernel.make_splash_mha(everything, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+
+    def row(q, k, v, ids):  # H L d, K L d, L
+        return attend(q, k, v, kernel.SegmentIds(ids, ids))
+
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query * head_dim**-0.5, key, value))
+    return jax.vmap(row)(query, key, value, segment_ids).transpose(0, 2, 1, 3).astype(value.dtype)
+
+
+def _triton(query, key, value, segment_ids, *, interpret: bool):
+    from jax.experimental.pallas.ops.gpu import attention as kernel
+
+    _, length, heads, head_dim = query.shape
+    groups = heads // key.shape[2]
+    key, value = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)  # the kernel has no grouped heads
+    most = {name: next(b for b in (size, 64, 32, 16) if length % b == 0 and b <= size) for name, size in (
+        ("block_q", 128), ("block_k", 128), ("block_q_dkv", 32), ("block_kv_dkv", 32), ("block_q_dq", 32), ("block_kv_dq", 32)
+    )}  # fmt: skip
+    return kernel.mha(
+        query,
+        key,
+        value,
+        segment_ids,
+        head_dim**-0.5,
+        False,
+        kernel.BlockSizes(**most),
+        "triton",
+        None,
+        2,
+        None,
+        interpret,
+    )
 
 
 def block_size(length: int) -> int:

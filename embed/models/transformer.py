@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from embed.models.attention import attention
+from embed.models.attention import KERNELS, attention
 from embed.typing import Array, typechecked
 
 FINAL_NORM = 0.4  # scale of the final norm at random init
@@ -40,6 +40,7 @@ class TransformerConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = True  # whether the embedding table is also the output layer of the diffusion stage
+    attention: str = "auto"  # embed.models.attention.KERNELS
     dtype: str = "float32"  # of the compute; parameters are float32 masters whatever this says
     remat: str = "none"  # a key of REMAT_POLICIES
     unroll: int = 1  # layers a scan iteration; on CPU all of them is fastest
@@ -48,6 +49,8 @@ class TransformerConfig:
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.attention not in KERNELS:
+            raise ValueError(f"attention={self.attention!r} must be one of {', '.join(KERNELS)}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat={self.remat!r} must be one of {sorted(REMAT_POLICIES)}")
         if self.dtype not in ("float32", "bfloat16"):
@@ -149,7 +152,8 @@ class Layer(nnx.Module):
         y = rms_norm(x, self.attention_norm[...], eps)
         query = apply_rope(rms_norm(project(y, self.query), self.query_norm[...], eps), rope)
         key = apply_rope(rms_norm(project(y, self.key), self.key_norm[...], eps), rope)
-        mixed = attention(query, key, project(y, self.value), segment_ids)  # R L H d
+        value = project(y, self.value)
+        mixed = attention(query, key, value, segment_ids, kernel=self.config.attention)  # R L H d
         output = self.output[...].astype(dtype)
         x = x + product(mixed.reshape(*x.shape[:-1], -1), output.reshape(-1, output.shape[-1]))
         y = rms_norm(x, self.mlp_norm[...], eps)

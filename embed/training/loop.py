@@ -88,7 +88,8 @@ def train(
         log = _Log(writer, schedule, progress, start, log_every, steps)
         for step, batch in prefetch(loader, start, steps, depth=2):
             stats = batch.pop("stats")
-            params, state, metrics = train_step(params, state, sharding.put_batch(mesh, batch), step)
+            with jax.set_mesh(mesh):  # attention kernels ask for it
+                params, state, metrics = train_step(params, state, sharding.put_batch(mesh, batch), step)
             log.add(step + 1, metrics, stats)
             if manager.should_save(step + 1) or step + 1 == steps:
                 log.flush()  # a non-finite loss must not reach a checkpoint

@@ -6,7 +6,9 @@ import re
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+from embed.models.attention import HEADS, ROWS
+
+AXES = (*ROWS, HEADS)  # data, fsdp, tensor
 
 # Parameter name -> axes of its dimensions; the first match counts. Arrays under layers/ have a leading layer axis.
 RULES = (
@@ -17,7 +19,7 @@ RULES = (
     (r"^layers/down$", (None, "tensor", "fsdp")),  # N F D
     (r"norm$", ()),  # small: replicated
 )
-BATCH = PartitionSpec(("data", "fsdp"))  # axis 0 of every array of a batch: rows, or examples
+BATCH = PartitionSpec(ROWS)  # axis 0 of every array of a batch: rows, or examples
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:

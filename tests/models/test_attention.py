@@ -91,3 +91,37 @@ def test_no_length_holds_more_scores_than_the_limit():
     for function in (loss, jax.grad(loss)):
         memory = jax.jit(function).lower(*heads).compile().memory_analysis().temp_size_in_bytes
         assert memory < 2 * 8192 * 8192 * 4 / 4, memory  # a quarter of one row's scores
+
+
+@pytest.mark.parametrize("kernel, length, dim", [("splash", 256, 128), ("triton", 128, 32)])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
+def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads, kv_heads):
+    """In interpret mode: the kernel's own program, without its platform."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(2, length, h, dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads)]
+    # Segments that no block of the kernel respects, and padding.
+    segment_ids = np.sort(rng.integers(1, 5, (2, length)), 1).astype(np.int32)
+    segment_ids[1, -37:] = 0
+    weights = rng.normal(size=(2, length, heads, dim)) * (segment_ids > 0)[..., None, None]
+
+    def outputs(kernel, interpret):
+        def loss(*arrays):
+            out = attention(*arrays, segment_ids, kernel=kernel, interpret=interpret)
+            return (out * weights).sum(), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+        return out * (segment_ids > 0)[..., None, None], *gradients
+
+    for got, want in zip(outputs(kernel, True), outputs("xla", False)):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_that_does_not_fit_is_an_error_and_auto_takes_another():
+    arrays = random_heads(2, 1)
+    np.testing.assert_array_equal(
+        attention(*arrays, SEGMENTS, kernel="auto"), attention(*arrays, SEGMENTS, kernel="xla")
+    )
+    for kernel, message in (("splash", "needs rows and heads in multiples of 128, not length 8"),
+                            ("triton", "needs rows in multiples of 16"), ("flash", "must be one of auto, xla, splash")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            attention(*arrays, SEGMENTS, kernel=kernel)
