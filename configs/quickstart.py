@@ -65,6 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     stage.optimizer = optimizer
     stage.log_every = 1 if arg.runlocal else 10
     stage.checkpoint_every = 1000
+    stage.microbatches = 1  # parts of a batch whose activations are held one at a time; 1 = all of it, fastest
     stage.batch = ConfigDict()
 
     def make(**fields):
@@ -77,10 +78,6 @@ def get_config(arg: str = "") -> ConfigDict:
             else:
                 new[name] = value
         return new
-
-    def contrastive(**fields):
-        # Parts of a batch whose activations are held one at a time (gradient caching): 1 = all of it, which is fastest.
-        return make(microbatches=1, **fields)
 
     def steps(n):
         return 2 if arg.runlocal else n
@@ -98,7 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
         optimizer=dict(learning_rate=2e-3),
         batch=dict(rows=4 if arg.runlocal else 32, length=128, truncate_probability=0.01),
     )
-    config.stages.pair = contrastive(
+    config.stages.pair = make(
         kind="pair",
         init="diffusion",
         curriculum=((steps(400), "pairs"),),
@@ -115,7 +112,7 @@ def get_config(arg: str = "") -> ConfigDict:
             segments=8,  # texts a row, at most
         ),
     )
-    config.stages.contextual = contrastive(
+    config.stages.contextual = make(
         kind="contextual",
         init="pair",
         curriculum=((steps(240), "contextual"),),
@@ -136,7 +133,7 @@ def get_config(arg: str = "") -> ConfigDict:
             max_queries_per_document=4,
         ),
     )
-    config.stages.triplet = contrastive(
+    config.stages.triplet = make(
         kind="triplet",
         init="pair",
         curriculum=((steps(60), "triplet"),),

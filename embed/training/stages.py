@@ -24,29 +24,6 @@ from embed.rows import RowShape
 KINDS = ("diffusion", "pair", "contextual", "triplet")
 
 
-def diffusion_loss(
-    params, batch, key, progress, *, model, mask_id: int, left_shift: bool, capacity: float, chunk: int, shards: int
-):
-    """Masked-diffusion ELBO in nats a token (PAPER.md §2); `overflow` counts masked tokens beyond the capacity."""
-    tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
-    # With the shift the first token of a segment has no predecessor to be predicted from.
-    valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
-    noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id)
-    hidden = transformer.apply(model, params, noised, segment_ids, positions)
-    if left_shift:
-        hidden = masked_diffusion.left_shift(hidden)
-    nll, correct, counted = masked_diffusion.masked_token_nll(
-        hidden, transformer.output_embedding(params), tokens, masked, capacity=capacity, groups=shards, chunk=chunk
-    )
-    loss = masked_diffusion.elbo_loss(nll, counted, t, valid)
-    count = jnp.maximum(counted.sum(), 1)
-    return loss, {
-        "accuracy": correct.sum() / count,
-        "masked_nll": nll.sum() / count,
-        "overflow": masked.sum() - counted.sum(),
-    }
-
-
 def in_microbatches(function: Callable, count: int, *arrays):
     """function(*arrays) in `count` parts along axis 0, one after the other; its result [R, …] is that of the whole.
 
@@ -62,6 +39,35 @@ def in_microbatches(function: Callable, count: int, *arrays):
     parts = [jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for x in arrays]
     results = jax.lax.map(jax.checkpoint(lambda part: function(*part)), parts)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), results)
+
+
+def diffusion_loss(
+    params, batch, key, progress, *, model, mask_id: int, left_shift: bool, microbatches: int, capacity: float,
+    chunk: int, shards: int,
+):  # fmt: skip
+    """Masked-diffusion ELBO in nats a token (PAPER.md §2); `overflow` counts masked tokens beyond the capacity."""
+    tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
+    # With the shift the first token of a segment has no predecessor to be predicted from.
+    valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
+    noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id)
+
+    def predict(noised, segment_ids, positions, tokens, masked):
+        hidden = transformer.apply(model, params, noised, segment_ids, positions)
+        if left_shift:
+            hidden = masked_diffusion.left_shift(hidden)
+        table = transformer.output_embedding(params)
+        return masked_diffusion.masked_token_nll(
+            hidden, table, tokens, masked, capacity=capacity, groups=shards, chunk=chunk
+        )
+
+    nll, correct, counted = in_microbatches(predict, microbatches, noised, segment_ids, positions, tokens, masked)
+    loss = masked_diffusion.elbo_loss(nll, counted, t, valid)
+    count = jnp.maximum(counted.sum(), 1)
+    return loss, {
+        "accuracy": correct.sum() / count,
+        "masked_nll": nll.sum() / count,
+        "overflow": masked.sum() - counted.sum(),
+    }
 
 
 def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False):
@@ -157,7 +163,7 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, shards:
     if stage.kind == "diffusion":
         return functools.partial(
             diffusion_loss, model=model, mask_id=mask_id, left_shift=stage.left_shift, shards=shards,
-            capacity=stage.logits_capacity, chunk=stage.logits_chunk,
+            microbatches=stage.microbatches, capacity=stage.logits_capacity, chunk=stage.logits_chunk,
         )  # fmt: skip
     common = dict(
         model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature,

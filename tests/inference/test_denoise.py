@@ -20,7 +20,9 @@ def counting(rows: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module", params=[False, True], ids=["same position", "left shift"])
 def trained(request):
     """(left shift, parameters) after a short diffusion stage on that language."""
-    stage = ConfigDict(dict(kind="diffusion", left_shift=request.param, logits_chunk=LENGTH, logits_capacity=1.0))
+    stage = ConfigDict(
+        dict(kind="diffusion", microbatches=1, left_shift=request.param, logits_chunk=LENGTH, logits_capacity=1.0)
+    )
     config = ConfigDict(
         dict(
             learning_rate=1e-2,

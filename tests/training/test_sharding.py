@@ -95,8 +95,7 @@ EQUAL_LOSSES = textwrap.dedent(
     one = losses(sharding.make_mesh(devices=devices[:1]))
     for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
         np.testing.assert_allclose(losses(sharding.make_mesh(**axes)), one, rtol=2e-5)
-    if "KIND" != "diffusion":
-        np.testing.assert_allclose(losses(sharding.make_mesh(data=4, fsdp=2), microbatches=2), one, rtol=2e-5)
+    np.testing.assert_allclose(losses(sharding.make_mesh(data=4, fsdp=2), microbatches=2), one, rtol=2e-5)
     assert np.unique(one).size == one.size
     """
 )
