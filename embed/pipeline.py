@@ -180,7 +180,7 @@ def train_stage(run: Run, name: str) -> dict:
     with progress_bar(name, steps) as update:
         loop.train(
             folder,
-            loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id, sharding.batch_shards(mesh)),
+            loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id),
             loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator),
             steps=steps,
             initial_params=lambda shardings: run.params(stage.init or "random init", shardings),

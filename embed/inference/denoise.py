@@ -87,7 +87,7 @@ def elbo_and_accuracy(
         hidden = transformer.apply(model, params, noised, segment_ids, positions)
         hidden = md.left_shift(hidden) if left_shift else hidden
         table = transformer.output_embedding(params)
-        return md.masked_token_nll(hidden, table, tokens, masked, capacity=1.0, groups=1, chunk=chunk)[:2]
+        return md.masked_token_nll(hidden, table, tokens, masked, capacity=1.0, chunk=chunk)[:2]
 
     key = jax.random.key(seed)
     report = {}

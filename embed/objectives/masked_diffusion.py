@@ -95,36 +95,30 @@ def masked_token_nll(
     masked: Bool[Array, "R L"],
     *,
     capacity: float,
-    groups: int,
     chunk: int,
 ) -> tuple[Float[Array, "R L"], Bool[Array, "R L"], Bool[Array, "R L"]]:
     """`token_nll` where `masked` says so and nowhere else: (nll, correct, counted), 0 and False elsewhere.
 
-    With stratified t about half of the tokens are masked, and the vocabulary product is most of a small step. Masked
-    tokens are moved together within each of `groups` runs of neighbouring rows, one a device, so that nothing crosses
-    devices. A group has room for `capacity` (a fraction) of its tokens, rounded up to whole chunks of `chunk`; masked
-    tokens beyond are not `counted`: leave them out of the loss and say how many they were.
+    With stratified t about half of the tokens are masked, and the vocabulary product is most of a small step. There is
+    room for `capacity` (a fraction) of the tokens, rounded up to whole chunks of `chunk`; masked tokens beyond are not
+    `counted`: leave them out of the loss and say how many they were. Tokens move between rows, so a batch over several
+    devices calls this on each device's rows.
     """
     rows, length, width = hidden.shape
-    if rows % groups:
-        raise ValueError(f"{rows} rows do not divide into {groups} groups")
-    size = rows // groups * length
+    size = rows * length
     chunk = min(chunk, size)
     room = min(-(-int(np.ceil(capacity * size)) // chunk) * chunk, -(-size // chunk) * chunk)
-    flat = masked.reshape(groups, size)
-    place = jnp.cumsum(flat, 1) - 1
+    flat = masked.reshape(size)
+    place = jnp.cumsum(flat) - 1
     counted = flat & (place < room)
-    group = jnp.arange(groups)[:, None]
-    slots = jnp.zeros((groups, room), jnp.int32)
-    slots = slots.at[group, jnp.where(counted, place, room)].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
-    filled = jnp.arange(room) < counted.sum(1, keepdims=True)
+    slots = jnp.zeros(room, jnp.int32)
+    slots = slots.at[jnp.where(counted, place, room)].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+    found = token_nll(
+        hidden.reshape(size, width)[slots][None], embedding, targets.reshape(size)[slots][None], chunk=chunk
+    )
 
-    chosen = jnp.take_along_axis(hidden.reshape(groups, size, width), slots[..., None], 1)
-    wanted = jnp.take_along_axis(targets.reshape(groups, size), slots, 1)
-    found = token_nll(chosen, embedding, wanted, chunk=chunk)
-
-    def back(x):  # G room -> R L; an empty slot goes nowhere
-        out = jnp.zeros((groups, size), x.dtype)
-        return out.at[group, jnp.where(filled, slots, size)].set(x, mode="drop").reshape(rows, length)
+    def back(x):  # 1 room -> R L; an empty slot goes nowhere
+        where = jnp.where(jnp.arange(room) < counted.sum(), slots, size)
+        return jnp.zeros(size, x.dtype).at[where].set(x[0], mode="drop").reshape(rows, length)
 
     return *map(back, found), counted.reshape(rows, length)

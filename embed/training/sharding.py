@@ -25,14 +25,20 @@ BATCH = PartitionSpec(ROWS)  # axis 0 of every array of a batch: rows, or exampl
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left."""
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, tensor, devices=len(devices))
+    # Auto: jax.make_mesh defaults to explicit axes, under which objectives would have to name axes.
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, *, devices: int) -> tuple[int, int, int]:
+    """The axes with -1 resolved; ValueError unless they cover so many devices."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = len(devices) // -math.prod(sizes)
-    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
+    if math.prod(sizes) != devices or min(sizes) < 1:
         named = ", ".join(f"{a}={s}" for a, s in zip(AXES, (data, fsdp, tensor)))
-        raise ValueError(f"mesh {named} does not cover {len(devices)} devices; one axis may be -1")
-    # Auto: jax.make_mesh defaults to explicit axes, under which objectives would have to name axes.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        raise ValueError(f"mesh {named} does not cover {devices} devices; one axis may be -1")
+    return tuple(sizes)
 
 
 def parameter_name(path) -> str:

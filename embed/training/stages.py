@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from embed.data.loader import ContrastiveLoader, DiffusionLoader
 from embed.models import transformer
+from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
 from embed.models.quantization import straight_through_int8
 from embed.objectives import contrastive, masked_diffusion
@@ -41,9 +43,33 @@ def in_microbatches(function: Callable, count: int, *arrays):
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), results)
 
 
+def on_each_device(function: Callable, arrays: tuple, table):
+    """function(*arrays, table) with each device's rows of the arrays [R, …] by themselves; its results are [R, …].
+
+    The table [V, D] is gathered once from its shards, and its gradient goes back to them once: not in each turn of a
+    loop inside, as the partitioner would have it. Without a mesh in the context this is the plain call.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arrays, table)
+    # As embed.training.sharding.RULES shards it.
+    axes = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip((HEADS, ROWS[1]), table.shape)]
+
+    def inner(*inputs):
+        *arrays, table = inputs
+        for dimension, axis in enumerate(axes):
+            if axis:
+                table = jax.lax.all_gather(table, axis, axis=dimension, tiled=True)
+        return function(*arrays, table)
+
+    rows = PartitionSpec(ROWS)
+    specs = (*(rows for _ in arrays), PartitionSpec(*axes))
+    return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arrays, table)
+
+
 def diffusion_loss(
     params, batch, key, progress, *, model, mask_id: int, left_shift: bool, microbatches: int, capacity: float,
-    chunk: int, shards: int,
+    chunk: int,
 ):  # fmt: skip
     """Masked-diffusion ELBO in nats a token (PAPER.md §2); `overflow` counts masked tokens beyond the capacity."""
     tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
@@ -55,10 +81,13 @@ def diffusion_loss(
         hidden = transformer.apply(model, params, noised, segment_ids, positions)
         if left_shift:
             hidden = masked_diffusion.left_shift(hidden)
-        table = transformer.output_embedding(params)
-        return masked_diffusion.masked_token_nll(
-            hidden, table, tokens, masked, capacity=capacity, groups=shards, chunk=chunk
-        )
+        table = transformer.output_embedding(params).astype(model.dtype)
+        return on_each_device(logits, (hidden, tokens, masked), table)
+
+    def logits(hidden, tokens, masked, table):
+        # float32 again, so that chunks add up their gradients of the table in it.
+        table = table.astype(jnp.float32)
+        return masked_diffusion.masked_token_nll(hidden, table, tokens, masked, capacity=capacity, chunk=chunk)
 
     nll, correct, counted = in_microbatches(predict, microbatches, noised, segment_ids, positions, tokens, masked)
     loss = masked_diffusion.elbo_loss(nll, counted, t, valid)
@@ -158,12 +187,11 @@ def row_shape(batch) -> RowShape:
     return RowShape(batch.length, batch.spans, batch.segments)
 
 
-def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, shards: int = 1) -> Callable:
-    """The loss function of a stage's config; `shards` is how many parts the mesh makes of a batch's rows."""
+def make_loss(stage, model: transformer.TransformerConfig, mask_id: int) -> Callable:
+    """The loss function of a stage's config. Over several devices it is called under `jax.set_mesh`."""
     if stage.kind == "diffusion":
         return functools.partial(
-            diffusion_loss, model=model, mask_id=mask_id, left_shift=stage.left_shift, shards=shards,
-            microbatches=stage.microbatches, capacity=stage.logits_capacity, chunk=stage.logits_chunk,
+            diffusion_loss, model=model, mask_id=mask_id, left_shift=stage.left_shift, microbatches=stage.microbatches, capacity=stage.logits_capacity, chunk=stage.logits_chunk,
         )  # fmt: skip
     common = dict(
         model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature,

@@ -189,19 +189,16 @@ def test_bfloat16_states_give_float32_losses():
     np.testing.assert_allclose(nll, reference.token_nll(*(np.asarray(x, float) for x in low), targets), rtol=1e-4)
 
 
-@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("capacity", [0.5, 1.0])
-def test_logits_of_masked_tokens_alone_are_those_of_all_with_their_gradients(groups, capacity):
+def test_logits_of_masked_tokens_alone_are_those_of_all_with_their_gradients(capacity):
     hidden, embedding, targets, weights = states(np.float32)
     masked = np.random.default_rng(1).random((R, L)) < 0.3
-    assert masked.reshape(groups, -1).sum(1).max() <= capacity * R * L / groups
+    assert masked.sum() <= capacity * R * L
 
     def loss(few):
         def inner(arrays):
             if few:
-                nll, correct, counted = md.masked_token_nll(
-                    *arrays, targets, masked, capacity=capacity, groups=groups, chunk=4
-                )
+                nll, correct, counted = md.masked_token_nll(*arrays, targets, masked, capacity=capacity, chunk=4)
             else:
                 nll, correct = (jnp.where(masked, x, 0) for x in md.token_nll(*arrays, targets, chunk=L))
                 counted = masked
@@ -221,21 +218,12 @@ def test_logits_of_masked_tokens_alone_are_those_of_all_with_their_gradients(gro
 def test_masked_tokens_beyond_the_capacity_are_left_out_and_can_be_counted():
     hidden, embedding, targets, _ = states(np.float32)
     masked = np.ones((R, L), bool)
-    nll, _, counted = md.masked_token_nll(hidden, embedding, targets, masked, capacity=0.5, groups=R, chunk=3)
-    assert counted.sum(1).tolist() == [L // 2] * R  # each group has its own room
+
+    def half(hidden):
+        return md.masked_token_nll(hidden, embedding, targets, masked, capacity=0.5, chunk=3)
+
+    nll, _, counted = half(hidden)
+    assert counted.sum() == R * L // 2
     np.testing.assert_array_equal(nll != 0, counted)
-    sizes = [
-        math.prod(shape)
-        for shape in all_shapes(
-            jax.make_jaxpr(
-                lambda h: md.masked_token_nll(h, embedding, targets, masked, capacity=0.5, groups=R, chunk=3)
-            )(hidden).jaxpr
-        )
-    ]
-    assert R * 3 * V in sizes and max(sizes) < R * L * V / 2
-
-
-def test_rows_that_do_not_divide_into_groups_are_an_error():
-    hidden, embedding, targets, _ = states(np.float32)
-    with pytest.raises(ValueError, match=f"{R} rows do not divide into {R + 1} groups"):
-        md.masked_token_nll(hidden, embedding, targets, targets > 0, capacity=1.0, groups=R + 1, chunk=4)
+    sizes = [math.prod(shape) for shape in all_shapes(jax.make_jaxpr(half)(hidden).jaxpr)]
+    assert 3 * V in sizes and max(sizes) < R * L * V / 2

@@ -75,7 +75,7 @@ EQUAL_LOSSES = textwrap.dedent(
                             alpha=0.2, beta=(0.2, 0.5), logits_chunk=8, logits_capacity=1.0, microbatches=1, batch=dict(length=L, spans=4, segments=4)))
 
     def losses(mesh, **fields):
-        loss = stages.make_loss(ConfigDict(stage.to_dict() | fields), model, 2, sharding.batch_shards(mesh))
+        loss = stages.make_loss(ConfigDict(stage.to_dict() | fields), model, 2)
         tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(1e-3, 4, 0, 0))
         params = transformer.init(model, jax.random.key(0))
         shardings = sharding.parameter_shardings(mesh, params)
@@ -88,7 +88,8 @@ EQUAL_LOSSES = textwrap.dedent(
         placed = sharding.put_batch(mesh, batch)
         out = []
         for k in range(4):
-            params, state, metrics = step(params, state, placed, k)
+            with jax.set_mesh(mesh):
+                params, state, metrics = step(params, state, placed, k)
             out.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
         return np.array(out)
 

@@ -1,0 +1,68 @@
+"""What a stage's step takes on a TPU topology, without one: --config=… --topology=v5p:4x4x8."""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `embed plan arguments`; returns the exit code, 1 if the step does not fit."""
+    parser = argparse.ArgumentParser("embed plan", description=__doc__)
+    parser.add_argument("--config", required=True, help="config file with its stage: FILE.py:stage=diffusion")
+    parser.add_argument("--topology", required=True, help="chips and their arrangement: v6e:8x8, v5p:4x4x8")
+    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation for the time of the schedule")
+    parser.add_argument("--dollars_per_chip_hour", type=float, help="price, for the cost of the schedule")
+    parser.add_argument("--parameters", action="store_true", help="also print how each parameter is sharded")
+    parser.add_argument(
+        "--fit", action="store_true", help="try microbatches and rematerialisation, print the fastest plan that fits"
+    )
+    parser.epilog = "Single fields of the config: --config.key.key=value."
+    arguments, overrides = parser.parse_known_args(argv)
+    # The step is compiled for other machines: none of this one's accelerators take part.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+    from embed import config as configs
+    from embed.models.transformer import REMAT_POLICIES, TransformerConfig
+    from embed.training import plan
+
+    config = configs.load(arguments.config, overrides)
+    if config.stage not in config.stages:
+        raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
+    stage, fields = config.stages[config.stage], config.model.to_dict()
+    if not fields["vocab_size"]:
+        fields["vocab_size"] = config.data.vocab_size
+    model = TransformerConfig(**fields)
+    if arguments.parameters:
+        print(plan.parameter_table(model, arguments.topology, config.mesh.to_dict()))
+    variants = [(stage.microbatches, model.remat)]
+    if arguments.fit:
+        variants = list(itertools.product((1, 2, 4, 8), REMAT_POLICIES))
+    best = None
+    for microbatches, remat in variants:
+        with stage.unlocked():
+            stage.microbatches = microbatches
+        tried = plan.make_plan(
+            stage, dataclasses.replace(model, remat=remat), arguments.topology, config.mesh.to_dict()
+        )
+        if arguments.fit:
+            fits = "fits" if tried.fits else "does not fit"
+            print(
+                f"microbatches {microbatches}, remat {remat}: {tried.peak / 1e9:.1f} GB, {fits}, "
+                f"at least {max(tried.bounds.values()):.3f} s", flush=True,
+            )  # fmt: skip
+        if best is None or (tried.fits, -max(tried.bounds.values())) > (best[0].fits, -max(best[0].bounds.values())):
+            best = tried, microbatches, remat
+    found, microbatches, remat = best
+    steps = sum(n for n, _ in stage.curriculum)
+    print(f"{arguments.config} on {arguments.topology}, microbatches {microbatches}, remat {remat}")
+    print(plan.describe(found, stage, model, steps, arguments.mfu, arguments.dollars_per_chip_hour))
+    return 0 if found.fits else 1
+
+
+if __name__ == "__main__":
+    from embed.cli.common import run
+
+    sys.exit(run(main))
