@@ -18,6 +18,7 @@ from embed import cli, config, pipeline, tokenizers
 from embed.checkpoints import huggingface
 from embed.evaluation import retrieval
 from embed.models import transformer
+from embed.training import plan, stages
 from embed.training.metrics import read_metrics
 
 CONFIG = "configs/quickstart.py:runlocal"
@@ -57,6 +58,20 @@ def test_every_shipped_config_trains_a_step_of_each_stage_when_shrunk_by_runloca
         assert pipeline.train_stage(run, name) == {"steps": 1}
         (row,) = read_metrics(run.workdir / name / "metrics.jsonl")
         assert np.isfinite(row["loss"])
+
+
+def test_the_planner_knows_the_arrays_of_every_stage(workdir):
+    run = pipeline.Run(config.load(CONFIG), workdir)
+    for name, mixture in MIXTURES:
+        stage = run.config.stages[name]
+        stores = {task: run.store(task) for task in run.mixtures[mixture]}
+        phases = [(1, run.mixtures[mixture])]
+        separator = run.tokenizer.separator_id
+        batch = stages.make_loader(stage, stores, phases, seed=0, separator_id=separator).batch(0)
+        batch.pop("stats")
+        got = {k: (v.shape, v.dtype.type) for k, v in batch.items()}
+        assert {k: v for k, v in plan.abstract_batch(stage).items() if k in got} == got
+        assert set(plan.abstract_batch(stage)) == set(got)
 
 
 def test_results_have_every_row_set_and_precision(workdir):
