@@ -287,12 +287,16 @@ def collective_bytes(hlo: str, chips: int) -> dict[str, float]:
             result, operator = match.groups()
             kind = operator.removesuffix("-start")
             if kind in COLLECTIVES:
-                arrays = sorted(_bytes(result))
-                n = _group_size(line, chips)
-                if n > 1 and arrays:
+                size, n = float(sum(_bytes(result))), _group_size(line, chips)  # one collective may carry many arrays
+                if operator == "collective-permute-start":
+                    size = float(max(_bytes(result)))  # operand, result and two words
+                elif operator == "all-gather-start":
+                    size *= n / (n + 1)  # operands and results
+                elif operator == "reduce-scatter":
+                    size *= n  # its result is one part of the operand
+                if n > 1:
                     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
-                    scale = n if operator == "reduce-scatter" else 1  # its result is one part of the operand
-                    totals[kind] = totals.get(kind, 0.0) + times * arrays[-1] * share * scale
+                    totals[kind] = totals.get(kind, 0.0) + times * size * share
             inner = times
             if operator == "while":
                 inner = times * _trip_count(line, bodies)

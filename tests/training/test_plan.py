@@ -42,6 +42,8 @@ HLO = textwrap.dedent(
 
     ENTRY %main (a: f32[16]) -> f32[16] {
       %loop = (s32[]) while(%u), condition=%outer_condition, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
+      %two = (f32[16]{0}, bf16[8]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+      %start = (f32[2]{0}, f32[16]{0}) all-gather-start(%part), replica_groups=[1,8]<=[8], dimensions={0}
       %part = f32[2]{0} reduce-scatter(%a), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
       ROOT %all = f32[16]{0} all-reduce(%a), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add
     }
@@ -52,10 +54,10 @@ HLO = textwrap.dedent(
 def test_collectives_are_counted_by_kind_times_the_trips_of_their_loops():
     got = plan.collective_bytes(HLO, 8)
     assert got == {
-        "all-gather": 3 * 5 * 32 * 4 * 2 * 3 / 4,  # groups of four chips
+        "all-gather": 3 * 5 * 32 * 4 * 2 * 3 / 4 + 16 * 4 * 7 / 8,  # groups of four chips in the loops
         "collective-permute": 3 * 5 * 8 * 4 * 2,
         "reduce-scatter": 2 * 8 * 4 * 7 / 8,  # its result is an eighth of what is reduced
-        "all-reduce": 16 * 4 * 2 * 3 / 4,
+        "all-reduce": 16 * 4 * 2 * 3 / 4 + (16 * 4 + 8 * 2) * 2 / 2,
     }
 
 
