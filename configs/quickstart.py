@@ -87,7 +87,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.diffusion = make(
         kind="diffusion",
         curriculum=((steps(60), "diffusion"),),
-        left_shift=False,  # True when starting from a causal checkpoint
+        left_shift="auto",  # predict a token from the state before it: True, False, auto = if `init` was a causal model
         logits_capacity=0.75
         if arg.runlocal
         else 0.6,  # fraction of a device's tokens with room for logits: ~ half are masked

@@ -1,4 +1,4 @@
-"""Qwen3 sizes in every stage, at the batch, length and schedule of pplx-embed where they are known (PAPER.md §2-§5).
+"""Qwen3 sizes in every stage, at the batch, length and schedule of pplx-embed where they are known (arXiv 2602.11151).
 
     embed convert Qwen/Qwen3-0.6B-Base runs/qwen3-0.6b
     embed plan --config=configs/qwen3.py:size=0.6b,stage=diffusion --topology=v6e:8x8
@@ -29,10 +29,9 @@ def get_config(arg: str = "") -> ConfigDict:
     diffusion, pair, contextual, triplet = (
         config.stages[name] for name in ("diffusion", "pair", "contextual", "triplet")
     )
-    diffusion.init, diffusion.left_shift = arg.init, True
     if arg.runlocal:
-        diffusion.init, diffusion.left_shift = "", False
         return config
+    diffusion.init = arg.init
 
     small = arg.size == "0.6b"
     config.model.update(SIZES[arg.size])

@@ -6,6 +6,7 @@
 Each step leaves steps/NAME.json with its result and its seconds when it is complete; a run started again skips those.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -49,6 +50,15 @@ class Run:
         if "://" in str(workdir):
             raise ValueError(f"workdir {workdir} is a URL; it must be a folder, local or mounted")
         self.config, self.workdir, self.config_path = config, Path(workdir), config_path
+        fields = {name: value for name, value in config.model.items() if name != "vocab_size" or value}
+        for name, stage in config.stages.items():
+            if stage.init and stage.init not in config.stages:
+                if not converted.is_converted(stage.init):
+                    raise FileNotFoundError(
+                        f"config.stages.{name}.init={stage.init!r} is neither a stage ({', '.join(config.stages)}) nor a "
+                        "folder that `embed convert` wrote"
+                    )
+                converted.check(stage.init, fields)
         self._claim()
 
     def _claim(self) -> None:
@@ -77,9 +87,22 @@ class Run:
     @cached_property
     def model(self) -> transformer.TransformerConfig:
         fields = self.config.model.to_dict()
-        return transformer.TransformerConfig(
-            **fields | {"vocab_size": fields["vocab_size"] or self.tokenizer.vocab_size}
-        )
+        needed = max(self.tokenizer.vocab_size, self.tokenizer.mask_id + 1)
+        if 0 < fields["vocab_size"] < needed:
+            raise ValueError(
+                f"config.model.vocab_size={fields['vocab_size']} is too small: tokenizer and mask need {needed} rows"
+            )
+        return transformer.TransformerConfig(**fields | {"vocab_size": fields["vocab_size"] or needed})
+
+    @property
+    def left_shift(self) -> bool:
+        """Whether the diffusion stage predicts from the state before: as the config says, or as its source did."""
+        stage = self.config.stages.diffusion
+        if stage.left_shift != "auto":
+            if stage.left_shift not in ("True", "False"):
+                raise ValueError(f"config.stages.diffusion.left_shift={stage.left_shift!r} must be auto, True or False")
+            return stage.left_shift == "True"
+        return stage.init not in (*self.config.stages, "") and converted.read_info(stage.init)["source"]["causal"]
 
     @cached_property
     def mixtures(self) -> dict[str, dict[str, float]]:
@@ -99,7 +122,7 @@ class Run:
         )  # fmt: skip
 
     def params(self, checkpoint: str, shardings=None):
-        """The parameters of `random init`, of a trained stage, of `merged`, or of a folder of `embed convert`."""
+        """The parameters of `random init`, of a trained stage, of `merged`, or of a folder that a stage starts from."""
         if checkpoint == "random init":
             make = jax.jit(transformer.init, static_argnums=0, out_shardings=shardings)
             return make(self.model, jax.random.key(self.config.seed))
@@ -109,12 +132,7 @@ class Run:
         folder = self.workdir / checkpoint
         if checkpoint not in self.config.stages:
             folder = Path(checkpoint)
-            if not (folder / converted.INFO).is_file():
-                known = ", ".join(self.config.stages)
-                raise FileNotFoundError(
-                    f"{checkpoint!r} is neither a stage ({known}) nor a folder that `embed convert` wrote"
-                )
-            converted.check(folder, self.model, self.tokenizer)
+            converted.check(folder, dataclasses.asdict(self.model), self.tokenizer)
         abstract = transformer.abstract_params(self.model)
         if shardings is not None:
             abstract = sharding.with_sharding(abstract, shardings)
@@ -149,7 +167,7 @@ def prepare(run: Run) -> dict:
     prepare_data(
         run.data, gin_file=data.gin_file, gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
         split_identifiers=data.split_identifiers, seed=run.config.seed, limit=data.limit or None,
-        tokenizer=tokenizers.load(huggingface.resolve(data.tokenizer)) if data.tokenizer else None,
+        tokenizer=tokenizers.load(huggingface.resolve(data.tokenizer, files=huggingface.TOKENIZER_FILES)) if data.tokenizer else None,
     )  # fmt: skip
     return json.loads((run.data / "info.json").read_text())
 
@@ -180,7 +198,7 @@ def train_stage(run: Run, name: str) -> dict:
     with progress_bar(name, steps) as update:
         loop.train(
             folder,
-            loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id),
+            loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id, run.left_shift),
             loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator),
             steps=steps,
             initial_params=lambda shardings: run.params(stage.init or "random init", shardings),
@@ -235,7 +253,7 @@ def evaluate_baselines(run: Run) -> dict:
 
 def diffusion_report(run: Run) -> dict:
     """How well the diffusion stage denoises held-out text, and one text while it is denoised."""
-    mask_id, left_shift = run.tokenizer.mask_id, run.config.stages.diffusion.left_shift
+    mask_id, left_shift = run.tokenizer.mask_id, run.left_shift
     params, length = run.params("diffusion"), run.config.stages.diffusion.batch.length
     flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, "functions").corpus[:512]))
     windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
@@ -323,6 +341,9 @@ FORMATS = ("native", "sentence-transformers", "pplx", "onnx")
 
 def export_model(run: Run, checkpoint: str, folder, layout: str = "native") -> Path:
     """Write a checkpoint of a run as a model, with a card: for embed.inference (native) or for other programs."""
+    known = (*run.config.stages, "merged", "random init")
+    if checkpoint not in known:
+        raise ValueError(f"checkpoint {checkpoint!r} must be one of {', '.join(known)}")
     settings = {
         "matryoshka": list(run.config.stages.pair.matryoshka),
         "separator": run.config.export.separator,
@@ -330,28 +351,30 @@ def export_model(run: Run, checkpoint: str, folder, layout: str = "native") -> P
     }
     source = provenance() | {"checkpoint": checkpoint, "config": run.config.to_dict()}
     file = run.workdir / "steps" / f"evaluate {checkpoint}.json"
-    figures = json.loads(file.read_text())["result"] if file.exists() else None
+    if file.exists():
+        source["figures"] = json.loads(file.read_text())["result"]
     return write_model(
-        folder, run.params(checkpoint), run.model, run.tokenizer, embedding=settings, source=source, layout=layout,
-        figures=figures, languages=run.config.export.languages, license=run.config.export.license,
-    )  # fmt: skip
+        folder, run.params(checkpoint), run.model, run.tokenizer, embedding=settings, source=source, layout=layout
+    )
 
 
 def convert_model(model: str, folder, layout: str, *, revision: str | None = None) -> Path:
     """Write a model that embed.inference loads in another layout."""
-    params, config, tokenizer, embedding, digest = read_model(model, revision=revision)
-    source = provenance() | {"source": {"path": str(model), "revision": revision, "digest": digest}}
+    params, config, tokenizer, embedding, about = read_model(model, revision=revision)
+    # What made the model stays; where it was taken from comes beside it.
+    taken = {"source": {"path": str(model), "revision": revision, "digest": about["digest"]}}
+    source = provenance() | about["provenance"] | taken
     return write_model(folder, params, config, tokenizer, embedding=embedding, source=source, layout=layout)
 
 
-def write_model(folder, params, config, tokenizer, *, embedding: dict, source: dict, layout: str, **about) -> Path:
-    """Write parameters as a model in one of FORMATS; `about` is what the card says beside them."""
+def write_model(folder, params, config, tokenizer, *, embedding: dict, source: dict, layout: str) -> Path:
+    """Write parameters as a model in one of FORMATS; `source` is its provenance, of which the card tells."""
     if layout not in FORMATS:
         raise ValueError(f"format {layout!r} must be one of {', '.join(FORMATS)}")
-    card = model_card(config, embedding, source, layout=layout, **about)
-    common = dict(embedding=embedding, card=card)
+    card = model_card(config, embedding, source, layout=layout)
+    common = dict(embedding=embedding, provenance=source, card=card)
     if layout == "native":
-        return export.export(folder, params, config, tokenizer, provenance=source, **common)
+        return export.export(folder, params, config, tokenizer, **common)
     if layout == "onnx":
         return onnx.write(folder, params, config, tokenizer, **common)
     return huggingface.write(folder, params, config, tokenizer, layout=layout, **common)

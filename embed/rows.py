@@ -68,7 +68,7 @@ def dense(tokens: np.ndarray) -> Segment:
 def chunked(chunks: Sequence[np.ndarray], separator_id: int | None = None) -> Segment:
     """A document with one embedding a chunk: one segment, one span a chunk, in order.
 
-    `separator_id` is put between chunks and pooled into none of them (PAPER.md §1); None joins them bare.
+    `separator_id` is put between chunks and pooled into none of them (arXiv 2602.11151); None joins them bare.
     """
     tokens, spans = [], []
     for k, chunk in enumerate(chunks):

@@ -17,7 +17,8 @@ NO_LIMIT = 10**30  # what transformers writes for a tokenizer without a longest 
 class Tokenizer(Protocol):
     """`digest` is the sha256 (hex) of the model file: two tokenizers with one digest give the same tokens.
 
-    `vocab_size` is one more than the largest id that occurs: of a text's tokens, the mask or the separator.
+    `vocab_size` is one more than the largest id of texts and separator: the rows an encoder's table needs. The mask of
+    the diffusion stage may lie behind it.
     """
 
     vocab_size: int
@@ -113,8 +114,9 @@ class HuggingFaceTokenizer:
         mask_id = entries if mask_id is None else mask_id
         if mask_id < 0:
             raise ValueError(f"mask_id = {mask_id} must be 0 or more")
-        self.vocab_size = max(entries, mask_id + 1)
+        self.vocab_size = entries
         self.mask_id = mask_id
+        self.adds_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0  # left to itself, to a text
         self.separator_id = separator_id
         self.digest = hashlib.sha256(model.encode()).hexdigest()
 
@@ -133,7 +135,7 @@ class HuggingFaceTokenizer:
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
         """Without the post-processor if that would add tokens to a text, as `encode` adds none."""
         model = json.loads(self._model)
-        if self._tokenizer.num_special_tokens_to_add(is_pair=False):
+        if self.adds_tokens:
             model["post_processor"] = None
         model |= {"truncation": None, "padding": None}
         Path(folder, HUGGINGFACE_FILE).write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
@@ -148,7 +150,7 @@ def load(folder: str | Path, *, mask_id: int | None = None) -> Tokenizer:
     """The tokenizer that stands in a folder: a SentencePiece model, or tokenizer.json with tokenizer_config.json.
 
     tokenizer_config.json may say `mask_id` and `separator_id`. Where it does not, as in the folders of others, the
-    separator is its sep_token, or else its pad_token, which is the same one in pplx-embed (PAPER.md §1).
+    separator is its sep_token, or else its pad_token, which is the same one in pplx-embed (arXiv 2602.11151).
 
     `mask_id` is for a tokenizer.json and goes before what its folder says.
 
@@ -165,7 +167,13 @@ def load(folder: str | Path, *, mask_id: int | None = None) -> Tokenizer:
     config_path = folder / CONFIG_FILE
     if not config_path.is_file():
         raise FileNotFoundError(f"{config_path} is missing: it must say what separates chunks")
-    config, model = json.loads(config_path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+    model = path.read_text(encoding="utf-8")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path} is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} holds {config!r:.40}, expected an object")
     ids = {name: config[name] for name in ("separator_id", "mask_id") if name in config}
     if mask_id is not None:
         ids["mask_id"] = mask_id

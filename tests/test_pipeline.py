@@ -117,7 +117,7 @@ def test_a_stage_starts_from_a_converted_causal_checkpoint_with_its_own_tokenize
     untied = transformer.make_config("micro", 640, tied=False)
     tokenizer = tokenizers.load(small.write_bpe(tmp_path, small.sentences(100)))
     source = huggingface.write(
-        tmp_path / "source", small.random_params(untied), untied, tokenizer, layout="pplx", card="",
+        tmp_path / "source", small.random_params(untied), untied, tokenizer, layout="pplx", card="", provenance={},
         embedding={"matryoshka": [], "separator": False, "max_length": None},
     )  # fmt: skip
     small.edit_config(source, model_type="qwen3")
@@ -126,16 +126,19 @@ def test_a_stage_starts_from_a_converted_causal_checkpoint_with_its_own_tokenize
     assert cli.main(["convert", str(source), str(converted)]) == 0
     run = [f"--config={CONFIG},stage=diffusion", f"--workdir={tmp_path / 'run'}"]
     run += [f"--config.data.tokenizer={converted / 'tokenizer'}", f"--config.stages.diffusion.init={converted}"]
-    run += ["--config.stages.diffusion.left_shift=True", "--config.model.rope_theta=1e6"]
+    run += ["--config.model.rope_theta=1e6"]
     capsys.readouterr()
-    assert cli.main(["prepare", *run]) == 0 and cli.main(["train", *run]) == 2
+    wrong = [*run, "--config.model.vocab_size=700"]
+    assert cli.main(["prepare", *wrong]) == 2 and not (tmp_path / "run").exists()  # before anything is written
     said = capsys.readouterr().err
-    assert f"config.model.vocab_size is {tokenizer.vocab_size}, the checkpoint's 640; config.model.tied is True" in said
+    assert "config.model.vocab_size is 700, the checkpoint's 640; config.model.tied is True" in said
     run += ["--config.model.vocab_size=640", "--config.model.tied=False"]
-    shutil.rmtree(tmp_path / "run")
     assert cli.main(["prepare", *run]) == 0 and cli.main(["train", *run]) == 0
+    assert cli.main(["export", *run, f"--checkpoint={converted}", f"--output={tmp_path / 'x'}"]) == 2
+    assert "must be one of contextual, diffusion, pair, triplet, merged" in capsys.readouterr().err
     trained = pipeline.Run(config.load(run[0].removeprefix("--config="), run[2:]), tmp_path / "run")
     after, before = trained.params("diffusion"), small.random_params(untied)
+    assert trained.left_shift  # its source was causal
     change = np.abs(np.asarray(after["head"]) - before["head"])
     assert 0 < change.max() < 0.02  # two steps away from what was converted
 

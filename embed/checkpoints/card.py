@@ -1,7 +1,7 @@
 """The model card of an export: README.md with the metadata that the Hugging Face hub reads."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from embed.models.transformer import TransformerConfig, abstract_params, count_params
 
@@ -24,30 +24,33 @@ Needs transformers 5 or newer, whose Qwen3 honours `"is_causal": false` (checked
 transformers 4 do not know the modules named in modules.json and refuse to load.""",
     "pplx": """In the layout of the released pplx-embed models, for programs that know those (text-embeddings-inference 1.9.2 and
 newer), and for `embed.inference.load`. Code is not included: configuration.py, modeling.py and st_quantize.py come with
-the released models. This export has not been run in those programs.""",
+the released models. This export has not been run in those programs; text-embeddings-inference reads no SentencePiece model, so
+it needs a folder with tokenizer.json.""",
     "onnx": """```python
-import onnxruntime, tokenizers
+import numpy as np
+import onnxruntime
+import transformers
 
-tokenizer = tokenizers.Tokenizer.from_file("FOLDER/tokenizer.json")
+tokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")
 session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx")
-ids = [tokenizer.encode("a text", add_special_tokens=False).ids]
-(int8,) = session.run(["pooler_output_int8"], {"input_ids": ids, "attention_mask": [[1] * len(ids[0])]})
+inputs = {k: np.array(v, np.int64) for k, v in tokenizer(["a text", "another"], padding=True).items() if k != "token_type_ids"}
+(int8,) = session.run(["pooler_output_int8"], inputs)
 ```
 
 Outputs: last_hidden_state, pooler_output (float32), pooler_output_int8, pooler_output_binary (packed bits).""",
 }
 
 
-def model_card(
-    config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, layout: str,
-    figures: Mapping | None = None, languages: Sequence[str] = (), license: str = "",
-) -> str:  # fmt: skip
+def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, layout: str) -> str:
     """README.md of an exported model.
 
-    `provenance` as the pipeline writes it (checkpoint, config, commit, versions); `figures` is {benchmark: {precision:
-    {metric: value}}} of this checkpoint; `languages` are codes ("en"), `license` an identifier of the hub; what is
-    empty is left out, and the text says that it is unknown.
+    `provenance` as the pipeline writes it: checkpoint, config (with export.languages and export.license), commit, versions,
+    figures ({benchmark: {precision: {metric: value}}}), source (path, revision, digest). What is not there is left out
+    or said to be unknown.
     """
+    run, figures = provenance.get("config") or {}, provenance.get("figures")
+    languages, license = (run.get("export", {}).get(name) for name in ("languages", "license"))
+    languages = languages or ()
     total, without_table = count_params(abstract_params(config))
     head = ["---"]
     if languages:
@@ -64,7 +67,6 @@ def model_card(
         "- sentence-similarity",
         "---",
     ]
-    run = provenance.get("config") or {}
     checkpoint = provenance.get("checkpoint", "")
     lines = [
         *head, "", "# Text embeddings", "",
@@ -80,6 +82,12 @@ def model_card(
         f"| license | {license or 'unknown'} |",
         "", "## Use", "", USAGE[layout],
     ]  # fmt: skip
+    if source := provenance.get("source"):
+        lines += [
+            "",
+            f"Made from {source['path']}" + (f" at revision {source['revision']}" if source.get("revision") else ""),
+        ]
+        lines[-1] += f" (sha256 {source['digest']})."
     if run.get("stages"):
         lines += ["", "## Training", "", f"Checkpoint: {checkpoint}. Stages of the run:", ""]
         lines += ["| stage | starts from | steps and mixtures |", "|---|---|---|"]

@@ -65,7 +65,7 @@ def check(folder, params, config: TransformerConfig, tokenizer, embedding: Mappi
     tensors = flatten(params)
     problems = [f"tensor {name} is not finite" for name, value in tensors.items() if not np.isfinite(value).all()]
     problems += _tensor_problems({name: value.shape for name, value in tensors.items()}, config)
-    problems += _embedding_problems(embedding, config)
+    problems += embedding_problems(embedding, config)
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
     if problems:
@@ -119,6 +119,13 @@ def unflatten(tensors: Mapping) -> dict:
     return params
 
 
+def check_replaceable(folder, *, is_ours) -> None:
+    """Refuse a folder that `replace_folder` would refuse: for before the work, not behind it."""
+    folder = Path(os.path.abspath(folder))
+    if folder.exists() and not (folder.is_dir() and (is_ours(folder) or not any(folder.iterdir()))):
+        raise ValueError(f"{folder} exists and was not written by this command; remove it or choose another path")
+
+
 @contextlib.contextmanager
 def replace_folder(folder, *, is_ours) -> Iterator[Path]:
     """A new sibling to write into that takes the name `folder` when the block ends without an error.
@@ -126,9 +133,8 @@ def replace_folder(folder, *, is_ours) -> Iterator[Path]:
     What stands there already is replaced only if it is an empty folder or `is_ours(folder)` holds. A block that is
     interrupted leaves the old folder as it was.
     """
+    check_replaceable(folder, is_ours=is_ours)
     folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and (is_ours(folder) or not any(folder.iterdir()))):
-        raise ValueError(f"{folder} exists and was not written by this command; remove it or choose another path")
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # a process was killed between the two renames below
         os.rename(old, folder)
@@ -179,7 +185,7 @@ def _read_config(path: Path) -> tuple[TransformerConfig | None, dict, list[str]]
     if not isinstance(embedding, dict):
         problems.append(f"{CONFIG} has no embedding section")
     elif config:
-        problems += _embedding_problems({k: v for k, v in embedding.items() if k != "dimensions"}, config)
+        problems += embedding_problems({k: v for k, v in embedding.items() if k != "dimensions"}, config)
     return config, settings, problems
 
 
@@ -207,7 +213,7 @@ def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig) -> 
     return problems
 
 
-def _embedding_problems(embedding: Mapping, config: TransformerConfig) -> list[str]:
+def embedding_problems(embedding: Mapping, config: TransformerConfig) -> list[str]:
     problems = [f"the embedding section lacks {name}" for name in EMBEDDING if name not in embedding]
     problems += [f"the embedding section has the unknown field {n}" for n in embedding if n not in EMBEDDING]
     if problems:

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of the Hugging Face hub: Qwen3 and pplx-embed, in and out (PAPER.md §1).
+"""Checkpoints in the layout of the Hugging Face hub: Qwen3 and pplx-embed, in and out (arXiv 2602.11151).
 
     checkpoint = huggingface.open_checkpoint(huggingface.resolve("Qwen/Qwen3-0.6B-Base"))
     params = checkpoint.params(shardings)
@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from embed import tokenizers
 from embed.checkpoints import export
 from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
 
@@ -57,20 +58,20 @@ FIELDS = {
 }
 PPLX = "bidirectional_pplx_qwen3"
 # What our encoder computes; a checkpoint that says otherwise is another architecture.
-FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "use_sliding_window": False,
-    "rope_scaling": None,
-}
+FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+# Modules of sentence-transformers that change nothing of a vector but its length or its precision.
+MODULES = ("Transformer", "Pooling", "Normalize", "FlexibleQuantizer")
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a file that is written
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-FILES = ["*.json", "*.safetensors", "spiece.model"]  # of a repository: no code, no pickle, no other format
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", *tokenizers.SENTENCEPIECE_FILES]
+# Of a repository: no code, no pickle, no other format, no weights but those at its root.
+FILES = ["*.json", "*.safetensors", *tokenizers.SENTENCEPIECE_FILES]
+OTHER_FILES = ["*/*.safetensors"]
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
-def resolve(source, revision: str | None = None) -> Path:
+def resolve(source, revision: str | None = None, files=FILES) -> Path:
     """The folder of a checkpoint: `source` itself, or the snapshot of a hub id "owner/name" in the local cache.
 
     A hub id is downloaded by huggingface_hub unless it is in the cache; HF_HUB_OFFLINE=1 downloads nothing.
@@ -88,7 +89,11 @@ def resolve(source, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=FILES))
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(source), revision=revision, allow_patterns=files, ignore_patterns=OTHER_FILES
+            )
+        )
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
@@ -104,6 +109,7 @@ class Checkpoint:
     config: TransformerConfig
     causal: bool
     embedding: dict  # separator, max_length, matryoshka, as `export` has them
+    provenance: dict  # what an export of ours says of its run
     tensors: Mapping[str, Path]  # their name -> file
     prefix: str  # before their names, all but the head
 
@@ -176,9 +182,12 @@ def open_checkpoint(folder) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
     config, problems = _read_config(fields)
+    embedding, how_problems = _read_embedding(fields if isinstance(fields, dict) else {}, folder, config)
+    causal = bool(config) and fields["model_type"] != PPLX and fields.get("is_causal", True) is not False
+    problems += [] if causal else how_problems  # how a causal model's texts become vectors is not taken over
     files, file_problems = _tensor_files(folder)
     problems += file_problems
-    tensors, shapes = {}, {}
+    tensors, shapes, types = {}, {}, {}
     for file in files:
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:
@@ -188,11 +197,10 @@ def open_checkpoint(folder) -> Checkpoint:
                         problems.append(f"tensor {name} is in {tensors[name].name} and in {file.name}")
                     if part.get_dtype() not in DTYPES:
                         problems.append(f"tensor {name} is {part.get_dtype()}, expected {', '.join(DTYPES)}")
-                    tensors[name], shapes[name] = file, tuple(part.get_shape())
+                    tensors[name], shapes[name], types[name] = file, tuple(part.get_shape()), part.get_dtype()
         except safetensors.SafetensorError as error:
             problems.append(f"{file.name} is truncated or damaged ({error})")
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
-    causal = bool(config) and fields["model_type"] != PPLX and fields.get("is_causal", True) is not False
     if config and not causal and NAMES["head"] not in tensors:  # an encoder has none, whatever its config says of it
         config = dataclasses.replace(config, tied=True)
     if config:
@@ -201,11 +209,13 @@ def open_checkpoint(folder) -> Checkpoint:
         if not file_problems:
             problems += _tensor_problems({n: s for n, s in shapes.items() if n != copy}, config, prefix)
         table = prefix + NAMES["embedding"]
-        if copy and table in tensors and not _equal(tensors[copy], copy, tensors[table], table):
+        known = {name for name in (copy, table) if types.get(name) in DTYPES}
+        if known == {copy, table} and not _equal(tensors[copy], copy, tensors[table], table):
             problems.append(f"tie_word_embeddings is true, but {copy} differs from {table}")
     if problems:
         raise ValueError(f"{folder} is not a checkpoint that can be read: " + "; ".join(problems))
-    return Checkpoint(folder, config, causal, _embedding(fields, folder), tensors, prefix)
+    ours = fields.get(export.FORMAT) or {}
+    return Checkpoint(folder, config, causal, embedding, ours.get("provenance") or {}, tensors, prefix)
 
 
 def _read_config(fields) -> tuple[TransformerConfig | None, list[str]]:
@@ -213,36 +223,84 @@ def _read_config(fields) -> tuple[TransformerConfig | None, list[str]]:
     if kind not in ("qwen3", PPLX):
         return None, [f"config.json has model_type {kind!r}, expected qwen3 or {PPLX}"]
     problems, values = [], {}
-    rope = fields.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        problems.append(f"config.json has rope_type {rope['rope_type']!r}, expected 'default'")
-    named = {**FIELDS, "rope_theta": "rope_theta"}
-    for ours, theirs in named.items():
-        value = fields.get(theirs, rope.get(theirs))
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or value <= 0 or (ours not in ("norm_eps", "rope_theta") and value != int(value)):
-            problems.append(f"config.json has {theirs}={value!r}, expected a positive number")
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        problems.append(f"config.json has rope parameters {rope!r}, expected an object")
+        rope = {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
+        problems.append(f"config.json has rope parameters {rope!r}, expected rope_type 'default'")
+    thetas = {x for x in (fields.get("rope_theta"), rope.get("rope_theta")) if x is not None}
+    if len(thetas) > 1:
+        problems.append(f"config.json has two values of rope_theta, {sorted(thetas, key=str)}")
+    named = {ours: (theirs, fields.get(theirs)) for ours, theirs in FIELDS.items()}
+    named["rope_theta"] = "rope_theta", next(iter(thetas), None)
+    for ours, (theirs, value) in named.items():
+        whole = ours not in ("norm_eps", "rope_theta")
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < float("inf"):
+            problems.append(f"config.json has {theirs}={value!r}, expected a positive {'whole ' * whole}number")
         values[ours] = value
     for name, expected in FIXED.items():
         if (value := fields.get(name, expected)) != expected:
             problems.append(f"config.json has {name}={value!r}, expected {expected!r}")
-    if other := set(fields.get("layer_types") or ()) - {"full_attention"}:
-        problems.append(f"config.json has layer_types {sorted(other)}, expected full_attention alone")
+    layers = fields.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
+        problems.append(f"config.json has layer_types {layers!r:.80}, expected full_attention alone")
     if problems:
         return None, problems
     try:
-        return TransformerConfig(**values, tied=bool(fields.get("tie_word_embeddings", False))), []
+        return TransformerConfig(**values, tied=fields.get("tie_word_embeddings", False) is True), []
     except ValueError as error:
         return None, [f"config.json: {error}"]
 
 
-def _embedding(fields: dict, folder: Path) -> dict:
-    """How texts become vectors: what an export of ours says, or what the released models do (PAPER.md §1)."""
-    if isinstance(ours := fields.get(export.FORMAT), dict):
-        return {name: ours.get(name) for name in export.EMBEDDING}
-    contextual = "Contextual" in str((fields.get("auto_map") or {}).get("AutoModel", ""))
-    longest = fields.get("max_position_embeddings")
-    return {"matryoshka": [], "separator": contextual, "max_length": longest if isinstance(longest, int) else None}
+def _read_embedding(fields: dict, folder: Path, config: TransformerConfig | None) -> tuple[dict, list[str]]:
+    """How texts become vectors, and what of it is not done here.
+
+    An export of ours says it. Otherwise: the separator of the released contextual models (arXiv 2602.11151), and the
+    files of sentence-transformers, where they are, must say mean pooling and nothing beyond.
+    """
+    if export.FORMAT in fields:
+        ours = fields[export.FORMAT]
+        if not isinstance(ours, dict):
+            return {}, [f"config.json has {export.FORMAT}={ours!r}, expected an object"]
+        embedding = {name: ours[name] for name in export.EMBEDDING if name in ours}
+        return embedding, export.embedding_problems(embedding, config) if config else []
+    model = fields.get("auto_map")
+    model = model.get("AutoModel") if isinstance(model, dict) else ""
+    tokenizer = _json(folder / "tokenizer_config.json") or {}
+    limits = [fields.get("max_position_embeddings"), tokenizer.get("model_max_length")]
+    limits += [(_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")]
+    limits = [n for n in limits if isinstance(n, int) and not isinstance(n, bool) and 0 < n < 10**9]
+    embedding = {"matryoshka": [], "separator": "Contextual" in str(model), "max_length": min(limits, default=None)}
+    problems = []
+    modules = _json(folder / "modules.json")
+    for module in [m for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []:
+        if str(module.get("type")).rpartition(".")[2] not in MODULES:
+            problems.append(f"modules.json has {module.get('type')}, expected no other than {', '.join(MODULES)}")
+        if "Pooling" in str(module.get("type")):
+            pooling = _json(folder / str(module.get("path")) / "config.json") or {}
+            modes = {
+                k.removeprefix("pooling_mode_") for k, on in pooling.items() if k.startswith("pooling_mode_") and on
+            }
+            modes |= {pooling["pooling_mode"]} if "pooling_mode" in pooling else set()
+            if not modes <= {"mean", "mean_tokens"}:
+                problems.append(f"{module.get('path')}/config.json pools by {sorted(modes)}, expected the mean")
+    prompts = _json(folder / "config_sentence_transformers.json") or {}
+    if prompt := (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")):
+        problems.append(
+            f"config_sentence_transformers.json puts the prompt {prompt!r} before texts, which is not done here"
+        )
+    return embedding, problems
+
+
+def _json(path: Path):
+    """A JSON file's content, None where there is none or it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -329,7 +387,17 @@ def is_checkpoint(folder) -> bool:
 LAYOUTS = ("sentence-transformers", "pplx")
 
 
-def write(folder, params, config: TransformerConfig, tokenizer, *, layout: str, embedding: Mapping, card: str) -> Path:
+def write(
+    folder,
+    params,
+    config: TransformerConfig,
+    tokenizer,
+    *,
+    layout: str,
+    embedding: Mapping,
+    provenance: Mapping,
+    card: str,
+) -> Path:
     """Write an encoder for other programs; the folder appears whole or not at all.
 
     `sentence-transformers`: a Qwen3 checkpoint that says `"is_causal": false`, with mean pooling: transformers 5 and
@@ -345,7 +413,7 @@ def write(folder, params, config: TransformerConfig, tokenizer, *, layout: str, 
     with export.replace_folder(folder, is_ours=is_export) as partial:
         _write_tensors(partial, params)
         tokenizer.save_for_transformers(partial, embedding["max_length"])
-        for name, document in _documents(config, layout, embedding).items():
+        for name, document in _documents(config, layout, embedding, tokenizer.separator_id, provenance).items():
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_text(json.dumps(document, indent=2) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -360,12 +428,11 @@ def is_export(folder) -> bool:
         return False
 
 
-def model_config(config: TransformerConfig, layout: str, embedding: Mapping) -> dict:
+def model_config(config: TransformerConfig, layout: str, embedding: Mapping, end_id: int, provenance: Mapping) -> dict:
     """config.json of an encoder in a layout."""
     longest = embedding["max_length"] or 32768
     model = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
-    model |= {name: value for name, value in FIXED.items() if name != "rope_scaling"}
-    model |= {
+    model |= FIXED | {
         "architectures": ["Qwen3Model"],
         "model_type": "qwen3",
         "is_causal": False,
@@ -376,7 +443,9 @@ def model_config(config: TransformerConfig, layout: str, embedding: Mapping) -> 
         "tie_word_embeddings": True,
         "use_cache": False,
         "dtype": "float32",
-        export.FORMAT: {name: embedding[name] for name in export.EMBEDDING},
+        "eos_token_id": end_id,  # some programs insist on one
+        "pad_token_id": end_id,
+        export.FORMAT: {name: embedding[name] for name in export.EMBEDDING} | {"provenance": dict(provenance)},
     }
     if layout == "pplx":
         kind = "PPLXQwen3ContextualModel" if embedding["separator"] else "PPLXQwen3Model"
@@ -389,17 +458,20 @@ def model_config(config: TransformerConfig, layout: str, embedding: Mapping) -> 
     return model
 
 
-def _documents(config: TransformerConfig, layout: str, embedding: Mapping) -> dict:
+def _documents(config: TransformerConfig, layout: str, embedding: Mapping, end_id: int, provenance: Mapping) -> dict:
     """The JSON files of a layout, {path: content}."""
     base, st = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
     modules = [(base + ".transformer.Transformer", ""), (st + ".pooling.Pooling", "1_Pooling")]
     if layout == "pplx":
         modules.append(("st_quantize.FlexibleQuantizer", "2_FlexibleQuantizer"))
     return {
-        export.CONFIG: model_config(config, layout, embedding),
+        export.CONFIG: model_config(config, layout, embedding, end_id, provenance),
         "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
         "1_Pooling/config.json": {
             "embedding_dimension": config.hidden_size, "pooling_mode": "mean", "include_prompt": True,
+            # As older programs ask for it.
+            "word_embedding_dimension": config.hidden_size, "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False, "pooling_mode_lasttoken": False,
         },
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer", "prompts": {"query": "", "document": ""},

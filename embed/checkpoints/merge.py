@@ -1,4 +1,4 @@
-"""Merging checkpoints on the sphere (Shoemake 1985; PAPER.md §6)."""
+"""Merging checkpoints on the sphere (Shoemake 1985; arXiv 2602.11151)."""
 
 import jax
 import jax.numpy as jnp

@@ -128,7 +128,9 @@ def build(params: Mapping, config: TransformerConfig):
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
 
 
-def write(folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, card: str) -> Path:
+def write(
+    folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, provenance: Mapping, card: str
+) -> Path:
     """Write folder/onnx/model.onnx (weights beside it), config.json and the tokenizer; whole or not at all."""
     try:
         import onnx
@@ -142,7 +144,9 @@ def write(folder, params, config: TransformerConfig, tokenizer, *, embedding: Ma
         (partial / FILE).parent.mkdir()
         onnx.save_model(model, partial / FILE, save_as_external_data=True, location=DATA)
         tokenizer.save_for_transformers(partial, embedding["max_length"])
-        document = huggingface.model_config(config, "sentence-transformers", embedding)
+        document = huggingface.model_config(
+            config, "sentence-transformers", embedding, tokenizer.separator_id, provenance
+        )
         (partial / export.CONFIG).write_text(json.dumps(document, indent=2) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8")
     return Path(folder)

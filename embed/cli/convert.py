@@ -18,12 +18,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from embed import tokenizers
     from embed.checkpoints import converted, huggingface
+    from embed.checkpoints.export import check_replaceable
     from embed.models.transformer import abstract_params, count_params
     from embed.training import sharding
 
+    check_replaceable(arguments.output, is_ours=converted.is_converted)
     folder = huggingface.resolve(arguments.source, arguments.revision)
     checkpoint, tokenizer = huggingface.open_checkpoint(folder), tokenizers.load(folder, mask_id=arguments.mask_id)
-    if tokenizer.vocab_size > checkpoint.config.vocab_size:
+    if max(tokenizer.mask_id, tokenizer.vocab_size - 1) >= checkpoint.config.vocab_size:
         raise ValueError(
             f"mask_id={tokenizer.mask_id} is behind the {checkpoint.config.vocab_size} rows of the embedding table; "
             "choose with --mask_id a token that texts do not use"
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.output, params, checkpoint.config, tokenizer, embedding=checkpoint.embedding,
         source=source | {"causal": checkpoint.causal},
     )  # fmt: skip
-    kind = "causal: train with left_shift=True" if checkpoint.causal else "bidirectional"
+    kind = "causal" if checkpoint.causal else "bidirectional"
     total, without_table = count_params(params)
     print(f"{total:,} parameters ({without_table:,} without the embedding table), {arguments.dtype}, {kind}")
     print(f"written to {arguments.output}")

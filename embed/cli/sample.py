@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--text={arguments.text!r} has no <mask>: nothing to fill in")
     states = denoise.denoise(
         run.params(arguments.checkpoint), run.model, tokens, mask_id=tokenizer.mask_id,
-        tokens_per_step=arguments.tokens_per_step, left_shift=config.stages.diffusion.left_shift,
+        tokens_per_step=arguments.tokens_per_step, left_shift=run.left_shift,
         length=-(-len(tokens) // 64) * 64,
     )  # fmt: skip
     for k, state in enumerate(states):

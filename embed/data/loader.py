@@ -185,7 +185,7 @@ class DiffusionLoader:
 
     The windows of an epoch tile the task's flat token array, taken as a ring that starts at a place keyed by the
     epoch, so that other tokens stand at the cuts each time. A window crosses documents: each is a segment with its
-    own positions. With `truncate_probability` a row is cut to a random length (PAPER.md §2).
+    own positions. With `truncate_probability` a row is cut to a random length (arXiv 2602.11151).
     """
 
     def __init__(

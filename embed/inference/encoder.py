@@ -30,12 +30,14 @@ def load(path, *, dtype: str | None = None, revision: str | None = None) -> "Enc
     accelerators. A causal language model is refused: it is something to train from.
     """
     dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
-    params, config, tokenizer, how, digest = read_model(path, revision=revision, dtype=dtype)
-    return Encoder(params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, path=path, digest=digest)
+    params, config, tokenizer, how, about = read_model(path, revision=revision, dtype=dtype)
+    return Encoder(
+        params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, path=path, digest=about["digest"]
+    )
 
 
 def read_model(path, *, revision: str | None = None, dtype: str = "float32"):
-    """(parameters, architecture, tokenizer, {separator, max_length, matryoshka}, digest of the weights): see `load`."""
+    """(parameters, architecture, tokenizer, {separator, max_length, matryoshka}, {digest, provenance}): see `load`."""
     folder = huggingface.resolve(path, revision)
     if huggingface.is_checkpoint(folder):
         checkpoint = huggingface.open_checkpoint(folder)
@@ -46,13 +48,16 @@ def read_model(path, *, revision: str | None = None, dtype: str = "float32"):
             )
         config, params = transformer.encoder_only(checkpoint.config, checkpoint.params(dtype=dtype))
         embedding = checkpoint.embedding
-        tokenizer, digest = tokenizers.load(folder), checkpoint.digest
+        tokenizer, about = tokenizers.load(folder), {"digest": checkpoint.digest, "provenance": checkpoint.provenance}
+        if getattr(tokenizer, "adds_tokens", False):
+            raise ValueError(f"{folder}: tokenizer.json adds tokens to each text, which is not done here")
     else:
         params, config, settings = export.read(folder)
-        tokenizer, embedding, digest = tokenizers.load(folder), settings["embedding"], settings.get("weights_digest")
+        tokenizer, embedding = tokenizers.load(folder), settings["embedding"]
+        about = {"digest": settings.get("weights_digest"), "provenance": settings.get("provenance") or {}}
         if tokenizer.digest != settings.get("tokenizer_digest"):
             raise ValueError(f"the tokenizer in {folder} is not the one this model was exported with")
-    return params, config, tokenizer, {name: embedding[name] for name in export.EMBEDDING}, digest
+    return params, config, tokenizer, {name: embedding[name] for name in export.EMBEDDING}, about
 
 
 def quantize(pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False) -> np.ndarray:

@@ -87,14 +87,16 @@ def _xla(query, key, value, segment_ids):
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("rkhqs,rksd->rkhqd", weights, value)
 
-    block = block_size(length)
-    if block == length:
+    block = max(1, MAX_SCORES // length)
+    if block >= length:
         out = attend(query, segment_ids)
     else:
-        queries = jnp.moveaxis(query.reshape(*query.shape[:3], -1, block, head_dim), 3, 0)  # L/b R K h b d
-        segments = jnp.moveaxis(segment_ids.reshape(rows, -1, block), 1, 0)  # L/b R b
+        more = -length % block  # queries that make whole blocks; what they give is dropped
+        queries = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
+        queries = jnp.moveaxis(queries.reshape(*query.shape[:3], -1, block, head_dim), 3, 0)  # L/b R K h b d
+        segments = jnp.moveaxis(jnp.pad(segment_ids, ((0, 0), (0, more))).reshape(rows, -1, block), 1, 0)  # L/b R b
         blocks = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (queries, segments))
-        out = jnp.moveaxis(blocks, 0, 3).reshape(query.shape)
+        out = jnp.moveaxis(blocks, 0, 3).reshape(*query.shape[:3], -1, head_dim)[..., :length, :]
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
 
 
@@ -141,9 +143,3 @@ def _triton(query, key, value, segment_ids, *, interpret: bool):
         None,
         interpret,
     )
-
-
-def block_size(length: int) -> int:
-    """The most queries that divide `length` and, against all keys, give at most MAX_SCORES scores."""
-    most = min(length, max(1, MAX_SCORES // length))
-    return next(b for b in range(most, 0, -1) if length % b == 0)

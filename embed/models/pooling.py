@@ -1,4 +1,4 @@
-"""Mean pooling over spans: the only place where hidden states become vectors (DESIGN.md §2, PAPER.md §1)."""
+"""Mean pooling over spans: the only place where hidden states become vectors (ARCHITECTURE.md; arXiv 2602.11151)."""
 
 import jax
 import jax.numpy as jnp

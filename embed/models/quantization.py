@@ -1,4 +1,4 @@
-"""Embeddings in fewer bits (PAPER.md §7): int8 in training and at inference, binary at inference.
+"""Embeddings in fewer bits (arXiv 2602.11151): int8 in training and at inference, binary at inference.
 
 Everything here acts on each number alone, so it commutes with taking a Matryoshka prefix; packing bits does not:
 take the prefix first.

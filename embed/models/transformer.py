@@ -1,4 +1,4 @@
-"""The encoder: the Qwen3 architecture with bidirectional attention (PAPER.md §1), in Flax NNX.
+"""The encoder: the Qwen3 architecture with bidirectional attention (arXiv 2602.11151), in Flax NNX.
 
 Parameters live outside as a plain nested dict of arrays, so that checkpoints, sharding rules, merging and export
 see one simple tree; `apply` binds them to the module for one call:

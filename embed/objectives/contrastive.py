@@ -1,4 +1,4 @@
-"""Contrastive losses of the three stages (PAPER.md §3-§5). s is cosine; all inputs are normalised here.
+"""Contrastive losses of the three stages (arXiv 2602.11151). s is cosine; all inputs are normalised here.
 
 The ids are hashes of token content. Two examples with equal ids are no negatives of each other, and nothing is
 ever compared by its embedding. Arrays are global: under jit with rows sharded over devices every query sees the
@@ -57,7 +57,7 @@ def pair_loss(
     document_ids: Int[Array, "N"] | None = None,
     valid: Bool[Array, "N"] | None = None,
 ) -> Float[Array, ""]:
-    """InfoNCE over in-batch documents and in-batch queries with a false-negative mask (PAPER.md §3).
+    """InfoNCE over in-batch documents and in-batch queries with a false-negative mask (arXiv 2602.11151).
 
         L = -(1/N) Σ_i log  e^{s(q_i,d_i)/τ} /
             ( e^{s(q_i,d_i)/τ} + Σ_{j≠i} m_i(d_j) e^{s(q_i,d_j)/τ} + Σ_{j≠i} m_i(q_j) e^{s(q_i,q_j)/τ} )
@@ -92,7 +92,7 @@ def contextual_loss(
     valid: Bool[Array, "N"] | None = None,
     chunk_valid: Bool[Array, "C"] | None = None,
 ) -> Float[Array, ""]:
-    """Chunk- and document-level InfoNCE for late chunking (PAPER.md §4).
+    """Chunk- and document-level InfoNCE for late chunking (arXiv 2602.11151).
 
         L        = β L_global + (1 - β) (α L_seq + (1 - α) L_batch)
         L_seq    : the positive chunk against the chunks of its own document
@@ -151,7 +151,7 @@ def triplet_loss(
     valid: Bool[Array, "N"] | None = None,
     negative_valid: Bool[Array, "N K"] | None = None,
 ) -> Float[Array, ""]:
-    """InfoNCE over all documents and all hard negatives of the batch (PAPER.md §5); no query–query term, no margin.
+    """InfoNCE over all documents and all hard negatives of the batch (arXiv 2602.11151); no query–query term, no margin.
 
         L = -(1/N) Σ_i log e^{s(q_i,d_i)/τ} / ( Σ_j e^{s(q_i,d_j)/τ} + Σ_j Σ_k e^{s(q_i,d^h_jk)/τ} )
 

@@ -1,4 +1,4 @@
-"""Masked (absorbing-state) diffusion: corruption, ELBO and the chunked cross-entropy it needs (PAPER.md §2)."""
+"""Masked (absorbing-state) diffusion: corruption, ELBO and the chunked cross-entropy it needs (arXiv 2602.11151)."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def elbo_loss(
 
 
 def left_shift(hidden: Float[Array, "R L D"]) -> Float[Array, "R L D"]:
-    """Predict token i from the state at i - 1, as a causal language model did (PAPER.md §2).
+    """Predict token i from the state at i - 1, as a causal language model did (arXiv 2602.11151).
 
     Shifts the whole L axis; the first token of each segment then has no predecessor of its own and must be
     kept out of `valid`.

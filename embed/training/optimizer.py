@@ -1,4 +1,4 @@
-"""AdamW with clipping under a warmup-stable-decay schedule (PAPER.md §2)."""
+"""AdamW with clipping under a warmup-stable-decay schedule (arXiv 2602.11151)."""
 
 import jax
 import optax

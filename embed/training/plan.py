@@ -110,7 +110,7 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
 
 def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int):
     """The compiled train step of a stage over a mesh, as `loop.train` runs it."""
-    loss = stages.make_loss(stage, model, mask_id)
+    loss = stages.make_loss(stage, model, mask_id, left_shift=True)
     optimizer = make_optimizer(stage.optimizer, wsd_schedule(stage.optimizer.learning_rate, 100, 0.1, 0.1))
     params = transformer.abstract_params(model)
     params_sharding = sharding.parameter_shardings(mesh, params)

@@ -71,7 +71,7 @@ def diffusion_loss(
     params, batch, key, progress, *, model, mask_id: int, left_shift: bool, microbatches: int, capacity: float,
     chunk: int,
 ):  # fmt: skip
-    """Masked-diffusion ELBO in nats a token (PAPER.md §2); `overflow` counts masked tokens beyond the capacity."""
+    """Masked-diffusion ELBO in nats a token (arXiv 2602.11151); `overflow` counts masked tokens beyond the capacity."""
     tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
     # With the shift the first token of a segment has no predecessor to be predicted from.
     valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
@@ -115,7 +115,7 @@ def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, docu
 
 
 def over_prefixes(prefixes, dimensions: int, loss: Callable):
-    """The mean of `loss(p)` over Matryoshka prefixes, each the first p dimensions of every embedding (PAPER.md §8).
+    """The mean of `loss(p)` over Matryoshka prefixes, each the first p dimensions of every embedding (arXiv 2602.11151).
 
     The backward pass makes the similarities of each prefix anew: at 16,384 pairs one float32 matrix of them is 1.07 GB.
     """
@@ -128,7 +128,7 @@ def over_prefixes(prefixes, dimensions: int, loss: Callable):
 
 
 def pair_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin):
-    """PAPER.md §3."""
+    """The pair stage (arXiv 2602.11151)."""
     (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
     q, d = spans[batch["query_slots"]], spans[batch["document_slots"]]
 
@@ -142,7 +142,7 @@ def pair_loss(params, batch, key, progress, *, model, shape, microbatches, prefi
 
 
 def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature):
-    """PAPER.md §5."""
+    """The triplet stage (arXiv 2602.11151)."""
     (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
     q, d, h = (spans[batch[name]] for name in ("query_slots", "document_slots", "negative_slots"))
 
@@ -159,7 +159,7 @@ def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, pr
 def contextual_loss(
     params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin, alpha, beta
 ):
-    """PAPER.md §4, with β on a cosine from beta[0] to beta[1] over the stage."""
+    """The contextual stage (arXiv 2602.11151), with β on a cosine from beta[0] to beta[1] over the stage."""
     spans, segments = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches, documents=True)
     q, c, d = spans[batch["query_slots"]], spans[batch["chunk_slots"]], segments[batch["document_slots"]]
     beta_now = beta[1] + (beta[0] - beta[1]) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -187,11 +187,11 @@ def row_shape(batch) -> RowShape:
     return RowShape(batch.length, batch.spans, batch.segments)
 
 
-def make_loss(stage, model: transformer.TransformerConfig, mask_id: int) -> Callable:
+def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_shift: bool = False) -> Callable:
     """The loss function of a stage's config. Over several devices it is called under `jax.set_mesh`."""
     if stage.kind == "diffusion":
         return functools.partial(
-            diffusion_loss, model=model, mask_id=mask_id, left_shift=stage.left_shift, microbatches=stage.microbatches, capacity=stage.logits_capacity, chunk=stage.logits_chunk,
+            diffusion_loss, model=model, mask_id=mask_id, left_shift=left_shift, microbatches=stage.microbatches, capacity=stage.logits_capacity, chunk=stage.logits_chunk,
         )  # fmt: skip
     common = dict(
         model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature,

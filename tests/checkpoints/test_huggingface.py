@@ -18,6 +18,7 @@ from embed import inference, tokenizers
 from embed.checkpoints import converted, export, huggingface, training_state
 from embed.checkpoints.card import model_card
 from embed.cli import main
+from embed.inference.encoder import read_model
 from embed.models import transformer
 
 EMBEDDING = {"matryoshka": [16, 32], "separator": False, "max_length": None}
@@ -38,7 +39,14 @@ def config(tokenizer):
 def encoder_folder(tmp_path_factory, tokenizer, config):
     folder = tmp_path_factory.mktemp("hf") / "encoder"
     return huggingface.write(
-        folder, random_params(config), config, tokenizer, layout="sentence-transformers", embedding=EMBEDDING, card="c"
+        folder,
+        random_params(config),
+        config,
+        tokenizer,
+        layout="sentence-transformers",
+        embedding=EMBEDDING,
+        provenance={},
+        card="c",
     )
 
 
@@ -74,13 +82,13 @@ def test_an_encoder_folder_embeds_as_the_parameters_it_was_written_from(encoder_
     got = inference.load(encoder_folder)
     np.testing.assert_array_equal(got.encode(TEXTS), want.encode(TEXTS))
     np.testing.assert_array_equal(got.encode(TEXTS, precision="int8"), want.encode(TEXTS, precision="int8"))
-    assert got.matryoshka == (16, 32) and got.digest != want.digest
+    assert got.matryoshka == (16, 32) and got.digest == huggingface.open_checkpoint(encoder_folder).digest
 
 
 def test_a_sentencepiece_model_travels_along(tmp_path):
     huggingface.write(
         tmp_path / "m", small.params(), small.config(), small.tokenizer(), layout="sentence-transformers",
-        embedding=EMBEDDING, card="",
+        embedding=EMBEDDING, provenance={}, card="",
     )  # fmt: skip
     np.testing.assert_array_equal(inference.load(tmp_path / "m").encode(TEXTS), small.encoder().encode(TEXTS))
 
@@ -159,7 +167,7 @@ def test_the_released_dense_model_joins_chunks_bare(folder):
 @pytest.mark.parametrize("contextual", [False, True])
 def test_the_pplx_layout_has_the_names_and_fields_of_the_release(contextual, tmp_path, config, tokenizer):
     path = huggingface.write(
-        tmp_path / "m", random_params(config), config, tokenizer, layout="pplx", card="",
+        tmp_path / "m", random_params(config), config, tokenizer, layout="pplx", card="", provenance={},
         embedding=EMBEDDING | {"separator": contextual},
     )  # fmt: skip
     fields = json.loads((path / "config.json").read_text())
@@ -193,7 +201,14 @@ def test_large_checkpoints_are_written_in_several_files(tmp_path, config, tokeni
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
     params = random_params(config)
     path = huggingface.write(
-        tmp_path / "m", params, config, tokenizer, layout="sentence-transformers", embedding=EMBEDDING, card=""
+        tmp_path / "m",
+        params,
+        config,
+        tokenizer,
+        layout="sentence-transformers",
+        embedding=EMBEDDING,
+        provenance={},
+        card="",
     )
     assert len(list(path.glob("model-*-of-*.safetensors"))) > 2
     np.testing.assert_array_equal(huggingface.open_checkpoint(path).params()["norm"], params["norm"])
@@ -223,10 +238,24 @@ def test_everything_that_is_wrong_is_listed_in_one_error(folder):
         (dict(model_type="llama"), "model_type 'llama', expected qwen3 or bidirectional_pplx_qwen3"),
         (dict(hidden_act="gelu"), "hidden_act='gelu', expected 'silu'"),
         (dict(attention_bias=True), "attention_bias=True, expected False"),
-        (dict(rope_scaling={"rope_type": "yarn"}), "rope_scaling=.*yarn.*, expected None"),
-        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1.0}), "rope_type 'yarn', expected 'default'"),
-        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types .'sliding_attention'., expected"),
-        (dict(num_hidden_layers=0), "num_hidden_layers=0, expected a positive number"),
+        (
+            dict(rope_parameters=None, rope_scaling={"type": "yarn", "factor": 4.0}),
+            "rope parameters .*yarn.*, expected",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+            "rope parameters .*yarn.*, expected rope_type",
+        ),
+        (dict(rope_parameters={"rope_theta": 5e6}), "two values of rope_theta, .10000.0, 5000000.0."),
+        (dict(rope_parameters=[1]), "rope parameters .1., expected an object"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types .*sliding_attention.*, expected"),
+        (dict(layer_types=3), "layer_types 3, expected full_attention alone"),
+        (dict(num_hidden_layers=0), "num_hidden_layers=0, expected a positive whole number"),
+        (dict(num_hidden_layers=2.0), "num_hidden_layers=2.0, expected a positive whole number"),
+        (dict(rms_norm_eps=float("inf")), "rms_norm_eps=inf, expected a positive number"),
+        (dict(embed={"separator": True}), "the embedding section lacks matryoshka; .* lacks max_length"),
+        (dict(embed={"separator": "no", "matryoshka": [], "max_length": None}), "separator is 'no', expected true or"),
+        (dict(embed=3), "config.json has embed=3, expected an object"),
         (dict(num_attention_heads=3, num_key_value_heads=2), "num_heads=3 must be a multiple of num_kv_heads=2"),
     ],
 )
@@ -318,7 +347,7 @@ def test_tensors_go_straight_into_their_shards(encoder_folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_convert_makes_a_checkpoint_that_says_what_it_is(causal, tmp_path, capsys, dtype):
     assert main(["convert", str(causal), str(tmp_path / "out"), f"--dtype={dtype}"]) == 0
-    assert "causal: train with left_shift=True" in capsys.readouterr().out
+    assert f"{dtype}, causal" in capsys.readouterr().out
     checkpoint = huggingface.open_checkpoint(causal)
     info = json.loads((tmp_path / "out" / "model.json").read_text())
     assert info["source"]["causal"] and info["source"]["digest"] == checkpoint.digest
@@ -328,11 +357,28 @@ def test_convert_makes_a_checkpoint_that_says_what_it_is(causal, tmp_path, capsy
         want = export.flatten(checkpoint.params(dtype=dtype))[name].astype(np.float32)
         np.testing.assert_array_equal(x, want)
     tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer")
-    converted.check(tmp_path / "out", checkpoint.config, tokenizer)
-    with pytest.raises(ValueError, match="config.model.num_layers is 3, the checkpoint's 2; the run's tokenizer is an"):
-        converted.check(
-            tmp_path / "out", dataclasses.replace(checkpoint.config, num_layers=3), small.tokenizer()
-        )  # fmt: skip
+    converted.check(tmp_path / "out", dataclasses.asdict(checkpoint.config), tokenizer)
+    wrong = dataclasses.asdict(checkpoint.config) | {"num_layers": 3}
+    with pytest.raises(
+        ValueError, match="config.model.num_layers is 3, the checkpoint's 2; the run's tokenizer is .*mask_id"
+    ):
+        converted.check(tmp_path / "out", wrong, small.tokenizer())
+    other = tokenizers.load(tmp_path / "out" / "tokenizer", mask_id=5)
+    with pytest.raises(ValueError, match="the run's tokenizer is .*'mask_id': 5"):
+        converted.check(tmp_path / "out", {}, other)
+
+
+def test_convert_replaces_what_it_wrote_and_nothing_else_and_says_so_before_it_reads(
+    causal, tmp_path, capsys, monkeypatch
+):
+    for _ in range(2):
+        assert main(["convert", str(causal), str(tmp_path / "out")]) == 0
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "model.json").write_text("{}")
+    monkeypatch.setattr(huggingface.Checkpoint, "params", lambda *_: pytest.fail("weights were read"))
+    assert main(["convert", str(causal), str(tmp_path / "web")]) == 2
+    assert "exists and was not written by this command" in capsys.readouterr().err
+    assert (tmp_path / "web" / "model.json").read_text() == "{}"
 
 
 def test_convert_takes_a_mask_and_refuses_one_outside_the_table(causal, tmp_path, capsys, config):
@@ -355,16 +401,93 @@ def test_export_turns_one_layout_into_another(encoder_folder, tmp_path, capsys):
 
 def test_a_card_says_what_the_run_knows_and_that_the_rest_is_unknown(config):
     run = {
-        "stages": {"pair": {"init": "", "curriculum": [(400, "pairs")]}},
-        "data": {"gin_file": "data.gin"}, "merge": {"ratio": 0.8},
+        "stages": {"pair": {"init": "", "curriculum": [(400, "pairs")]}}, "data": {"gin_file": "data.gin"},
+        "merge": {"ratio": 0.8}, "export": {"languages": ["en"], "license": "mit"},
     }  # fmt: skip
-    card = model_card(
-        config, EMBEDDING, {"checkpoint": "merged", "config": run, "commit": "abc"}, layout="sentence-transformers",
-        figures={"functions": {"int8": {"ndcg@10": 0.4567}}}, languages=["en"], license="mit",
-    )  # fmt: skip
+    provenance = {
+        "checkpoint": "merged", "config": run, "commit": "abc", "figures": {"functions": {"int8": {"ndcg@10": 0.4567}}},
+        "source": {"path": "someone/model", "revision": "v2", "digest": "123"},
+    }  # fmt: skip
+    card = model_card(config, EMBEDDING, provenance, layout="sentence-transformers")
     head = card.split("---\n")[1]
     assert head.splitlines()[:4] == ["language:", '- "en"', 'license: "mit"', "library_name: sentence-transformers"]
-    for part in ("| pair | random init | 400 of pairs |", "0.8 of the way", "| functions | int8 | 0.457 |", "16, 32"):
+    for part in ("| pair | random init | 400 of pairs |", "0.8 of the way", "| functions | int8 | 0.457 |", "16, 32",
+                 "Made from someone/model at revision v2 (sha256 123)."):  # fmt: skip
         assert part in card
     bare = model_card(config, EMBEDDING | {"matryoshka": []}, {}, layout="native")
     assert "license:" not in bare and "| license | unknown |" in bare and "commit unknown" in bare
+
+
+def test_what_a_model_says_of_its_run_stays_with_it_through_every_layout(encoder_folder, tmp_path):
+    run = {"commit": "abc", "checkpoint": "pair", "figures": {"functions": {"int8": {"ndcg@10": 0.25}}}}
+    params, config, tokenizer, how, _ = read_model(encoder_folder)
+    path = huggingface.write(
+        tmp_path / "a", params, config, tokenizer, layout="pplx", embedding=how, provenance=run, card=""
+    )
+    for layout in ("native", "sentence-transformers"):
+        assert main(["export", f"--model={path}", f"--output={tmp_path / layout}", f"--format={layout}"]) == 0
+        path = tmp_path / layout
+        card = (path / "README.md").read_text()
+        assert "commit abc" in card and "| functions | int8 | 0.250 |" in card
+
+
+def test_a_table_with_exactly_the_rows_of_the_tokenizer_embeds(tmp_path, tokenizer):
+    exact = transformer.make_config("micro", tokenizer.vocab_size)
+    path = huggingface.write(
+        tmp_path / "m", random_params(exact), exact, tokenizer, layout="sentence-transformers", embedding=EMBEDDING,
+        provenance={}, card="",
+    )  # fmt: skip
+    assert inference.load(path).encode(TEXTS).shape == (len(TEXTS), 32)
+
+
+def write_json(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": "lasttoken"},
+            "1_Pooling/config.json pools by .'lasttoken'., expected",
+        ),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pools by .'cls_token'., expected the mean"),
+        (
+            "modules.json",
+            [{"type": "sentence_transformers.models.Dense"}],
+            "has sentence_transformers.models.Dense, exp",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"q": "Query: "}, "default_prompt_name": "q"},
+            "'Query: ' before",
+        ),
+    ],
+)
+def test_a_folder_that_makes_its_vectors_otherwise_is_refused(folder, file, content, message):
+    edit_config(folder, embed=None)
+    assert inference.load(folder).max_length == 32768
+    write_json(folder / file, content)
+    with pytest.raises(ValueError, match=message):
+        inference.load(folder)
+
+
+def test_a_tokenizer_that_adds_tokens_and_a_shorter_limit_are_heard(folder):
+    edit_config(folder, embed=None)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", config | {"model_max_length": 8})
+    assert inference.load(folder).max_length == 8
+    model = json.loads((folder / "tokenizer.json").read_text())
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    model["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, end], "pair": [],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
+    }  # fmt: skip
+    write_json(folder / "tokenizer.json", model)
+    with pytest.raises(ValueError, match="tokenizer.json adds tokens to each text"):
+        inference.load(folder)
+    (folder / "tokenizer_config.json").write_text('{"model_max')
+    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
+        inference.load(folder)

@@ -44,7 +44,12 @@ def encoder(model):
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     return huggingface.write(
-        tmp_path_factory.mktemp("st") / "m", *model, layout="sentence-transformers", embedding=EMBEDDING, card="# m\n"
+        tmp_path_factory.mktemp("st") / "m",
+        *model,
+        layout="sentence-transformers",
+        embedding=EMBEDDING,
+        provenance={},
+        card="# m\n",
     )
 
 
@@ -84,7 +89,7 @@ def test_the_modules_are_named_so_that_releases_without_bidirectional_attention_
 
 
 def test_onnxruntime_gives_our_vectors_in_every_precision(model, encoder, tmp_path):
-    path = onnx.write(tmp_path / "m", *model, embedding=EMBEDDING, card="")
+    path = onnx.write(tmp_path / "m", *model, embedding=EMBEDDING, provenance={}, card="")
     session = onnxruntime.InferenceSession(path / onnx.FILE)
     assert (path / "onnx" / onnx.DATA).stat().st_size > 10_000
     tokens = encoder.tokenizer.encode(SAMPLES)

@@ -110,7 +110,7 @@ def test_a_causal_checkpoint_comes_back_bit_for_bit_and_its_head_gives_the_refer
 
 
 def test_the_released_contextual_layout_pools_between_separators_as_its_code_does(model, tokenizer_folder, tmp_path):
-    """The reference is PAPER.md §1 by hand: join, tokenize once, one pass, split at the separators."""
+    """The reference is arXiv 2602.11151 by hand: join, tokenize once, one pass, split at the separators."""
     folder = save(model, tokenizer_folder, tmp_path)
     fields = json.loads((folder / "config.json").read_text())
     del fields["is_causal"]
@@ -162,9 +162,9 @@ def test_names_and_shapes_of_the_real_sizes_are_those_of_transformers(size, coun
     assert dict(huggingface._their_shapes(config, "")) == theirs and len(theirs) == count
 
 
-def test_a_stage_starts_from_a_converted_checkpoint(tokenizer_folder, tmp_path, capsys):
+def test_the_mask_of_a_converted_checkpoint_is_a_token_that_no_text_yields(tokenizer_folder, tmp_path):
     model = random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True)
     source = save(model, tokenizer_folder, tmp_path / "source")
     assert main(["convert", str(source), str(tmp_path / "converted")]) == 0
     tokenizer = tokenizers.load(tmp_path / "converted" / "tokenizer")
-    assert tokenizer.mask_id == tokenizer.vocab_size - 1 > max(map(max, tokenizer.encode(TEXTS)))
+    assert tokenizer.mask_id == tokenizer.vocab_size > max(map(max, tokenizer.encode(TEXTS)))
