@@ -360,6 +360,8 @@ def export_model(run: Run, checkpoint: str, folder, layout: str = "native") -> P
 
 def convert_model(model: str, folder, layout: str, *, revision: str | None = None) -> Path:
     """Write a model that embed.inference loads in another layout."""
+    if Path(model).is_dir() and Path(model).resolve() == Path(folder).resolve():
+        raise ValueError(f"--output={folder} is the model itself; choose another folder")
     params, config, tokenizer, embedding, about = read_model(model, revision=revision)
     # What made the model stays; where it was taken from comes beside it.
     taken = {"source": {"path": str(model), "revision": revision, "digest": about["digest"]}}

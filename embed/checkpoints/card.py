@@ -19,9 +19,9 @@ model = SentenceTransformer("FOLDER")  # no trust_remote_code
 vectors = model.encode(["a text", "another"])
 ```
 
-Needs transformers 5 or newer, whose Qwen3 honours `"is_causal": false` (checked with 5.24 and sentence-transformers
-6.2). transformers 4 would run it causally without a word: do not use it. Releases of sentence-transformers that allow
-transformers 4 do not know the modules named in modules.json and refuse to load.""",
+Needs sentence-transformers 6.0 and transformers 5.2 or newer, whose Qwen3 honours `"is_causal": false` (checked with 6.2 and
+5.24). Older transformers would run it causally without a word: do not use them. Older sentence-transformers fail to
+load it, as long as the folder is as it was written.""",
     "pplx": """In the layout of the released pplx-embed models, for programs that know those (text-embeddings-inference 1.9.2 and
 newer), and for `embed.inference.load`. Code is not included: configuration.py, modeling.py and st_quantize.py come with
 the released models. This export has not been run in those programs; text-embeddings-inference reads no SentencePiece model, so

@@ -201,7 +201,10 @@ def open_checkpoint(folder) -> Checkpoint:
         except safetensors.SafetensorError as error:
             problems.append(f"{file.name} is truncated or damaged ({error})")
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
-    if config and not causal and NAMES["head"] not in tensors:  # an encoder has none, whatever its config says of it
+    headless = fields.get("architectures") == ["Qwen3Model"] if config else False
+    if (
+        config and (headless or not causal) and NAMES["head"] not in tensors
+    ):  # none is meant, whatever tie_word_embeddings says
         config = dataclasses.replace(config, tied=True)
     if config:
         # A tied model may carry its head all the same: it must be the embedding table itself.
@@ -385,6 +388,11 @@ def is_checkpoint(folder) -> bool:
 
 
 LAYOUTS = ("sentence-transformers", "pplx")
+# Where sentence-transformers finds its Transformer module. The same class is at home in base.modules, but that path exists in 5.4
+# to 5.6 as well, which allow a transformers that ignores is_causal. This one exists from 6.0: older releases fail.
+TRANSFORMER = "sentence_transformers.multi_vector_encoder.model.Transformer"
+POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+MARKER = ".embed-export"  # sha256 of the config.json that was written: a folder that others changed is not ours
 
 
 def write(
@@ -400,10 +408,10 @@ def write(
 ) -> Path:
     """Write an encoder for other programs; the folder appears whole or not at all.
 
-    `sentence-transformers`: a Qwen3 checkpoint that says `"is_causal": false`, with mean pooling: transformers 5 and
-    sentence-transformers 6 load it without code of its own. The names of its modules do not exist in releases of
-    sentence-transformers that could run it causally, so those fail. `pplx`: the layout of the released models, for
-    the programs that know them; their code (configuration.py, modeling.py, st_quantize.py) is not written.
+    `sentence-transformers`: a Qwen3 checkpoint that says `"is_causal": false`, with mean pooling. transformers honours that
+    from 5.2; see `TRANSFORMER` for what keeps older sentence-transformers from running it causally. `pplx`: the layout of
+    the released models, for the programs that know them; their code (configuration.py, modeling.py, st_quantize.py) is not
+    written.
     `card` is the README.md.
     """
     if layout not in LAYOUTS:
@@ -417,15 +425,22 @@ def write(
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_text(json.dumps(document, indent=2) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        mark(partial)
     return Path(folder)
 
 
 def is_export(folder) -> bool:
-    """Whether `write` wrote the folder."""
+    """Whether the folder stands as `write` left it."""
     try:
-        return export.FORMAT in json.loads((Path(folder) / export.CONFIG).read_text())
-    except (OSError, ValueError, TypeError):
+        config = (Path(folder) / export.CONFIG).read_bytes()
+        return (Path(folder) / MARKER).read_text() == hashlib.sha256(config).hexdigest()
+    except OSError:
         return False
+
+
+def mark(folder: Path) -> None:
+    """Make `is_export` true of a folder that is complete."""
+    (folder / MARKER).write_text(hashlib.sha256((folder / export.CONFIG).read_bytes()).hexdigest())
 
 
 def model_config(config: TransformerConfig, layout: str, embedding: Mapping, end_id: int, provenance: Mapping) -> dict:
@@ -460,8 +475,7 @@ def model_config(config: TransformerConfig, layout: str, embedding: Mapping, end
 
 def _documents(config: TransformerConfig, layout: str, embedding: Mapping, end_id: int, provenance: Mapping) -> dict:
     """The JSON files of a layout, {path: content}."""
-    base, st = "sentence_transformers.base.modules", "sentence_transformers.sentence_transformer.modules"
-    modules = [(base + ".transformer.Transformer", ""), (st + ".pooling.Pooling", "1_Pooling")]
+    modules = [(TRANSFORMER, ""), (POOLING, "1_Pooling")]
     if layout == "pplx":
         modules.append(("st_quantize.FlexibleQuantizer", "2_FlexibleQuantizer"))
     return {

@@ -149,4 +149,5 @@ def write(
         )
         (partial / export.CONFIG).write_text(json.dumps(document, indent=2) + "\n")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        huggingface.mark(partial)
     return Path(folder)

@@ -104,6 +104,7 @@ def masked_token_nll(
     `counted`: leave them out of the loss and say how many they were. Tokens move between rows, so a batch over several
     devices calls this on each device's rows.
     """
+    hidden, targets, masked = jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(masked)
     rows, length, width = hidden.shape
     size = rows * length
     chunk = min(chunk, size)

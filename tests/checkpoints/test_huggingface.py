@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import small
+from huggingface_hub.utils import filter_repo_objects
 from small import edit_config, random_params
 
 from embed import inference, tokenizers
@@ -491,3 +492,43 @@ def test_a_tokenizer_that_adds_tokens_and_a_shorter_limit_are_heard(folder):
     (folder / "tokenizer_config.json").write_text('{"model_max')
     with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
         inference.load(folder)
+
+
+def test_an_export_replaces_what_it_wrote_but_not_what_others_made_of_it(folder, tmp_path, capsys):
+    export = ["export", f"--model={folder}", f"--output={tmp_path / 'out'}", "--format=sentence-transformers"]
+    assert main(export) == main(export) == 0
+    edit_config(tmp_path / "out", transformers_version="6")  # as a program does that saves a tuned model there
+    assert main(export) == 2
+    assert "exists and was not written by this command" in capsys.readouterr().err
+    assert main(["export", f"--model={folder}", f"--output={folder}"]) == 2
+    assert "is the model itself" in capsys.readouterr().err
+
+
+def test_what_a_hub_repository_is_filtered_to_is_all_that_load_needs(encoder_folder, tmp_path):
+    native = tmp_path / "native"
+    embedding = dict(embedding=EMBEDDING, provenance={})
+    export.export(native, small.params(), small.config(), small.tokenizer(), **embedding)
+    for source in (native, encoder_folder):
+        names = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()]
+        names += ["fp8/model.safetensors", "modeling.py", "pytorch_model.bin"]
+        kept = set(filter_repo_objects(names, allow_patterns=huggingface.FILES, ignore_patterns=huggingface.OTHER_FILES))
+        assert not kept & set(names[-3:])
+        copy = tmp_path / f"{source.name}-copy"
+        for name in kept:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, copy / name)
+        np.testing.assert_array_equal(inference.load(copy).encode(TEXTS), inference.load(source).encode(TEXTS))
+
+
+def test_a_causal_model_without_a_head_is_taken_as_tied(causal):
+    edit_config(causal, architectures=["Qwen3Model"])
+    assert not huggingface.open_checkpoint(causal).config.tied  # its head is there
+    where = json.loads((causal / "model.safetensors.index.json").read_text())["weight_map"]
+    file = causal / where["lm_head.weight"]
+    arrays = safetensors.numpy.load_file(file)
+    del arrays["lm_head.weight"]
+    safetensors.numpy.save_file(arrays, file)
+    assert huggingface.open_checkpoint(causal).config.tied
+    edit_config(causal, architectures=["Qwen3ForCausalLM"])
+    with pytest.raises(ValueError, match="tensor lm_head.weight is missing"):
+        huggingface.open_checkpoint(causal)
