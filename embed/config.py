@@ -40,6 +40,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     another type than the file's.
     """
     file = Path(path.partition(":")[0])
+    if file.suffix != ".py":
+        raise ValueError(f"config {file} must be a Python file with get_config(arg), FILE.py or FILE.py:argument")
     if not file.is_file():
         raise FileNotFoundError(f"no config file at {file}; the shipped ones are in configs/")
     root = str(file.resolve().parent.parent)

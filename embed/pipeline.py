@@ -160,7 +160,7 @@ def write_json(path: Path, value) -> None:
 def prepare(run: Run) -> dict:
     """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later."""
     if missing := [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]:
-        raise ValueError(f"preparing data needs {', '.join(missing)}: pip install '.[data]'")
+        raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
     from embed.data.prepare import prepare as prepare_data
 
     data = run.config.data
@@ -190,6 +190,12 @@ def train_stage(run: Run, name: str) -> dict:
     steps = sum(n for n, _ in phases)
     if not steps:
         raise ValueError(f"stage {name}: curriculum={stage.curriculum} has no steps")
+    if stage.kind == "triplet" and not (run.data / "tasks" / "triplet" / "info.json").exists():
+        if jax.process_count() > 1:
+            raise FileNotFoundError(
+                f"{run.data} holds no mined negatives: run a step of this stage, or the pipeline, with one process first"
+            )
+        mine(run)
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     separator = run.tokenizer.separator_id if config.export.separator else None
     folder = run.workdir / name
@@ -291,6 +297,8 @@ def show_masked(tokenizer, tokens: np.ndarray) -> str:
 def mine(run: Run) -> dict:
     """Hard negatives for the triplet stage out of the pair checkpoint, as a store of their own."""
     config, target = run.config.mining, run.data / "tasks" / "triplet"
+    if (target / "info.json").exists():  # `embed train` of the triplet stage was there before
+        return json.loads((target / "info.json").read_text())["info"]["mined"]
     store = run.store(config.task)
     examples = store.read(np.arange(len(store)))
     encoder = run.encoder(run.params("pair"))
@@ -304,7 +312,6 @@ def mine(run: Run) -> dict:
         num_negatives=config.num_negatives, rank_window=tuple(config.rank_window), margin=config.margin,
         query_ids=ids[rows], document_ids=content_ids(documents),
     )  # fmt: skip
-    shutil.rmtree(target, ignore_errors=True)  # complete, if the last run was killed right behind it
     writer = Writer(target, ["query", "document", "negatives", "negative_lengths"])
     none = np.zeros(0, np.int32)
     for example, row in zip((examples[i] for i in rows), chosen):
@@ -317,8 +324,9 @@ def mine(run: Run) -> dict:
                 "negative_lengths": np.array([len(n) for n in negatives], np.int32),
             }
         )
-    writer.close({"task": "triplet", "mined_by": "pair", "mining": config.to_dict(), "counts": counts})
-    return {"documents": len(examples), **counts}
+    mined = {"documents": len(examples), **counts}
+    writer.close({"task": "triplet", "mined_by": "pair", "mining": config.to_dict(), "mined": mined})
+    return mined
 
 
 def merge_sweep(run: Run) -> dict:

@@ -40,6 +40,12 @@ def test_a_missing_config_file_is_named():
         config.load("configs/nowhere.py")
 
 
+def test_a_config_that_is_no_python_file_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json must be a Python file with get_config"):
+        config.load(str(tmp_path / "config.json"))
+
+
 def test_the_config_is_locked():
     with pytest.raises(AttributeError):
         config.load(QUICKSTART).nonsense = 1

@@ -143,6 +143,18 @@ def test_a_stage_starts_from_a_converted_causal_checkpoint_with_its_own_tokenize
     assert 0 < change.max() < 0.02  # two steps away from what was converted
 
 
+def test_training_the_triplet_stage_by_itself_mines_its_negatives_once(workdir, tmp_path):
+    run = pipeline.Run(config.load(CONFIG), tmp_path / "run")
+    shutil.copytree(workdir / "data", run.data, ignore=shutil.ignore_patterns("tfds"))
+    shutil.rmtree(run.data / "tasks" / "triplet")
+    (run.workdir / "pair").symlink_to(workdir / "pair")
+    assert pipeline.train_stage(run, "triplet") == {"steps": 2}
+    info = run.data / "tasks" / "triplet" / "info.json"
+    before = info.stat().st_mtime_ns
+    assert pipeline.mine(run) == json.loads((workdir / "steps" / "mine.json").read_text())["result"]
+    assert info.stat().st_mtime_ns == before
+
+
 def test_a_complete_pipeline_is_not_run_again(workdir):
     before = {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()}
     assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={workdir}"]) == 0

@@ -135,7 +135,7 @@ def write(
     try:
         import onnx
     except ImportError:
-        raise ValueError("--format=onnx needs the package onnx: pip install '.[onnx]'") from None
+        raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'") from None
 
     config, params = encoder_only(config, params)
     export.check(folder, params, config, tokenizer, embedding)

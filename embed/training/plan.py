@@ -158,7 +158,7 @@ def make_plan(stage, model: transformer.TransformerConfig, topology: str, axes: 
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # the plugin raises its own kinds
-        raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}; needs pip install '.[tpu]'") from None
+        raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}; needs pip install -e '.[tpu]'") from None
     if len(devices) != chips:  # v4 and v5p may be described by core
         raise ValueError(f"topology {topology} has {len(devices)} devices, expected {chips}")
     mesh = sharding.make_mesh(**axes, devices=devices)

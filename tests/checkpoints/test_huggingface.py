@@ -511,7 +511,9 @@ def test_what_a_hub_repository_is_filtered_to_is_all_that_load_needs(encoder_fol
     for source in (native, encoder_folder):
         names = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()]
         names += ["fp8/model.safetensors", "modeling.py", "pytorch_model.bin"]
-        kept = set(filter_repo_objects(names, allow_patterns=huggingface.FILES, ignore_patterns=huggingface.OTHER_FILES))
+        kept = set(
+            filter_repo_objects(names, allow_patterns=huggingface.FILES, ignore_patterns=huggingface.OTHER_FILES)
+        )
         assert not kept & set(names[-3:])
         copy = tmp_path / f"{source.name}-copy"
         for name in kept:
