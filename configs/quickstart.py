@@ -2,7 +2,7 @@
 
     embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
-`runlocal` shrinks everything to a few seconds: --config=configs/quickstart.py:runlocal
+`runlocal` shrinks everything to a minute or two: --config=configs/quickstart.py:runlocal
 """
 
 from ml_collections import ConfigDict

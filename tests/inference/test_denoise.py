@@ -20,9 +20,7 @@ def counting(rows: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module", params=[False, True], ids=["same position", "left shift"])
 def trained(request):
     """(left shift, parameters) after a short diffusion stage on that language."""
-    stage = ConfigDict(
-        dict(kind="diffusion", microbatches=1, left_shift=request.param, logits_chunk=LENGTH, logits_capacity=1.0)
-    )
+    stage = ConfigDict(dict(kind="diffusion", microbatches=1, logits_chunk=LENGTH, logits_capacity=1.0))
     config = ConfigDict(
         dict(
             learning_rate=1e-2,
@@ -38,7 +36,7 @@ def trained(request):
     )
     steps = 300
     tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(config.learning_rate, steps, 0.1, 0.5))
-    step = jax.jit(loop.make_train_step(stages.make_loss(stage, MODEL, MASK), tx, 0, steps))
+    step = jax.jit(loop.make_train_step(stages.make_loss(stage, MODEL, MASK, request.param), tx, 0, steps))
     params = transformer.init(MODEL, jax.random.key(0))
     state = tx.init(params)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (64, 1))

@@ -22,7 +22,7 @@ OPTIMIZER = ConfigDict(
         moment_dtype="float32",
     )
 )
-STAGE = ConfigDict(dict(kind="diffusion", microbatches=1, left_shift=False, logits_chunk=8, logits_capacity=1.0))
+STAGE = ConfigDict(dict(kind="diffusion", microbatches=1, logits_chunk=8, logits_capacity=1.0))
 
 
 class Loader:

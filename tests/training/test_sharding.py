@@ -71,11 +71,11 @@ EQUAL_LOSSES = textwrap.dedent(
     batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}
     config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.,
                              moment_dtype="float32"))
-    stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1, left_shift=True,
+    stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1,
                             alpha=0.2, beta=(0.2, 0.5), logits_chunk=8, logits_capacity=1.0, microbatches=1, batch=dict(length=L, spans=4, segments=4)))
 
     def losses(mesh, **fields):
-        loss = stages.make_loss(ConfigDict(stage.to_dict() | fields), model, 2)
+        loss = stages.make_loss(ConfigDict(stage.to_dict() | fields), model, 2, left_shift=True)
         tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(1e-3, 4, 0, 0))
         params = transformer.init(model, jax.random.key(0))
         shardings = sharding.parameter_shardings(mesh, params)

@@ -104,10 +104,10 @@ def test_prefixes_that_the_model_has_not_are_an_error(prefixes, message):
 
 
 def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
-    stage = dict(kind="diffusion", left_shift=True, logits_capacity=1.0, logits_chunk=8)
+    stage = dict(kind="diffusion", logits_capacity=1.0, logits_chunk=8)
 
     def gradient(microbatches):
-        loss = stages.make_loss(ConfigDict(stage | {"microbatches": microbatches}), MODEL, mask_id=2)
+        loss = stages.make_loss(ConfigDict(stage | {"microbatches": microbatches}), MODEL, mask_id=2, left_shift=True)
         return jax.jit(jax.grad(lambda p: loss(p, batch(), jax.random.key(0), 0.0)[0]))(params())
 
     for got, want in zip(jax.tree.leaves(gradient(4)), jax.tree.leaves(gradient(1))):
@@ -115,7 +115,7 @@ def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
 
 
 def test_the_diffusion_loss_counts_masked_tokens_that_found_no_room():
-    stage = ConfigDict(dict(kind="diffusion", microbatches=1, left_shift=False, logits_capacity=0.25, logits_chunk=8))
+    stage = ConfigDict(dict(kind="diffusion", microbatches=1, logits_capacity=0.25, logits_chunk=8))
     full = ConfigDict(stage.to_dict() | {"logits_capacity": 1.0})
     metrics = {
         name: stages.make_loss(s, MODEL, mask_id=2)(params(), batch(), jax.random.key(0), 0.0)[1]
