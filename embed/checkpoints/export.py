@@ -214,6 +214,7 @@ def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig) -> 
 
 
 def embedding_problems(embedding: Mapping, config: TransformerConfig) -> list[str]:
+    """What is wrong with an embedding section (separator, max_length, matryoshka), as sentences; [] if nothing."""
     problems = [f"the embedding section lacks {name}" for name in EMBEDDING if name not in embedding]
     problems += [f"the embedding section has the unknown field {n}" for n in embedding if n not in EMBEDDING]
     if problems:
