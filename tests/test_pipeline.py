@@ -272,7 +272,7 @@ def test_a_workdir_of_another_gin_file_is_refused(workdir, tmp_path, capsys):
 def test_preparing_without_its_libraries_names_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "seqio", None)
     assert cli.main(["prepare", f"--config={CONFIG}", f"--workdir={tmp_path}/run"]) == 2
-    assert "preparing data needs seqio: pip install '.[data]'" in capsys.readouterr().err
+    assert "preparing data needs seqio: pip install -e '.[data]'" in capsys.readouterr().err
 
 
 def test_provenance_needs_no_git(monkeypatch):
