@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.vocab_size = 512 if arg.runlocal else 8192  # of the SentencePiece model that is trained
     config.data.split_identifiers = True  # case-folded, parse_config and parseConfig become two words
     config.data.limit = 60 if arg.runlocal else 0  # examples a split, 0 = all
+    config.data.timeout = 600.0  # seconds that training waits for a batch before it ends with an error; 0 = forever
 
     config.export = ConfigDict()
     config.export.separator = True  # a separator token between the chunks of a document
@@ -65,6 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     stage.optimizer = optimizer
     stage.log_every = 1 if arg.runlocal else 10
     stage.checkpoint_every = 1000
+    stage.max_skipped = 10  # steps in a row without a finite loss and gradient, each skipped, before the run ends
     stage.microbatches = 1  # parts of a batch whose activations are held one at a time; 1 = all of it, fastest
     stage.batch = ConfigDict()
 

@@ -7,6 +7,7 @@ Each step leaves steps/NAME.json with its result and its seconds when it is comp
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -36,8 +37,8 @@ from embed.inference.encoder import read_model
 from embed.inference.index import Index
 from embed.models import transformer
 from embed.rows import content_ids
-from embed.training import loop, sharding, stages
-from embed.training.metrics import progress_bar, read_metrics
+from embed.training import loop, plan, sharding, stages
+from embed.training.metrics import MetricsWriter, progress_bar, read_metrics
 
 PRECISIONS = ("float32", "int8", "binary")
 console = Console(soft_wrap=True)
@@ -172,8 +173,8 @@ def prepare(run: Run) -> dict:
     return json.loads((run.data / "info.json").read_text())
 
 
-def train_stage(run: Run, name: str) -> dict:
-    """Train stage `name` from the checkpoint that its config names, or continue it."""
+def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: str = "") -> dict:
+    """Train stage `name` from the checkpoint that its config names, or continue it; other arguments as `embed train`'s."""
     config = run.config
     if name not in config.stages:
         raise ValueError(f"config.stage={name!r} must be one of {', '.join(config.stages)}")
@@ -204,17 +205,20 @@ def train_stage(run: Run, name: str) -> dict:
     with progress_bar(name, steps) as update:
         loop.train(
             folder,
+            stage=stage,
             loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id, run.left_shift),
             loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator),
             steps=steps,
             initial_params=lambda shardings: run.params(stage.init or "random init", shardings),
             abstract_params=transformer.abstract_params(run.model),
-            optimizer=stage.optimizer,
             seed=config.seed,
             mesh=mesh,
-            log_every=stage.log_every,
-            checkpoint_every=stage.checkpoint_every,
+            read_timeout=config.data.timeout or None,
+            least_seconds=plan.least_seconds(stage, run.model),
+            profile_steps=profile_steps,
+            writer=functools.partial(MetricsWriter, wandb=wandb),
             progress=update,
+            warn=lambda sentence: console.print(f"embed: warning: {sentence}", markup=False, highlight=False),
         )
     return {"steps": steps}
 
@@ -399,14 +403,18 @@ def export_models(run: Run) -> dict:
 
 
 def provenance() -> dict:
-    """The git commit and the versions of what computed."""
+    """The git commit and the versions of what computed, and the name that a launcher gave the run (EMBED_RUN_ID).
+
+    Where there is no git, a launcher can tell the commit in EMBED_COMMIT.
+    """
     root, commit = Path(__file__).parent.parent, ""
     if (root / ".git").exists() and shutil.which("git"):  # not that of a repository which holds this installation
         describe = ["git", "-C", root, "describe", "--always", "--dirty"]
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "commit": commit or "unknown",
+        "commit": commit or os.environ.get("EMBED_COMMIT") or "unknown",
+        **({"run_id": os.environ["EMBED_RUN_ID"]} if os.environ.get("EMBED_RUN_ID") else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "device": jax.devices()[0].device_kind,
     }

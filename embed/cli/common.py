@@ -6,28 +6,50 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+
+WRONG_INPUT = (
+    ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
+)  # fmt: skip
 
 
 def run(main: Callable, argv: list[str] | None = None) -> int:
-    """Run a verb. Wrong input ends in one sentence and exit code 2; with EMBED_TRACEBACK=1 also where it was found."""
+    """Run a verb. What a user can mend ends in one sentence and an exit code; with EMBED_TRACEBACK=1 also where it was found.
+
+    0 done; 2 wrong input; 1 the machine's fault, as a full disk; 75 try the same command again, as when another process
+    of the run died; 130 interrupted; 143 ended by SIGTERM behind a checkpoint.
+    """
     keep_freed_memory()
     try:
         return main(argv) or 0
-    except (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        IsADirectoryError,
-        PermissionError,
-    ) as error:
-        if os.environ.get("EMBED_TRACEBACK"):
+    except BrokenPipeError:  # of `embed … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        code = getattr(error, "exit_code", 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0)
+        if not code or os.environ.get("EMBED_TRACEBACK"):
             raise
-        print(f"embed: error: {'; '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
-        return 2
+        kind = "" if code == 143 else "error: "
+        print(f"embed: {kind}{'; '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
+        if code == 75 or (code != 143 and _distributed()):
+            _leave(code)
+        return code
     except KeyboardInterrupt:
         print("embed: interrupted", file=sys.stderr)
-        return 130
+        _leave(130)
+
+
+def _distributed() -> bool:
+    """Whether this process has joined others. Asked without importing jax."""
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: threads of the runtime may be at work, and with a process gone jax would wait for it to say goodbye."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def keep_freed_memory() -> bool:
@@ -50,6 +72,16 @@ def check_output(path: str | None) -> None:
     """Refuse a file that could not be written, before the work rather than behind it."""
     if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise FileNotFoundError(f"--output={path} must be a file in a folder that exists")
+
+
+def parse_range(name: str, text: str) -> range:
+    """range(A, B) of "A:B"; empty for an empty text."""
+    if not text:
+        return range(0)
+    start, _, stop = text.partition(":")
+    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        raise ValueError(f"{name}={text} must be A:B with whole numbers A < B")
+    return range(int(start), int(stop))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -12,9 +12,10 @@ hash, so that it depends on no library's generator.
 
 import hashlib
 import math
-from collections import deque
+import queue
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -212,6 +213,9 @@ class DiffusionLoader:
         windows = {task: int(offsets[-1]) // length for task, offsets in self._offsets.items()}
         self.curriculum = Curriculum(phases, windows, seed=seed, slots=rows)
 
+    def __str__(self) -> str:
+        return f"the diffusion loader of {', '.join(self.curriculum.tasks)}"
+
     def batch(self, step: int) -> dict:
         """tokens, segment_ids and positions of this process's rows; stats: fill, the share that is not padding."""
         draw = self.curriculum.draw(step, self._rows.start, self._rows.stop)
@@ -317,6 +321,9 @@ class ContrastiveLoader:
         self.curriculum = Curriculum(
             phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
         )
+
+    def __str__(self) -> str:
+        return f"the {self.stage} loader of {', '.join(self.curriculum.tasks)}"
 
     def batch(self, step: int) -> dict:
         """This process's part of the batch of `step`, as the class says."""
@@ -434,27 +441,52 @@ def _lengths(segments: Sequence[rows.Segment]) -> np.ndarray:
 # --- reading ahead ----------------------------------------------------------------------------------------------
 
 
-def prefetch(loader, start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, dict]]:
-    """(step, batch) of steps start..stop-1, in order, read up to `depth` ahead by one thread.
+class ReaderStalledError(RuntimeError):
+    """A loader gave no batch in the time that it has."""
 
-    What the reader raises is raised here, at its step, with a note that names the step. When the consumer stops,
-    batches not yet begun are dropped.
+    exit_code = 75  # EX_TEMPFAIL: the same command, started again, continues
+
+
+def prefetch(
+    loader, start: int, stop: int, depth: int = 2, timeout: float | None = None
+) -> Iterator[tuple[int, dict, float]]:
+    """(step, batch, seconds that it was waited for) of steps start..stop-1, in order, read `depth` ahead by one thread.
+
+    What the reader raises is raised here, at its step, with a note that names the loader and the step. A batch that is not
+    there after `timeout` seconds of waiting raises ReaderStalledError; the thread, which may never return, keeps no process alive.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    steps = range(start, stop)
-    try:
-        pending = deque((step, pool.submit(loader.batch, step)) for step in steps[:depth])
-        while pending:
-            step, future = pending.popleft()
+    ready: queue.SimpleQueue = queue.SimpleQueue()
+    room, over = threading.Semaphore(depth), threading.Event()
+
+    def read():
+        for step in range(start, stop):
+            room.acquire()
+            if over.is_set():
+                return
             try:
-                batch = future.result()
+                ready.put(loader.batch(step))
             except Exception as error:
-                error.add_note(f"while reading the batch of step {step}")
-                raise
-            if step + depth < stop:
-                pending.append((step + depth, pool.submit(loader.batch, step + depth)))
-            yield step, batch
+                error.add_note(f"while {loader} read the batch of step {step}")
+                ready.put(error)
+                return
+
+    threading.Thread(target=read, name="prefetch", daemon=True).start()
+    try:
+        for step in range(start, stop):
+            began = time.perf_counter()
+            try:
+                batch = ready.get(timeout=timeout)
+            except queue.Empty:
+                raise ReaderStalledError(
+                    f"{loader} gave no batch of step {step} in {timeout} s (config.data.timeout): is its storage there? "
+                    "The same command continues from the last checkpoint"
+                ) from None
+            if isinstance(batch, Exception):
+                raise batch
+            room.release()
+            yield step, batch, time.perf_counter() - began
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        over.set()
+        room.release()

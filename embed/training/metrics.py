@@ -1,6 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl (one object a line) and TensorBoard event files."""
+"""Where a run's numbers go: metrics.jsonl (one object a line), TensorBoard event files, Weights & Biases if asked."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,12 @@ from tensorboardX import SummaryWriter
 
 
 class MetricsWriter:
-    """Appends rows of numbers. Opened at step s it first drops rows after s: a restart continues, never repeats."""
+    """Appends rows of numbers. Opened at step s it first drops rows after s: a restart continues, never repeats.
 
-    def __init__(self, folder: Path, start_step: int):
+    `wandb` names a Weights & Biases project to send them to as well, as one run a folder.
+    """
+
+    def __init__(self, folder: Path, start_step: int, wandb: str = ""):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
@@ -20,16 +24,30 @@ class MetricsWriter:
         temporary.replace(self.path)
         self.file = self.path.open("a")
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.wandb = None
+        if wandb:
+            try:
+                import wandb as service
+            except ImportError:
+                raise ValueError(f"--wandb={wandb} needs the package wandb: pip install -e '.[wandb]'") from None
+            identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+            self.wandb = service.init(
+                project=wandb, id=identity, name=f"{folder.parent.name}/{folder.name}", dir=folder, resume="allow"
+            )
 
     def write(self, step: int, row: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
         for name, value in row.items():
             self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(row, step=step)
 
     def close(self) -> None:
         self.file.close()
         self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -43,9 +61,24 @@ def read_metrics(path: Path) -> list[dict]:
     return rows
 
 
+def log_line(step: int, total: int, row: dict[str, float]) -> str:
+    """A row of `loop.train` as one line for people; what a row does not hold is left out."""
+    shown = (
+        ("loss", "loss {:.4f}"), ("gradient_norm", "gradient {:.3f}"), ("learning_rate", "rate {:.2e}"),
+        ("tokens_per_second_per_device", "{:,.0f} tokens/s/device"),
+        ("examples_per_second_per_device", "{:,.1f} examples/s/device"), ("mfu", "MFU {:.1%}"),
+        ("data_wait", "waited for data {:.0%}"), ("memory_gb", "memory {:.1f} GB"),
+    )  # fmt: skip
+    parts = [form.format(row[name]) for name, form in shown if name in row]
+    if row.get("skipped"):
+        parts.append(f"SKIPPED {row['skipped']:.0f}")
+    return f"step {step}/{total}  " + "  ".join(parts)
+
+
 @contextlib.contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable]:
-    """A bar with steps, loss and the time left; yields `update(step, loss)`."""
+    """Yields `update(step, row)`: a bar with steps, loss and the time left; a line a row where output is no terminal."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -55,10 +88,21 @@ def progress_bar(description: str, total: int) -> Iterator[Callable]:
         TimeRemainingColumn,
     )
 
+    console = Console()
+    if not console.is_terminal:
+        yield lambda step, row: print(f"{description}  {log_line(step, total, row)}", flush=True)
+        return
     columns = (
-        TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns) as bar:
-        task = bar.add_task(description, total=total, loss="…")
-        yield lambda step, loss: bar.update(task, completed=step, loss=f"{loss:.4f}")
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total, figures="")
+
+        def update(step, row):
+            figures = f"loss {row['loss']:.4f}"
+            if "mfu" in row:
+                figures += f" MFU {row['mfu']:.0%}"
+            bar.update(task, completed=step, figures=figures)
+
+        yield update

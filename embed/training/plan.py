@@ -22,8 +22,6 @@ from embed.models import transformer
 from embed.training import loop, sharding, stages
 from embed.training.optimizer import make_optimizer, wsd_schedule
 
-MAX_UNSHARDED = 0.02  # of the parameters' bytes
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -42,6 +40,28 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 2.765e12, 600e9),
     "v6e": Chip(918e12, 32e9, 1.640e12, 448e9),
 }
+
+# jax's names of devices -> dense bfloat16 FLOP/s of one: of the chips above, and of NVIDIA's data sheets (without sparsity).
+PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def least_seconds(stage, model: transformer.TransformerConfig) -> float | None:
+    """What a step's model FLOPs take on this run's devices at their peak; None where the peak is not known."""
+    kind = jax.devices()[0].device_kind
+    names = [name for name in PEAK_FLOPS if kind == name or (kind.startswith("NVIDIA") and kind.startswith(name))]
+    return model_flops(stage, model) / (jax.device_count() * PEAK_FLOPS[names[0]]) if names else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +134,7 @@ def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int
     optimizer = make_optimizer(stage.optimizer, wsd_schedule(stage.optimizer.learning_rate, 100, 0.1, 0.1))
     params = transformer.abstract_params(model)
     params_sharding = sharding.parameter_shardings(mesh, params)
-    check_sharded(mesh, params, params_sharding)
+    sharding.check_sharded(mesh, params, params_sharding)
     state = jax.eval_shape(optimizer.init, params)
     state_sharding = sharding.state_shardings(mesh, state, params_sharding)
     rows = NamedSharding(mesh, sharding.BATCH)
@@ -134,20 +154,6 @@ def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int
             batch,
             jax.ShapeDtypeStruct((), jnp.int32),
         ).compile()
-
-
-def check_sharded(mesh, params, shardings) -> None:
-    """Refuse a mesh that could shard parameters but leaves more than MAX_UNSHARDED of their bytes on every chip."""
-    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
-        return
-    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(shardings)))
-    whole = sum(x.size for x, s in pairs if s.is_fully_replicated)
-    total = sum(x.size for x, _ in pairs)
-    if whole > MAX_UNSHARDED * total:
-        raise ValueError(
-            f"{whole / total:.1%} of the parameters' bytes stay unsharded on mesh {dict(mesh.shape)}, at most "
-            f"{MAX_UNSHARDED:.0%} may: choose fsdp and tensor that divide the model's dimensions"
-        )
 
 
 def make_plan(stage, model: transformer.TransformerConfig, topology: str, axes: dict, mask_id: int = 0) -> Plan:

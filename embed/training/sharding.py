@@ -4,6 +4,7 @@ import math
 import re
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from embed.models.attention import HEADS, ROWS
@@ -22,10 +23,27 @@ RULES = (
 BATCH = PartitionSpec(ROWS)  # axis 0 of every array of a batch: rows, or examples
 
 
+MAX_UNSHARDED = 0.02  # of the parameters' bytes
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left."""
+    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left.
+
+    TPU slices are joined along data alone, whose one sum of gradients a step the data-centre network can bear; fsdp and
+    tensor stay inside a slice.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, devices=len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1 and devices[0].platform == "tpu":
+        if sizes[0] % slices:
+            raise ValueError(
+                f"mesh data={sizes[0]} must be a multiple of the {slices} slices: fsdp and tensor do not cross the "
+                "network between slices"
+            )
+        inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     # Auto: jax.make_mesh defaults to explicit axes, under which objectives would have to name axes.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
@@ -58,6 +76,20 @@ def parameter_shardings(mesh: Mesh, params):
         raise ValueError(f"no sharding rule matches parameter {name!r}; add one to embed.training.sharding.RULES")
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def check_sharded(mesh: Mesh, params, shardings) -> None:
+    """Refuse a mesh that could shard parameters but leaves more than MAX_UNSHARDED of their bytes on every device."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(shardings)))
+    whole = sum(x.size * x.dtype.itemsize for x, s in pairs if s.is_fully_replicated)
+    total = sum(x.size * x.dtype.itemsize for x, _ in pairs)
+    if whole > MAX_UNSHARDED * total:
+        raise ValueError(
+            f"{whole / total:.1%} of the parameters' bytes stay unsharded on mesh {dict(mesh.shape)}, at most "
+            f"{MAX_UNSHARDED:.0%} may: choose fsdp and tensor that divide the model's dimensions"
+        )
 
 
 def with_sharding(tree, shardings):

@@ -1,12 +1,11 @@
 import threading
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from embed import rows
 from embed.data import loader as loading
-from embed.data.loader import BLOCK, ContrastiveLoader, Curriculum, DiffusionLoader, prefetch
+from embed.data.loader import BLOCK, ContrastiveLoader, Curriculum, DiffusionLoader, ReaderStalledError, prefetch
 from embed.data.store import Store, Writer
 from embed.rows import RowShape
 
@@ -451,13 +450,15 @@ def test_a_store_on_disk_gives_the_batches_of_one_in_memory(stage, tmp_path):
 
 
 class Counting:
-    """Batch k is k; fails at one step; remembers what was asked."""
+    """Batch k is k; fails at one step."""
 
     def __init__(self, fail_at=None):
-        self.fail_at, self.asked = fail_at, []
+        self.fail_at = fail_at
+
+    def __str__(self):
+        return "the counting loader"
 
     def batch(self, step):
-        self.asked.append(step)
         if step == self.fail_at:
             raise OSError("disk on fire")
         return step
@@ -475,41 +476,32 @@ def no_reader_is_left():
 
 @pytest.mark.parametrize("depth", [1, 3, 100])
 def test_prefetch_yields_every_step_in_order(depth):
-    assert list(prefetch(Counting(), 3, 20, depth)) == [(k, k) for k in range(3, 20)]
+    assert [(step, batch) for step, batch, _ in prefetch(Counting(), 3, 20, depth)] == [(k, k) for k in range(3, 20)]
     assert list(prefetch(Counting(), 5, 5, depth)) == []
 
 
-class AtOnce:
-    """An executor that runs what is submitted before `submit` returns."""
+@pytest.mark.parametrize("depth", [1, 3])
+def test_prefetch_reads_ahead_by_its_depth_and_no_further(depth):
+    ahead = []
 
-    def __init__(self, *arguments, **keywords):
-        pass
+    class Watched(Counting):
+        def batch(self, step):
+            ahead.append(step - taken)
+            return super().batch(step)
 
-    def submit(self, function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-    def shutdown(self, **keywords):
-        pass
-
-
-def test_prefetch_reads_ahead_by_its_depth_and_no_further(monkeypatch):
-    monkeypatch.setattr("embed.data.loader.ThreadPoolExecutor", AtOnce)
-    loader = Counting()
-    batches = prefetch(loader, 0, 100, 3)
-    next(batches)
-    assert loader.asked == [0, 1, 2, 3]
-    batches.close()
+    taken = -1
+    for step, _, _ in prefetch(Watched(), 0, 50, depth):
+        taken = step
+    assert 1 <= max(ahead) <= depth + 1  # `taken` counts a batch when the consumer has it, an instant after it left
 
 
 def test_prefetch_raises_the_readers_error_at_its_step():
     got = []
     with pytest.raises(OSError, match="disk on fire") as caught:
-        for step, _ in prefetch(Counting(fail_at=4), 0, 10, 3):
+        for step, *_ in prefetch(Counting(fail_at=4), 0, 10, 3):
             got.append(step)
     assert got == [0, 1, 2, 3]
-    assert caught.value.__notes__ == ["while reading the batch of step 4"]
+    assert caught.value.__notes__ == ["while the counting loader read the batch of step 4"]
     assert no_reader_is_left()
 
 
@@ -522,3 +514,20 @@ def test_prefetch_ends_its_thread_when_the_consumer_stops():
 def test_a_prefetch_of_no_depth_is_an_error():
     with pytest.raises(ValueError, match="depth=0 must be at least 1"):
         next(prefetch(Counting(), 0, 5, 0))
+
+
+def test_a_reader_that_stalls_is_named_with_its_step_and_keeps_no_process_alive():
+    class Stalled(Counting):
+        def batch(self, step):
+            if step == 2:
+                release.wait()
+            return super().batch(step)
+
+    release, got = threading.Event(), []
+    with pytest.raises(ReaderStalledError, match=r"the counting loader gave no batch of step 2 in 0.05 s") as caught:
+        for step, *_ in prefetch(Stalled(), 0, 10, 2, timeout=0.05):
+            got.append(step)
+    assert got == [0, 1] and caught.value.exit_code == 75
+    assert all(thread.daemon for thread in reader_threads())
+    release.set()
+    assert no_reader_is_left()

@@ -22,7 +22,12 @@ OPTIMIZER = ConfigDict(
         moment_dtype="float32",
     )
 )
-STAGE = ConfigDict(dict(kind="diffusion", microbatches=1, logits_chunk=8, logits_capacity=1.0))
+STAGE = ConfigDict(
+    dict(
+        kind="diffusion", microbatches=1, logits_chunk=8, logits_capacity=1.0, optimizer=OPTIMIZER, log_every=1,
+        checkpoint_every=5, max_skipped=0,
+    )
+)  # fmt: skip
 
 
 class Loader:
@@ -44,18 +49,18 @@ class Loader:
         }
 
 
-def train(folder, loader, steps=12, loss=None, **keywords):
+def train(folder, loader, steps=12, loss=None, mesh=None, stage=None, **keywords):
     return loop.train(
         folder,
+        stage=ConfigDict(STAGE.to_dict() | (stage or {})),
         loss=loss or stages.make_loss(STAGE, MODEL, mask_id=2),
         loader=loader,
         steps=steps,
         initial_params=lambda shardings: transformer.init(MODEL, jax.random.key(0)),
         abstract_params=transformer.abstract_params(MODEL),
-        optimizer=OPTIMIZER,
         seed=0,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
-        **{"log_every": 1, "checkpoint_every": 5, **keywords},
+        mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
+        **keywords,
     )
 
 
@@ -105,13 +110,13 @@ def test_a_non_finite_gradient_stops_the_run_and_reaches_no_checkpoint(tmp_path)
         return value + jax.numpy.sqrt(zero), metrics  # where it is 0, the gradient is infinite and the loss is not
 
     with pytest.raises(loop.NonFiniteLossError, match="gradient_norm of step 7 is (nan|inf)"):
-        train(tmp_path, Loader(), loss=loss, checkpoint_every=1)
+        train(tmp_path, Loader(), loss=loss, stage={"checkpoint_every": 1})
     params = training_state.load_params(tmp_path / "checkpoints", transformer.abstract_params(MODEL))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
 def test_rows_sum_what_the_loader_counted_and_the_last_step_has_one(tmp_path):
-    train(tmp_path, Loader(), steps=7, log_every=5)
+    train(tmp_path, Loader(), steps=7, stage={"log_every": 5})
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["cut"], row["fill"]) for row in rows] == [(5, 0 + 1 + 2 + 3 + 4, 1.0), (7, 5 + 6, 1.0)]
 
@@ -125,13 +130,16 @@ def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
 
         def __float__(self):
             read.append(self.step)
-            return 1.0
+            return 0.0
 
     reported = []
-    log = loop._Log(None, lambda step: 0.1, lambda step, loss: reported.append(step), start=0, every=2, last=9)
+    log = loop._Log(
+        None, lambda step: 0.1, lambda step, row: reported.append(step), 0, 9, every=2, max_skipped=0, least_seconds=None
+    )
+    stats = {"fill": 1.0, "tokens": 1, "examples": 1, "waited": 0.0}
     for step in range(1, 6):
-        log.add(step, {"loss": OnDevice(step), "gradient_norm": OnDevice(step)}, {"fill": 1.0})
-        assert step not in read
+        log.add(step, {name: OnDevice(step) for name in ("loss", "gradient_norm", "skipped")}, stats)
+        assert step not in read and step - 1 in [0, *read]
     log.flush()
     assert set(read) == {1, 2, 3, 4, 5} and reported == [2, 4]
 

@@ -142,7 +142,7 @@ def test_every_tensor_of_the_real_sizes_is_sharded_as_written(size, topology, ax
     shardings = sharding.parameter_shardings(mesh, params)
     got = {sharding.parameter_name(p): tuple(s.spec) for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
     assert got == GOLDEN
-    plan.check_sharded(mesh, params, shardings)
+    sharding.check_sharded(mesh, params, shardings)
     assert plan.parameter_table(model, topology, axes).count("\n") == 2 + len(GOLDEN)
 
 
@@ -151,7 +151,7 @@ def test_a_mesh_that_leaves_parameters_whole_is_an_error():
     mesh = jax.sharding.AbstractMesh((1, 5, 1), sharding.AXES)
     params = transformer.abstract_params(model)
     with pytest.raises(ValueError, match="100.0% of the parameters' bytes stay unsharded on mesh .*'fsdp': 5"):
-        plan.check_sharded(mesh, params, sharding.parameter_shardings(mesh, params))
+        sharding.check_sharded(mesh, params, sharding.parameter_shardings(mesh, params))
 
 
 def test_a_plan_says_what_binds_it_and_whether_it_fits():
