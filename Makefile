@@ -4,28 +4,37 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-reference lint clean
+.PHONY: quickstart test test-reference test-tpu lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
 # Two worker processes, one thread pool each; a test file stays in one of them.
 test: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers --ignore=tests/tpu tests
 
 # Against PyTorch, transformers, sentence-transformers and onnxruntime.
 test-reference: $(VENV)/installed-reference
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q tests/peers
 
+# Compiles every stage for TPUs that are not there: half an hour. libtpu makes jax look for one, so in an environment of its own.
+test-tpu: $(VENV)-tpu/installed
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q tests/tpu
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-tpu
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[data,test]'
+	touch $@
+
+$(VENV)-tpu/installed: setup.py
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/pip install --quiet --editable '.[tpu,test]'
 	touch $@
 
 # torch by itself first: a version of that name, so that a CPU build can be had.

@@ -141,8 +141,11 @@ class Run:
 
 
 def resolve(config: ConfigDict) -> dict:
-    """What makes a run what it is: the config and the text of its gin file, not which stage a process was asked for."""
-    resolved = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "stage"}))
+    """What makes a run what it is: the config and the text of its gin file, not which stage a process was asked for.
+
+    Nor the mesh: a run may move to other machines.
+    """
+    resolved = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k not in ("stage", "mesh")}))
     gin_file = Path(config.data.gin_file)
     if not gin_file.is_file():
         raise FileNotFoundError(f"no gin file {gin_file} (config.data.gin_file) in {Path.cwd()}")
@@ -200,8 +203,9 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     separator = run.tokenizer.separator_id if config.export.separator else None
     folder = run.workdir / name
-    write_json(folder / "run.json", provenance() | {"stage": name, "tokenizer_digest": run.tokenizer.digest})
     mesh = sharding.make_mesh(**config.mesh)
+    about = {"stage": name, "tokenizer_digest": run.tokenizer.digest, "mesh": dict(mesh.shape)}
+    write_json(folder / "run.json", provenance() | about)
     with progress_bar(name, steps) as update:
         loop.train(
             folder,

@@ -20,9 +20,13 @@ class CheckpointError(OSError):
     exit_code = 1
 
 
-def open_manager(folder: Path, *, save_every: int, keep: int) -> ocp.CheckpointManager:
-    """A manager that saves every `save_every` steps, keeps the newest `keep`, and finishes each save by a rename."""
-    return ocp.CheckpointManager(
+@contextlib.contextmanager
+def open_manager(folder: Path, *, save_every: int, keep: int) -> Iterator[ocp.CheckpointManager]:
+    """A manager that saves every `save_every` steps, keeps the newest `keep`, and finishes each save by a rename.
+
+    Saves that were begun are finished at the end; CheckpointError if one fails, unless another error ended the work.
+    """
+    manager = ocp.CheckpointManager(
         folder.absolute(),
         options=ocp.CheckpointManagerOptions(
             save_interval_steps=save_every,
@@ -32,6 +36,13 @@ def open_manager(folder: Path, *, save_every: int, keep: int) -> ocp.CheckpointM
             cleanup_tmp_directories=True,  # what a killed save left
         ),
     )
+    try:
+        yield manager
+        with _written(manager):
+            manager.wait_until_finished()
+    finally:
+        with contextlib.suppress(Exception):  # has been told, or comes behind the error that matters
+            manager.close()
 
 
 @jax.jit
@@ -60,10 +71,10 @@ def save(manager: ocp.CheckpointManager, step: int, params, optimizer_state) -> 
         )
 
 
-def check(manager: ocp.CheckpointManager, *, wait: bool = False) -> None:
-    """CheckpointError if a save that was begun has failed; with `wait` once all of them are finished."""
+def check(manager: ocp.CheckpointManager) -> None:
+    """CheckpointError if a save that was begun has failed."""
     with _written(manager):
-        manager.wait_until_finished() if wait else manager.check_for_errors()
+        manager.check_for_errors()
 
 
 @contextlib.contextmanager
@@ -147,7 +158,7 @@ def _anywhere(flag: bool) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:1000]
 
 
 def save_params(folder: Path, params) -> None:

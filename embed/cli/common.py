@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-
 WRONG_INPUT = (
     ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
 )  # fmt: skip
@@ -27,7 +26,9 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        code = getattr(error, "exit_code", 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0)
+        code = getattr(
+            error, "exit_code", 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0
+        )
         if not code or os.environ.get("EMBED_TRACEBACK"):
             raise
         kind = "" if code == 143 else "error: "

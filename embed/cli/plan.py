@@ -12,6 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("embed plan", description=__doc__)
     parser.add_argument("--config", required=True, help="config file with its stage: FILE.py:stage=diffusion")
     parser.add_argument("--topology", required=True, help="chips and their arrangement: v6e:8x8, v5p:4x4x8")
+    parser.add_argument(
+        "--slices", type=int, default=1, help="so many of that topology, joined along data by the network"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation for the time of the schedule")
     parser.add_argument("--dollars_per_chip_hour", type=float, help="price, for the cost of the schedule")
     parser.add_argument("--parameters", action="store_true", help="also print how each parameter is sharded")
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         fields["vocab_size"] = config.data.vocab_size
     model = TransformerConfig(**fields)
     if arguments.parameters:
-        print(plan.parameter_table(model, arguments.topology, config.mesh.to_dict()))
+        print(plan.parameter_table(model, arguments.topology, config.mesh.to_dict(), arguments.slices))
     variants = [(stage.microbatches, model.remat)]
     if arguments.fit:
         variants = list(itertools.product((1, 2, 4, 8), REMAT_POLICIES))
@@ -45,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         with stage.unlocked():
             stage.microbatches = microbatches
         tried = plan.make_plan(
-            stage, dataclasses.replace(model, remat=remat), arguments.topology, config.mesh.to_dict()
+            stage,
+            dataclasses.replace(model, remat=remat),
+            arguments.topology,
+            config.mesh.to_dict(),
+            slices=arguments.slices,
         )
         if arguments.fit:
             fits = "fits" if tried.fits else "does not fit"
@@ -57,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             best = tried, microbatches, remat
     found, microbatches, remat = best
     steps = sum(n for n, _ in stage.curriculum)
-    print(f"{arguments.config} on {arguments.topology}, microbatches {microbatches}, remat {remat}")
+    where = f"{arguments.slices} x {arguments.topology}" if arguments.slices > 1 else arguments.topology
+    print(f"{arguments.config} on {where}, microbatches {microbatches}, remat {remat}")
     print(plan.describe(found, stage, model, steps, arguments.mfu, arguments.dollars_per_chip_hour))
     return 0 if found.fits else 1
 

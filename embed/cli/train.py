@@ -10,11 +10,15 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser("embed train", description=__doc__)
     common.add_config_arguments(parser)
-    parser.add_argument("--distributed", action="store_true", help="join the job's other processes: TPU pod, GKE, Slurm")
+    parser.add_argument(
+        "--distributed", action="store_true", help="join the job's other processes: TPU pod, GKE, Slurm"
+    )
     parser.add_argument("--coordinator", help="host:port of process 0, for a run of several processes")
     parser.add_argument("--num_processes", type=int, help="how many processes train together")
     parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
-    parser.add_argument("--profile_steps", default="", help="A:B traces steps A to B-1 into STAGE/profile, for TensorBoard")
+    parser.add_argument(
+        "--profile_steps", default="", help="A:B traces steps A to B-1 into STAGE/profile, for TensorBoard"
+    )
     parser.add_argument("--wandb", default="", help="Weights & Biases project to log to as well")
     arguments, config = common.parse_config(parser, argv)
     if not arguments.num_processes and (arguments.coordinator or arguments.process_id is not None):

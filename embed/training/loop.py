@@ -155,7 +155,7 @@ def train(
         )
         log = _Log(
             writer(folder, start) if jax.process_index() == 0 else None,
-            schedule, progress, start, steps, every=stage.log_every, max_skipped=stage.max_skipped,
+            schedule, progress, start, every=stage.log_every, max_skipped=stage.max_skipped,
             least_seconds=least_seconds,
         )  # fmt: skip
         for step, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
@@ -170,7 +170,7 @@ def train(
             saving = last or manager.should_save(step + 1)
             if saving or step + 1 == profile_steps.stop:
                 with peers(step + 1):
-                    log.flush()
+                    log.flush(row=saving)  # what a row sums must not end with this process
             if step in profile_steps and (last or step + 1 == profile_steps.stop):
                 jax.profiler.stop_trace()
             training_state.check(manager)
@@ -178,10 +178,9 @@ def train(
                 training_state.save(manager, step + 1, params, state)
             if ending:
                 break
-        training_state.check(manager, wait=True)
         log.close()
-        if start < steps and step + 1 < steps:
-            raise PreemptedError(f"SIGTERM: saved at step {step + 1} of {steps}; the same command continues")
+    if start < steps and step + 1 < steps:
+        raise PreemptedError(f"SIGTERM: saved at step {step + 1} of {steps}; the same command continues")
     return params
 
 
@@ -200,10 +199,9 @@ class _Log:
     """
 
     def __init__(
-        self, writer, schedule, progress, start: int, last: int, *, every: int, max_skipped: int,
-        least_seconds: float | None,
+        self, writer, schedule, progress, start: int, *, every: int, max_skipped: int, least_seconds: float | None
     ):  # fmt: skip
-        self.writer, self.schedule, self.progress, self.every, self.last = writer, schedule, progress, every, last
+        self.writer, self.schedule, self.progress, self.every = writer, schedule, progress, every
         self.max_skipped, self.least_seconds = max_skipped, least_seconds
         self.clock, self.clock_step = time.perf_counter(), start
         self.pending = None  # (step, device metrics, stats) of the step just sent off
@@ -214,17 +212,17 @@ class _Log:
         self.flush()
         self.pending = step, metrics, stats
 
-    def flush(self) -> None:
-        """Read what is pending, waiting for it."""
+    def flush(self, row: bool = False) -> None:
+        """Read what is pending, waiting for it; with `row` write a row of it in any case."""
         if self.pending:
             (step, metrics, stats), self.pending = self.pending, None
-            self._read(step, {name: float(x) for name, x in metrics.items()}, stats)
+            self._read(step, {name: float(x) for name, x in metrics.items()}, stats, row)
 
     def close(self) -> None:
         if self.writer:
             self.writer.close()
 
-    def _read(self, step: int, row: dict[str, float], stats: dict) -> None:
+    def _read(self, step: int, row: dict[str, float], stats: dict, write: bool) -> None:
         self.stats.append(stats | {"skipped": row["skipped"]})
         self.in_a_row = self.in_a_row + 1 if row["skipped"] else 0
         if self.in_a_row > self.max_skipped:
@@ -235,7 +233,7 @@ class _Log:
                 f"(max_skipped={self.max_skipped}); lower optimizer.learning_rate or look at the batch; the last checkpoint is "
                 "intact"
             )
-        if step % self.every and step != self.last:
+        if step % self.every and not write:
             return
         now = time.perf_counter()
         elapsed, count = now - self.clock, step - self.clock_step

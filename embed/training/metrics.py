@@ -3,10 +3,14 @@
 import contextlib
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 class MetricsWriter:
@@ -23,7 +27,11 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(self.path)
         self.file = self.path.open("a")
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        (folder / "tensorboard").mkdir(exist_ok=True)
+        # Not its SummaryWriter, whose thread ends when the disk is full and whose caller then waits for ever.
+        self.events = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
+        start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what an earlier file has from this step on
+        self.events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=start))
         self.wandb = None
         if wandb:
             try:
@@ -36,16 +44,20 @@ class MetricsWriter:
             )
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
-        for name, value in row.items():
-            self.tensorboard.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        try:
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
+            self.file.flush()
+            self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self.events.flush()
+        except OSError as error:  # which says no file
+            raise OSError(error.errno, error.strerror, str(self.path.parent)) from error
         if self.wandb:
             self.wandb.log(row, step=step)
 
     def close(self) -> None:
         self.file.close()
-        self.tensorboard.close()
+        self.events.close()
         if self.wandb:
             self.wandb.finish()
 

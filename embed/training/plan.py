@@ -25,20 +25,21 @@ from embed.training.optimizer import make_optimizer, wsd_schedule
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks of one chip: bfloat16 FLOP/s, HBM bytes and bytes/s, interconnect bytes/s over all links."""
+    """Published peaks of one chip: bfloat16 FLOP/s, HBM bytes and bytes/s, bytes/s over all links and between slices."""
 
     flops: float
     memory: float
     bandwidth: float
     interconnect: float
+    network: float  # the data-centre network, a chip's share
 
 
 # cloud.google.com/tpu/docs: v4, v5e, v5p, v6e.
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1.228e12, 300e9),
-    "v5e": Chip(197e12, 16e9, 0.819e12, 200e9),
-    "v5p": Chip(459e12, 95e9, 2.765e12, 600e9),
-    "v6e": Chip(918e12, 32e9, 1.640e12, 448e9),
+    "v4": Chip(275e12, 32e9, 1.228e12, 300e9, 6.25e9),
+    "v5e": Chip(197e12, 16e9, 0.819e12, 200e9, 3.125e9),
+    "v5p": Chip(459e12, 95e9, 2.765e12, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32e9, 1.640e12, 448e9, 12.5e9),
 }
 
 # jax's names of devices -> dense bfloat16 FLOP/s of one: of the chips above, and of NVIDIA's data sheets (without sparsity).
@@ -69,13 +70,14 @@ class Plan:
     """One compiled step. Bytes and FLOPs are per chip, seconds per step."""
 
     chips: int
+    slices: int
     shards: int  # parts of a batch's rows
     chip: Chip
     memory: dict[str, float]  # kind -> bytes
     model_flops: float  # without what is computed again
     hardware_flops: float
     hbm: float
-    collectives: dict[str, float]  # kind -> bytes sent
+    collectives: dict[str, float]  # kind -> bytes sent; "… between slices" over the data-centre network
     tokens: int  # of the global batch
     compile_seconds: float
 
@@ -89,11 +91,12 @@ class Plan:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The least seconds a step takes by compute, by memory and by interconnect."""
+        """The least seconds a step takes by compute, memory, interconnect and the network between slices."""
         return {
             "compute": self.hardware_flops / self.chip.flops,
             "HBM": self.hbm / self.chip.bandwidth,
-            "interconnect": sum(self.collectives.values()) / self.chip.interconnect,
+            "interconnect": sum(n for k, n in self.collectives.items() if BETWEEN not in k) / self.chip.interconnect,
+            "network": sum(n for k, n in self.collectives.items() if BETWEEN in k) / self.chip.network,
         }
 
 
@@ -156,13 +159,18 @@ def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int
         ).compile()
 
 
-def make_plan(stage, model: transformer.TransformerConfig, topology: str, axes: dict, mask_id: int = 0) -> Plan:
-    """Compile a stage's step for a topology and account for it. `axes` are those of config.mesh."""
+def make_plan(
+    stage, model: transformer.TransformerConfig, topology: str, axes: dict, mask_id: int = 0, slices: int = 1
+) -> Plan:
+    """Compile a stage's step for so many slices of a topology and account for it. `axes` are those of config.mesh."""
     from jax.experimental import topologies
 
     name, chips = parse_topology(topology)
+    options = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
+    options |= {"num_slices": slices} if slices > 1 else {}
+    chips *= slices
     try:
-        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+        devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except Exception as error:  # the plugin raises its own kinds
         raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}; needs pip install -e '.[tpu]'") from None
     if len(devices) != chips:  # v4 and v5p may be described by core
@@ -177,9 +185,9 @@ def make_plan(stage, model: transformer.TransformerConfig, topology: str, axes: 
     flops = model_flops(stage, model) / chips
     again = (model.remat == "full") + (stage.microbatches > 1)  # forward passes that are run again
     return Plan(
-        chips=chips, shards=sharding.batch_shards(mesh), chip=CHIPS[name], memory=memory(compiled, model, mesh),
+        chips=chips, slices=slices, shards=sharding.batch_shards(mesh), chip=CHIPS[name], memory=memory(compiled, model, mesh),
         model_flops=flops, hardware_flops=flops * (3 + again) / 3, hbm=hbm_bytes(stage, model, mesh, again),
-        collectives=collective_bytes(compiled.as_text(), chips), tokens=tokens(stage), compile_seconds=seconds,
+        collectives=collective_bytes(compiled.as_text(), chips, slices), tokens=tokens(stage), compile_seconds=seconds,
     )  # fmt: skip
 
 
@@ -275,8 +283,13 @@ _SIZES = {
 }
 
 
-def collective_bytes(hlo: str, chips: int) -> dict[str, float]:
+BETWEEN = "between slices"
+
+
+def collective_bytes(hlo: str, chips: int, slices: int = 1) -> dict[str, float]:
     """Bytes a chip sends in one run of a compiled program, by kind of collective, each times its loops' trip counts.
+
+    A collective whose chips are of several slices counts as one "between slices", with all its bytes.
 
     Of an array of B bytes over n chips: all-gather (its result) and reduce-scatter (its operand) B (n-1)/n, all-reduce
     twice that, all-to-all B (n-1)/n, collective-permute B.
@@ -293,7 +306,8 @@ def collective_bytes(hlo: str, chips: int) -> dict[str, float]:
             result, operator = match.groups()
             kind = operator.removesuffix("-start")
             if kind in COLLECTIVES:
-                size, n = float(sum(_bytes(result))), _group_size(line, chips)  # one collective may carry many arrays
+                group = _group(line, chips)
+                size, n = float(sum(_bytes(result))), len(group)  # one collective may carry many arrays
                 if operator == "collective-permute-start":
                     size = float(max(_bytes(result)))  # operand, result and two words
                 elif operator == "all-gather-start":
@@ -302,6 +316,9 @@ def collective_bytes(hlo: str, chips: int) -> dict[str, float]:
                     size *= n  # its result is one part of the operand
                 if n > 1:
                     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
+                    # Meshes have whole slices one behind the other.
+                    if len({member * slices // chips for member in group}) > 1:
+                        kind = f"{kind} {BETWEEN}"
                     totals[kind] = totals.get(kind, 0.0) + times * size * share
             inner = times
             if operator == "while":
@@ -352,22 +369,28 @@ def _bytes(types: str) -> list[int]:
     ]
 
 
-def _group_size(line: str, chips: int) -> int:
-    """Chips that take part in one instance of a collective."""
+def _group(line: str, chips: int) -> list[int]:
+    """The chips of the first of the groups that take part in a collective, as places in the mesh."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)) if axis in sizes)
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-        return int(match.group(2))
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(match.group(1).split(","))
-    return chips
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
+        taken = [axis in re.findall(r"'(\w+)'", match.group(2)) for axis in sizes]
+        places = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        return places[tuple(slice(None) if all_of else 0 for all_of in taken)].ravel().tolist()
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        groups, size, shape, order = match.groups()
+        places = np.arange(int(groups) * int(size)).reshape([int(n) for n in shape.split(",")])
+        if order:
+            places = places.transpose([int(n) for n in order.split(",")])
+        return places.reshape(int(groups), int(size))[0].tolist()
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
+        return [int(n) for n in match.group(1).split(",")]
+    return list(range(chips))
 
 
-def parameter_table(model: transformer.TransformerConfig, topology: str, axes: dict) -> str:
+def parameter_table(model: transformer.TransformerConfig, topology: str, axes: dict, slices: int = 1) -> str:
     """Each parameter's shape, its sharding as the rules resolve it on a topology, and its float32 bytes a chip."""
     _, chips = parse_topology(topology)
-    mesh = jax.sharding.AbstractMesh(sharding.mesh_sizes(**axes, devices=chips), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh(sharding.mesh_sizes(**axes, devices=chips * slices), sharding.AXES)
     params = transformer.abstract_params(model)
     lines = ["| parameter | shape | sharding | MB a chip |", "|---|---|---|---:|"]
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -383,7 +406,7 @@ def describe(plan: Plan, stage, model, steps: int, mfu: float, dollars: float | 
     bound = max(bounds, key=bounds.get)
     spare = (chip.memory - plan.peak) / 1e9
     lines = [
-        f"{plan.chips} chips, {plan.shards} parts of {tokens(stage) // stage.batch.length} rows of {stage.batch.length} "
+        f"{plan.chips} chips{f' in {plan.slices} slices' if plan.slices > 1 else ''}, {plan.shards} parts of {tokens(stage) // stage.batch.length} rows of {stage.batch.length} "
         f"tokens; compiled in {plan.compile_seconds:.0f} s",
         "",
         f"{'fits' if plan.fits else 'does not fit'}: {plan.peak / 1e9:.2f} of {chip.memory / 1e9:.0f} GB a chip, "
@@ -397,7 +420,7 @@ def describe(plan: Plan, stage, model, steps: int, mfu: float, dollars: float | 
         *(f"  {size / 1e9:8.3f} GB  {kind}" for kind, size in sorted(plan.collectives.items())),
         "",
         f"least step time: {bounds[bound]:.3f} s, bound by {bound}",
-        *(f"  {seconds:8.3f} s  {kind}" for kind, seconds in bounds.items()),
+        *(f"  {seconds:8.3f} s  {kind}" for kind, seconds in bounds.items() if seconds),
     ]
     total, rate = plan.tokens * steps, plan.chips * chip.flops * mfu
     seconds = plan.model_flops * plan.chips * steps / rate

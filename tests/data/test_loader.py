@@ -5,7 +5,15 @@ import pytest
 
 from embed import rows
 from embed.data import loader as loading
-from embed.data.loader import BLOCK, ContrastiveLoader, Curriculum, DiffusionLoader, ReaderStalledError, prefetch
+from embed.data.loader import (
+    BLOCK,
+    ContrastiveLoader,
+    Curriculum,
+    DiffusionLoader,
+    ReaderStalledError,
+    prefetch,
+    random_bits,
+)
 from embed.data.store import Store, Writer
 from embed.rows import RowShape
 
@@ -125,6 +133,23 @@ def test_a_process_reads_its_own_examples_only():
         make("pair", index, 4, stores=own).batch(0)
     read = [own["a"].seen + own["b"].seen for own in stores]
     assert [len(r) for r in read] == [5] * 4 and len(set(sum(read, []))) == 20
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_at_step_50000_costs_what_one_at_step_100_does(stage, monkeypatch):
+    drawn = []
+
+    def counted(key, counters):
+        drawn.append(np.size(counters))
+        return random_bits(key, counters)
+
+    monkeypatch.setattr(loading, "random_bits", counted)
+    work = {}
+    for step in (100, 50_000):
+        drawn.clear()
+        make(stage).batch(step)
+        work[step] = sum(drawn)
+    assert work[50_000] < 1.3 * work[100]  # permutations within a task walk on by chance
 
 
 @pytest.mark.parametrize("stage", STAGES)

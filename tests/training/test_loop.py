@@ -1,77 +1,26 @@
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from small_run import MODEL, STAGE, Loader, losses, train
 
 from embed.checkpoints import training_state
 from embed.models import transformer
-from embed.training import loop, sharding, stages
+from embed.training import loop, stages
 from embed.training.metrics import read_metrics
 
-MODEL = transformer.make_config("micro", 64)
-OPTIMIZER = ConfigDict(
-    dict(
-        learning_rate=1e-2,
-        warmup=0.1,
-        decay=0.5,
-        b1=0.9,
-        b2=0.98,
-        eps=1e-8,
-        weight_decay=0.1,
-        clip=1.0,
-        moment_dtype="float32",
-    )
-)
-STAGE = ConfigDict(
-    dict(
-        kind="diffusion", microbatches=1, logits_chunk=8, logits_capacity=1.0, optimizer=OPTIMIZER, log_every=1,
-        checkpoint_every=5, max_skipped=0,
-    )
-)  # fmt: skip
 
-
-class Loader:
-    """Random rows as a function of the step; `fail_at` plays a run that dies."""
-
-    def __init__(self, fail_at=None):
-        self.fail_at = fail_at
-
-    def batch(self, step):
-        if step == self.fail_at:
+def dying_at(step):
+    def read(k):
+        if k == step:
             raise RuntimeError("killed")
-        tokens = np.random.default_rng(step).integers(4, 64, (4, 16)).astype(np.int32)
-        positions = np.tile(np.arange(16, dtype=np.int32), (4, 1))
-        return {
-            "tokens": tokens,
-            "segment_ids": np.ones_like(tokens),
-            "positions": positions,
-            "stats": {"fill": 1.0, "cut": step},
-        }
 
-
-def train(folder, loader, steps=12, loss=None, mesh=None, stage=None, **keywords):
-    return loop.train(
-        folder,
-        stage=ConfigDict(STAGE.to_dict() | (stage or {})),
-        loss=loss or stages.make_loss(STAGE, MODEL, mask_id=2),
-        loader=loader,
-        steps=steps,
-        initial_params=lambda shardings: transformer.init(MODEL, jax.random.key(0)),
-        abstract_params=transformer.abstract_params(MODEL),
-        seed=0,
-        mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
-        **keywords,
-    )
-
-
-def losses(folder):
-    return {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl")}
+    return Loader(read)
 
 
 def test_a_run_that_died_continues_with_the_losses_of_an_unbroken_one_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", Loader())
     with pytest.raises(RuntimeError):
-        train(tmp_path / "broken", Loader(fail_at=8))
+        train(tmp_path / "broken", dying_at(8))
     continued = train(tmp_path / "broken", Loader())
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     assert sorted(losses(tmp_path / "whole")) == list(range(1, 13))
@@ -82,7 +31,7 @@ def test_a_run_that_died_continues_with_the_losses_of_an_unbroken_one_bit_for_bi
 def test_a_finished_run_is_not_trained_again(tmp_path):
     train(tmp_path, Loader())
     before = losses(tmp_path)
-    train(tmp_path, Loader(fail_at=0))
+    train(tmp_path, dying_at(0))
     assert losses(tmp_path) == before
 
 
@@ -118,7 +67,8 @@ def test_a_non_finite_gradient_stops_the_run_and_reaches_no_checkpoint(tmp_path)
 def test_rows_sum_what_the_loader_counted_and_the_last_step_has_one(tmp_path):
     train(tmp_path, Loader(), steps=7, stage={"log_every": 5})
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(row["step"], row["cut"], row["fill"]) for row in rows] == [(5, 0 + 1 + 2 + 3 + 4, 1.0), (7, 5 + 6, 1.0)]
+    assert rows[-1]["step"] == 7 and sum(row["cut"] for row in rows) == sum(range(7))
+    assert [(row["step"], row["cut"]) for row in rows if row["step"] == 5] == [(5, 1 + 2 + 3 + 4)]  # a row at each save
 
 
 def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
@@ -134,7 +84,7 @@ def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
 
     reported = []
     log = loop._Log(
-        None, lambda step: 0.1, lambda step, row: reported.append(step), 0, 9, every=2, max_skipped=0, least_seconds=None
+        None, lambda step: 0.1, lambda step, row: reported.append(step), 0, every=2, max_skipped=0, least_seconds=None
     )
     stats = {"fill": 1.0, "tokens": 1, "examples": 1, "waited": 0.0}
     for step in range(1, 6):
@@ -142,6 +92,10 @@ def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
         assert step not in read and step - 1 in [0, *read]
     log.flush()
     assert set(read) == {1, 2, 3, 4, 5} and reported == [2, 4]
+    log.add(6, {name: OnDevice(6) for name in ("loss", "gradient_norm", "skipped")}, stats)
+    log.add(7, {name: OnDevice(7) for name in ("loss", "gradient_norm", "skipped")}, stats)
+    log.flush(row=True)
+    assert reported == [2, 4, 6, 7]
 
 
 def test_restored_parameters_are_the_final_ones(tmp_path):

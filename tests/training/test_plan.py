@@ -61,6 +61,17 @@ def test_collectives_are_counted_by_kind_times_the_trips_of_their_loops():
     }
 
 
+def test_collectives_whose_chips_are_of_several_slices_go_over_the_network():
+    got = plan.collective_bytes(HLO, 8, slices=2)  # chips 0 to 3 and 4 to 7
+    assert set(got) == {
+        "all-gather", "all-gather between slices", "collective-permute", "reduce-scatter between slices", "all-reduce",
+    }  # fmt: skip
+    assert got["all-gather between slices"] == 16 * 4 * 7 / 8
+    across = HLO.replace("{{0,1},{2,3},{4,5},{6,7}}", "[4,2]<=[2,4]T(1,0)").replace("{'y'}", "{'x'}")
+    assert plan._group(next(x for x in across.splitlines() if "%two" in x), 8) == [0, 4]
+    assert "all-reduce" not in plan.collective_bytes(across, 8, slices=2)
+
+
 def test_a_program_compiled_for_eight_devices_moves_what_its_arrays_hold():
     """On real text of the compiler: a gather in a loop of seven turns, and a sum over devices behind it."""
     import os
@@ -156,13 +167,14 @@ def test_a_mesh_that_leaves_parameters_whole_is_an_error():
 
 def test_a_plan_says_what_binds_it_and_whether_it_fits():
     found = plan.Plan(
-        chips=4, shards=4, chip=plan.CHIPS["v6e"], memory={"parameters": 20e9, "program": 13e9}, model_flops=1e12,
-        hardware_flops=918e12, hbm=1.64e12 * 2, collectives={"all-gather": 448e9 * 0.5}, tokens=1000, compile_seconds=1,
+        chips=4, slices=2, shards=4, chip=plan.CHIPS["v6e"], memory={"parameters": 20e9, "program": 13e9}, model_flops=1e12,
+        hardware_flops=918e12, hbm=1.64e12 * 2, collectives={"all-gather": 448e9 * 0.5, "all-reduce between slices": 12.5e9 * 0.25}, tokens=1000, compile_seconds=1,
     )  # fmt: skip
-    assert not found.fits and found.bounds == {"compute": 1.0, "HBM": 2.0, "interconnect": 0.5}
+    assert not found.fits and found.bounds == {"compute": 1.0, "HBM": 2.0, "interconnect": 0.5, "network": 0.25}
     config = configs.load("configs/quickstart.py:runlocal")
     model = transformer.make_config("micro", 512)
     text = plan.describe(found, config.stages.pair, model, 100, 0.5, 2.0)
+    assert text.startswith("4 chips in 2 slices, ")
     assert "does not fit: 33.00 of 32 GB a chip, 1.00 GB too many" in text
     assert "least step time: 2.000 s, bound by HBM" in text and "dollars at 2.0 a chip hour" in text
     assert dataclasses.replace(found, memory={"parameters": 1e9}).fits

@@ -1,0 +1,118 @@
+"""A training that takes seconds, for the tests of the loop; as a program it is killed again and again.
+
+    python small_run.py FOLDER KILLS
+
+trains under FOLDER in processes that die (signal 9) at random moments, and once more to the end. A moment is a batch read or a
+file operation under the folder, those of saves in the background included: no clock. Prints the step of each death.
+"""
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from embed.models import transformer
+from embed.training import loop, sharding, stages
+from embed.training.metrics import read_metrics
+
+LIFE = 200  # steps of the run that is killed
+MODEL = transformer.make_config("micro", 64)
+STAGE = ConfigDict(
+    dict(
+        kind="diffusion", microbatches=1, logits_chunk=8, logits_capacity=1.0, log_every=1, checkpoint_every=5,
+        max_skipped=0,
+        optimizer=dict(
+            learning_rate=1e-2, warmup=0.1, decay=0.5, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1, clip=1.0,
+            moment_dtype="float32",
+        ),
+    )
+)  # fmt: skip
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
+
+
+class Loader:
+    """This process's part of four random rows, a function of the step; `read(step)` may make it fail."""
+
+    def __init__(self, read=lambda step: None):
+        self.read = read
+
+    def __str__(self):
+        return "the small loader"
+
+    def batch(self, step):
+        self.read(step)
+        tokens = np.random.default_rng(step).integers(4, 64, (4, 16)).astype(np.int32)
+        tokens = np.split(tokens, jax.process_count())[jax.process_index()]
+        positions = np.tile(np.arange(16, dtype=np.int32), (len(tokens), 1))
+        stats = {"fill": 1.0, "cut": step}
+        return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions, "stats": stats}
+
+
+def train(folder: Path, loader=None, *, steps: int = 12, stage=None, mesh=None, **keywords):
+    """Train the small model; `stage` holds changes to STAGE."""
+    stage = ConfigDict(STAGE.to_dict() | (stage or {}))
+    return loop.train(
+        folder,
+        **dict(
+            stage=stage,
+            loss=stages.make_loss(stage, MODEL, mask_id=2),
+            loader=loader or Loader(),
+            steps=steps,
+            initial_params=lambda shardings: jax.jit(transformer.init, static_argnums=0, out_shardings=shardings)(
+                MODEL, jax.random.key(0)
+            ),
+            abstract_params=transformer.abstract_params(MODEL),
+            seed=0,
+            mesh=mesh or sharding.make_mesh(devices=None if jax.process_count() > 1 else jax.devices()[:1]),
+        )
+        | keywords,
+    )
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """{step: loss} of the rows that a run wrote."""
+    return {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def live(folder: Path, moments: int | None) -> None:
+    """Train in a process of its own that dies at its `moments`-th moment."""
+    left = moments
+
+    def tick(step=None):
+        nonlocal left
+        if left is not None and (left := left - 1) <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def hook(event, arguments):
+        if event in FILE_EVENTS and str(folder) in str(arguments[0]):
+            tick()
+
+    sys.addaudithook(hook)
+    train(folder, Loader(tick), steps=LIFE)
+
+
+def main() -> None:
+    folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+    # Each life compiles the same programs.
+    jax.config.update("jax_compilation_cache_dir", f"{folder}-compiled")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    rng = random.Random(0)
+    for life in range(kills + 1):
+        moments = rng.randint(1, 250) if life < kills else None
+        child = os.fork()  # before any backend runs: jax is imported here and no more
+        if not child:
+            live(folder, moments)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status != (signal.SIGKILL if life < kills else 0):
+            sys.exit(f"life {life} ended with status {status}")
+        print(max(losses(folder), default=0), flush=True)
+
+
+if __name__ == "__main__":
+    main()

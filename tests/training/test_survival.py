@@ -1,0 +1,470 @@
+"""What a run on a pod has to live through."""
+
+import functools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_run
+from small_run import MODEL, Loader, losses, train
+
+from embed.checkpoints import training_state
+from embed.models import transformer
+from embed.training import loop, stages
+from embed.training.metrics import MetricsWriter, log_line, read_metrics
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run of 12 steps with checkpoints at 5, 10 and 12, of which two are kept."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    train(folder)
+    return folder
+
+
+def load(folder):
+    return training_state.load_params(folder / "checkpoints", transformer.abstract_params(MODEL))
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# --- kills -----------------------------------------------------------------------------------------------------
+
+
+def test_twenty_kills_at_random_moments_leave_the_losses_of_an_unbroken_run_bit_for_bit(tmp_path):
+    killed = subprocess.run(
+        [sys.executable, HERE / "small_run.py", tmp_path / "killed", "20"], capture_output=True, text=True
+    )
+    assert killed.returncode == 0, killed.stdout + killed.stderr[-3000:]
+    steps = [int(line) for line in killed.stdout.split()]
+    assert len(steps) == 21 and steps[-1] == small_run.LIFE and len(set(steps)) > 5  # they died at many places
+    train(tmp_path / "unbroken", steps=small_run.LIFE)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
+    assert sorted(losses(tmp_path / "killed")) == list(range(1, small_run.LIFE + 1))
+    assert_same(load(tmp_path / "killed"), load(tmp_path / "unbroken"))
+
+
+def test_sigterm_saves_behind_the_step_and_the_next_run_continues_with_the_same_losses(tmp_path, unbroken):
+    def read(step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(loop.PreemptedError, match=r"SIGTERM: saved at step \d of 12") as ended:
+        train(tmp_path, Loader(read))
+    assert ended.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) is before
+    last = max(losses(tmp_path))
+    assert 5 <= last <= 8 and f"step {last} of" in str(ended.value)  # batches are read up to two steps ahead
+    asked = []
+    train(tmp_path, Loader(asked.append))
+    assert min(asked) == last and losses(tmp_path) == losses(unbroken)
+
+
+def test_a_sigterm_in_the_last_step_ends_a_complete_run(tmp_path):
+    train(tmp_path, Loader(lambda step: step == 0 and os.kill(os.getpid(), signal.SIGTERM)), steps=1)
+    assert list(losses(tmp_path)) == [1]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------
+
+
+def _files(folder):
+    return sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def truncate(checkpoint):
+    path = _files(checkpoint)[-1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(checkpoint):
+    path = _files(checkpoint)[-1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose_an_item(checkpoint):
+    shutil.rmtree(checkpoint / "optimizer")
+
+
+def empty_the_metadata(checkpoint):
+    for path in checkpoint.rglob("_METADATA"):
+        path.write_text("")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_an_item, empty_the_metadata])
+def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_continues(tmp_path, unbroken, damage):
+    shutil.copytree(unbroken, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    damage(checkpoints / "12")
+    warnings, asked = [], []
+    final = train(tmp_path / "run", Loader(asked.append), warn=warnings.append)
+    (warning,) = warnings
+    assert warning.startswith(f"checkpoint 12 under {checkpoints} is damaged") and "continuing from step 10" in warning
+    assert min(asked) == 10 and (checkpoints / "damaged-12").is_dir()
+    assert losses(tmp_path / "run") == losses(unbroken)
+    assert_same(final, load(unbroken))
+    assert_same(load(tmp_path / "run"), load(unbroken))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_parameters_that_are_damaged_start_no_other_stage(tmp_path, unbroken, damage):
+    shutil.copytree(unbroken, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "12" / "params")
+    with pytest.raises(training_state.CheckpointError, match="checkpoint 12 under .* cannot be read.*the same command"):
+        load(tmp_path / "run")
+
+
+def test_a_bit_that_the_files_own_checks_do_not_see_is_seen_by_the_checksum(tmp_path, unbroken):
+    shutil.copytree(unbroken, tmp_path / "run")
+    sums = tmp_path / "run" / "checkpoints" / "12" / "checksums"
+    (path,) = (path for path in sums.rglob("*") if path.is_file() and "optimizer" in path.read_text())
+    saved = training_state.checksum(load(unbroken))
+    path.write_text(path.read_text().replace(str(int(saved)), str(int(saved) ^ 1)))
+    warnings = []
+    train(tmp_path / "run", warn=warnings.append)
+    assert "the params of step 12 do not have the checksum" in warnings[0]
+
+
+def test_the_checksum_sees_any_one_bit_and_no_sharding():
+    tree = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones((5,), jnp.bfloat16), "count": jnp.int32(3)}
+    value = int(training_state.checksum(tree))
+    assert int(training_state.checksum(jax.tree.map(jnp.copy, tree))) == value
+    for name, change in (("a", jnp.float32(2**-20)), ("b", jnp.bfloat16(2**-7)), ("count", 1)):
+        other = tree | {name: tree[name].at[(0,) * tree[name].ndim].add(change)}
+        assert int(training_state.checksum(other)) != value
+    assert int(training_state.checksum({"a": tree["a"], "b": tree["count"], "count": tree["b"]})) != value
+
+
+def test_when_no_checkpoint_can_be_read_the_run_ends_and_touches_nothing(tmp_path, unbroken):
+    shutil.copytree(unbroken, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in ("10", "12"):
+        truncate(checkpoints / step)
+    before = sorted(str(path) for path in checkpoints.rglob("*"))
+    with pytest.raises(training_state.CheckpointError, match="no checkpoint under .* can be read; the newest, 12: .*"):
+        train(tmp_path / "run")
+    assert sorted(str(path) for path in checkpoints.rglob("*")) == before
+
+
+ON_A_SMALL_DISK = """
+import os, signal, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from small_run import Loader, losses, train
+from embed.cli.common import run
+
+disk, state = Path(sys.argv[2]), sys.argv[3]
+
+def fill(step):
+    if step == 7:
+        try:
+            with (disk / "ballast").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        except OSError:
+            pass
+
+def end(step):
+    if step == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def remount(options):
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+asked = []
+if state == "full":
+    code = run(lambda argv: train(disk / "run", Loader(fill)))
+    (disk / "ballast").unlink()
+else:
+    assert run(lambda argv: train(disk / "run", Loader(end))) == 143
+    remount("ro")
+    code = run(lambda argv: train(disk / "run"))
+    remount("rw")
+train(disk / "run", Loader(asked.append))
+print(code, min(asked), len(losses(disk / "run")))
+"""
+
+
+@pytest.mark.parametrize("state, reason", [("full", "No space left on device"), ("read-only", "Read-only file system")])
+def test_a_disk_that_cannot_be_written_is_named_and_the_last_checkpoint_stays_good(tmp_path, state, reason):
+    if subprocess.run(["unshare", "-rm", "true"]).returncode:
+        pytest.skip("needs the right to mount a small file system of one's own")
+    disk, program = tmp_path / "disk", tmp_path / "program.py"
+    disk.mkdir()
+    program.write_text(ON_A_SMALL_DISK)
+    mount = f"mount -t tmpfs -o size=4m none {disk} && exec {sys.executable} {program} {HERE} {disk} {state}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    code, step, rows = done.stdout.split()
+    assert code == "1"
+    assert int(step) >= 1 and rows == "12"  # then continued from the last good checkpoint to the end
+    assert any(line.startswith("embed: error:") and reason in line for line in done.stderr.splitlines())
+
+
+# --- steps that are not finite -----------------------------------------------------------------------------------
+
+
+def breaking(*steps, of=12):
+    """The loss, with a gradient that is not finite in the given steps (from 0)."""
+    finite = stages.make_loss(small_run.STAGE, MODEL, mask_id=2)
+
+    def loss(params, batch, key, progress):
+        value, metrics = finite(params, batch, key, progress)
+        bad = jnp.isin(jnp.round(progress * of).astype(jnp.int32), jnp.array(steps))
+        zero = jnp.where(bad, params["norm"][0] - jax.lax.stop_gradient(params["norm"][0]), 1.0)
+        return value + jnp.sqrt(zero), metrics
+
+    return loss
+
+
+def test_a_step_without_a_finite_gradient_changes_no_parameter_and_no_moment_and_is_counted(tmp_path):
+    settings = {"max_skipped": 2, "checkpoint_every": 100, "log_every": 4}
+    train(tmp_path / "run", loss=breaking(5, 6), stage=settings, steps=12)
+    rows = {row["step"]: row for row in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    assert {step: row["skipped"] for step, row in rows.items()} == {
+        1: 0,
+        4: 0,
+        8: 2,
+        12: 0,
+    }  # the first step is saved, and so has a row
+
+    train_step = jax.jit(loop.make_train_step(breaking(5), optimizer := _adamw(), 0, 12))
+    params = transformer.init(MODEL, jax.random.key(0))
+    state = optimizer.init(params)
+    batch = {k: v for k, v in Loader().batch(0).items() if k != "stats"}
+    for step in range(5):
+        params, state, metrics = train_step(params, state, batch, step)
+        assert not metrics["skipped"]
+    new_params, new_state, metrics = train_step(params, state, batch, 5)
+    assert metrics["skipped"] and not np.isfinite(metrics["gradient_norm"])
+    assert_same(new_params, params)
+    arrays = lambda tree: [x for x in jax.tree.leaves(tree) if x.ndim]  # noqa: E731
+    assert_same(arrays(new_state), arrays(state))
+    counts = [int(x) for x in jax.tree.leaves(new_state) if not x.ndim]
+    assert counts and set(counts) == {6}  # the schedule stays a function of the step
+    _, _, metrics = train_step(new_params, new_state, batch, 6)
+    assert np.isfinite(metrics["loss"])
+
+
+def _adamw():
+    from embed.training.optimizer import make_optimizer
+
+    return make_optimizer(small_run.STAGE.optimizer, lambda step: 1e-3)
+
+
+def test_more_than_the_allowed_steps_in_a_row_end_the_run_with_its_checkpoint_intact(tmp_path):
+    with pytest.raises(
+        loop.NonFiniteLossError, match=r"gradient_norm of step 9 is (nan|inf), and 3 steps in a row .*max_skipped=2"
+    ):
+        train(tmp_path, loss=breaking(2, 3, 6, 7, 8), stage={"max_skipped": 2})
+    params = load(tmp_path)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+# --- readers and peers -------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_stalls_ends_the_run_with_its_name_and_the_exit_code_of_try_again():
+    program = f"""
+import sys, threading; sys.path.insert(0, {str(HERE)!r})
+import tempfile; from pathlib import Path
+from small_run import Loader, train
+from embed.cli.common import run
+stall = lambda step: step == 3 and threading.Event().wait()
+sys.exit(run(lambda argv: train(Path(tempfile.mkdtemp()) / "run", Loader(stall), read_timeout=0.5)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 75
+    assert "embed: error: the small loader gave no batch of step 3 in 0.5 s" in done.stderr
+
+
+def test_what_a_lost_process_makes_the_others_raise_names_the_step_and_what_to_do(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(
+        loop.PeerLostError, match="process 0 of 4 cannot go on at step 9: Gloo all-reduce failed"
+    ) as lost:
+        with loop.peers(9):
+            raise ValueError("Gloo all-reduce failed: Connection reset by peer\nmore")
+    assert lost.value.exit_code == 75
+    with pytest.raises(loop.NonFiniteLossError), loop.peers(9):  # not a peer's fault
+        raise loop.NonFiniteLossError("nan")
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+ONE_OF_SEVERAL = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import jax
+folder, process, processes, coordinator, what = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
+jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=10)
+from small_run import Loader, train
+from embed.cli.common import run
+
+def read(step):
+    if step == 7 and process == processes - 1 and what != "nothing":
+        os.kill(os.getpid(), getattr(signal, what))
+
+sys.exit(run(lambda argv: train(folder, Loader(read)) and 0))
+"""
+
+
+def run_processes(folder, count, what="nothing"):
+    """[(exit code, stderr)] of so many processes that train together; the last gets a signal at step 7."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [
+        [sys.executable, "-c", ONE_OF_SEVERAL, HERE, folder, str(k), str(count), address, what] for k in range(count)
+    ]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(process.returncode, error) for process, error in zip(running, errors)]
+
+
+def test_a_sigterm_to_one_process_ends_all_behind_the_same_step_and_they_continue(tmp_path, unbroken):
+    ended = run_processes(tmp_path / "run", 2, "SIGTERM")
+    assert [code for code, _ in ended] == [143, 143], ended
+    said = {
+        line for _, error in ended for line in error.splitlines() if line.startswith("embed: SIGTERM: saved at step")
+    }
+    assert len(said) == 1
+    (step,) = (int(word) for word in said.pop().split() if word.isdigit() and word != "12")
+    assert max(losses(tmp_path / "run")) == step < 12
+    again = run_processes(tmp_path / "run", 2)
+    assert [code for code, _ in again] == [0, 0], again
+    got, whole = losses(tmp_path / "run"), losses(unbroken)
+    assert sorted(got) == sorted(whole)
+    np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
+
+
+def test_when_one_process_of_four_dies_the_others_end_and_say_so(tmp_path):
+    ended = run_processes(tmp_path / "run", 4, "SIGKILL")
+    assert ended[3][0] == -signal.SIGKILL
+    for code, error in ended[:3]:
+        assert code in (75, -signal.SIGABRT), error[-2000:]  # ours, or the one of jax's coordination service
+        assert "Another process ended or the network failed" in error or "another task died" in error
+
+
+# --- meshes ------------------------------------------------------------------------------------------------------
+
+OTHER_MESHES = """
+import os, signal, sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import jax, numpy as np
+from small_run import Loader, losses, train
+from embed.training import loop, sharding
+
+devices, folder = jax.devices(), Path(sys.argv[2])
+eight = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+train(folder / "unbroken", mesh=eight)
+four = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=devices[:4])
+for until, mesh in ((3, eight), (7, four), (None, sharding.make_mesh(data=1, fsdp=4, tensor=2))):
+    read = lambda step: step == until and os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        train(folder / "moved", Loader(read), mesh=mesh)
+    except loop.PreemptedError as ended:
+        print(ended)
+a, b = losses(folder / "unbroken"), losses(folder / "moved")
+assert sorted(a) == sorted(b) == list(range(1, 13))
+np.testing.assert_allclose([b[k] for k in sorted(b)], [a[k] for k in sorted(a)], rtol=1e-5)
+"""
+
+
+def test_a_checkpoint_continues_on_other_meshes_with_the_losses_of_one(tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_MESHES, HERE, tmp_path], env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("SIGTERM: saved") == 2
+
+
+# --- what a row says -----------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_how_fast_how_well_used_and_how_often_the_host_waited_for_data(tmp_path):
+    lines = []
+    train(
+        tmp_path, stage={"log_every": 4, "checkpoint_every": 100}, least_seconds=1e-3,
+        progress=lambda step, row: lines.append(log_line(step, 12, row)),
+    )  # fmt: skip
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 4, 8, 12]
+    for row in rows:
+        seconds = row["seconds_per_step"]
+        np.testing.assert_allclose(row["tokens_per_second_per_device"], 4 * 16 / seconds / jax.device_count())
+        np.testing.assert_allclose(row["examples_per_second_per_device"], 4 / seconds / jax.device_count())
+        np.testing.assert_allclose(row["mfu"], 1e-3 / seconds)
+        assert 0 <= row["data_wait"] <= 1
+        assert row["learning_rate"] > 0 and row["gradient_norm"] > 0 and row["skipped"] == 0
+    assert lines[1].startswith("step 4/12  loss ") and " tokens/s/device" in lines[1] and "MFU" in lines[1]
+
+
+def test_padding_is_not_counted_as_tokens():
+    batch = Loader().batch(0)
+    batch["segment_ids"][:, 10:] = 0
+    assert loop._sizes(batch) == {"tokens": 40, "examples": 4}
+    assert loop._sizes(batch | {"valid": np.ones(7, bool)})["examples"] == 7
+
+
+def test_profile_steps_write_a_trace(tmp_path):
+    train(tmp_path, steps=6, profile_steps=range(2, 4))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_weights_and_biases_gets_every_row_under_one_run_a_folder(tmp_path, monkeypatch):
+    class Service:
+        def __init__(self):
+            self.opened, self.rows = [], []
+
+        def init(self, **keywords):
+            self.opened.append(keywords)
+            return self
+
+        def log(self, row, step):
+            self.rows.append((step, row["loss"]))
+
+        def finish(self):
+            self.rows.append("finished")
+
+    service = Service()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    writer = functools.partial(MetricsWriter, wandb="project")
+    train(tmp_path / "run" / "pair", steps=3, writer=writer)
+    train(tmp_path / "run" / "pair", steps=3, writer=writer)
+    assert service.rows[:3] == list(losses(tmp_path / "run" / "pair").items()) and service.rows[3] == "finished"
+    first, second = service.opened
+    assert first == second and first["name"] == "run/pair" and first["project"] == "project"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="--wandb=project needs the package wandb"):
+        MetricsWriter(tmp_path, 0, wandb="project")
+
+
+def test_what_is_counted_is_complete_when_a_run_was_broken_between_two_rows(tmp_path):
+    stage = {"log_every": 50}
+    with pytest.raises(loop.PreemptedError):
+        train(tmp_path, Loader(lambda step: step == 7 and os.kill(os.getpid(), signal.SIGTERM)), stage=stage)
+    train(tmp_path, stage=stage)
+    assert sum(row["cut"] for row in read_metrics(tmp_path / "metrics.jsonl")) == sum(range(12))
