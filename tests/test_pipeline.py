@@ -371,14 +371,3 @@ def test_two_local_processes_train_the_losses_of_one(prepared, tmp_path):
     # Sums in another order may round an embedding to the next of int8's levels.
     pairs = [list(_losses(folder, "pair").values()) for folder in (two, prepared)]
     np.testing.assert_allclose(*pairs, rtol=2e-3)
-
-
-def test_the_launcher_prints_its_commands_and_refuses_nonsense():
-    dry = subprocess.run(
-        ["bash", "launch/local.sh", "--dry-run", "2", "--config=c.py:stage=pair", "--workdir=w"],
-        cwd=ROOT, capture_output=True, text=True, env={**ENVIRONMENT, "PORT": "1234"},
-    )  # fmt: skip
-    common = "embed train --config=c.py:stage=pair --workdir=w --coordinator=127.0.0.1:1234 --num_processes=2"
-    assert dry.stdout.splitlines() == [f"{common} --process_id=0", f"{common} --process_id=1"]
-    wrong = subprocess.run(["bash", "launch/local.sh", "many"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "launch/local.sh N --config" in wrong.stderr

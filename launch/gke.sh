@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Train one stage on TPU slices of a GKE cluster, as a JobSet: one job a slice, one pod a host.
+#
+#   launch/gke.sh submit --name=NAME --accelerator=LABEL --topology=AxB --image=IMAGE --bucket=BUCKET [--slices=N]
+#                        [--chips-per-host=4] [--service-account=NAME] [--restarts=100] [--run-id=ID]
+#                        -- --config=FILE.py:stage=NAME --workdir=/mnt/embed/DIR ...
+#   launch/gke.sh list
+#   launch/gke.sh logs --name=NAME
+#   launch/gke.sh stop --name=NAME                   the pods save, then end
+#   any of them with --dry-run                       print what would run, and the manifest; run nothing
+#
+#   launch/gke.sh submit --name=pair --accelerator=tpu-v6e-slice --topology=8x8 --image=REGISTRY/embed:abc1234 \
+#       --bucket=my-bucket -- --config=configs/qwen3.py:stage=pair --workdir=/mnt/embed/qwen3
+#
+# Needs kubectl with the cluster as its context, JobSet and the Cloud Storage FUSE driver in the cluster, and an image that
+# has this repository installed with '.[tpu]' and its folder as working directory. A pod that is lost, or ends with a code that says so,
+# restarts the set, which continues; wrong input (codes 1 and 2) fails it at once.
+source "$(dirname "$0")/common.sh"
+
+verb=${1:-}
+case "$verb" in -h | --help) usage; exit 0 ;; esac
+(($#)) && shift
+name='' accelerator='' topology='' image='' bucket='' slices=1 chips_per_host=4 service_account='' restarts=100 run_id=''
+options "name accelerator topology image bucket slices chips_per_host service_account restarts run_id" "$@"
+
+# Text as a YAML scalar.
+scalar() { printf "'%s'" "${1//\'/\'\'}"; }
+
+manifest() {
+  local chips=$((${topology//x/*})) word
+  local hosts=$(((chips + chips_per_host - 1) / chips_per_host))
+  cat <<YAML
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $(scalar "$name")
+  labels: {app: embed}
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+    embed/run-id: $(scalar "$run_id")
+    embed/commit: $(scalar "$commit")
+spec:
+  failurePolicy:
+    maxRestarts: $restarts
+    rules:
+    - action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
+  replicatedJobs:
+  - name: slice
+    replicas: $slices
+    template:
+      spec:
+        parallelism: $hosts
+        completions: $hosts
+        backoffLimit: 0
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes: {containerName: embed, operator: In, values: [1, 2]}
+        template:
+          metadata:
+            labels: {app: embed}
+            annotations: {gke-gcsfuse/volumes: "true"}
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: 600
+YAML
+  if [[ -n "$service_account" ]]; then echo "            serviceAccountName: $(scalar "$service_account")"; fi
+  cat <<YAML
+            nodeSelector:
+              cloud.google.com/gke-tpu-accelerator: $(scalar "$accelerator")
+              cloud.google.com/gke-tpu-topology: $(scalar "$topology")
+            containers:
+            - name: embed
+              image: $(scalar "$image")
+              command:
+YAML
+  for word in embed train --distributed "${arguments[@]}"; do echo "              - $(scalar "$word")"; done
+  cat <<YAML
+              env:
+              - {name: EMBED_RUN_ID, value: $(scalar "$run_id")}
+              - {name: EMBED_COMMIT, value: $(scalar "$commit")}
+              ports:
+              - {containerPort: 8471}
+              - {containerPort: 8080}
+              resources:
+                limits: {google.com/tpu: $((chips < chips_per_host ? chips : chips_per_host))}
+              volumeMounts:
+              - {name: bucket, mountPath: /mnt/embed}
+            volumes:
+            - name: bucket
+              csi:
+                driver: gcsfuse.csi.storage.gke.io
+                volumeAttributes: {bucketName: $(scalar "$bucket"), mountOptions: implicit-dirs}
+YAML
+}
+
+case "$verb" in
+  submit)
+    need name accelerator topology image bucket
+    need_arguments
+    [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "--topology=$topology must be AxB or AxBxC"
+    run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
+    if $dry_run; then
+      manifest
+      echo "# kubectl apply -f - with the manifest above"
+    else
+      manifest | kubectl apply -f -
+    fi
+    echo "run $run_id, commit $commit" >&2 ;;
+  list)
+    run kubectl get jobsets -l app=embed ;;
+  logs)
+    need name
+    run kubectl logs -l "jobset.sigs.k8s.io/jobset-name=$name" -c embed --prefix --tail=100 --max-log-requests=1000 ;;
+  stop)
+    need name
+    run kubectl delete jobset "$name" --wait=true ;;
+  *) usage >&2; exit 2 ;;
+esac

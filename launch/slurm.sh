@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Train one stage on GPUs of a Slurm cluster, one process a GPU.
+#
+#   launch/slurm.sh submit --nodes=N --gpus=GPUS_A_NODE [--name=embed] [--time=24:00:00] [--partition=P] [--account=A]
+#                          [--cpus=CPUS_A_GPU] [--run-id=ID] -- --config=FILE.py:stage=NAME --workdir=DIR ...
+#   launch/slurm.sh list
+#   launch/slurm.sh logs --job=JOB --workdir=DIR
+#   launch/slurm.sh stop --job=JOB                   save, then end
+#   any of them with --dry-run                       print what would run, and the batch script; run nothing
+#
+#   launch/slurm.sh submit --nodes=4 --gpus=8 -- --config=configs/qwen3.py:stage=pair --workdir=/shared/runs/qwen3
+#
+# Runs in this clone, with the environment that `make` made (EMBED names another command): clone and workdir must be on a file
+# system that all nodes see. Five minutes before its time is up, and when it is preempted, the job saves and goes back to
+# the queue; so it does when a process was lost. Its log is WORKDIR.logs/slurm-JOB.log.
+source "$(dirname "$0")/common.sh"
+
+verb=${1:-}
+case "$verb" in -h | --help) usage; exit 0 ;; esac
+(($#)) && shift
+nodes='' gpus='' name=embed time=24:00:00 partition='' account='' cpus=8 run_id='' job='' workdir=''
+options "nodes gpus name time partition account cpus run_id job workdir" "$@"
+
+batch_script() {
+  cat <<SCRIPT
+#!/usr/bin/env bash
+#SBATCH --job-name=$name
+#SBATCH --nodes=$nodes
+#SBATCH --ntasks-per-node=$gpus
+#SBATCH --gpus-per-node=$gpus
+#SBATCH --cpus-per-task=$cpus
+#SBATCH --time=$time
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@300
+SCRIPT
+  if [[ -n "$partition" ]]; then echo "#SBATCH --partition=$partition"; fi
+  if [[ -n "$account" ]]; then echo "#SBATCH --account=$account"; fi
+  cat <<SCRIPT
+cd $(quoted "$root")
+export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
+srun --kill-on-bad-exit=1 $(quoted "${EMBED:-$root/.venv/bin/embed}" train --distributed "${arguments[@]}")
+code=\$?
+echo "embed ended with code \$code"
+case \$code in 75 | 134 | 143) scontrol requeue "\$SLURM_JOB_ID" ;; esac # docs/runs.md
+exit \$code
+SCRIPT
+}
+
+case "$verb" in
+  submit)
+    need nodes gpus
+    need_arguments
+    for argument in "${arguments[@]}"; do
+      case "$argument" in --workdir=*) workdir=${argument#--workdir=} ;; esac
+    done
+    run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
+    run mkdir -p "$workdir.logs"
+    if $dry_run; then
+      quoted sbatch --parsable "--output=$workdir.logs/slurm-%j.log"
+      batch_script
+    else
+      batch_script | sbatch --parsable "--output=$workdir.logs/slurm-%j.log"
+    fi
+    echo "run $run_id, commit $commit" >&2 ;;
+  list)
+    run squeue --me --format='%i %j %T %M %D %R' ;;
+  logs)
+    need job workdir
+    run tail -n 100 "$workdir.logs/slurm-$job.log" ;;
+  stop)
+    need job
+    # The signal goes to the processes alone; the script behind them may then not put the job back into the queue.
+    run scontrol update "JobId=$job" Requeue=0
+    run scancel --signal=TERM "$job" ;;
+  *) usage >&2; exit 2 ;;
+esac

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Train one stage on Cloud TPU slices, by queued resources.
+#
+#   launch/tpu.sh submit --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION --bucket=BUCKET [--slices=N] [--spot]
+#                        [--project=PROJECT] [--run-id=ID] -- --config=FILE.py:stage=NAME --workdir=/mnt/embed/DIR ...
+#   launch/tpu.sh list --zone=ZONE
+#   launch/tpu.sh logs --name=NAME --zone=ZONE       what every host has printed last
+#   launch/tpu.sh stop --name=NAME --zone=ZONE       save, then give the slices back
+#   any of them with --dry-run                       print what would run, run nothing
+#
+#   launch/tpu.sh submit --name=pair --zone=us-east5-b --type=v6e-64 --runtime=v2-alpha-tpuv6e --bucket=my-bucket --spot \
+#       -- --config=configs/qwen3.py:stage=pair --workdir=/mnt/embed/qwen3
+#
+# The committed code travels as an archive in the bucket; each host unpacks it, mounts the bucket at /mnt/embed, and runs
+# `embed train --distributed`, again whenever it ends with a code that says so. It starts again with the host. A spot slice
+# that was taken away is gone: submit under the same name again, after stop, and the run continues.
+source "$(dirname "$0")/common.sh"
+
+verb=${1:-}
+case "$verb" in -h | --help) usage; exit 0 ;; esac
+(($#)) && shift
+name='' zone='' type='' runtime='' bucket='' slices=1 spot='' project='' run_id=''
+options "name zone type runtime bucket slices spot! project run_id" "$@"
+where=(${zone:+"--zone=$zone"} ${project:+"--project=$project"})
+
+# What a host does when it starts. The program's exit codes: docs/runs.md.
+startup_script() {
+  cat <<SCRIPT
+#!/usr/bin/env bash
+set -euxo pipefail
+exec >>/var/log/embed.log 2>&1
+export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
+if ! command -v gcsfuse; then
+  release=gcsfuse-\$(lsb_release -c -s)
+  curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | tee /usr/share/keyrings/cloud.google.asc >/dev/null
+  echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt \$release main" >/etc/apt/sources.list.d/gcsfuse.list
+  apt-get update && apt-get install -y gcsfuse python3-venv
+fi
+mkdir -p /mnt/embed /opt/embed
+mountpoint -q /mnt/embed || gcsfuse --implicit-dirs $(quoted "$bucket") /mnt/embed
+cd /opt/embed
+tar -xzf $(quoted "/mnt/embed/source/$run_id.tar.gz")
+[[ -x .venv/bin/embed ]] || { python3 -m venv .venv && .venv/bin/pip install --quiet --editable '.[tpu]'; }
+set +e
+while true; do
+  $(quoted .venv/bin/embed train --distributed "${arguments[@]}")
+  code=\$?
+  case \$code in 75 | 134) sleep 10 ;; *) break ;; esac # 143: somebody wants this host back
+done
+echo "embed ended with code \$code"
+SCRIPT
+}
+
+case "$verb" in
+  submit)
+    need name zone type runtime bucket
+    need_arguments
+    if [[ "$commit" == *-dirty ]] && ! $dry_run; then die "uncommitted changes would not travel: commit them first"; fi
+    run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
+    if $dry_run; then
+      archive="$run_id.tar.gz" script="startup.sh"
+      echo "# startup.sh"
+      startup_script
+      echo "# commands"
+    else
+      folder=$(mktemp -d)
+      trap 'rm -r "$folder"' EXIT
+      archive="$folder/$run_id.tar.gz" script="$folder/startup.sh"
+      startup_script >"$script"
+    fi
+    run git -C "$root" archive --format=tar.gz --output="$archive" HEAD
+    run gcloud storage cp "$archive" "gs://$bucket/source/$run_id.tar.gz" ${project:+"--project=$project"}
+    nodes=(--node-id="$name")
+    if ((slices > 1)); then nodes=(--node-count="$slices" --node-prefix="$name"); fi
+    run gcloud compute tpus queued-resources create "$name" "${nodes[@]}" "${where[@]}" --accelerator-type="$type" \
+      --runtime-version="$runtime" ${spot:+--spot} --labels="app=embed" \
+      --scopes=https://www.googleapis.com/auth/cloud-platform --metadata-from-file="startup-script=$script"
+    echo "run $run_id, commit $commit" >&2 ;;
+  list)
+    need zone
+    run gcloud compute tpus queued-resources list "${where[@]}" ;;
+  logs | stop)
+    need name zone
+    # A queued resource of several slices has nodes NAME-0, NAME-1, …
+    nodes=("$name")
+    if ((slices > 1)); then nodes=(); for ((k = 0; k < slices; k++)); do nodes+=("$name-$k"); done; fi
+    remote='tail -n 100 /var/log/embed.log'
+    if [[ "$verb" == stop ]]; then
+      # All hosts save the same step, so that one signal would do; then each waits for its own process.
+      remote='sudo pkill -TERM -f "embed train"; while pgrep -f "embed train" >/dev/null; do sleep 1; done'
+    fi
+    for node in "${nodes[@]}"; do
+      run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$remote" ||
+        echo "${0##*/}: no answer from $node" >&2
+    done
+    if [[ "$verb" == stop ]]; then
+      run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+    fi ;;
+  *) usage >&2; exit 2 ;;
+esac

@@ -1,0 +1,275 @@
+"""The launchers: what a dry run prints, what they call, what they refuse. Here the cloud's programs only write down their arguments."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+TRAIN = [
+    "--",
+    "--config=c.py:stage=pair",
+    "--workdir=/mnt/embed/run",
+    "--config.stages.pair.curriculum=((3, 'pairs'),)",
+]
+TPU = ["--name=pair", "--zone=z", "--type=v6e-16", "--runtime=v2", "--bucket=b"]
+GKE = ["--name=pair", "--accelerator=tpu-v6e-slice", "--topology=4x8", "--image=r/embed:1", "--bucket=b"]
+FAKE = """#!{python}
+import json, os, sys
+text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+files = {{a: open(a.split("=")[-1]).read() for a in sys.argv if a.startswith("--metadata-from-file=")}}
+with open(os.environ["CALLS"], "a") as log:
+    log.write(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], text, files]) + "\\n")
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(script, *arguments) -> (completed process, what the programs of the cloud were called with)."""
+    for name in ("gcloud", "kubectl", "sbatch", "squeue", "scancel", "scontrol"):
+        (tmp_path / name).write_text(FAKE.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(script, *arguments):
+        calls.write_text("")
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "PORT": "1234"}
+        environment.pop("EMBED", None)
+        done = subprocess.run(
+            ["bash", LAUNCH / script, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return done, [json.loads(line) for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def test_the_scripts_pass_shellcheck():
+    scripts = sorted(str(path) for path in LAUNCH.glob("*.sh"))
+    assert len(scripts) == 5
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, "-x", "-P", LAUNCH, *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["local.sh", "tpu.sh", "gke.sh", "slurm.sh"])
+def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
+    helped, _ = launch(script, "--help")
+    assert helped.returncode == 0 and f"launch/{script}" in helped.stdout and "--dry-run" in helped.stdout
+    wrong, called = launch(script, "many")
+    assert wrong.returncode == 2 and f"launch/{script}" in wrong.stderr and not called
+
+
+@pytest.mark.parametrize(
+    "script, arguments, sentence",
+    [
+        ("tpu.sh", ["submit", *TPU[1:], *TRAIN], "--name=VALUE is missing"),
+        ("tpu.sh", ["submit", *TPU, "--colour=red", *TRAIN], "unknown option --colour"),
+        ("tpu.sh", ["submit", *TPU, "--zone", *TRAIN], "--zone is unknown or needs =VALUE"),
+        ("gke.sh", ["submit", *GKE, *TRAIN[:2]], "need --workdir="),
+        ("gke.sh", ["submit", *GKE, "--topology=4", *TRAIN], "--topology=4 must be AxB or AxBxC"),
+        ("slurm.sh", ["submit", "--nodes=2", *TRAIN], "--gpus=VALUE is missing"),
+        ("slurm.sh", ["stop"], "--job=VALUE is missing"),
+        ("local.sh", ["2", "--config=c.py", "--colour"], "--workdir=DIR is missing"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, script, arguments, sentence):
+    done, called = launch(script, *arguments)
+    assert done.returncode == 2 and sentence in done.stderr and not called
+
+
+def test_local_prints_one_command_a_process(launch):
+    done, _ = launch("local.sh", "--dry-run", "2", "--config=c.py:stage=pair", "--workdir=a b")
+    common = "embed train --config=c.py:stage=pair --workdir=a\\ b --coordinator=127.0.0.1:1234 --num_processes=2"
+    assert done.stdout.splitlines() == [f"{common} --process_id=0", f"{common} --process_id=1"]
+
+
+PROCESS = """#!/usr/bin/env bash
+# Plays `embed`: process 0 waits to be stopped, process 1 does what ONE says.
+trap 'exit 143' TERM
+echo "$EMBED_RUN_ID $EMBED_COMMIT $*"
+case "$*" in *--process_id=1*) until [[ -s "$LOG" ]]; do :; done; eval "$ONE" ;; esac
+while true; do read -r -t 60 <> <(:) || true; done
+"""
+
+
+@pytest.mark.parametrize(
+    "one, code", [("exit 7", 7), ("kill -TERM $PPID; sleep 100 & wait", 143), ("kill -KILL $$", 137)]
+)
+def test_local_ends_all_processes_with_the_code_of_the_first_and_logs_each(tmp_path, one, code):
+    embed = tmp_path / "embed"
+    embed.write_text(PROCESS)
+    embed.chmod(0o755)
+    workdir = tmp_path / "a run"
+    done = subprocess.run(
+        ["bash", LAUNCH / "local.sh", "2", "--config=c.py:stage=pair", "--workdir", workdir], capture_output=True, text=True,
+        env={**os.environ, "EMBED": str(embed), "ONE": one, "GRACE": "0.2", "EMBED_RUN_ID": "named", "LOG": f"{workdir}.logs/process-0.log"},
+    )  # fmt: skip
+    assert done.returncode == code
+    for k in (0, 1):
+        words = (tmp_path / "a run.logs" / f"process-{k}.log").read_text().split()
+        assert words[0] == "named" and words[1] == _commit() and f"--process_id={k}" in words
+
+
+def _commit():
+    describe = ["git", "-C", ROOT, "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+# --- TPU -----------------------------------------------------------------------------------------------------------
+
+
+def test_tpu_submit_prints_the_script_of_a_host_and_the_commands(launch):
+    done, called = launch("tpu.sh", "submit", *TPU, "--spot", "--run-id=one", "--dry-run", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert not called
+    script, commands = done.stdout.split("# commands\n")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert (
+        ".venv/bin/embed train --distributed --config=c.py:stage=pair --workdir=/mnt/embed/run "
+        r"--config.stages.pair.curriculum=\(\(3\,\ \'pairs\'\)\,\)" in script
+    )
+    assert "export EMBED_RUN_ID=one EMBED_COMMIT=" in script and "case $code in 75 | 134)" in script
+    assert commands.splitlines() == [
+        f"git -C {ROOT} archive --format=tar.gz --output=one.tar.gz HEAD",
+        "gcloud storage cp one.tar.gz gs://b/source/one.tar.gz",
+        "gcloud compute tpus queued-resources create pair --node-id=pair --zone=z --accelerator-type=v6e-16 "
+        "--runtime-version=v2 --spot --labels=app=embed --scopes=https://www.googleapis.com/auth/cloud-platform "
+        "--metadata-from-file=startup-script=startup.sh",
+    ]
+
+
+def test_tpu_submits_the_committed_code_and_refuses_what_would_not_travel(launch, tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    for name in ("common.sh", "tpu.sh"):
+        (clone / "launch" / name).write_text((LAUNCH / name).read_text())
+    git = ["git", "-C", clone, "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "as it is", "--allow-empty"], check=True)
+    script = clone / "launch" / "tpu.sh"
+    done, called = launch(script, "submit", *TPU, "--slices=2", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    (copy, create) = called
+    assert copy[1][:2] == ["storage", "cp"] and re.fullmatch(r"gs://b/source/pair-\d{8}-\d{6}-\w+\.tar\.gz", copy[1][3])
+    assert {"--node-count=2", "--node-prefix=pair", "--accelerator-type=v6e-16"} <= set(create[1])
+    (started,) = create[3].values()
+    assert "embed train --distributed" in started
+    (clone / "README.md").write_text("changed")
+    done, called = launch(script, "submit", *TPU, *TRAIN)
+    assert done.returncode == 2 and "uncommitted changes would not travel" in done.stderr and not called
+
+
+def test_tpu_list_logs_and_stop(launch):
+    _, ((_, listed, *_),) = launch("tpu.sh", "list", "--zone=z", "--project=p")
+    assert listed == ["compute", "tpus", "queued-resources", "list", "--zone=z", "--project=p"]
+    _, calls = launch("tpu.sh", "logs", "--name=pair", "--zone=z", "--slices=2")
+    assert [call[1][4] for call in calls] == ["pair-0", "pair-1"] and "/var/log/embed.log" in calls[0][1][-1]
+    _, (signalled, deleted) = launch("tpu.sh", "stop", "--name=pair", "--zone=z")
+    assert "--worker=all" in signalled[1] and "pkill -TERM" in signalled[1][-1]
+    assert deleted[1] == ["compute", "tpus", "queued-resources", "delete", "pair", "--zone=z", "--force", "--quiet"]
+
+
+# --- GKE -----------------------------------------------------------------------------------------------------------
+
+
+def test_gke_renders_one_job_a_slice_and_one_pod_a_host(launch):
+    done, called = launch("gke.sh", "submit", *GKE, "--slices=2", "--run-id=one", "--dry-run", *TRAIN)
+    assert done.returncode == 0 and not called
+    jobset = yaml.safe_load(done.stdout)
+    assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == (
+        "jobset.x-k8s.io/v1alpha2",
+        "JobSet",
+        "pair",
+    )
+    (job,) = jobset["spec"]["replicatedJobs"]
+    assert job["replicas"] == 2
+    spec = job["template"]["spec"]
+    assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (8, 8, 0)  # 32 chips, four a host
+    pod = spec["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "4x8",
+    }  # fmt: skip
+    (container,) = pod["containers"]
+    assert container["command"] == ["embed", "train", "--distributed", *TRAIN[1:]]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert {"name": "EMBED_RUN_ID", "value": "one"} in container["env"]
+    assert {"name": "EMBED_COMMIT", "value": _commit()} in container["env"]
+    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]  # those are not to be tried again
+
+
+def test_gke_submit_list_logs_and_stop_call_kubectl(launch):
+    done, ((_, arguments, text, _),) = launch("gke.sh", "submit", *GKE, "--service-account=s", *TRAIN)
+    assert done.returncode == 0 and arguments == ["apply", "-f", "-"]
+    assert (
+        yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["serviceAccountName"]
+        == "s"
+    )
+    assert launch("gke.sh", "list")[1][0][1] == ["get", "jobsets", "-l", "app=embed"]
+    assert "jobset.sigs.k8s.io/jobset-name=pair" in launch("gke.sh", "logs", "--name=pair")[1][0][1]
+    assert launch("gke.sh", "stop", "--name=pair")[1][0][1] == ["delete", "jobset", "pair", "--wait=true"]
+
+
+# --- Slurm ---------------------------------------------------------------------------------------------------------
+
+
+def test_slurm_submits_one_process_a_gpu_that_goes_back_to_the_queue(launch, tmp_path):
+    train = ["--", "--config=c.py:stage=pair", f"--workdir={tmp_path}/run"]
+    done, called = launch(
+        "slurm.sh", "submit", "--nodes=4", "--gpus=8", "--partition=p", "--run-id=one", "--dry-run", *train
+    )
+    assert done.returncode == 0 and not called and not (tmp_path / "run.logs").exists()
+    done, ((_, arguments, script, _),) = launch(
+        "slurm.sh", "submit", "--nodes=4", "--gpus=8", "--partition=p", "--run-id=one", *train
+    )
+    assert (
+        arguments == ["--parsable", f"--output={tmp_path}/run.logs/slurm-%j.log"] and (tmp_path / "run.logs").is_dir()
+    )
+    for line in (
+        "--nodes=4",
+        "--ntasks-per-node=8",
+        "--gpus-per-node=8",
+        "--requeue",
+        "--signal=TERM@300",
+        "--partition=p",
+    ):
+        assert f"#SBATCH {line}\n" in script
+    srun = f"srun --kill-on-bad-exit=1 {ROOT}/.venv/bin/embed train --distributed --config=c.py:stage=pair --workdir={tmp_path}/run\n"
+    assert srun in script and "export EMBED_RUN_ID=one EMBED_COMMIT=" in script
+    for code, requeued in (
+        (0, False),
+        (2, False),
+        (75, True),
+        (143, True),
+    ):  # the script itself, with a srun that ends so
+        program = script.replace(srun, f"(exit {code})\n")
+        done, called = _run_batch(program, tmp_path)
+        assert done.returncode == code and bool(called) == requeued
+
+
+def _run_batch(program, folder):
+    calls = folder / "calls"
+    calls.write_text("")
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", program], env=environment, stdin=subprocess.DEVNULL, capture_output=True)
+    called = [json.loads(line)[:2] for line in calls.read_text().splitlines()]
+    assert called in ([], [["scontrol", ["requeue", "7"]]])
+    return done, called
+
+
+def test_slurm_list_logs_and_stop(launch, tmp_path):
+    assert launch("slurm.sh", "list")[1][0][:2] == ["squeue", ["--me", "--format=%i %j %T %M %D %R"]]
+    (tmp_path / "run.logs").mkdir()
+    (tmp_path / "run.logs" / "slurm-7.log").write_text("step 3\n")
+    assert launch("slurm.sh", "logs", "--job=7", f"--workdir={tmp_path}/run")[0].stdout == "step 3\n"
+    _, calls = launch("slurm.sh", "stop", "--job=7")
+    assert [call[:2] for call in calls] == [
+        ["scontrol", ["update", "JobId=7", "Requeue=0"]], ["scancel", ["--signal=TERM", "7"]],
+    ]  # fmt: skip
