@@ -58,11 +58,17 @@ PEAK_FLOPS = {
 }
 
 
-def least_seconds(stage, model: transformer.TransformerConfig) -> float | None:
-    """What a step's model FLOPs take on this run's devices at their peak; None where the peak is not known."""
+def device_peak() -> float | None:
+    """bfloat16 FLOP/s of one of this process's devices, None where it is not known."""
     kind = jax.devices()[0].device_kind
     names = [name for name in PEAK_FLOPS if kind == name or (kind.startswith("NVIDIA") and kind.startswith(name))]
-    return model_flops(stage, model) / (jax.device_count() * PEAK_FLOPS[names[0]]) if names else None
+    return PEAK_FLOPS[names[0]] if names else None
+
+
+def least_seconds(stage, model: transformer.TransformerConfig) -> float | None:
+    """What a step's model FLOPs take on this run's devices at their peak; None where the peak is not known."""
+    peak = device_peak()
+    return model_flops(stage, model) / (jax.device_count() * peak) if peak else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,18 @@ def test_a_non_finite_gradient_stops_the_run_and_reaches_no_checkpoint(tmp_path)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+def test_a_run_compiles_its_step_once(tmp_path):
+    traced = []
+    inner = stages.make_loss(STAGE, MODEL, mask_id=2)
+
+    def loss(*arguments):
+        traced.append(1)
+        return inner(*arguments)
+
+    train(tmp_path, steps=4, loss=loss)
+    assert len(traced) == 1
+
+
 def test_rows_sum_what_the_loader_counted_and_the_last_step_has_one(tmp_path):
     train(tmp_path, Loader(), steps=7, stage={"log_every": 5})
     rows = read_metrics(tmp_path / "metrics.jsonl")

@@ -1,0 +1,202 @@
+"""nDCG@10 over training time: the pair stage here, and the same model trained with sentence-transformers.
+
+    python benchmarks/time_to_quality.py --config=configs/quickstart.py --workdir=runs/quickstart --plot=FILE.png
+
+Needs a workdir with prepared data, torch and sentence-transformers (`make test-reference` installs them). Both sides start from the
+same random weights, see the same texts of the same batches (as the pair stage cuts them), have the same schedule, AdamW and clipping, and are
+evaluated by the same code at float32 on the held-out functions. What differs:
+
+    embed                    packed rows, int8 rounding in training, two Matryoshka prefixes, masks of false negatives, query-query and
+                             document-document terms as in the pair stage
+    sentence-transformers    a padded batch a side, MultipleNegativesRankingLoss at the same temperature, in its own model
+
+Seconds are those of training steps, compilation and data included, evaluation not. One side after the other, each in a process of its own.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+def open_run(arguments):
+    """(run, stage, its loader, its schedule)."""
+    from embed import config, pipeline
+    from embed.training import optimizer, stages
+
+    run = pipeline.Run(config.load(arguments.config), arguments.workdir, arguments.config)
+    stage = run.config.stages.pair
+    phases = [(steps, run.mixtures[mixture]) for steps, mixture in stage.curriculum]
+    stores = {task: run.store(task) for _, rates in phases for task in rates}
+    loader = stages.make_loader(stage, stores, phases, seed=0, separator_id=run.tokenizer.separator_id)
+    settings = stage.optimizer
+    schedule = optimizer.wsd_schedule(settings.learning_rate, arguments.steps, settings.warmup, settings.decay)
+    return run, stage, loader, schedule
+
+
+def texts(batch: dict, slots: np.ndarray, spans: int) -> list[np.ndarray]:
+    """The tokens of the texts that stand in the given slots of a packed batch."""
+    return [batch["tokens"][slot // spans][batch["span_ids"][slot // spans] == slot % spans + 1] for slot in slots]
+
+
+def points(arguments) -> list[int]:
+    """After which steps to evaluate."""
+    return sorted({*range(arguments.every, arguments.steps + 1, arguments.every), arguments.steps})
+
+
+def train_embed(arguments) -> list:
+    import jax
+
+    from embed import pipeline
+    from embed.evaluation import retrieval
+    from embed.training import loop, optimizer, sharding, stages
+
+    run, stage, loader, schedule = open_run(arguments)
+    functions = pipeline.evaluation_set(run, "functions")
+    tx = optimizer.make_optimizer(stage.optimizer, schedule)
+    loss = stages.make_loss(stage, run.model, run.tokenizer.mask_id)
+    params = run.params("random init")
+    state, mesh = jax.jit(tx.init)(params), sharding.make_mesh(devices=jax.devices()[:1])
+    step = jax.jit(loop.make_train_step(loss, tx, 0, arguments.steps), donate_argnums=(0, 1))
+    seconds, curve, done = 0.0, [], 0
+    for point in points(arguments):
+        begun = time.perf_counter()
+        for k in range(done, point):
+            batch = loader.batch(k)
+            batch.pop("stats")
+            with jax.set_mesh(mesh):
+                params, state, metrics = step(params, state, sharding.put_batch(mesh, batch), k)
+        jax.block_until_ready(params)
+        seconds, done = seconds + time.perf_counter() - begun, point
+        figures = retrieval.evaluate_retrieval(run.encoder(params), functions, ("float32",), alone=True)["float32"]
+        curve.append((point, seconds, figures["ndcg@10"], float(metrics["loss"])))
+    return curve
+
+
+def train_sentence_transformers(arguments) -> list:
+    import safetensors.torch
+    import sentence_transformers
+    import torch
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    from embed import pipeline
+    from embed.evaluation import retrieval
+    from embed.inference import load
+
+    run, stage, loader, schedule = open_run(arguments)
+    functions, spans = pipeline.evaluation_set(run, "functions"), stage.batch.spans
+    folder = Path(tempfile.mkdtemp()) / "model"
+    pipeline.export_model(run, "random init", folder, "sentence-transformers")
+    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu").train()
+    loss_function = MultipleNegativesRankingLoss(model, scale=1 / stage.temperature)
+    settings = stage.optimizer
+    kept = [p for name, p in model.named_parameters() if "norm" in name]
+    decayed = [p for name, p in model.named_parameters() if "norm" not in name]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True)
+    rates = torch.optim.lr_scheduler.LambdaLR(adamw, lambda k: float(schedule(min(k, arguments.steps - 1))))
+
+    def features(tokens):
+        length = max(map(len, tokens))
+        ids, mask = np.zeros((2, len(tokens), length), np.int64)
+        for i, text in enumerate(tokens):
+            ids[i, : len(text)], mask[i, : len(text)] = text, 1
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+    seconds, curve, done = 0.0, [], 0
+    for point in points(arguments):
+        begun = time.perf_counter()
+        for k in range(done, point):
+            batch = loader.batch(k)
+            sides = [features(texts(batch, batch[f"{side}_slots"], spans)) for side in ("query", "document")]
+            loss = loss_function(sides, None)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            adamw.step()
+            rates.step()
+            adamw.zero_grad(set_to_none=True)
+        seconds, done = seconds + time.perf_counter() - begun, point
+        weights = {name: x.contiguous() for name, x in model[0].model.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / "model.safetensors")
+        figures = retrieval.evaluate_retrieval(load(folder), functions, ("float32",), alone=True)["float32"]
+        curve.append((point, seconds, figures["ndcg@10"], loss.item()))
+    shutil.rmtree(folder.parent)
+    return curve
+
+
+SIDES = {"embed": train_embed, "sentence-transformers": train_sentence_transformers}
+
+
+def reached(curve: list, level: float) -> float | None:
+    """Seconds at which a curve first reaches a level, on a straight line between its points; None if never."""
+    before = (0.0, 0.0)
+    for _, seconds, value, _ in curve:
+        if value >= level:
+            part = (level - before[1]) / (value - before[1]) if value > before[1] else 1.0
+            return before[0] + max(part, 0.0) * (seconds - before[0])
+        before = (seconds, value)
+    return None
+
+
+def plot(curves: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4), constrained_layout=True)
+    for side, curve in curves.items():
+        axis.plot([point[1] for point in curve], [point[2] for point in curve], "-o", markersize=3, label=side)
+    axis.set(xlabel="seconds of training", ylabel="nDCG@10, held-out functions")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--workdir", default="runs/quickstart")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(SIDES[arguments.side](arguments)))
+        return
+    curves = {}
+    for side in SIDES:
+        done = subprocess.run([sys.executable, *sys.argv, "--side", side], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr[-3000:])
+        curves[side] = json.loads(done.stdout.splitlines()[-1])
+    from importlib.metadata import version
+
+    from embed import pipeline
+
+    source = pipeline.provenance()
+    versions = {"jax": source["versions"]["jax"], **{n: version(n) for n in ("torch", "sentence-transformers")}}
+    print(f"python {' '.join(sys.argv)}:\ncommit {source['commit']}, {pipeline.machine()},")
+    print(", ".join(f"{name} {number}" for name, number in versions.items()) + "\n")
+    print("| steps | " + " | ".join(f"{side}, s | {side}, nDCG@10" for side in SIDES) + " |\n|---:|" + "---:|" * 4)
+    for rows in zip(*curves.values()):
+        print(f"| {rows[0][0]} | " + " | ".join(f"{row[1]:.1f} | {row[2]:.3f}" for row in rows) + " |")
+    print("\n| nDCG@10 | " + " | ".join(f"{side}, s" for side in SIDES) + " | first |\n|---:|---:|---:|---|")
+    best = max(point[2] for curve in curves.values() for point in curve)
+    for level in np.arange(0.05, best, 0.05):
+        when = {side: reached(curve, level) for side, curve in curves.items()}
+        first = min((s for s in when if when[s] is not None), key=lambda side: when[side])
+        cells = [f"{seconds:.1f}" if seconds is not None else "not reached" for seconds in when.values()]
+        print(f"| {level:.2f} | " + " | ".join(cells) + f" | {first} |")
+    if arguments.plot:
+        plot(curves, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
