@@ -16,7 +16,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 # (topology, slices): the last is 1,024 chips again, in two slices joined by the data-centre network.
 TOPOLOGIES = (
-    ("v5p:2x2x2", 1), ("v5p:2x4x4", 1), ("v5p:4x4x8", 1), ("v5p:8x8x8", 1), ("v5p:8x8x16", 1), ("v5p:8x8x8", 2),
+    ("v5p:2x2x2", 1), ("v5p:2x4x4", 1), ("v5p:4x4x8", 1), ("v5p:8x8x16", 1), ("v5p:8x8x8", 2),
 )  # fmt: skip
 ROWS_AT_ONCE = {"0.6b": 16, "4b": 4}  # of a chip; more are microbatches
 

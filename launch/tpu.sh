@@ -34,13 +34,17 @@ if ! command -v gcsfuse; then
   release=gcsfuse-\$(lsb_release -c -s)
   curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | tee /usr/share/keyrings/cloud.google.asc >/dev/null
   echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt \$release main" >/etc/apt/sources.list.d/gcsfuse.list
-  apt-get update && apt-get install -y gcsfuse python3-venv
+  apt-get update && apt-get install -y gcsfuse python3-pip
 fi
 mkdir -p /mnt/embed /opt/embed
 mountpoint -q /mnt/embed || gcsfuse --implicit-dirs $(quoted "$bucket") /mnt/embed
 cd /opt/embed
 tar -xzf $(quoted "/mnt/embed/source/$run_id.tar.gz")
-[[ -x .venv/bin/embed ]] || { python3 -m venv .venv && .venv/bin/pip install --quiet --editable '.[tpu]'; }
+if [[ ! -x .venv/bin/embed ]]; then # the hosts' own Python is older than what embed needs
+  python3 -m pip install --quiet uv
+  python3 -m uv venv --python 3.12 .venv
+  python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+fi
 set +e
 while true; do
   $(quoted .venv/bin/embed train --distributed "${arguments[@]}")
