@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 # (topology, slices): the last is 1,024 chips again, in two slices joined by the data-centre network.
 TOPOLOGIES = (

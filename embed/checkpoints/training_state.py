@@ -121,7 +121,7 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_params, abstract_opt
         try:
             params, state = restore(manager, step, abstract_params, abstract_optimizer_state)
         except Exception as caught:  # damage has many kinds
-            error = caught
+            error = caught.with_traceback(None)  # which would hold what was restored
         if _anywhere(error is not None):
             failures[step] = error or CheckpointError("another process could not read it")
             continue

@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     # The step is compiled for other machines: none of this one's accelerators take part.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans side by side
 
     from embed import config as configs
     from embed.models.transformer import REMAT_POLICIES, TransformerConfig

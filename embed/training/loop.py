@@ -216,7 +216,7 @@ class _Log:
         """Read what is pending, waiting for it; with `row` write a row of it in any case."""
         if self.pending:
             (step, metrics, stats), self.pending = self.pending, None
-            self._read(step, {name: float(x) for name, x in metrics.items()}, stats, row)
+            self._read(step, {name: float(x) for name, x in jax.device_get(metrics).items()}, stats, row)
 
     def close(self) -> None:
         if self.writer:
