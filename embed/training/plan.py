@@ -295,7 +295,7 @@ BETWEEN = "between slices"
 def collective_bytes(hlo: str, chips: int, slices: int = 1) -> dict[str, float]:
     """Bytes a chip sends in one run of a compiled program, by kind of collective, each times its loops' trip counts.
 
-    A collective whose chips are of several slices counts as one "between slices", with all its bytes.
+    What goes over the network of several slices is counted apart, as "between slices".
 
     Of an array of B bytes over n chips: all-gather (its result) and reduce-scatter (its operand) B (n-1)/n, all-reduce
     twice that, all-to-all B (n-1)/n, collective-permute B.
@@ -312,8 +312,7 @@ def collective_bytes(hlo: str, chips: int, slices: int = 1) -> dict[str, float]:
             result, operator = match.groups()
             kind = operator.removesuffix("-start")
             if kind in COLLECTIVES:
-                group = _group(line, chips)
-                size, n = float(sum(_bytes(result))), len(group)  # one collective may carry many arrays
+                size, n = float(sum(_bytes(result))), _group_size(line, chips)  # one collective may carry many arrays
                 if operator == "collective-permute-start":
                     size = float(max(_bytes(result)))  # operand, result and two words
                 elif operator == "all-gather-start":
@@ -322,10 +321,12 @@ def collective_bytes(hlo: str, chips: int, slices: int = 1) -> dict[str, float]:
                     size *= n  # its result is one part of the operand
                 if n > 1:
                     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
-                    # Meshes have whole slices one behind the other.
-                    if len({member * slices // chips for member in group}) > 1:
-                        kind = f"{kind} {BETWEEN}"
                     totals[kind] = totals.get(kind, 0.0) + times * size * share
+            if operator == "send" and (match := re.search(r'megascale_transfer_type="(\w+)"', line)):
+                # What slices exchange goes through the hosts: the array, a word and a token.
+                kind = f"{match.group(1).lower().replace('_', '-')} {BETWEEN}"
+                share = (2 if kind.startswith("all-reduce") else 1) * (slices - 1) / slices
+                totals[kind] = totals.get(kind, 0.0) + times * max(_bytes(result)) * share
             inner = times
             if operator == "while":
                 inner = times * _trip_count(line, bodies)
@@ -375,22 +376,16 @@ def _bytes(types: str) -> list[int]:
     ]
 
 
-def _group(line: str, chips: int) -> list[int]:
-    """The chips of the first of the groups that take part in a collective, as places in the mesh."""
+def _group_size(line: str, chips: int) -> int:
+    """Chips that take part in one instance of a collective."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
-        taken = [axis in re.findall(r"'(\w+)'", match.group(2)) for axis in sizes]
-        places = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        return places[tuple(slice(None) if all_of else 0 for all_of in taken)].ravel().tolist()
-    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        groups, size, shape, order = match.groups()
-        places = np.arange(int(groups) * int(size)).reshape([int(n) for n in shape.split(",")])
-        if order:
-            places = places.transpose([int(n) for n in order.split(",")])
-        return places.reshape(int(groups), int(size))[0].tolist()
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line):
-        return [int(n) for n in match.group(1).split(",")]
-    return list(range(chips))
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)) if axis in sizes)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(match.group(2))
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match.group(1).split(","))
+    return chips
 
 
 def parameter_table(model: transformer.TransformerConfig, topology: str, axes: dict, slices: int = 1) -> str:

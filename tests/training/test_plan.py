@@ -61,15 +61,17 @@ def test_collectives_are_counted_by_kind_times_the_trips_of_their_loops():
     }
 
 
-def test_collectives_whose_chips_are_of_several_slices_go_over_the_network():
-    got = plan.collective_bytes(HLO, 8, slices=2)  # chips 0 to 3 and 4 to 7
-    assert set(got) == {
-        "all-gather", "all-gather between slices", "collective-permute", "reduce-scatter between slices", "all-reduce",
-    }  # fmt: skip
-    assert got["all-gather between slices"] == 16 * 4 * 7 / 8
-    across = HLO.replace("{{0,1},{2,3},{4,5},{6,7}}", "[4,2]<=[2,4]T(1,0)").replace("{'y'}", "{'x'}")
-    assert plan._group(next(x for x in across.splitlines() if "%two" in x), 8) == [0, 4]
-    assert "all-reduce" not in plan.collective_bytes(across, 8, slices=2)
+def test_what_slices_exchange_is_counted_apart():
+    """Not as collectives: they stand in a slice's program as transfers through its hosts."""
+    sent = (
+        "%send = (f32[2,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    local = "%other = (f32[9], u32[], token[]) send(%x, %token), channel_id=3, is_host_transfer=true"
+    hlo = HLO.replace("  ROOT %all =", f"  {sent}\n  {local}\n  ROOT %all =")
+    got = plan.collective_bytes(hlo, 8, slices=4)
+    assert got.pop("all-reduce between slices") == 2 * 8 * 128 * 4 * 2 * 3 / 4
+    assert got == plan.collective_bytes(HLO, 8)
 
 
 def test_a_program_compiled_for_eight_devices_moves_what_its_arrays_hold():
