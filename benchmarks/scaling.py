@@ -19,6 +19,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 TOPOLOGIES = (
     ("v5p:2x2x2", 1), ("v5p:2x4x4", 1), ("v5p:4x4x8", 1), ("v5p:8x8x16", 1), ("v5p:8x8x8", 2),
 )  # fmt: skip
+MOST_SHARDS = 512  # of the parameters: 2,560, the width of the 4B model, is no multiple of 1,024
 ROWS_AT_ONCE = {"0.6b": 16, "4b": 4}  # of a chip; more are microbatches
 
 
@@ -35,7 +36,7 @@ def plan_row(size: str, topology: str, slices: int) -> dict:
     microbatches = max(1, stage.batch.rows // (chips * ROWS_AT_ONCE[size]))
     with stage.unlocked():
         stage.microbatches = microbatches
-    axes = config.mesh.to_dict() | {"data": slices}
+    axes = config.mesh.to_dict() | {"data": max(slices, chips // MOST_SHARDS)}
     found = plan.make_plan(stage, TransformerConfig(**config.model.to_dict()), topology, axes, slices=slices)
     kept = ("chips", "model_flops", "memory", "collectives", "bounds", "peak", "fits")
     row = {name: getattr(found, name) for name in kept}
