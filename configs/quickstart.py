@@ -106,7 +106,7 @@ def get_config(arg: str = "") -> ConfigDict:
         margin=0.1,  # of the false-negative mask
         batch=dict(  # groups of examples, each packed into its own rows
             group_size=8 if arg.runlocal else 96,
-            groups=2,  # a multiple of the number of processes
+            groups=2,  # best a multiple of the processes: each builds whole groups
             # So few that documents are cut to about 64 tokens: more pairs a second teach more than longer ones.
             rows_per_group=8 if arg.runlocal else 49,
             length=128,  # tokens a row

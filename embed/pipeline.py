@@ -211,7 +211,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             folder,
             stage=stage,
             loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id, run.left_shift),
-            loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator),
+            loader=stages.make_loader(stage, stores, phases, seed=config.seed, separator_id=separator, mesh=mesh),
             steps=steps,
             initial_params=lambda shardings: run.params(stage.init or "random init", shardings),
             abstract_params=transformer.abstract_params(run.model),

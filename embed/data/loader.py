@@ -6,7 +6,7 @@
     prefetch            a reader thread in front of a loader
 
 Batch k costs the same at any k, a restart needs the step alone, and the global batch is the same for any number of
-processes: each builds its own rows or groups of it and reads only their examples. All randomness is a counter-based
+processes: each builds the rows or groups of it that its devices hold, and reads only their examples. All randomness is a counter-based
 hash, so that it depends on no library's generator.
 """
 
@@ -168,14 +168,17 @@ class Curriculum:
         return Draw(task, epoch, index)
 
 
-def _share(what: str, total: int, process_index: int, process_count: int) -> range:
-    """Which of the `total` rows or groups of a batch this process builds."""
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be in 0..{process_count - 1}")
-    if total < 1 or total % process_count:
-        raise ValueError(f"{what}={total} must be a positive multiple of the number of processes, {process_count}")
-    own = total // process_count
-    return range(process_index * own, (process_index + 1) * own)
+def _own(what: str, total: int, own: Sequence[int] | None) -> np.ndarray:
+    """Which of the `total` rows or groups of a batch this process builds, in order, int[n]."""
+    chosen = np.arange(total) if own is None else np.unique(own)
+    if total < 1 or not len(chosen) or not 0 <= chosen[0] <= chosen[-1] < total:
+        raise ValueError(f"{what}={total}: own={own} must be some of 0..{total - 1}")
+    return chosen
+
+
+def _runs(own: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive numbers."""
+    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(own, np.flatnonzero(np.diff(own) > 1) + 1)]
 
 
 # --- diffusion --------------------------------------------------------------------------------------------------
@@ -198,12 +201,11 @@ class DiffusionLoader:
         rows: int,
         length: int,
         truncate_probability: float = 0.01,
-        process_index: int = 0,
-        process_count: int = 1,
+        own: Sequence[int] | None = None,
     ):
-        """`rows`: over all processes."""
+        """`rows`: over all processes; `own`: those that this one builds, None = all."""
         self.seed, self.length, self.truncate_probability = seed, length, truncate_probability
-        self._rows = _share("rows", rows, process_index, process_count)
+        self.own, self.units = _own("rows", rows, own), rows
         tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate and task in stores})
         self._stores = {task: stores[task] for task in tasks}
         self._offsets = {task: stores[task].offsets("tokens") for task in tasks}  # int64[documents + 1]
@@ -218,12 +220,11 @@ class DiffusionLoader:
 
     def batch(self, step: int) -> dict:
         """tokens, segment_ids and positions of this process's rows; stats: fill, the share that is not padding."""
-        draw = self.curriculum.draw(step, self._rows.start, self._rows.stop)
-        tokens, segment_ids, positions = np.zeros((3, len(self._rows), self.length), np.int32)
+        draw = Draw(*map(np.concatenate, zip(*(self.curriculum.draw(step, *run) for run in _runs(self.own)))))
+        tokens, segment_ids, positions = np.zeros((3, len(self.own), self.length), np.int32)
         for j, (task, epoch, index) in enumerate(zip(*draw)):
             tokens[j], segment_ids[j], positions[j] = self._window(self.curriculum.tasks[task], int(epoch), int(index))
-        bits = random_bits(make_key(self.seed, "truncate", step), np.arange(2 * self._rows.stop)).reshape(-1, 2)
-        chance, keep = bits[self._rows.start :].T
+        chance, keep = random_bits(make_key(self.seed, "truncate", step), 2 * self.own + np.array([[0], [1]]))
         cut = chance * 2.0**-64 < self.truncate_probability
         kept = np.where(cut, 1 + keep.astype(np.float64) * 2.0**-64 * (self.length - 1), self.length).astype(np.int64)
         inside = np.arange(self.length) < kept[:, None]
@@ -266,7 +267,7 @@ class ContrastiveLoader:
     """Packed groups of contrastive examples and where each embedding stands in the flattened tables.
 
     A batch is `groups` groups of `group_size` examples, each packed by itself into `rows_per_group` rows; a process
-    owns whole groups. R = groups · rows_per_group rows of the global batch; slots and `positive` are global, arrays
+    builds whole groups. R = groups · rows_per_group rows of the global batch; slots and `positive` are global, arrays
     are this process's part of it, axis 0 in order of groups:
 
         all         tokens, segment_ids, positions, span_ids   int32[rows, L]
@@ -302,8 +303,7 @@ class ContrastiveLoader:
         max_queries_per_document: int = 0,
         max_chunks: int = 0,
         separator_id: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        own: Sequence[int] | None = None,
     ):
         """`groups`: over all processes. The four arguments after `shape` are for triplet or contextual only."""
         if stage not in STAGES:
@@ -316,7 +316,7 @@ class ContrastiveLoader:
         self.stage, self.seed, self.shape = stage, seed, shape
         self.group_size, self.rows_per_group, self.num_negatives = group_size, rows_per_group, num_negatives
         self.max_queries, self.max_chunks, self.separator_id = max_queries_per_document, max_chunks, separator_id
-        self._groups = _share("groups", groups, process_index, process_count)
+        self.own, self.units = _own("groups", groups, own), groups
         self._stores = stores
         self.curriculum = Curriculum(
             phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
@@ -328,9 +328,10 @@ class ContrastiveLoader:
     def batch(self, step: int) -> dict:
         """This process's part of the batch of `step`, as the class says."""
         size = self.group_size
-        examples = self._read(step, self._groups.start * size, self._groups.stop * size)
+        runs = _runs(self.own)
+        examples = [e for start, stop in runs for e in self._read(step, start * size, stop * size)]
         build = self._documents if self.stage == "contextual" else self._texts
-        parts = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self._groups)]
+        parts = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self.own)]
         stats = [part.pop("stats") for part in parts]
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         stats = {name: sum(s[name] for s in stats) for name in stats[0]}

@@ -174,7 +174,9 @@ class Transformer(nnx.Module):
         self.layers = nnx.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)  # every array gets a layer axis
         # Small, so that pooled vectors stay where the tanh of int8 is nearly linear. From 1 the tanh clips the direction
         # that all texts share, training learns to lean on that, and float32 cosines, which are not clipped, get worse.
-        self.norm = nnx.Param(jnp.full(config.hidden_size, FINAL_NORM, jnp.float32))  # a weak type would compile a step twice
+        self.norm = nnx.Param(
+            jnp.full(config.hidden_size, FINAL_NORM, jnp.float32)
+        )  # a weak type would compile a step twice
         if not config.tied:
             self.head = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
 

@@ -126,7 +126,6 @@ def train(
     NonFiniteLossError after more than max_skipped steps in a row without a finite loss and gradient; PreemptedError after a
     SIGTERM, behind a checkpoint; ReaderStalledError, CheckpointError and PeerLostError as they say.
     """
-    sharding.check_processes(mesh)
     schedule = wsd_schedule(stage.optimizer.learning_rate, steps, stage.optimizer.warmup, stage.optimizer.decay)
     transformation = make_optimizer(stage.optimizer, schedule)
     params_sharding = sharding.parameter_shardings(mesh, abstract_params)
@@ -161,9 +160,11 @@ def train(
         for step, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
             if step in profile_steps and step == max(start, profile_steps.start):
                 jax.profiler.start_trace(folder / "profile")
-            stats = batch.pop("stats") | _sizes(batch) | {"waited": waited}
+            stats = batch.pop("stats") | _sizes(batch, loader) | {"waited": waited}
             with jax.set_mesh(mesh), peers(step + 1):  # attention kernels ask for the mesh
-                params, state, metrics = train_step(params, state, sharding.put_batch(mesh, batch), step)
+                params, state, metrics = train_step(
+                    params, state, sharding.put_batch(mesh, batch, loader.own, loader.units), step
+                )
                 log.add(step + 1, metrics, stats)
             ending = asked_to_end(step + 1)
             last = step + 1 == steps or ending
@@ -184,10 +185,10 @@ def train(
     return params
 
 
-def _sizes(batch: dict[str, np.ndarray]) -> dict[str, int]:
+def _sizes(batch: dict[str, np.ndarray], loader) -> dict[str, float]:
     """Tokens and examples of a whole batch, out of this process's part of it."""
     own = {"tokens": int((batch["segment_ids"] > 0).sum()), "examples": len(batch.get("valid", batch["tokens"]))}
-    return {name: n * jax.process_count() for name, n in own.items()}
+    return {name: n * loader.units / len(loader.own) for name, n in own.items()}
 
 
 class _Log:

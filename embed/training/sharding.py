@@ -4,6 +4,7 @@ import math
 import re
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -42,10 +43,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
                 "network between slices"
             )
         inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-        grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    # Auto: jax.make_mesh defaults to explicit axes, under which objectives would have to name axes.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    else:  # a torus of 8x8x16 holds data=2, fsdp=512 as well
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    # Auto: explicit axes would have objectives name them.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, *, devices: int) -> tuple[int, int, int]:
@@ -113,36 +115,39 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_processes(mesh: Mesh) -> None:
-    """Refuse a mesh that does not give process p the p-th part of a batch's rows and no other.
+def own_units(mesh: Mesh, units: int) -> list[int]:
+    """Which of `units` equal parts of a batch (its rows, or its packed groups) the devices of this process hold, or hold some of.
 
-    Every process builds the rows of its own groups, and slots count rows in the order of the processes.
+    A mesh follows the wires between chips, so the parts of a process need not stand side by side; two processes may hold the same.
     """
     shards = batch_shards(mesh)
     parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
     own = {i for (part, *_) in parts for i in range(*part.indices(shards))}
-    each, process = shards // jax.process_count(), jax.process_index()
-    if own != set(range(process * each, (process + 1) * each)):
-        raise ValueError(
-            f"mesh {dict(mesh.shape)} gives process {process} of {jax.process_count()} the batch shards {sorted(own)} of "
-            f"{shards}; data x fsdp must be a multiple of the processes, each with shards of its own, in order"
-        )
+    return sorted({u for s in own for u in range(s * units // shards, -(-(s + 1) * units // shards))})
 
 
-def put_batch(mesh: Mesh, batch: dict) -> dict:
-    """This process's share of a batch as global arrays, axis 0 over (data, fsdp).
+def put_batch(mesh: Mesh, batch: dict, own=(0,), units: int = 1) -> dict:
+    """This process's units of a batch as global arrays, axis 0 over (data, fsdp); `own` of `units`, by default all of one.
 
-    Tables (slots, ids, validity) are sharded by examples as token arrays are by rows: every process builds those of its
-    own groups; the objectives see them whole. The mesh must pass `check_processes`.
+    Tables (slots, ids, validity) are sharded by examples as token arrays are by rows; the objectives see them whole.
     """
     shards = batch_shards(mesh)
-    out = {}
-    for name, x in batch.items():
-        total = x.shape[0] * jax.process_count()
+    place = np.full(units, -1)
+    place[list(own)] = np.arange(len(own))
+
+    def put(name, x):
+        each = len(x) // len(own)  # rows of a unit
+        total = each * units
         spec = BATCH if total % shards == 0 else PartitionSpec()
         if name == "tokens" and spec != BATCH:
             raise ValueError(f"{total} rows a batch do not divide over {shards} devices (data x fsdp)")
-        if spec != BATCH and jax.process_count() > 1:
+        if spec != BATCH and len(own) < units:
             raise ValueError(f"{total} entries of {name!r} a batch do not divide over {shards} devices (data x fsdp)")
-        out[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
-    return out
+
+        def part(index):
+            rows = np.arange(total)[index[0]]
+            return x[place[rows // each] * each + rows % each]
+
+        return jax.make_array_from_callback((total, *x.shape[1:]), NamedSharding(mesh, spec), part)
+
+    return {name: put(name, x) for name, x in batch.items()}

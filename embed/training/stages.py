@@ -22,6 +22,7 @@ from embed.models.pooling import pool_spans
 from embed.models.quantization import straight_through_int8
 from embed.objectives import contrastive, masked_diffusion
 from embed.rows import RowShape
+from embed.training import sharding
 
 KINDS = ("diffusion", "pair", "contextual", "triplet")
 
@@ -208,10 +209,14 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
     raise ValueError(f"stage kind {stage.kind!r} must be one of {', '.join(KINDS)}")
 
 
-def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | None):
-    """The loader of a stage's config for this process. `phases` is [(steps, {task: rate}), …]."""
+def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | None, mesh=None):
+    """The loader of a stage's config: of what this process's devices hold of a batch, without a mesh of all of it.
+
+    `phases` is [(steps, {task: rate}), …].
+    """
     batch = stage.batch
-    common = dict(seed=seed, process_index=jax.process_index(), process_count=jax.process_count())
+    units = batch.rows if stage.kind == "diffusion" else batch.groups
+    common = dict(seed=seed, own=None if mesh is None else sharding.own_units(mesh, units))
     if stage.kind == "diffusion":
         return DiffusionLoader(
             stores,

@@ -83,9 +83,12 @@ STAGES = {
 }
 
 
-def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, **changes):
+def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, own=None, **changes):
     stage = stage_name  # `changes` may hold another one, to be refused
-    common = dict(seed=seed, process_index=process_index, process_count=process_count)
+    units = 8 if stage == "diffusion" else 4
+    if own is None:
+        own = range(process_index * units // process_count, (process_index + 1) * units // process_count)
+    common = dict(seed=seed, own=own)
     if stage == "diffusion":
         arguments = dict(rows=8, length=16, truncate_probability=0.3) | changes
         return DiffusionLoader(stores or diffusion_stores(), PHASES, **common, **arguments)
@@ -158,12 +161,23 @@ def test_every_array_is_int32_or_bool(stage):
         assert name == "stats" or array.dtype in (np.int32, np.bool_), name
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_units_that_do_not_stand_side_by_side_are_those_of_the_whole_batch(stage):
+    """On a pod a process's devices hold rows from several places of a batch."""
+    units = 8 if stage == "diffusion" else 4
+    for own in ([0, 2], [1, 3], [0, 1, 3]):
+        whole, part = make(stage).batch(5), make(stage, own=own).batch(5)
+        for name in part.keys() - {"stats"}:
+            each = len(whole[name]) // units
+            rows = np.concatenate([np.arange(u * each, (u + 1) * each) for u in own])
+            np.testing.assert_array_equal(part[name], whole[name][rows], err_msg=name)
+
+
 @pytest.mark.parametrize("stage, what", [("diffusion", "rows=8"), ("pair", "groups=4")])
-def test_processes_must_divide_the_batch(stage, what):
-    with pytest.raises(ValueError, match=f"{what} must be a positive multiple of the number of processes, 3"):
-        make(stage, 0, 3)
-    with pytest.raises(ValueError, match="process_index=2 must be in 0..1"):
-        make(stage, 2, 2)
+@pytest.mark.parametrize("own", [[], [-1], [1, 8]])
+def test_units_that_a_batch_has_not_are_an_error(stage, what, own):
+    with pytest.raises(ValueError, match=f"{what}: own=.* must be some of 0..{int(what[-1]) - 1}"):
+        make(stage, own=own)
 
 
 # --- the curriculum ---------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from embed.models import transformer
@@ -28,14 +30,26 @@ def test_a_mesh_that_does_not_cover_the_devices_is_an_error():
         sharding.make_mesh(data=3, devices=jax.devices()[:1])
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_a_batch_that_the_mesh_does_not_split_by_process_is_an_error(process, monkeypatch):
+@pytest.mark.parametrize(
+    "shards, units, own",
+    [([0, 2], 4, [0, 2]), ([0, 2], 8, [0, 1, 4, 5]), ([0, 2], 2, [0, 1]), ([3], 2, [1]), ([1], 3, [0, 1])],
+)
+def test_a_process_builds_the_units_that_its_devices_hold_some_of(shards, units, own, monkeypatch):
+    held = {k: (slice(s, s + 1),) for k, s in enumerate(shards)}
+    monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 4)
+    monkeypatch.setattr(
+        sharding, "NamedSharding", lambda *_: types.SimpleNamespace(addressable_devices_indices_map=lambda shape: held)
+    )
+    assert sharding.own_units(None, units) == own
+
+
+def test_a_batch_is_put_in_order_from_the_units_of_a_process():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    sharding.check_processes(mesh)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: process)
-    with pytest.raises(ValueError, match=f"process {process} of 2 the batch shards .0. of 1; data x fsdp must be"):
-        sharding.check_processes(mesh)
+    x = np.arange(12).reshape(6, 2)
+    whole = sharding.put_batch(mesh, {"tokens": x, "slots": np.arange(9)})
+    np.testing.assert_array_equal(whole["tokens"], x)
+    units = sharding.put_batch(mesh, {"tokens": np.concatenate([x[4:], x[:2], x[2:4]])}, own=[2, 0, 1], units=3)
+    np.testing.assert_array_equal(units["tokens"], x)
 
 
 # Forced host devices must be set before jax starts, so the program runs in a process of its own.

@@ -313,15 +313,23 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import jax
 folder, process, processes, coordinator, what = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:]
+jax.config.update("jax_num_cpu_devices", 4 // processes)
 jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=10)
 from small_run import Loader, train
 from embed.cli.common import run
+from embed.training import sharding
+
+# As on a pod, where a mesh follows the wires: no process has devices that stand side by side in it.
+order = {2: [0, 2, 1, 3], 4: [2, 0, 3, 1]}[processes]
+mesh = sharding.make_mesh(devices=[jax.devices()[k] for k in order])
+own = sharding.own_units(mesh, 4)
+assert own == sorted(order.index(k) for k in range(4) if k // (4 // processes) == process)
 
 def read(step):
     if step == 7 and process == processes - 1 and what != "nothing":
         os.kill(os.getpid(), getattr(signal, what))
 
-sys.exit(run(lambda argv: train(folder, Loader(read)) and 0))
+sys.exit(run(lambda argv: train(folder, Loader(read, own), mesh=mesh) and 0))
 """
 
 
@@ -432,8 +440,8 @@ def test_a_row_says_how_fast_how_well_used_and_how_often_the_host_waited_for_dat
 def test_padding_is_not_counted_as_tokens():
     batch = Loader().batch(0)
     batch["segment_ids"][:, 10:] = 0
-    assert loop._sizes(batch) == {"tokens": 40, "examples": 4}
-    assert loop._sizes(batch | {"valid": np.ones(7, bool)})["examples"] == 7
+    assert loop._sizes(batch, Loader()) == {"tokens": 40, "examples": 4}
+    assert loop._sizes(batch | {"valid": np.ones(7, bool)}, Loader(own=[1]))["examples"] == 7 * 4
 
 
 def test_profile_steps_write_a_trace(tmp_path):
