@@ -87,7 +87,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis, title in zip(axes, titles):
         axis.set(title=title, xlabel="v5p chips", xscale="log", yscale="log")
         axis.set_xticks(chips, [str(n) for n in chips], minor=False)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="lower left")
     figure.savefig(path, dpi=110)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from embed import config as configs
 from embed.models.transformer import TransformerConfig
-from embed.training import plan
+from embed.training import plan, sharding
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 
@@ -45,3 +45,10 @@ def test_slices_are_joined_along_data_and_only_sums_of_gradients_cross_the_netwo
 def test_fsdp_across_slices_is_refused():
     with pytest.raises(ValueError, match="mesh data=1 must be a multiple of the 2 slices"):
         compile_stage("diffusion", "v6e:4x4", slices=2)
+
+
+def test_a_mesh_may_split_an_axis_of_the_torus():
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("v5p:8x8x16", platform="tpu").devices
+    assert sharding.make_mesh(data=2, fsdp=512, devices=devices).devices.shape == (2, 512, 1)
