@@ -17,7 +17,7 @@ test: $(VENV)/installed
 test-reference: $(VENV)/installed-reference
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q tests/peers
 
-# Compiles every stage for TPUs that are not there, in minutes. libtpu makes jax look for one: an environment of its own.
+# Compiles every stage for TPUs that are not there: half an hour. libtpu makes jax look for one, so an environment of its own.
 test-tpu: $(VENV)-tpu/installed
 	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q tests/tpu
 
