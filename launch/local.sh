@@ -33,6 +33,7 @@ if $dry_run; then
   exit 0
 fi
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "needs bash 5.1 or newer, this is $BASH_VERSION"
 export EMBED_COMMIT=$commit EMBED_RUN_ID=${EMBED_RUN_ID:-local-$(date +%Y%m%d-%H%M%S)-$commit}
 mkdir -p "$workdir.logs"
 pids=() stopping=false
