@@ -3,19 +3,15 @@
     python benchmarks/time_to_quality.py --config=configs/quickstart.py --workdir=runs/quickstart --plot=FILE.png
 
 Needs a workdir with prepared data, torch and sentence-transformers (`make test-reference` installs them). Both sides start from the
-same random weights, see the same texts of the same batches (as the pair stage cuts them), have the same schedule, AdamW and clipping, and are
-evaluated by the same code at float32 on the held-out functions. What differs:
-
-    embed                    packed rows, int8 rounding in training, two Matryoshka prefixes, masks of false negatives, query-query and
-                             document-document terms as in the pair stage
-    sentence-transformers    a padded batch a side, MultipleNegativesRankingLoss at the same temperature, in its own model
-
-Seconds are those of training steps, compilation and data included, evaluation not. One side after the other, each in a process of its own.
+same random weights (the row of step 0), see the same texts of the same batches (as the pair stage cuts them), have the same
+schedule, AdamW and clipping, and are evaluated by the same code at float32 on the held-out functions. What differs is in
+DIFFERENCES, and is printed. Seconds are those of training steps, compilation and data included, evaluation not. One side after
+the other, each in a process of its own.
 """
 
 import argparse
 import json
-import shutil
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +19,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+ROOT = Path(__file__).parent.parent
+DIFFERENCES = """\
+|  | embed | sentence-transformers |
+|---|---|---|
+| a batch is | packed rows: {rows} x {length} tokens | queries and documents, each padded to its longest text |
+| vectors in training | tanh and int8 rounding, straight through | the pooled mean as it is |
+| Matryoshka prefixes | the loss is the mean over {prefixes} dimensions | all {dimensions} dimensions |
+| negatives of a query | other documents and other queries | other documents |
+| false negatives | left out: equal contents, and what is more similar than the positive + {margin} | taken for negatives |
+| steps | its train step, batches made between them (`embed train` makes them in a thread) | its model and MultipleNegativesRankingLoss in a plain PyTorch loop, not its Trainer, batches made between them; no torch.compile |
+"""
 
 
 def open_run(arguments):
@@ -47,7 +55,7 @@ def texts(batch: dict, slots: np.ndarray, spans: int) -> list[np.ndarray]:
 
 def points(arguments) -> list[int]:
     """After which steps to evaluate."""
-    return sorted({*range(arguments.every, arguments.steps + 1, arguments.every), arguments.steps})
+    return sorted({*range(0, arguments.steps + 1, arguments.every), arguments.steps})
 
 
 def train_embed(arguments) -> list:
@@ -64,22 +72,29 @@ def train_embed(arguments) -> list:
     params = run.params("random init")
     state, mesh = jax.jit(tx.init)(params), sharding.make_mesh(devices=jax.devices()[:1])
     step = jax.jit(loop.make_train_step(loss, tx, 0, arguments.steps), donate_argnums=(0, 1))
-    seconds, curve, done = 0.0, [], 0
+    seconds, curve, done, lost = 0.0, [], 0, 0
     for point in points(arguments):
         begun = time.perf_counter()
         for k in range(done, point):
             batch = loader.batch(k)
-            batch.pop("stats")
+            lost += batch.pop("stats")["lost"]
             with jax.set_mesh(mesh):
-                params, state, metrics = step(params, state, sharding.put_batch(mesh, batch), k)
+                params, state, _ = step(params, state, sharding.put_batch(mesh, batch), k)
         jax.block_until_ready(params)
         seconds, done = seconds + time.perf_counter() - begun, point
         figures = retrieval.evaluate_retrieval(run.encoder(params), functions, ("float32",), alone=True)["float32"]
-        curve.append((point, seconds, figures["ndcg@10"], float(metrics["loss"])))
+        curve.append((point, seconds, figures["ndcg@10"]))
+    if lost:
+        raise ValueError(f"{lost} pairs have no tokens on a side, and only embed leaves those out")
     return curve
 
 
 def train_sentence_transformers(arguments) -> list:
+    with tempfile.TemporaryDirectory() as folder:
+        return _train_sentence_transformers(arguments, Path(folder) / "model")
+
+
+def _train_sentence_transformers(arguments, folder: Path) -> list:
     import safetensors.torch
     import sentence_transformers
     import torch
@@ -91,7 +106,6 @@ def train_sentence_transformers(arguments) -> list:
 
     run, stage, loader, schedule = open_run(arguments)
     functions, spans = pipeline.evaluation_set(run, "functions"), stage.batch.spans
-    folder = Path(tempfile.mkdtemp()) / "model"
     pipeline.export_model(run, "random init", folder, "sentence-transformers")
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu").train()
     loss_function = MultipleNegativesRankingLoss(model, scale=1 / stage.temperature)
@@ -100,7 +114,8 @@ def train_sentence_transformers(arguments) -> list:
     decayed = [p for name, p in model.named_parameters() if "norm" not in name]
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True)
-    rates = torch.optim.lr_scheduler.LambdaLR(adamw, lambda k: float(schedule(min(k, arguments.steps - 1))))
+    values = [float(schedule(k)) for k in range(arguments.steps)]  # jax's: not in the time of a step
+    rates = torch.optim.lr_scheduler.LambdaLR(adamw, lambda k: values[min(k, arguments.steps - 1)])
 
     def features(tokens):
         length = max(map(len, tokens))
@@ -125,8 +140,7 @@ def train_sentence_transformers(arguments) -> list:
         weights = {name: x.contiguous() for name, x in model[0].model.state_dict().items()}
         safetensors.torch.save_file(weights, folder / "model.safetensors")
         figures = retrieval.evaluate_retrieval(load(folder), functions, ("float32",), alone=True)["float32"]
-        curve.append((point, seconds, figures["ndcg@10"], loss.item()))
-    shutil.rmtree(folder.parent)
+        curve.append((point, seconds, figures["ndcg@10"]))
     return curve
 
 
@@ -135,12 +149,9 @@ SIDES = {"embed": train_embed, "sentence-transformers": train_sentence_transform
 
 def reached(curve: list, level: float) -> float | None:
     """Seconds at which a curve first reaches a level, on a straight line between its points; None if never."""
-    before = (0.0, 0.0)
-    for _, seconds, value, _ in curve:
-        if value >= level:
-            part = (level - before[1]) / (value - before[1]) if value > before[1] else 1.0
-            return before[0] + max(part, 0.0) * (seconds - before[0])
-        before = (seconds, value)
+    for (_, before, low), (_, seconds, value) in zip(curve, curve[1:]):
+        if low < level <= value:
+            return before + (level - low) / (value - low) * (seconds - before)
     return None
 
 
@@ -158,42 +169,75 @@ def plot(curves: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measure(side: str) -> list:
+    """The curve of a side, trained in a process of its own."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}  # both on the CPU
+    command = [sys.executable, *sys.argv, "--side", side]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe(arguments) -> list[str]:
+    """What ran, on what, and what differs."""
+    from importlib.metadata import version
+
+    from embed import config, pipeline
+
+    settings, source = config.load(arguments.config), pipeline.provenance()
+    stage = settings.stages.pair
+    names = ("torch", "transformers", "sentence-transformers")
+    versions = {"jax": source["versions"]["jax"], **{name: version(name) for name in names}}
+    about = DIFFERENCES.format(
+        rows=stage.batch.groups * stage.batch.rows_per_group, length=stage.batch.length, margin=stage.margin,
+        prefixes=" and ".join(map(str, stage.matryoshka)), dimensions=settings.model.hidden_size,
+    )  # fmt: skip
+    return [
+        f"python {' '.join(sys.argv)}:",
+        f"commit {source['commit']}, {pipeline.machine()},",
+        ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"{stage.batch.groups * stage.batch.group_size} pairs a step, {arguments.steps} steps, one run a side, {' before '.join(arguments.order)}\n",
+        about,
+    ]
+
+
+def tables(curves: dict) -> list[str]:
+    """The curves, and which side was first at each level that one of them reached and both began below."""
+    lines = ["| steps | " + " | ".join(f"{side}, s | {side}, nDCG@10" for side in SIDES) + " |", "|---:|" + "---:|" * 4]
+    for rows in zip(*(curves[side] for side in SIDES)):
+        lines.append(f"| {rows[0][0]} | " + " | ".join(f"{row[1]:.1f} | {row[2]:.3f}" for row in rows) + " |")
+    lines += ["", "| nDCG@10 | " + " | ".join(f"{side}, s" for side in SIDES) + " | first |", "|---:|---:|---:|---|"]
+    start = max(curve[0][2] for curve in curves.values())
+    best = max(point[2] for curve in curves.values() for point in curve)
+    for level in np.arange(0.05, best, 0.05):
+        if level <= start:
+            continue
+        when = {side: reached(curves[side], level) for side in SIDES}
+        first = min((side for side in SIDES if when[side] is not None), key=when.get)
+        cells = [f"{seconds:.1f}" if seconds is not None else "not reached" for seconds in when.values()]
+        lines.append(f"| {level:.2f} | " + " | ".join(cells) + f" | {first} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--workdir", default="runs/quickstart")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
+    parser.add_argument("--order", nargs=2, choices=SIDES, default=list(SIDES), help="which side runs first")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(SIDES[arguments.side](arguments)))
         return
-    curves = {}
-    for side in SIDES:
-        done = subprocess.run([sys.executable, *sys.argv, "--side", side], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr[-3000:])
-        curves[side] = json.loads(done.stdout.splitlines()[-1])
-    from importlib.metadata import version
-
-    from embed import pipeline
-
-    source = pipeline.provenance()
-    versions = {"jax": source["versions"]["jax"], **{n: version(n) for n in ("torch", "sentence-transformers")}}
-    print(f"python {' '.join(sys.argv)}:\ncommit {source['commit']}, {pipeline.machine()},")
-    print(", ".join(f"{name} {number}" for name, number in versions.items()) + "\n")
-    print("| steps | " + " | ".join(f"{side}, s | {side}, nDCG@10" for side in SIDES) + " |\n|---:|" + "---:|" * 4)
-    for rows in zip(*curves.values()):
-        print(f"| {rows[0][0]} | " + " | ".join(f"{row[1]:.1f} | {row[2]:.3f}" for row in rows) + " |")
-    print("\n| nDCG@10 | " + " | ".join(f"{side}, s" for side in SIDES) + " | first |\n|---:|---:|---:|---|")
-    best = max(point[2] for curve in curves.values() for point in curve)
-    for level in np.arange(0.05, best, 0.05):
-        when = {side: reached(curve, level) for side, curve in curves.items()}
-        first = min((s for s in when if when[s] is not None), key=lambda side: when[side])
-        cells = [f"{seconds:.1f}" if seconds is not None else "not reached" for seconds in when.values()]
-        print(f"| {level:.2f} | " + " | ".join(cells) + f" | {first} |")
+    print("\n".join(describe(arguments)), flush=True)
+    load = f"load average {os.getloadavg()[0]:.1f}"
+    curves = {side: measure(side) for side in arguments.order}
+    print("\n".join(tables(curves)))
+    print(f"\n{load} before, {os.getloadavg()[0]:.1f} after")
     if arguments.plot:
         plot(curves, arguments.plot)
 

@@ -1,122 +1,182 @@
 """Training steps of each stage beside the same model in PyTorch: tokens a second, MFU, peak memory.
 
-    python benchmarks/train.py                                                      small, two CPU cores
-    python benchmarks/train.py --config=configs/qwen3.py:size=0.6b --rows=8 --microbatches=4   one GPU
-    python benchmarks/train.py --config=configs/qwen3.py:size=0.6b --stages diffusion --rows=8
+    python benchmarks/train.py                                    CPU: configs/quickstart.py; GPU: diffusion at 0.6B, length 4,096
+    python benchmarks/train.py --stages pair:14 --output=FILE     one stage, its batch in 14 parts (gradient caching)
+    python benchmarks/train.py --config=configs/qwen3.py:size=0.6b --stages diffusion:4 pair:8 --rows=8 --groups=4
 
-Both sides run the stage of the config on the same random tokens, as long as the config's rows hold them without padding: ours
-packs texts into rows, PyTorch (transformers' Qwen3, scaled-dot-product attention, fused AdamW, torch.compile on a GPU) gets
-them as a batch of equal lengths. Objective, Matryoshka prefixes, int8 rounding, clipping and microbatches (gradient caching) are the same, but
-for PyTorch's plain cross-entropy where ours masks false negatives. bfloat16 over float32 parameters on a GPU, float32 on CPU.
-Each side and stage is a process of its own. Needs no TensorFlow, no seqio; without torch its rows are left out, and said so.
+Both sides run the stage of the config on the same random texts, of one length: ours packs them into rows as the loader does,
+PyTorch (transformers' Qwen3, scaled-dot-product attention, fused AdamW, torch.compile on a GPU) gets them as a batch without
+padding. The objective is the same, term by term, with Matryoshka prefixes, int8 rounding, clipping and gradient caching; masks of
+equal contents, which random texts do not have, are in ours alone. bfloat16 over float32 parameters, float32 on CPU.
+
+Each side and stage is a process of its own, one after the other. Needs no data, TensorFlow or seqio; without torch its rows say so.
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
+ROOT = Path(__file__).parent.parent
 SIDES = ("embed", "PyTorch")
+DEFAULTS = {  # of a platform; 98 rows of the quickstart's pair stage are 7 parts of 14
+    "cpu": dict(
+        config="configs/quickstart.py", stages=["diffusion", "pair", "pair:7", "contextual", "triplet"], rows=0
+    ),
+    "gpu": dict(config="configs/qwen3.py:size=0.6b", stages=["diffusion:4"], rows=8),
+}
 
 
-class Texts:
-    """What the contrastive loaders read: random examples of texts of one length."""
-
-    def __init__(self, stage, length: int, vocabulary: int):
-        self.stage, self.length, self.vocabulary = stage, length, vocabulary
-
-    def __len__(self) -> int:
-        return 1_000_000
-
-    def read(self, indices: np.ndarray) -> list[dict]:
-        return [self._example(np.random.default_rng(int(i))) for i in indices]
-
-    def _example(self, rng) -> dict:
-        batch, x = self.stage.batch, self.length
-
-        def tokens(count):
-            return rng.integers(5, self.vocabulary, count * x).astype(np.int32)
-
-        if self.stage.kind == "contextual":
-            c, q = batch.max_chunks, batch.max_queries_per_document
-            return {
-                "document": tokens(c), "chunk_lengths": np.full(c, x), "queries": tokens(q), "query_lengths": np.full(q, x),
-                "positives": np.arange(q) % c,
-            }  # fmt: skip
-        k = batch.get("num_negatives", 0)
-        return {"query": tokens(1), "document": tokens(1), "negatives": tokens(k), "negative_lengths": np.full(k, x)}
-
-
-def pieces(stage) -> int:
-    """Texts of an example, chunks counted one by one."""
-    batch = stage.batch
-    if stage.kind == "contextual":
-        return batch.max_chunks + batch.max_queries_per_document
-    return 2 + batch.get("num_negatives", 0)
+# --- what is measured -------------------------------------------------------------------------------------------
 
 
 def text_length(stage) -> int:
-    """The longest texts that fill a group's rows and are not cut."""
-    batch = stage.batch
-    room = batch.rows_per_group * batch.length / (batch.group_size * pieces(stage))
+    """The longest texts of which a group's rows hold all, uncut."""
+    from embed import rows
+
+    batch, n = stage.batch, stage.batch.group_size
+    shape = rows.RowShape(batch.length, batch.spans, batch.segments)
+    texts, chunks = n * (2 + batch.get("num_negatives", 0)), 0
     if stage.kind == "contextual":
-        return min(
-            int(0.8 * room), batch.length // batch.max_chunks
-        )  # a document is in one row, and rows hold no parts of one
-    return batch.length // -(-batch.length // int(room)) if room < batch.length else batch.length
+        texts, chunks = n * batch.max_queries_per_document, batch.max_chunks
+    spans = np.array([chunks] * (n if chunks else 0) + [1] * texts)
+    room = min(batch.length, batch.rows_per_group * batch.length // spans.sum())
+    return next(
+        x
+        for x in range(room, 0, -1)
+        if rows.first_fit_decreasing(spans * x, spans, shape, batch.rows_per_group) is not None
+    )
 
 
-def load_stage(arguments):
-    """(config, stage, model config) with the batch made as small as the command line says."""
-    import dataclasses
+def random_texts(stage, vocabulary: int) -> dict[str, np.ndarray]:
+    """What both sides train on: rows, or queries, documents and negatives, int32[…, length]; the last id is the mask."""
+    batch = stage.batch
+    if stage.kind == "diffusion":
+        shapes = {"rows": (batch.rows, batch.length)}
+    else:
+        n, x = batch.groups * batch.group_size, text_length(stage)
+        shapes = {"queries": (n, x), "documents": (n, x)}
+        if stage.kind == "triplet":
+            shapes["negatives"] = (n, batch.num_negatives, x)
+        if stage.kind == "contextual":
+            shapes = {"queries": (n, batch.max_queries_per_document, x), "documents": (n, batch.max_chunks, x)}
+    rng = np.random.default_rng(0)
+    return {name: rng.integers(5, vocabulary - 1, shape).astype(np.int32) for name, shape in shapes.items()}
 
+
+def specification(arguments, wanted: str) -> tuple[dict, dict, dict]:
+    """(stage and model as plain values, the texts, each side's FLOPs of a step) of `STAGE` or `STAGE:MICROBATCHES`."""
     from embed import config as configs
     from embed.models.transformer import TransformerConfig
+    from embed.training import plan
 
     config = configs.load(arguments.config, arguments.overrides)
-    stage = config.stages[arguments.measure[0]]
+    name, _, microbatches = wanted.partition(":")
+    stage = config.stages[name]
     with stage.unlocked():
-        if arguments.rows and stage.kind == "diffusion":
-            stage.batch.rows = arguments.rows
-        elif arguments.rows:
-            stage.batch.groups = max(1, arguments.rows * 4096 // (stage.batch.rows_per_group * stage.batch.length))
-        if arguments.microbatches:
-            stage.microbatches = arguments.microbatches
-    fields = config.model.to_dict()
-    model = TransformerConfig(**fields | {"vocab_size": fields["vocab_size"] or config.data.vocab_size})
-    on_gpu = arguments.platform == "gpu"
-    return config, stage, dataclasses.replace(model, dtype="bfloat16" if on_gpu else "float32")
+        stage.microbatches = int(microbatches or stage.microbatches)
+        size = "rows" if stage.kind == "diffusion" else "groups"
+        stage.batch[size] = getattr(arguments, size) or stage.batch[size]
+    dtype = "float32" if arguments.platform == "cpu" else "bfloat16"
+    vocabulary = config.model.vocab_size or config.data.vocab_size
+    model = config.model.to_dict() | {"vocab_size": vocabulary, "dtype": dtype}
+    texts = random_texts(stage, vocabulary)
+
+    # PyTorch's passes have no padding, attend within shorter rows, and make the logits of masked tokens alone: half of them.
+    flops = plan.forward_flops(stage, TransformerConfig(**model))
+    slots, tokens = plan.tokens(stage), sum(x.size for x in texts.values())
+    lengths = [(x.size, x[0].size if stage.kind == "contextual" and name == "documents" else x.shape[-1]) for name, x in texts.items()]  # fmt: skip
+    attended = sum(size * length for size, length in lengths) / (slots * stage.batch.length)
+    logits = 0.5 / stage.logits_capacity if stage.kind == "diffusion" else 0
+    share = {"layers": tokens / slots, "attention": attended, "logits": logits, "similarity": 1.0}
+    theirs = 3 * sum(share[part] * n for part, n in flops.items())
+    return {"stage": stage.to_dict(), "model": model}, texts, dict(zip(SIDES, (3 * sum(flops.values()), theirs)))
 
 
-def rows_of_tokens(stage, vocabulary: int) -> np.ndarray:
-    """Full rows for the diffusion stage, int32 [R, L]."""
-    return np.random.default_rng(0).integers(5, vocabulary, (stage.batch.rows, stage.batch.length)).astype(np.int32)
+def timed(step, steps: int) -> list[float]:
+    """Seconds of each of so many calls, after one that compiles."""
+    seconds = []
+    for k in range(steps + 1):
+        begun = time.perf_counter()
+        step(k)
+        seconds.append(time.perf_counter() - begun)
+    return seconds[1:]
 
 
-def measure_embed(arguments) -> dict:
+def resident() -> int:
+    """The most memory that this process has had so far, in bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+# --- ours -------------------------------------------------------------------------------------------------------
+
+
+class Texts:
+    """The random texts as a store that the contrastive loader reads; it draws each example once."""
+
+    def __init__(self, tables: dict[str, np.ndarray], contextual: bool):
+        self.tables, self.contextual = tables, contextual
+
+    def __len__(self) -> int:
+        return len(self.tables["queries"])
+
+    def read(self, indices: np.ndarray) -> list[dict]:
+        return [self._example(**{name: table[i] for name, table in self.tables.items()}) for i in indices]
+
+    def _example(self, queries, documents, negatives=()) -> dict:
+        negatives = np.reshape(negatives, (-1, documents.shape[-1])).astype(np.int32)
+
+        def lengths(table):
+            return np.full(len(table), table.shape[-1])
+
+        if self.contextual:
+            return {
+                "document": documents.reshape(-1), "chunk_lengths": lengths(documents), "queries": queries.reshape(-1),
+                "query_lengths": lengths(queries), "positives": np.arange(len(queries)) % len(documents),
+            }  # fmt: skip
+        return {
+            "query": queries, "document": documents, "negatives": negatives.reshape(-1), "negative_lengths": lengths(negatives)
+        }  # fmt: skip
+
+
+def make_batch(stage, texts: dict[str, np.ndarray]) -> dict:
+    """The batch of rows that the program would make of the texts."""
+    from embed.training import stages
+
+    if stage.kind == "diffusion":
+        tokens = texts["rows"]
+        positions = np.tile(np.arange(tokens.shape[1], dtype=np.int32), (len(tokens), 1))
+        return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
+    stores = {"random": Texts(texts, stage.kind == "contextual")}
+    batch = stages.make_loader(stage, stores, [(1, {"random": 1.0})], seed=0, separator_id=None).batch(0)
+    stats = batch.pop("stats")
+    if stats["cut"] or stats["lost"]:
+        raise ValueError(f"{stats['cut']} texts of stage {stage.kind} were cut and {stats['lost']} lost")
+    return batch
+
+
+def measure_embed(stage, model: dict, texts: dict[str, np.ndarray], steps: int) -> dict:
     import jax
 
+    from embed.cli.common import keep_freed_memory
     from embed.models import transformer
-    from embed.training import loop, optimizer, plan, sharding, stages
+    from embed.training import loop, optimizer, sharding, stages
 
-    config, stage, model = load_stage(arguments)
-    if stage.kind == "diffusion":
-        tokens = rows_of_tokens(stage, model.vocab_size - 1)
-        positions = np.tile(np.arange(stage.batch.length, dtype=np.int32), (stage.batch.rows, 1))
-        batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions}
-    else:
-        stores = {"random": Texts(stage, text_length(stage), model.vocab_size - 1)}
-        loader = stages.make_loader(stage, stores, [(1, {"random": 1.0})], seed=0, separator_id=None)
-        batch = loader.batch(0)
-        if batch.pop("stats")["cut"]:
-            raise SystemExit(f"texts of {text_length(stage)} tokens do not fit the rows of stage {stage.kind}")
-    count = int((batch["segment_ids"] > 0).sum())
+    keep_freed_memory()  # as the program does
+    libraries = resident()
+    model = transformer.TransformerConfig(**model)
+    batch = make_batch(stage, texts)
+    fill = float((batch["segment_ids"] > 0).mean())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     loss = stages.make_loss(stage, model, mask_id=model.vocab_size - 1)
     tx = optimizer.make_optimizer(stage.optimizer, lambda step: 1e-4)
@@ -125,230 +185,312 @@ def measure_embed(arguments) -> dict:
     where_state = sharding.state_shardings(mesh, jax.eval_shape(tx.init, abstract), where)
     params = jax.jit(transformer.init, static_argnums=0, out_shardings=where)(model, jax.random.key(0))
     state, batch = jax.jit(tx.init, out_shardings=where_state)(params), sharding.put_batch(mesh, batch)
-    step = jax.jit(
+    train_step = jax.jit(
         loop.make_train_step(loss, tx, 0, 100), donate_argnums=(0, 1), out_shardings=(where, where_state, None)
     )
-    seconds = []
-    for k in range(arguments.steps + 1):
-        begun = time.perf_counter()
+
+    def step(k):
+        nonlocal params, state
         with jax.set_mesh(mesh):
-            params, state, metrics = step(params, state, batch, k)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - begun)
-    stats = jax.devices()[0].memory_stats() or {}
-    return {
-        "seconds": statistics.median(seconds[1:]), "tokens": count, "flops": plan.model_flops(stage, model),
-        "memory": stats.get("peak_bytes_in_use", resident()), "loss": float(metrics["loss"]),
-    }  # fmt: skip
+            params, state, metrics = train_step(params, state, batch, k)
+        jax.block_until_ready((params, metrics))
+
+    seconds = timed(step, steps)
+    stats = jax.devices()[0].memory_stats()
+    memory = {"memory": stats["peak_bytes_in_use"]} if stats else {"memory": resident(), "libraries": libraries}
+    return {"seconds": seconds, "fill": fill, **memory}
 
 
-def measure_pytorch(arguments) -> dict:
+# --- PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def pytorch_model(model: dict, device: str):
+    """transformers' Qwen3, bidirectional, of the same sizes."""
     import torch
     import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=model["vocab_size"], hidden_size=model["hidden_size"], num_hidden_layers=model["num_layers"],
+        num_attention_heads=model["num_heads"], num_key_value_heads=model["num_kv_heads"], head_dim=model["head_dim"],
+        intermediate_size=model["intermediate_size"], is_causal=False, use_cache=False, attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
+    )  # fmt: skip
+    network = transformers.Qwen3Model(config).to(device).train()
+    if model["remat"] != "none":
+        network.gradient_checkpointing_enable()
+    return network
+
+
+def pytorch_contrast(stage, q, d, others):
+    """One prefix of the loss of embed.objectives.contrastive: q, d and others (negatives or whole documents) [N, D]."""
+    import torch
     from torch.nn import functional as F
 
-    config, stage, ours = load_stage(arguments)
-    device = "cuda" if arguments.platform == "gpu" else "cpu"
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=ours.vocab_size, hidden_size=ours.hidden_size, num_hidden_layers=ours.num_layers,
-        num_attention_heads=ours.num_heads, num_key_value_heads=ours.num_kv_heads, head_dim=ours.head_dim,
-        intermediate_size=ours.intermediate_size, rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
-        is_causal=False, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
-    model = transformers.Qwen3Model(transformers.Qwen3Config(**sizes)).to(device).train()
-    if ours.remat != "none":
-        model.gradient_checkpointing_enable()
-    settings = stage.optimizer
-    adamw = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(settings.b1, settings.b2), eps=settings.eps,
-        weight_decay=settings.weight_decay, fused=True,
-    )  # fmt: skip
-    forward = torch.compile(model) if device == "cuda" else model
+    q, d, others = (x if x is None else F.normalize(x, dim=-1) for x in (q, d, others))
+    index = torch.arange(len(q), device=q.device)
 
-    def hidden(ids):
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            return forward(input_ids=ids).last_hidden_state
+    def nll(positive, scores, allowed):
+        logits = torch.cat([positive[:, None], scores.masked_fill(~allowed, -torch.inf)], 1) / stage.temperature
+        return (logits.logsumexp(1) - positive / stage.temperature).mean()
 
-    def diffusion(ids):
-        noise = torch.rand(ids.shape[0], 1, device=device).clamp(1e-3)
-        masked = torch.rand(ids.shape, device=device) < noise
-        parts = torch.arange(len(ids), device=device).chunk(stage.microbatches)
-        for rows in parts:
-            h = hidden(ids[rows].masked_fill(masked[rows], ours.vocab_size - 1))[masked[rows]]
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                logits = F.linear(h, model.embed_tokens.weight)
-            nll = F.cross_entropy(logits.float(), ids[rows][masked[rows]], reduction="none")
-            loss = (nll / noise.expand_as(ids)[rows][masked[rows]]).sum() / ids.numel()
+    def with_queries(documents, other, same):
+        """Against other documents, but those that are the `same`, and other queries, none more similar than the margin."""
+        qd, qq = q @ documents.T, q @ q.T
+        positive = qd.diagonal()
+        limit = positive[:, None] + stage.margin
+        allowed = torch.cat([other & ~same & (qd <= limit), other & (qq <= limit)], 1)
+        return nll(positive, torch.cat([qd, qq], 1), allowed)
+
+    other = index[:, None] != index
+    if stage.kind == "pair":
+        return with_queries(d, other, ~other)
+    if stage.kind == "triplet":
+        scores = torch.cat([q @ d.T, q @ others.T], 1)
+        everyone = torch.ones(len(q), len(others), dtype=torch.bool, device=q.device)
+        return nll(scores.diagonal(), scores, torch.cat([other, everyone], 1))
+    queries, chunks = stage.batch.max_queries_per_document, stage.batch.max_chunks
+    document, of_chunk = index // queries, torch.arange(len(d), device=q.device) // chunks
+    target = document * chunks + index % queries % chunks
+    scores, own = q @ d.T, document[:, None] == of_chunk
+    allowed = target[:, None] != torch.arange(len(d), device=q.device)
+    positive = scores.gather(1, target[:, None])[:, 0]
+    local = stage.alpha * nll(positive, scores, allowed & own) + (1 - stage.alpha) * nll(positive, scores, allowed)
+    whole = with_queries(others[document], target[:, None] != target, document[:, None] == document)
+    return stage.beta[0] * whole + (1 - stage.beta[0]) * local
+
+
+def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], device: str):
+    """A function that adds a step's gradients to the network and returns its loss."""
+    import torch
+    from torch.nn import functional as F
+
+    forward = torch.compile(network) if device == "cuda" else network
+    ids = {name: torch.tensor(x, dtype=torch.int64, device=device) for name, x in texts.items()}
+
+    def low():
+        return torch.autocast(device, torch.bfloat16, enabled=model["dtype"] == "bfloat16")
+
+    def hidden(rows):
+        with low():
+            return forward(input_ids=rows).last_hidden_state
+
+    def diffusion():
+        rows = ids["rows"]
+        # Stratified over rows as in ours, or the number of masked tokens would change from step to step.
+        unit = (torch.rand(1, device=device) + torch.randperm(len(rows), device=device) / len(rows)) % 1
+        t = (1e-3 + (1 - 1e-3) * unit)[:, None]
+        masked, total = torch.rand(rows.shape, device=device) < t, 0
+        for part in torch.arange(len(rows), device=device).chunk(stage.microbatches):
+            m, x = masked[part], rows[part]
+            h = hidden(x.masked_fill(m, model["vocab_size"] - 1))[m]
+            with low():
+                logits = F.linear(h, network.embed_tokens.weight)
+            nll = F.cross_entropy(logits.float(), x[m], reduction="none")
+            loss = (nll / t.expand_as(rows)[part][m]).sum() / rows.numel()
             loss.backward()
-        return loss
+            total = total + loss.detach()
+        return total
 
-    def pool(ids, x):
-        """int8, straight through, of the mean of each x tokens: [n · pieces, D]."""
-        h = hidden(ids).float()
-        v = 127 * torch.tanh(h.view(-1, x, h.shape[-1]).mean(1))
+    def int8(v):
+        v = 127 * torch.tanh(v)
         return v + (v.round() - v).detach()
 
-    def contrast(tables):
-        """Cross-entropy of each query against all documents and negatives, the mean over prefixes."""
-        total = 0
-        for p in stage.matryoshka:
-            q, d, *others = (F.normalize(table[:, :p], dim=-1) for table in tables)
-            scores = q @ torch.cat([d, *others]).T / stage.temperature
-            total = total + F.cross_entropy(scores, torch.arange(len(q), device=device) % len(d))
-        return total / len(stage.matryoshka)
+    def mean(rows, pieces):
+        """The mean of each of the pieces that a row's tokens are equal parts of, [rows, pieces, D]."""
+        h = hidden(rows).float()
+        return h.view(len(rows), pieces, -1, h.shape[-1]).mean(2)
 
-    def contrastive(texts):
-        x = text_length(stage)
-        parts = [(name, part) for name, ids in texts for part in ids.chunk(stage.microbatches)]
-        names = list(dict.fromkeys(name for name, _ in parts))
-
-        def tables(found):
-            return [torch.cat([e for (n, _), e in zip(parts, found) if n == name]) for name in names]
-
-        if stage.microbatches == 1:
-            loss = contrast(tables([pool(part, x) for _, part in parts]))
-            loss.backward()
-            return loss
-        with torch.no_grad():
-            cached = [pool(part, x) for _, part in parts]
-        for table in cached:
-            table.requires_grad_()
-        loss = contrast(tables(cached))
-        loss.backward()
-        for (_, part), table in zip(parts, cached):
-            (pool(part, x) * table.grad).sum().backward()
-        return loss
-
-    if stage.kind == "diffusion":
-        data = torch.tensor(rows_of_tokens(stage, ours.vocab_size - 1), dtype=torch.int64, device=device)
-        count, work = data.numel(), lambda: diffusion(data)
-    else:
-        batch, x, n = stage.batch, text_length(stage), stage.batch.groups * stage.batch.group_size
-        shapes = {"queries": (n, x), "documents": (n, x)}
-        if stage.kind == "triplet":
-            shapes["negatives"] = (n * batch.num_negatives, x)
+    def objective(tables):
+        pooled = {name: int8(x.flatten(0, 1)) for name, x in tables.items()}
+        others = pooled.get("negatives")
         if stage.kind == "contextual":
-            shapes = {"queries": (n * batch.max_queries_per_document, x), "documents": (n, batch.max_chunks * x)}
-        data = [(name, torch.randint(5, ours.vocab_size - 1, shape, device=device)) for name, shape in shapes.items()]
-        count, work = sum(ids.numel() for _, ids in data), lambda: contrastive(data)
+            others = int8(tables["documents"].mean(1))  # chunks are of one length
+        vectors = pooled["queries"], pooled["documents"], others
+        prefixes = stage.matryoshka
+        return sum(pytorch_contrast(stage, *(x if x is None else x[:, :p] for x in vectors)) for p in prefixes) / len(prefixes)  # fmt: skip
 
-    def step():
-        loss = work()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+    def contrastive():
+        pieces = {name: 1 for name in ids}
+        rows = {name: x.flatten(0, -2) for name, x in ids.items()}
+        if stage.kind == "contextual":  # late chunking: a document is one row
+            pieces["documents"], rows["documents"] = ids["documents"].shape[1], ids["documents"].flatten(1)
+        if stage.microbatches == 1:
+            loss = objective({name: mean(rows[name], pieces[name]) for name in rows})
+            loss.backward()
+            return loss.detach()
+        # GradCache: all vectors without a graph, their gradients, then each part again with one.
+        parts = {name: rows[name].chunk(stage.microbatches) for name in rows}
+        with torch.no_grad():
+            vectors = {name: torch.cat([mean(part, pieces[name]) for part in parts[name]]) for name in rows}
+        for x in vectors.values():
+            x.requires_grad_()
+        loss = objective(vectors)
+        loss.backward()
+        for name, x in vectors.items():
+            for part, gradient in zip(parts[name], x.grad.chunk(stage.microbatches)):
+                mean(part, pieces[name]).backward(gradient)
+        return loss.detach()
+
+    return diffusion if stage.kind == "diffusion" else contrastive
+
+
+def measure_pytorch(stage, model: dict, texts: dict[str, np.ndarray], steps: int) -> dict:
+    import torch
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  so that `libraries` has it
+
+    libraries, settings = resident(), stage.optimizer
+    device = "cpu" if model["dtype"] == "float32" else "cuda"
+    network = pytorch_model(model, device)
+    loss = pytorch_loss(stage, model, network, texts, device)
+    adamw = torch.optim.AdamW(
+        network.parameters(), lr=1e-4, betas=(settings.b1, settings.b2), eps=settings.eps,
+        weight_decay=settings.weight_decay, fused=True,
+    )  # fmt: skip
+
+    def step(k):
+        value = loss()
+        if settings.clip:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
         adamw.step()
         adamw.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device
+        value.item()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    seconds = []
-    for _ in range(arguments.steps + 1):
-        begun = time.perf_counter()
-        loss = step()
-        seconds.append(time.perf_counter() - begun)
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resident()
-    return {"seconds": statistics.median(seconds[1:]), "tokens": count, "memory": memory, "loss": loss}
-
-
-def resident() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    seconds = timed(step, steps)
+    if device == "cuda":
+        return {"seconds": seconds, "fill": 1.0, "memory": torch.cuda.max_memory_allocated()}
+    return {"seconds": seconds, "fill": 1.0, "memory": resident(), "libraries": libraries}
 
 
-def peak_flops() -> tuple[float, str]:
-    """FLOP/s of the device at its best, and where that figure is from."""
+# --- the table --------------------------------------------------------------------------------------------------
+
+
+def about() -> dict:
+    """The program's provenance, the device and what it does at best. In a process that ends, since jax holds a GPU's memory."""
+    from importlib.metadata import PackageNotFoundError, version
+
     import jax
     import jax.numpy as jnp
 
+    from embed import pipeline
     from embed.training import plan
 
-    if (known := plan.device_peak()) is not None:
-        return known, "published"
-    a = jnp.ones((2048, 2048))
-    product, seconds = jax.jit(jnp.matmul), []
-    for _ in range(8):
-        begun = time.perf_counter()
-        product(a, a).block_until_ready()
-        seconds.append(time.perf_counter() - begun)
-    return 2 * 2048**3 / min(seconds), "one 2048³ product"
+    source = pipeline.provenance()
+    for name in ("torch", "transformers"):
+        try:
+            source["versions"][name] = version(name)
+        except PackageNotFoundError:
+            source["versions"][name] = "not installed"
+    peak, whose = plan.device_peak(), "published"
+    if peak is None:
+        a, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
+        seconds = timed(lambda _: product(a, a).block_until_ready(), 8)
+        peak, whose = 2 * 2048**3 / min(seconds), "the fastest of 8 products of 2048 x 2048 matrices here, by jax"
+    return source | {
+        "machine": pipeline.machine(),
+        "peak": peak,
+        "whose": whose,
+        "platform": jax.default_backend(),
+    }
+
+
+def child(side: str, *more: str) -> dict:
+    """What a process of one side prints; ValueError with the last line of what it complained of."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, f"--child={side}", *more]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_child(side: str, folder: str, steps: int) -> None:
+    if side == "about":
+        print(json.dumps(about()))
+        return
+    given = json.loads((Path(folder) / "specification.json").read_text())
+    texts = dict(np.load(Path(folder) / "texts.npz"))
+    measure = {"embed": measure_embed, "PyTorch": measure_pytorch}[side]
+    print(json.dumps(measure(ConfigDict(given["stage"]), given["model"], texts, steps)))
+
+
+def measure_stage(arguments, wanted: str, peak: float):
+    """The lines of a stage's sides."""
+    given, texts, flops = specification(arguments, wanted)
+    parts = given["stage"]["microbatches"]
+    label = given["stage"]["kind"] + (f", {parts} parts" if parts > 1 else "")
+    tokens, found = sum(x.size for x in texts.values()), {}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "specification.json").write_text(json.dumps(given))
+        np.savez(Path(folder) / "texts.npz", **texts)
+        for side in SIDES:
+            if side == "PyTorch" and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+                yield f"| {label} | {side} | not installed" + " |" * 8
+                continue
+            try:
+                found[side] = one = child(side, f"--folder={folder}", f"--steps={arguments.steps}")
+            except ValueError as error:
+                yield f"| {label} | {side} | failed: {str(error)[:150]}" + " |" * 8
+                continue
+            median, seconds = statistics.median(one["seconds"]), one["seconds"]
+            libraries = f"{one['libraries'] / 1e9:.2f}" if "libraries" in one else ""
+            ratio = f"{statistics.median(found['embed']['seconds']) / median:.2f}" if "embed" in found else ""
+            cells = [
+                label, side, f"{tokens:,}", f"{one['fill']:.0%}", f"{median:.3f} ({min(seconds):.3f}–{max(seconds):.3f})",
+                f"{tokens / median:,.0f}", f"{flops[side] / median / peak:.1%}", f"{one['memory'] / 1e9:.2f}", libraries, ratio,
+            ]  # fmt: skip
+            yield "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.py")
-    parser.add_argument("--stages", nargs="*", default=["diffusion", "pair", "contextual", "triplet"])
-    parser.add_argument(
-        "--rows", type=int, default=0, help="rows of the batch; contrastive: of 4,096 tokens. 0 = the config's"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--microbatches", type=int, default=0, help="0 = the config's")
-    parser.add_argument("--steps", type=int, default=5, help="timed, behind one that compiles")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--platform", help=argparse.SUPPRESS)
+    parser.add_argument("--config", help="with --config.key=value over it")
+    parser.add_argument("--stages", nargs="+", help="STAGE or STAGE:MICROBATCHES")
+    parser.add_argument("--rows", type=int, help="of a diffusion batch; 0 = the config's")
+    parser.add_argument("--groups", type=int, default=0, help="of a contrastive batch; 0 = the config's")
+    parser.add_argument("--steps", type=int, default=10, help="timed, after one that compiles")
+    parser.add_argument("--peak_tflops", type=float, help="of the device, where it is not known or not believed")
+    parser.add_argument("--output", type=Path, help="file for what is printed")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments, arguments.overrides = parser.parse_known_args()
-    if arguments.measure:
-        measure = {"embed": measure_embed, "PyTorch": measure_pytorch}[arguments.measure[1]]
-        print(json.dumps(measure(arguments)))
-        return
-    # The figures of the device in a process that ends: a GPU's memory is for those that are measured.
-    about = [sys.executable, "-c", ABOUT]
-    about = json.loads(
-        subprocess.run(about, check=True, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()[-1]
-    )
-    print(f"python {' '.join(sys.argv)}:\ncommit {about['commit']}, {about['machine']},")
-    print(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    print(
-        f"MFU against {about['peak'] / 1e12:.3g} TFLOP/s ({about['peak_source']}); medians of {arguments.steps} steps\n"
-    )
-    print("| stage | program | tokens a step | seconds | tokens/s | MFU | peak memory, GB | tokens/s to PyTorch's |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
-    for stage in arguments.stages:
-        found = {}
-        for side in SIDES:
-            if side == "PyTorch" and not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-                print(f"| {stage} | {side} | torch and transformers are not installed | | | | | |")
-                continue
-            command = [sys.executable, *sys.argv, "--measure", stage, side, f"--platform={about['platform']}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(
-                    f"| {stage} | {side} | failed: {done.stderr.strip().splitlines()[-1][:150]} | | | | | |", flush=True
-                )
-                continue
-            found[side] = json.loads(done.stdout.splitlines()[-1])
-        for side, one in found.items():
-            speed = one["tokens"] / one["seconds"]
-            flops = found.get("embed", one).get("flops")
-            # The same model FLOPs a token for both.
-            mfu = f"{flops / found['embed']['tokens'] * speed / about['peak']:.1%}" if flops else ""
-            ratio = speed * found["PyTorch"]["seconds"] / found["PyTorch"]["tokens"] if "PyTorch" in found else None
-            cells = [
-                stage,
-                side,
-                f"{one['tokens']:,}",
-                f"{one['seconds']:.3f}",
-                f"{speed:,.0f}",
-                mfu,
-                f"{one['memory'] / 1e9:.2f}",
-            ]
-            print("| " + " | ".join([*cells, f"{ratio:.2f}" if ratio else ""]) + " |", flush=True)
+    if arguments.child:
+        return run_child(arguments.child, arguments.folder, arguments.steps)
+    sys.path.insert(0, str(ROOT))
+    source, said = child("about"), []
+    arguments.platform = source["platform"]
+    for name, value in DEFAULTS.get(arguments.platform, DEFAULTS["gpu"]).items():
+        if getattr(arguments, name) is None:
+            # The rows are those of the config that is the default, not of any.
+            usual = name != "rows" or arguments.config == DEFAULTS["gpu"]["config"]
+            setattr(arguments, name, value if usual else 0)
+    if arguments.peak_tflops:
+        source |= {"peak": arguments.peak_tflops * 1e12, "whose": "--peak_tflops"}
 
+    def say(line: str) -> None:
+        print(line, flush=True)
+        said.append(line)
 
-ROOT = Path(__file__).parent.parent
-ABOUT = """
-import json, sys
-sys.path.insert(0, "benchmarks")
-import jax, train
-from importlib.metadata import version, PackageNotFoundError
-from embed import pipeline
-source = pipeline.provenance()
-for name in ("torch", "transformers"):
-    try:
-        source["versions"][name] = version(name)
-    except PackageNotFoundError:
-        pass
-peak, peak_source = train.peak_flops()
-print(json.dumps(source | {"machine": pipeline.machine(), "peak": peak, "peak_source": peak_source, "platform": jax.default_backend()}))
-"""
+    load = "{:.1f}".format
+    say(f"python {' '.join(sys.argv)}:\ncommit {source['commit']}, {source['machine']},")
+    say(", ".join(f"{name} {number}" for name, number in source["versions"].items()))
+    say(
+        f"config {arguments.config}; load average before {load(os.getloadavg()[0])}; seconds: median (fastest–slowest) of {arguments.steps} steps"
+    )
+    say(f"MFU: three forward passes by formula, ours with its padding, over {source['peak'] / 1e12:.3g} TFLOP/s ({source['whose']})\n")  # fmt: skip
+    say("| stage | program | tokens a step | fill | seconds | tokens/s | MFU | peak memory, GB | of it libraries | speed to ours |")  # fmt: skip
+    say("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for wanted in arguments.stages:
+        for line in measure_stage(arguments, wanted, source["peak"]):
+            say(line)
+    say(f"\nload average after {load(os.getloadavg()[0])}")
+    if arguments.output:
+        arguments.output.write_text("\n".join(said) + "\n")
+
 
 if __name__ == "__main__":
     main()

@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         print(plan.parameter_table(model, arguments.topology, config.mesh.to_dict(), arguments.slices))
     variants = [(stage.microbatches, model.remat)]
     if arguments.fit:
-        variants = list(itertools.product((1, 2, 4, 8), REMAT_POLICIES))
+        rows, _ = plan.abstract_batch(stage)["tokens"][0]
+        variants = [(m, remat) for m, remat in itertools.product((1, 2, 4, 8), REMAT_POLICIES) if rows % m == 0]
     best = None
     for microbatches, remat in variants:
         with stage.unlocked():
