@@ -68,3 +68,13 @@ need_arguments() {
     [[ " ${arguments[*]} " == *" $wanted"* ]] || die "the arguments of embed train behind -- need $wanted…"
   done
 }
+
+# need_below FOLDER: the workdir must lie in the mounted bucket. Any other folder would be each host's own.
+need_below() {
+  local argument
+  for argument in "${arguments[@]}"; do
+    if [[ "$argument" == --workdir=* && "$argument" != "--workdir=$1/"?* ]]; then
+      die "$argument must be a folder below $1, where the bucket is mounted"
+    fi
+  done
+}

@@ -12,8 +12,8 @@
 #   launch/gke.sh submit --name=pair --accelerator=tpu-v6e-slice --topology=8x8 --image=REGISTRY/embed:abc1234 \
 #       --bucket=my-bucket -- --config=configs/qwen3.py:stage=pair --workdir=/mnt/embed/qwen3
 #
-# Needs kubectl with the cluster as its context, JobSet and the Cloud Storage FUSE driver in the cluster, and an image that
-# has this repository installed with '.[tpu]' and its folder as working directory. A pod that is lost, or ends with a code that says so,
+# Needs kubectl with the cluster as its context, JobSet (0.7 or later) and the Cloud Storage FUSE driver in the cluster, and
+# an image of launch/Dockerfile. A pod that is lost, or ends with a code that says so,
 # restarts the set, which continues; wrong input (codes 1 and 2) fails it at once.
 source "$(dirname "$0")/common.sh"
 
@@ -22,6 +22,9 @@ case "$verb" in -h | --help) usage; exit 0 ;; esac
 (($#)) && shift
 name='' accelerator='' topology='' image='' bucket='' slices=1 chips_per_host=4 service_account='' restarts=100 run_id=''
 options "name accelerator topology image bucket slices chips_per_host service_account restarts run_id" "$@"
+
+# A host must see at once what another has just written.
+mount_options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
 
 # Text as a YAML scalar.
 scalar() { printf "'%s'" "${1//\'/\'\'}"; }
@@ -38,12 +41,13 @@ metadata:
   annotations:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
     embed/run-id: $(scalar "$run_id")
-    embed/commit: $(scalar "$commit")
 spec:
   failurePolicy:
     maxRestarts: $restarts
+    restartStrategy: BlockingRecreate
     rules:
-    - action: FailJobSet
+    - name: wrong_input
+      action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: slice
@@ -79,7 +83,6 @@ YAML
   cat <<YAML
               env:
               - {name: EMBED_RUN_ID, value: $(scalar "$run_id")}
-              - {name: EMBED_COMMIT, value: $(scalar "$commit")}
               ports:
               - {containerPort: 8471}
               - {containerPort: 8080}
@@ -91,7 +94,7 @@ YAML
             - name: bucket
               csi:
                 driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes: {bucketName: $(scalar "$bucket"), mountOptions: implicit-dirs}
+                volumeAttributes: {bucketName: $(scalar "$bucket"), mountOptions: "$mount_options"}
 YAML
 }
 
@@ -99,15 +102,18 @@ case "$verb" in
   submit)
     need name accelerator topology image bucket
     need_arguments
+    need_below /mnt/embed
     [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "--topology=$topology must be AxB or AxBxC"
-    run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
+    # The commit is the image's (EMBED_COMMIT in it), whatever this clone is at; so is the end of the name.
+    version=${image##*[:/@]}
+    run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-${version:0:12}}
     if $dry_run; then
       manifest
       echo "# kubectl apply -f - with the manifest above"
     else
       manifest | kubectl apply -f -
     fi
-    echo "run $run_id, commit $commit" >&2 ;;
+    echo "run $run_id, image $image" >&2 ;;
   list)
     run kubectl get jobsets -l app=embed ;;
   logs)
@@ -115,6 +121,6 @@ case "$verb" in
     run kubectl logs -l "jobset.sigs.k8s.io/jobset-name=$name" -c embed --prefix --tail=100 --max-log-requests=1000 ;;
   stop)
     need name
-    run kubectl delete jobset "$name" --wait=true ;;
+    run kubectl delete jobset "$name" --cascade=foreground ;; # waits for the pods
   *) usage >&2; exit 2 ;;
 esac

@@ -12,6 +12,7 @@
 # EMBED names the command (default: embed), PORT the coordinator's port (default: a free one), EMBED_RUN_ID the run.
 source "$(dirname "$0")/common.sh"
 
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then die "needs bash 5.1 or later; this is $BASH_VERSION"; fi
 if [[ "${1:-}" =~ ^(-h|--help)$ ]]; then usage; exit 0; fi
 if [[ "${1:-}" == --dry-run ]]; then dry_run=true; shift; fi
 if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || $# -lt 3 ]]; then usage >&2; exit 2; fi
@@ -33,15 +34,15 @@ if $dry_run; then
   exit 0
 fi
 
-((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || die "needs bash 5.1 or newer, this is $BASH_VERSION"
 export EMBED_COMMIT=$commit EMBED_RUN_ID=${EMBED_RUN_ID:-local-$(date +%Y%m%d-%H%M%S)-$commit}
 mkdir -p "$workdir.logs"
 pids=() stopping=false
 trap 'stopping=true; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
-trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
+trap 'kill -KILL "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || true' EXIT
 for ((k = 0; k < processes; k++)); do
   if ((k == 0)); then
-    "${command[@]}" --process_id=0 > >(tee "$workdir.logs/process-0.log") 2>&1 &
+    # -i: Ctrl-C reaches tee too, and process 0 would lose its output where it is to save.
+    "${command[@]}" --process_id=0 > >(tee -i "$workdir.logs/process-0.log") 2>&1 &
   else
     "${command[@]}" "--process_id=$k" >"$workdir.logs/process-$k.log" 2>&1 &
   fi
@@ -49,21 +50,25 @@ for ((k = 0; k < processes; k++)); do
 done
 if $stopping; then kill -TERM "${pids[@]}" 2>/dev/null || true; fi # those that were started behind the signal
 
-code=0
+code=0 timer=
 while ((${#pids[@]})); do
   status=0 ended=
-  wait -n -p ended "${pids[@]}" || status=$?
+  wait -n -p ended "${pids[@]}" ${timer:+"$timer"} || status=$?
   if [[ -z "${ended:-}" ]]; then continue; fi # a signal ended the wait, no process
+  if [[ "$ended" == "$timer" ]]; then
+    kill -KILL "${pids[@]}" 2>/dev/null || true
+    timer=
+    continue
+  fi
   for k in "${!pids[@]}"; do if [[ "${pids[k]}" == "$ended" ]]; then unset "pids[k]"; fi; done
   if ((status && !code)); then
     code=$status
     if ((code != 143)); then
       echo "launch/local.sh: a process ended with code $code; see $workdir.logs/" >&2
       # jax's own handler keeps a process alive through SIGTERM, and one that waits for a dead peer reads no flag.
-      { sleep "${GRACE:-70}"; kill -KILL "${pids[@]}" 2>/dev/null || true; } &
-      watchdog=$!
+      sleep "${GRACE:-70}" >/dev/null 2>&1 &
+      timer=$!
     fi
   fi
 done
-if [[ -n "${watchdog:-}" ]]; then kill "$watchdog" 2>/dev/null || true; fi
 exit "$code"

@@ -38,11 +38,14 @@ SCRIPT
   if [[ -n "$account" ]]; then echo "#SBATCH --account=$account"; fi
   cat <<SCRIPT
 cd $(quoted "$root")
+# When a process dies the others notice within a minute and end with the code that matters here. Killed at once, by
+# --kill-on-bad-exit, they would all count as 137.
 export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
-srun --kill-on-bad-exit=1 $(quoted "${EMBED:-$root/.venv/bin/embed}" train --distributed "${arguments[@]}")
+srun --kill-on-bad-exit=0 --wait=180 --cpus-per-task=$cpus $(quoted "${EMBED:-$root/.venv/bin/embed}" train --distributed "${arguments[@]}")
 code=\$?
 echo "embed ended with code \$code"
-case \$code in 75 | 134 | 143) scontrol requeue "\$SLURM_JOB_ID" ;; esac # docs/runs.md
+# docs/runs.md; srun gives the highest code, that of a signal first: 137 is a process that was killed, as for want of memory.
+case \$code in 75 | 134 | 137 | 143) ((\${SLURM_RESTART_COUNT:-0} < 100)) && scontrol requeue "\$SLURM_JOB_ID" ;; esac
 exit \$code
 SCRIPT
 }
@@ -72,6 +75,7 @@ case "$verb" in
     need job
     # The signal goes to the processes alone; the script behind them may then not put the job back into the queue.
     run scontrol update "JobId=$job" Requeue=0
-    run scancel --signal=TERM "$job" ;;
+    run scancel --state=PENDING "$job" # has no processes yet: a signal would not end it
+    run scancel --signal=TERM --state=RUNNING "$job" ;;
   *) usage >&2; exit 2 ;;
 esac

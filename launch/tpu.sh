@@ -4,16 +4,17 @@
 #   launch/tpu.sh submit --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION --bucket=BUCKET [--slices=N] [--spot]
 #                        [--project=PROJECT] [--run-id=ID] -- --config=FILE.py:stage=NAME --workdir=/mnt/embed/DIR ...
 #   launch/tpu.sh list --zone=ZONE
-#   launch/tpu.sh logs --name=NAME --zone=ZONE       what every host has printed last
-#   launch/tpu.sh stop --name=NAME --zone=ZONE       save, then give the slices back
+#   launch/tpu.sh logs --name=NAME --zone=ZONE [--slices=N]       what every host has printed last
+#   launch/tpu.sh stop --name=NAME --zone=ZONE [--slices=N]       save, then give the slices back; until then they cost
 #   any of them with --dry-run                       print what would run, run nothing
 #
 #   launch/tpu.sh submit --name=pair --zone=us-east5-b --type=v6e-64 --runtime=v2-alpha-tpuv6e --bucket=my-bucket --spot \
 #       -- --config=configs/qwen3.py:stage=pair --workdir=/mnt/embed/qwen3
 #
 # The committed code travels as an archive in the bucket; each host unpacks it, mounts the bucket at /mnt/embed, and runs
-# `embed train --distributed`, again whenever it ends with a code that says so. It starts again with the host. A spot slice
-# that was taken away is gone: submit under the same name again, after stop, and the run continues.
+# `embed train --distributed` as a service, again whenever it ends with a code that says so, at most 20 times in an hour. It
+# starts again with the host. A spot slice that was taken away is gone: submit under the same name again, after stop, and
+# the run continues. A run that is done keeps its slices until stop.
 source "$(dirname "$0")/common.sh"
 
 verb=${1:-}
@@ -29,29 +30,52 @@ startup_script() {
 #!/usr/bin/env bash
 set -euxo pipefail
 exec >>/var/log/embed.log 2>&1
-export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
 if ! command -v gcsfuse; then
   release=gcsfuse-\$(lsb_release -c -s)
-  curl -s https://packages.cloud.google.com/apt/doc/apt-key.gpg | tee /usr/share/keyrings/cloud.google.asc >/dev/null
+  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | tee /usr/share/keyrings/cloud.google.asc >/dev/null
   echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt \$release main" >/etc/apt/sources.list.d/gcsfuse.list
   apt-get update && apt-get install -y gcsfuse python3-pip
 fi
 mkdir -p /mnt/embed /opt/embed
-mountpoint -q /mnt/embed || gcsfuse --implicit-dirs $(quoted "$bucket") /mnt/embed
+# No cache of what exists: a host must see at once what another has just written.
+mountpoint -q /mnt/embed || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(quoted "$bucket") /mnt/embed
 cd /opt/embed
 tar -xzf $(quoted "/mnt/embed/source/$run_id.tar.gz")
 if [[ ! -x .venv/bin/embed ]]; then # the hosts' own Python is older than what embed needs
   python3 -m pip install --quiet uv
-  python3 -m uv venv --python 3.12 .venv
+  python3 -m uv venv --clear --python 3.12 .venv # clear: a boot may have been cut off here
   python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
 fi
-set +e
-while true; do
-  $(quoted .venv/bin/embed train --distributed "${arguments[@]}")
-  code=\$?
-  case \$code in 75 | 134) sleep 10 ;; *) break ;; esac # 143: somebody wants this host back
-done
-echo "embed ended with code \$code"
+cat >/opt/embed.sh <<'RUN'
+#!/usr/bin/env bash
+cd /opt/embed
+export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
+exec $(quoted .venv/bin/embed train --distributed "${arguments[@]}")
+RUN
+chmod +x /opt/embed.sh
+# A service, because what a startup script runs gets no SIGTERM of its own when the host is taken away. With 143 it starts
+# again too: when one host goes, all processes save and end, and those of the other hosts are to wait for its return.
+cat >/etc/systemd/system/embed.service <<'UNIT'
+[Unit]
+Description=embed train
+Wants=network-online.target
+After=network-online.target
+RequiresMountsFor=/mnt/embed
+StartLimitIntervalSec=1h
+StartLimitBurst=20
+
+[Service]
+ExecStart=/opt/embed.sh
+StandardOutput=append:/var/log/embed.log
+StandardError=append:/var/log/embed.log
+Restart=on-failure
+RestartSec=10
+RestartPreventExitStatus=1 2 130
+KillMode=mixed
+TimeoutStopSec=600
+UNIT
+systemctl daemon-reload
+systemctl start embed
 SCRIPT
 }
 
@@ -59,6 +83,7 @@ case "$verb" in
   submit)
     need name zone type runtime bucket
     need_arguments
+    need_below /mnt/embed
     if [[ "$commit" == *-dirty ]] && ! $dry_run; then die "uncommitted changes would not travel: commit them first"; fi
     run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
     if $dry_run; then
@@ -90,8 +115,8 @@ case "$verb" in
     if ((slices > 1)); then nodes=(); for ((k = 0; k < slices; k++)); do nodes+=("$name-$k"); done; fi
     remote='tail -n 100 /var/log/embed.log'
     if [[ "$verb" == stop ]]; then
-      # All hosts save the same step, so that one signal would do; then each waits for its own process.
-      remote='sudo pkill -TERM -f "embed train"; while pgrep -f "embed train" >/dev/null; do sleep 1; done'
+      # Waits until the process has saved and ended; all hosts save the same step.
+      remote='sudo systemctl stop embed'
     fi
     for node in "${nodes[@]}"; do
       run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$remote" ||

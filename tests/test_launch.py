@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +76,8 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("tpu.sh", ["submit", *TPU, "--zone", *TRAIN], "--zone is unknown or needs =VALUE"),
         ("gke.sh", ["submit", *GKE, *TRAIN[:2]], "need --workdir="),
         ("gke.sh", ["submit", *GKE, "--topology=4", *TRAIN], "--topology=4 must be AxB or AxBxC"),
+        ("tpu.sh", ["submit", *TPU, *TRAIN[:2], "--workdir=runs/a"], "--workdir=runs/a must be a folder below /mnt/embed"),
+        ("gke.sh", ["submit", *GKE, *TRAIN[:2], "--workdir=/mnt/embed/"], "must be a folder below /mnt/embed"),
         ("slurm.sh", ["submit", "--nodes=2", *TRAIN], "--gpus=VALUE is missing"),
         ("slurm.sh", ["stop"], "--job=VALUE is missing"),
         ("local.sh", ["2", "--config=c.py", "--colour"], "--workdir=DIR is missing"),
@@ -91,11 +95,14 @@ def test_local_prints_one_command_a_process(launch):
 
 
 PROCESS = """#!/usr/bin/env bash
-# Plays `embed`: process 0 waits to be stopped, process 1 does what ONE says.
-trap 'exit 143' TERM
+# Plays `embed`: process 0 does what ZERO says or waits to be stopped, process 1 does what ONE says.
+trap 'echo saved; exit 143' TERM
 echo "$EMBED_RUN_ID $EMBED_COMMIT $*"
-case "$*" in *--process_id=1*) until [[ -s "$LOG" ]]; do :; done; eval "$ONE" ;; esac
-while true; do read -r -t 60 <> <(:) || true; done
+case "$*" in
+  *--process_id=0*) eval "$ZERO" ;;
+  *--process_id=1*) until [[ -s "$LOG" ]]; do :; done; eval "$ONE" ;;
+esac
+while true; do read -r -t 0.1 <> <(:) || true; done
 """
 
 
@@ -103,18 +110,38 @@ while true; do read -r -t 60 <> <(:) || true; done
     "one, code", [("exit 7", 7), ("kill -TERM $PPID; sleep 100 & wait", 143), ("kill -KILL $$", 137)]
 )
 def test_local_ends_all_processes_with_the_code_of_the_first_and_logs_each(tmp_path, one, code):
-    embed = tmp_path / "embed"
-    embed.write_text(PROCESS)
-    embed.chmod(0o755)
-    workdir = tmp_path / "a run"
-    done = subprocess.run(
-        ["bash", LAUNCH / "local.sh", "2", "--config=c.py:stage=pair", "--workdir", workdir], capture_output=True, text=True,
-        env={**os.environ, "EMBED": str(embed), "ONE": one, "GRACE": "0.2", "EMBED_RUN_ID": "named", "LOG": f"{workdir}.logs/process-0.log"},
-    )  # fmt: skip
-    assert done.returncode == code
+    assert _local(tmp_path, ONE=one, GRACE="0.2").wait() == code
     for k in (0, 1):
         words = (tmp_path / "a run.logs" / f"process-{k}.log").read_text().split()
         assert words[0] == "named" and words[1] == _commit() and f"--process_id={k}" in words
+
+
+def test_local_returns_once_its_processes_have_ended_however_long_they_might_have_had(tmp_path):
+    local = _local(tmp_path, ZERO="exit 7", ONE="exit 7", GRACE="1000")
+    local.communicate(timeout=100)  # until nothing holds its output any more
+    assert local.returncode == 7
+
+
+def test_ctrl_c_lets_the_processes_of_local_save_and_print_that(tmp_path):
+    local = _local(tmp_path, start_new_session=True)
+    assert "--process_id=0" in local.stdout.readline()
+    os.killpg(local.pid, signal.SIGINT)  # as a terminal does: also to what shows and logs the output
+    assert "saved" in local.communicate(timeout=100)[0] and local.returncode == 143
+    assert "saved" in (tmp_path / "a run.logs" / "process-0.log").read_text()
+
+
+def _local(folder, start_new_session=False, **environment):
+    """launch/local.sh with two processes that play `embed`, under way."""
+    embed = folder / "embed"
+    embed.write_text(PROCESS)
+    embed.chmod(0o755)
+    workdir = folder / "a run"
+    defaults = {"ZERO": "", "ONE": "", "GRACE": "70", "EMBED_RUN_ID": "named", "LOG": f"{workdir}.logs/process-0.log"}
+    return subprocess.Popen(
+        ["bash", LAUNCH / "local.sh", "2", "--config=c.py:stage=pair", "--workdir", workdir], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=start_new_session,
+        env={**os.environ, "EMBED": str(embed), **defaults, **environment},
+    )  # fmt: skip
 
 
 def _commit():
@@ -131,11 +158,11 @@ def test_tpu_submit_prints_the_script_of_a_host_and_the_commands(launch):
     assert not called
     script, commands = done.stdout.split("# commands\n")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    assert (
-        ".venv/bin/embed train --distributed --config=c.py:stage=pair --workdir=/mnt/embed/run "
-        r"--config.stages.pair.curriculum=\(\(3\,\ \'pairs\'\)\,\)" in script
-    )
-    assert "export EMBED_RUN_ID=one EMBED_COMMIT=" in script and "case $code in 75 | 134)" in script
+    (command,) = (line for line in script.splitlines() if line.startswith("exec .venv"))
+    assert shlex.split(command) == ["exec", ".venv/bin/embed", "train", "--distributed", *TRAIN[1:]]
+    assert f"export EMBED_RUN_ID=one EMBED_COMMIT={_commit()}\n" in script
+    assert "Restart=on-failure\n" in script and "RestartPreventExitStatus=1 2 130\n" in script  # 75, 134, 143: again
+    assert "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 b /mnt/embed\n" in script
     assert commands.splitlines() == [
         f"git -C {ROOT} archive --format=tar.gz --output=one.tar.gz HEAD",
         "gcloud storage cp one.tar.gz gs://b/source/one.tar.gz",
@@ -160,7 +187,7 @@ def test_tpu_submits_the_committed_code_and_refuses_what_would_not_travel(launch
     assert copy[1][:2] == ["storage", "cp"] and re.fullmatch(r"gs://b/source/pair-\d{8}-\d{6}-\w+\.tar\.gz", copy[1][3])
     assert {"--node-count=2", "--node-prefix=pair", "--accelerator-type=v6e-16"} <= set(create[1])
     (started,) = create[3].values()
-    assert "embed train --distributed" in started
+    assert "embed train --distributed" in started and "\nsystemctl start embed\n" in started
     (clone / "README.md").write_text("changed")
     done, called = launch(script, "submit", *TPU, *TRAIN)
     assert done.returncode == 2 and "uncommitted changes would not travel" in done.stderr and not called
@@ -172,7 +199,7 @@ def test_tpu_list_logs_and_stop(launch):
     _, calls = launch("tpu.sh", "logs", "--name=pair", "--zone=z", "--slices=2")
     assert [call[1][4] for call in calls] == ["pair-0", "pair-1"] and "/var/log/embed.log" in calls[0][1][-1]
     _, (signalled, deleted) = launch("tpu.sh", "stop", "--name=pair", "--zone=z")
-    assert "--worker=all" in signalled[1] and "pkill -TERM" in signalled[1][-1]
+    assert "--worker=all" in signalled[1] and signalled[1][-1] == "--command=sudo systemctl stop embed"
     assert deleted[1] == ["compute", "tpus", "queued-resources", "delete", "pair", "--zone=z", "--force", "--quiet"]
 
 
@@ -199,10 +226,32 @@ def test_gke_renders_one_job_a_slice_and_one_pod_a_host(launch):
     (container,) = pod["containers"]
     assert container["command"] == ["embed", "train", "--distributed", *TRAIN[1:]]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert {"name": "EMBED_RUN_ID", "value": "one"} in container["env"]
-    assert {"name": "EMBED_COMMIT", "value": _commit()} in container["env"]
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
-    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2]  # those are not to be tried again
+    assert container["env"] == [{"name": "EMBED_RUN_ID", "value": "one"}]  # EMBED_COMMIT is the image's own
+    assert pod["volumes"][0]["csi"] == {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "volumeAttributes": {
+            "bucketName": "b",
+            "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0",
+        },
+    }
+    assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    # Codes 1 and 2 fail the set at once, all else restarts it as a whole.
+    assert spec["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"containerName": "embed", "operator": "In", "values": [1, 2]}}
+    ]
+    assert jobset["spec"]["failurePolicy"] == {
+        "maxRestarts": 100,
+        "restartStrategy": "BlockingRecreate",
+        "rules": [{"name": "wrong_input", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
+
+
+@pytest.mark.parametrize(
+    "image, version", [("r:5000/embed:abc1234", "abc1234"), ("r/embed@sha256:" + "f" * 64, "f" * 12)]
+)
+def test_a_gke_run_is_named_after_its_image(launch, image, version):
+    done, _ = launch("gke.sh", "submit", *GKE, f"--image={image}", "--dry-run", *TRAIN)
+    assert re.search(rf"value: 'pair-\d{{8}}-\d{{6}}-{version}'", done.stdout)
 
 
 def test_gke_submit_list_logs_and_stop_call_kubectl(launch):
@@ -214,7 +263,7 @@ def test_gke_submit_list_logs_and_stop_call_kubectl(launch):
     )
     assert launch("gke.sh", "list")[1][0][1] == ["get", "jobsets", "-l", "app=embed"]
     assert "jobset.sigs.k8s.io/jobset-name=pair" in launch("gke.sh", "logs", "--name=pair")[1][0][1]
-    assert launch("gke.sh", "stop", "--name=pair")[1][0][1] == ["delete", "jobset", "pair", "--wait=true"]
+    assert launch("gke.sh", "stop", "--name=pair")[1][0][1] == ["delete", "jobset", "pair", "--cascade=foreground"]
 
 
 # --- Slurm ---------------------------------------------------------------------------------------------------------
@@ -241,23 +290,23 @@ def test_slurm_submits_one_process_a_gpu_that_goes_back_to_the_queue(launch, tmp
         "--partition=p",
     ):
         assert f"#SBATCH {line}\n" in script
-    srun = f"srun --kill-on-bad-exit=1 {ROOT}/.venv/bin/embed train --distributed --config=c.py:stage=pair --workdir={tmp_path}/run\n"
+    srun = f"srun --kill-on-bad-exit=0 --wait=180 --cpus-per-task=8 {ROOT}/.venv/bin/embed train --distributed --config=c.py:stage=pair --workdir={tmp_path}/run\n"
     assert srun in script and "export EMBED_RUN_ID=one EMBED_COMMIT=" in script
-    for code, requeued in (
-        (0, False),
-        (2, False),
-        (75, True),
-        (143, True),
-    ):  # the script itself, with a srun that ends so
+    # The script itself, with a srun that ends so; a job that has never been back in the queue has no count.
+    for code, restarts, requeued in (
+        (0, None, False), (1, None, False), (2, None, False), (130, None, False), (75, None, True), (134, None, True),
+        (137, None, True), (143, None, True), (143, 99, True), (143, 100, False),
+    ):  # fmt: skip
         program = script.replace(srun, f"(exit {code})\n")
-        done, called = _run_batch(program, tmp_path)
+        done, called = _run_batch(program, tmp_path, restarts)
         assert done.returncode == code and bool(called) == requeued
 
 
-def _run_batch(program, folder):
+def _run_batch(program, folder, restarts):
     calls = folder / "calls"
     calls.write_text("")
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "7"}
+    environment |= {} if restarts is None else {"SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash", "-c", program], env=environment, stdin=subprocess.DEVNULL, capture_output=True)
     called = [json.loads(line)[:2] for line in calls.read_text().splitlines()]
     assert called in ([], [["scontrol", ["requeue", "7"]]])
@@ -271,5 +320,7 @@ def test_slurm_list_logs_and_stop(launch, tmp_path):
     assert launch("slurm.sh", "logs", "--job=7", f"--workdir={tmp_path}/run")[0].stdout == "step 3\n"
     _, calls = launch("slurm.sh", "stop", "--job=7")
     assert [call[:2] for call in calls] == [
-        ["scontrol", ["update", "JobId=7", "Requeue=0"]], ["scancel", ["--signal=TERM", "7"]],
-    ]  # fmt: skip
+        ["scontrol", ["update", "JobId=7", "Requeue=0"]],
+        ["scancel", ["--state=PENDING", "7"]],
+        ["scancel", ["--signal=TERM", "--state=RUNNING", "7"]],
+    ]

@@ -24,7 +24,7 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         return main(argv) or 0
     except BrokenPipeError:  # of `embed … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as SIGPIPE: a run whose reader went away is not done
     except Exception as error:
         code = getattr(
             error, "exit_code", 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0

@@ -29,10 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.distributed or arguments.num_processes:
         import jax
 
-        jax.distributed.initialize(
-            arguments.coordinator, arguments.num_processes, arguments.process_id,
-            heartbeat_timeout_seconds=60,  # so long after a process died the others end
-        )  # fmt: skip
+        try:
+            jax.distributed.initialize(
+                arguments.coordinator, arguments.num_processes, arguments.process_id,
+                heartbeat_timeout_seconds=60,  # so long after a process died the others end
+            )  # fmt: skip
+        except RuntimeError as error:  # the others are not there yet, or no more
+            from embed.training.loop import PeerLostError
+
+            raise PeerLostError(f"cannot join the other processes: {error}; the same command tries again") from error
     from embed import pipeline
 
     run = pipeline.Run(config, arguments.workdir, arguments.config)
