@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from train import KEEP_FREED_MEMORY
 
 ROOT = Path(__file__).parent.parent
 DIFFERENCES = """\
@@ -171,7 +172,8 @@ def plot(curves: dict, path: Path) -> None:
 
 def measure(side: str) -> list:
     """The curve of a side, trained in a process of its own."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}  # both on the CPU
+    # Both on the CPU, both as `embed train` has malloc.
+    environment = {**KEEP_FREED_MEMORY, **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *sys.argv, "--side", side]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
