@@ -87,7 +87,8 @@ def elbo_and_accuracy(
         hidden = transformer.apply(model, params, noised, segment_ids, positions)
         hidden = md.left_shift(hidden) if left_shift else hidden
         table = transformer.output_embedding(params)
-        return md.masked_token_nll(hidden, table, tokens, masked, capacity=1.0, chunk=chunk)[:2]
+        ones = jnp.ones(len(tokens))
+        return md.masked_nll(hidden, table, tokens, masked, ones, capacity=1.0, chunk=chunk)[1:3]
 
     key = jax.random.key(seed)
     report = {}

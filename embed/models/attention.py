@@ -72,6 +72,45 @@ def attention(
     )
 
 
+@jax.custom_vjp
+def _softmax_attention(query, key, value, allowed):
+    """softmax(query · key over what is allowed) · value: [R K h b d] of queries [R K h b d], keys and values [R K s d].
+
+    With a gradient of its own, which touches the scores [R K h b s] once where that of `jax.nn.softmax` does three times:
+    the softmax's correction is Σ_d of the output times its gradient (as in FlashAttention, arXiv 2205.14135), and its
+    division is done on vectors.
+    """
+    return _softmax_attention_forward(query, key, value, allowed)[0]
+
+
+def _softmax_attention_forward(query, key, value, allowed):
+    scores = jnp.einsum("rkhqd,rksd->rkhqs", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = exponentials.sum(-1, keepdims=True)
+    exponentials = exponentials.astype(value.dtype)
+    mixed = jnp.einsum("rkhqs,rksd->rkhqd", exponentials, value, preferred_element_type=jnp.float32) / total
+    return mixed.astype(value.dtype), (query, key, value, exponentials, total, mixed)
+
+
+def _softmax_attention_backward(saved, gradient):
+    query, key, value, exponentials, total, mixed = saved
+    dtype = value.dtype
+    gradient = gradient / total  # float32
+    correction = (gradient * mixed).sum(-1, keepdims=True)
+    gradient = gradient.astype(dtype)
+    # The small operand first: it is the one that XLA's CPU compiler transposes.
+    of_value = jnp.einsum("rkhqd,rkhqs->rkds", gradient, exponentials)
+    of_weights = jnp.einsum("rkhqd,rksd->rkhqs", gradient, value, preferred_element_type=jnp.float32)
+    of_scores = (exponentials * (of_weights - correction)).astype(dtype)
+    of_query = jnp.einsum("rkhqs,rksd->rkhqd", of_scores, key)
+    of_key = jnp.einsum("rkhqd,rkhqs->rkds", query, of_scores)
+    return of_query, of_key.swapaxes(2, 3), of_value.swapaxes(2, 3), None
+
+
+_softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward)
+
+
 def _xla(query, key, value, segment_ids):
     """Holds [R, H, b, L] scores, with b queries at a time so that b · L ≤ MAX_SCORES, in the backward pass as well."""
     rows, length, heads, head_dim = query.shape
@@ -81,11 +120,8 @@ def _xla(query, key, value, segment_ids):
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # R K L d
 
     def attend(query, query_segments):  # R K h b d, R b
-        scores = jnp.einsum("rkhqd,rksd->rkhqs", query * head_dim**-0.5, key, preferred_element_type=jnp.float32)
         same_segment = query_segments[:, :, None] == segment_ids[:, None, :]  # R b s
-        scores = jnp.where(same_segment[:, None, None], scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return jnp.einsum("rkhqs,rksd->rkhqd", weights, value)
+        return _softmax_attention(query * head_dim**-0.5, key, value, same_segment[:, None, None])
 
     block = max(1, MAX_SCORES // length)
     if block >= length:

@@ -1,5 +1,7 @@
 """Masked (absorbing-state) diffusion: corruption, ELBO and the chunked cross-entropy it needs (arXiv 2602.11151)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,12 @@ def corrupt(
     return jnp.where(masked, mask_id, tokens), masked, t
 
 
+def elbo_weights(t: Float[Array, "R"], valid: Bool[Array, "R L"]) -> Float[Array, "R"]:
+    """What the cross-entropy of a row's masked tokens counts in the ELBO: 1 / (t · number of valid tokens)."""
+    t = jnp.asarray(t)
+    return 1 / (t.astype(jnp.promote_types(t.dtype, jnp.float32)) * jnp.maximum(valid.sum(), 1))
+
+
 @typechecked
 def elbo_loss(
     token_nll: Num[Array, "R L"], masked: Bool[Array, "R L"], t: Float[Array, "R"], valid: Bool[Array, "R L"]
@@ -46,8 +54,7 @@ def elbo_loss(
     An upper bound on the negative log-likelihood of a token. At least float32; 0 if nothing is valid.
     """
     dtype = jnp.promote_types(token_nll.dtype, jnp.float32)
-    weighted = jnp.where(masked, token_nll.astype(dtype), 0) / t.astype(dtype)[:, None]
-    return weighted.sum() / jnp.maximum(valid.sum(), 1)
+    return (jnp.where(masked, token_nll.astype(dtype), 0) * elbo_weights(t, valid)[:, None]).sum()
 
 
 def left_shift(hidden: Float[Array, "R L D"]) -> Float[Array, "R L D"]:
@@ -59,50 +66,80 @@ def left_shift(hidden: Float[Array, "R L D"]) -> Float[Array, "R L D"]:
     return jnp.roll(hidden, 1, axis=1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 @typechecked
-def token_nll(
-    hidden: Float[Array, "R L D"], embedding: Float[Array, "V D"], targets: Int[Array, "R L"], *, chunk: int
-) -> tuple[Float[Array, "R L"], Bool[Array, "R L"]]:
-    """Cross-entropy of each target under tied-embedding logits, and whether the target is the most likely token.
+def weighted_nll(
+    hidden: Float[Array, "N D"],
+    embedding: Float[Array, "V D"],
+    targets: Int[Array, "N"],
+    weights: Float[Array, "N"],
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, "N"], Bool[Array, "N"]]:
+    """Σ weights · CE under the logits hidden · embeddingᵀ, each token's CE, and whether its target is the most likely token.
 
-    Scans over chunks of `chunk` positions with all rows in each, and recomputes a chunk's logits in the backward
-    pass: [R, chunk, V] is the most that is held, never [R, L, V]. Rows stay sharded. `chunk` must divide L.
+    Holds the logits of `chunk` tokens at once, never [N, V]; `chunk` must divide N. Losses are at least float32, products
+    have the dtype of `hidden`. Of the results the sum alone has a gradient, for hidden and embedding. With its weights known
+    it is computed next to each chunk's logits, which are so made once, where a backward pass would make them again.
     """
-    rows, length, _ = hidden.shape
+    return _in_chunks(hidden, embedding, targets, weights, chunk, differentiate=False)[0]
+
+
+def _in_chunks(hidden, embedding, targets, weights, chunk: int, differentiate: bool):
+    """(results, gradients of hidden and embedding) of `weighted_nll`; the gradients None unless asked for."""
+    tokens, width = hidden.shape
+    if tokens % chunk:
+        raise ValueError(f"chunk={chunk} must divide the {tokens} tokens")
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    if length % chunk:
-        raise ValueError(f"chunk={chunk} must divide the row length {length}")
+    table = embedding.astype(hidden.dtype)
 
-    @jax.checkpoint
-    def one(carry, xs):
-        h, y = xs  # R c D, R c
-        logits = jnp.einsum("rcd,vd->rcv", h, embedding.astype(h.dtype), preferred_element_type=dtype)
-        target = jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
-        return carry, (jax.nn.logsumexp(logits, -1) - target, target >= logits.max(-1))
+    def one(table_gradient, xs):  # [D, V], as XLA's CPU compiler likes it
+        h, target, weight = xs
+        logits = jnp.einsum("nd,vd->nv", h, table, preferred_element_type=dtype)
+        target_logit = jnp.take_along_axis(logits, target[:, None], 1)[:, 0]
+        log_total = jax.nn.logsumexp(logits, -1)
+        found = log_total - target_logit, target_logit >= logits.max(-1)
+        if not differentiate:
+            return None, (found, None)
+        is_target = target[:, None] == jnp.arange(logits.shape[1])
+        gradient = weight[:, None] * (jnp.exp(logits - log_total[:, None]) - is_target)
+        gradient = gradient.astype(hidden.dtype)
+        table_gradient += jnp.einsum("nd,nv->dv", h, gradient, preferred_element_type=dtype)
+        return table_gradient, (found, gradient @ table)
 
-    def chunks(x):  # R L ... -> L/c R c ...
-        return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
+    chunks = [x.reshape(-1, chunk, *x.shape[1:]) for x in (hidden, targets, weights.astype(dtype))]
+    start = jnp.zeros((width, len(embedding)), dtype) if differentiate else None
+    table_gradient, (found, hidden_gradient) = jax.lax.scan(one, start, chunks)
+    nll, correct = (x.reshape(tokens) for x in found)
+    gradients = None
+    if differentiate:
+        gradients = hidden_gradient.reshape(tokens, width), table_gradient.T.astype(embedding.dtype)
+    return ((weights * nll).sum(), nll, correct), gradients
 
-    _, (nll, correct) = jax.lax.scan(one, None, (chunks(hidden), chunks(targets)))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(rows, length) for x in (nll, correct))
+
+def _weighted_nll_backward(chunk, gradients, cotangents):
+    return *((cotangents[0] * x).astype(x.dtype) for x in gradients), None, None
+
+
+weighted_nll.defvjp(functools.partial(_in_chunks, differentiate=True), _weighted_nll_backward)
 
 
 @typechecked
-def masked_token_nll(
+def masked_nll(
     hidden: Float[Array, "R L D"],
     embedding: Float[Array, "V D"],
     targets: Int[Array, "R L"],
     masked: Bool[Array, "R L"],
+    weights: Float[Array, "R"],
     *,
     capacity: float,
     chunk: int,
-) -> tuple[Float[Array, "R L"], Bool[Array, "R L"], Bool[Array, "R L"]]:
-    """`token_nll` where `masked` says so and nowhere else: (nll, correct, counted), 0 and False elsewhere.
+) -> tuple[Float[Array, ""], Float[Array, "R L"], Bool[Array, "R L"], Bool[Array, "R L"]]:
+    """`weighted_nll` where `masked` says so and nowhere else: (sum, nll, correct, counted), 0 and False elsewhere.
 
-    With stratified t about half of the tokens are masked, and the vocabulary product is most of a small step. There is
-    room for `capacity` (a fraction) of the tokens, rounded up to whole chunks of `chunk`; masked tokens beyond are not
-    `counted`: leave them out of the loss and say how many they were. Tokens move between rows, so a batch over several
-    devices calls this on each device's rows.
+    `weights` are those of a row's tokens. With stratified t about half of the tokens are masked, and the vocabulary product
+    is most of a small step. There is room for `capacity` (a fraction) of the tokens, rounded up to whole chunks of `chunk`;
+    masked tokens beyond are not `counted` and not in the sum: say how many they were. Tokens move between rows, so a batch
+    over several devices calls this on each device's rows.
     """
     hidden, targets, masked = jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(masked)
     rows, length, width = hidden.shape
@@ -114,12 +151,16 @@ def masked_token_nll(
     counted = flat & (place < room)
     slots = jnp.zeros(room, jnp.int32)
     slots = slots.at[jnp.where(counted, place, room)].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
-    found = token_nll(
-        hidden.reshape(size, width)[slots][None], embedding, targets.reshape(size)[slots][None], chunk=chunk
+    used = jnp.arange(room) < counted.sum()
+    total, nll, correct = weighted_nll(
+        hidden.reshape(size, width)[slots],
+        embedding,
+        targets.reshape(size)[slots],
+        jnp.where(used, jnp.asarray(weights)[slots // length], 0),
+        chunk,
     )
 
-    def back(x):  # 1 room -> R L; an empty slot goes nowhere
-        where = jnp.where(jnp.arange(room) < counted.sum(), slots, size)
-        return jnp.zeros(size, x.dtype).at[where].set(x[0], mode="drop").reshape(rows, length)
+    def back(x):  # room -> R L; an empty slot goes nowhere
+        return jnp.zeros(size, x.dtype).at[jnp.where(used, slots, size)].set(x, mode="drop").reshape(rows, length)
 
-    return *map(back, found), counted.reshape(rows, length)
+    return total, back(nll), back(correct), counted.reshape(rows, length)

@@ -189,7 +189,8 @@ def make_plan(
     compiled = compile_step(stage, model, mesh, mask_id)
     seconds = time.perf_counter() - start
     flops = model_flops(stage, model) / chips
-    again = (model.remat == "full") + (stage.microbatches > 1)  # forward passes that are run again
+    # Forward passes that are run again. A sum over rows, as the diffusion loss is, has each part's gradient at once.
+    again = (model.remat == "full") + (stage.microbatches > 1 and stage.kind != "diffusion")
     return Plan(
         chips=chips, slices=slices, shards=sharding.batch_shards(mesh), chip=CHIPS[name], memory=memory(compiled, model, mesh),
         model_flops=flops, hardware_flops=flops * (3 + again) / 3, hbm=hbm_bytes(stage, model, mesh, again),

@@ -27,21 +27,46 @@ from embed.training import sharding
 KINDS = ("diffusion", "pair", "contextual", "triplet")
 
 
+def _parts(count: int, arrays) -> list:
+    """The arrays [R, …] as [count, R / count, …]. Part m is rows m, m + count, …, so each device has its share of each part."""
+    rows = arrays[0].shape[0]
+    if count < 1 or rows % count:
+        raise ValueError(f"{rows} rows do not divide into microbatches={count}")
+    return [jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for x in arrays]
+
+
 def in_microbatches(function: Callable, count: int, *arrays):
     """function(*arrays) in `count` parts along axis 0, one after the other; its result [R, …] is that of the whole.
 
     Only results are kept for the backward pass, which makes each part's activations anew while it adds up the
-    gradients: gradient caching, with one compiled pass over the parts. Part m is rows m, m + count, …, so that every
-    device has its share of every part.
+    gradients: gradient caching, with one compiled pass over the parts.
     """
-    rows = arrays[0].shape[0]
-    if count < 1 or rows % count:
-        raise ValueError(f"{rows} rows do not divide into microbatches={count}")
     if count == 1:
         return function(*arrays)
-    parts = [jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for x in arrays]
-    results = jax.lax.map(jax.checkpoint(lambda part: function(*part)), parts)
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, *x.shape[2:]), results)
+    results = jax.lax.map(jax.checkpoint(lambda part: function(*part)), _parts(count, arrays))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), results)
+
+
+def summed_over_microbatches(function: Callable, count: int, params, *arrays):
+    """The sum of function(params, *part) -> (scalar, metrics) over `count` parts of the arrays, one after the other.
+
+    For a loss that is a sum over rows: each part's gradient is taken while its activations are there, and nothing is
+    computed twice (gradient accumulation). Only the scalar has a gradient, for params.
+    """
+    if count == 1:
+        return function(params, *arrays)
+
+    def add_up(one, params, parts):
+        sums = jax.eval_shape(one, params, *(x[0] for x in parts))
+        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
+        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(params, *part)), None), sums, parts)[0]
+
+    total = jax.custom_vjp(functools.partial(add_up, function))
+    total.defvjp(
+        functools.partial(add_up, jax.value_and_grad(function, has_aux=True)),  # its results, and what to keep
+        lambda gradients, cotangents: (jax.tree.map(lambda x: cotangents[0] * x, gradients), None),
+    )
+    return total(params, _parts(count, arrays))
 
 
 def on_each_device(function: Callable, arrays: tuple, table):
@@ -77,27 +102,25 @@ def diffusion_loss(
     # With the shift the first token of a segment has no predecessor to be predicted from.
     valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
     noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id)
+    weights = masked_diffusion.elbo_weights(t, valid)
 
-    def predict(noised, segment_ids, positions, tokens, masked):
+    def predict(params, noised, segment_ids, positions, *rest):
         hidden = transformer.apply(model, params, noised, segment_ids, positions)
         if left_shift:
             hidden = masked_diffusion.left_shift(hidden)
         table = transformer.output_embedding(params).astype(model.dtype)
-        return on_each_device(logits, (hidden, tokens, masked), table)
+        found = on_each_device(sums, (hidden, *rest), table)
+        loss, *metrics = (x.sum() for x in found)
+        return loss, metrics
 
-    def logits(hidden, tokens, masked, table):
-        # float32 again, so that chunks add up their gradients of the table in it.
-        table = table.astype(jnp.float32)
-        return masked_diffusion.masked_token_nll(hidden, table, tokens, masked, capacity=capacity, chunk=chunk)
+    def sums(hidden, tokens, masked, weights, table):
+        found = masked_diffusion.masked_nll(hidden, table, tokens, masked, weights, capacity=capacity, chunk=chunk)
+        return [x.sum()[None] for x in found]
 
-    nll, correct, counted = in_microbatches(predict, microbatches, noised, segment_ids, positions, tokens, masked)
-    loss = masked_diffusion.elbo_loss(nll, counted, t, valid)
-    count = jnp.maximum(counted.sum(), 1)
-    return loss, {
-        "accuracy": correct.sum() / count,
-        "masked_nll": nll.sum() / count,
-        "overflow": masked.sum() - counted.sum(),
-    }
+    rows = noised, segment_ids, positions, tokens, masked, weights
+    loss, (nll, correct, counted) = summed_over_microbatches(predict, microbatches, params, *rows)
+    count = jnp.maximum(counted, 1)
+    return loss, {"accuracy": correct / count, "masked_nll": nll / count, "overflow": masked.sum() - counted}
 
 
 def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False):

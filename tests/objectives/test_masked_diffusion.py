@@ -124,106 +124,153 @@ def test_left_shift_puts_the_state_before_each_token_at_its_place():
     np.testing.assert_array_equal(md.left_shift(hidden)[:, 1:], hidden[:, :-1])
 
 
-R, L, D, V = 3, 12, 5, 41
+N, D, V = 36, 5, 41
 
 
 def states(dtype=np.float64):
     rng = np.random.default_rng(0)
-    hidden, embedding = rng.normal(size=(R, L, D)), rng.normal(size=(V, D))
-    return hidden.astype(dtype), embedding.astype(dtype), rng.integers(0, V, (R, L)), rng.normal(size=(R, L))
+    hidden, embedding = rng.normal(size=(N, D)), rng.normal(size=(V, D))
+    return hidden.astype(dtype), embedding.astype(dtype), rng.integers(0, V, N), rng.normal(size=N)
 
 
-@pytest.mark.parametrize("chunk", [4, L])
+def close(got, want, tolerance):
+    np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+@pytest.mark.parametrize("chunk", [4, N])
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-6), (np.float32, 1e-4)])
-def test_token_nll_and_gradients_equal_the_reference_for_every_chunk(chunk, dtype, tolerance):
+def test_weighted_nll_and_gradients_equal_the_reference_for_every_chunk(chunk, dtype, tolerance):
     hidden, embedding, targets, weights = states()
 
-    def loss(arrays):
-        nll, correct = md.token_nll(*arrays, targets, chunk=chunk)
-        return (nll * weights).sum(), (nll, correct)
+    def loss(h, e, scale=3.0):
+        total, *parts = md.weighted_nll(h, e, targets, weights.astype(dtype), chunk)
+        return scale * total, (total, *parts)
 
     def plain(h, e):
-        return (reference.token_nll(h, e, targets) * weights).sum()
+        return 3 * (reference.token_nll(h, e, targets) * weights).sum()
 
     with jax.enable_x64(dtype == np.float64):
         arrays = [hidden.astype(dtype), embedding.astype(dtype)]
-        (_, (nll, correct)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-    assert nll.dtype == dtype
+        with_gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (_, (total, nll, correct)), gradients = with_gradient(*arrays)
+        without = jax.jit(loss)(*arrays)[1]
+    assert total.dtype == nll.dtype == dtype
+    np.testing.assert_allclose(total, plain(hidden, embedding) / 3, rtol=tolerance)
     np.testing.assert_allclose(nll, reference.token_nll(hidden, embedding, targets), rtol=tolerance)
     np.testing.assert_array_equal(correct, (hidden @ embedding.T).argmax(-1) == targets)
+    for got, want in zip(without, (total, nll, correct)):
+        close(got, want, 1e-6)
     for got, want in zip(gradients, reference.gradient(plain, [hidden, embedding])):
-        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+        close(got, want, tolerance)
 
 
-def all_shapes(jaxpr):
-    """The shapes of everything computed in a jaxpr, inner ones included."""
+def all_equations(jaxpr):
+    """All that is computed in a jaxpr, inner ones included."""
     for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
+        yield equation
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, jex.core.ClosedJaxpr)):
             if isinstance(parameter, jex.core.ClosedJaxpr):
-                yield from all_shapes(parameter.jaxpr)
+                yield from all_equations(parameter.jaxpr)
             elif isinstance(parameter, jex.core.Jaxpr):
-                yield from all_shapes(parameter)
+                yield from all_equations(parameter)
 
 
-@pytest.mark.parametrize("chunk, held", [(4, False), (L, True)])
-def test_logits_of_a_whole_row_are_never_held(chunk, held):
-    hidden, embedding, targets, _ = states(np.float32)
-    grad = jax.grad(lambda h, e: md.token_nll(h, e, targets, chunk=chunk)[0].sum(), argnums=(0, 1))
-    sizes = [math.prod(shape) for shape in all_shapes(jax.make_jaxpr(grad)(hidden, embedding).jaxpr)]
-    assert R * chunk * V in sizes  # the walk does see the logits of a chunk
-    assert (max(sizes) >= R * L * V) == held
+def sizes(function, *arrays):
+    """The sizes of all arrays that are computed in a call."""
+    equations = all_equations(jax.make_jaxpr(function)(*arrays).jaxpr)
+    return [math.prod(variable.aval.shape) for equation in equations for variable in equation.outvars]
 
 
-def test_a_chunk_that_does_not_divide_the_row_is_an_error():
-    hidden, embedding, targets, _ = states(np.float32)
-    with pytest.raises(ValueError, match="chunk=5 must divide the row length 12"):
-        md.token_nll(hidden, embedding, targets, chunk=5)
+def gradient_of_the_sum(targets, weights, chunk):
+    return jax.grad(lambda h, e: md.weighted_nll(h, e, targets, weights, chunk)[0], argnums=(0, 1))
 
 
-def test_bfloat16_states_give_float32_losses():
-    hidden, embedding, targets, _ = states(np.float32)
+@pytest.mark.parametrize("chunk, held", [(4, False), (N, True)])
+def test_logits_of_all_tokens_are_never_held(chunk, held):
+    hidden, embedding, targets, weights = states(np.float32)
+    found = sizes(gradient_of_the_sum(targets, weights, chunk), hidden, embedding)
+    assert chunk * V in found  # the walk does see the logits of a chunk
+    assert (max(found) >= N * V) == held
+
+
+def test_a_chunk_has_three_products_of_the_vocabulary_none_made_again_in_the_backward_pass():
+    hidden, embedding, targets, weights = states(np.float32)
+    jaxpr = jax.make_jaxpr(gradient_of_the_sum(targets, weights, 4))(hidden, embedding).jaxpr
+    assert [x.primitive.name for x in all_equations(jaxpr)].count("dot_general") == 3
+
+
+def test_a_chunk_that_does_not_divide_the_tokens_is_an_error():
+    hidden, embedding, targets, weights = states(np.float32)
+    with pytest.raises(ValueError, match="chunk=5 must divide the 36 tokens"):
+        md.weighted_nll(hidden, embedding, targets, weights.astype(np.float32), 5)
+
+
+def test_bfloat16_states_give_float32_losses_and_gradients_that_are_rounded_once():
+    hidden, embedding, targets, weights = states(np.float32)
+    weights = weights.astype(np.float32)
     low = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(embedding, jnp.bfloat16)
-    nll, _ = md.token_nll(*low, targets, chunk=4)
-    assert nll.dtype == jnp.float32
-    np.testing.assert_allclose(nll, reference.token_nll(*(np.asarray(x, float) for x in low), targets), rtol=1e-4)
+    total, nll, _ = md.weighted_nll(*low, targets, weights, 4)
+    assert total.dtype == nll.dtype == jnp.float32
+    exact = [np.asarray(x, float) for x in low]
+    np.testing.assert_allclose(nll, reference.token_nll(*exact, targets), rtol=1e-4)
+    gradients = gradient_of_the_sum(targets, weights, 4)(*low)
+    want = reference.gradient(lambda h, e: (reference.token_nll(h, e, targets) * weights).sum(), exact)
+    for got, expected in zip(gradients, want):
+        assert got.dtype == jnp.bfloat16
+        close(np.asarray(got, float), expected, 2**-7)
+
+
+R, L = 3, 12
+
+
+def of_rows(x):
+    return x.reshape(R, L, *x.shape[1:])
 
 
 @pytest.mark.parametrize("capacity", [0.5, 1.0])
 def test_logits_of_masked_tokens_alone_are_those_of_all_with_their_gradients(capacity):
-    hidden, embedding, targets, weights = states(np.float32)
+    hidden, embedding, targets, _ = states(np.float32)
+    weights = np.random.default_rng(2).exponential(size=R).astype(np.float32)
     masked = np.random.default_rng(1).random((R, L)) < 0.3
-    assert masked.sum() <= capacity * R * L
+    assert masked.sum() <= capacity * N
 
-    def loss(few):
-        def inner(arrays):
-            if few:
-                nll, correct, counted = md.masked_token_nll(*arrays, targets, masked, capacity=capacity, chunk=4)
-            else:
-                nll, correct = (jnp.where(masked, x, 0) for x in md.token_nll(*arrays, targets, chunk=L))
-                counted = masked
-            return (nll * weights).sum(), (nll, correct, counted)
+    def few(arrays):
+        h, e = arrays
+        total, *parts = md.masked_nll(of_rows(h), e, of_rows(targets), masked, weights, capacity=capacity, chunk=4)
+        return total, parts
 
-        return jax.jit(jax.value_and_grad(inner, has_aux=True))([hidden, embedding])
+    def every(arrays):
+        weight = jnp.where(masked, weights[:, None], 0).reshape(N)
+        total, *parts = md.weighted_nll(*arrays, targets, weight, N)
+        return total, [*(jnp.where(masked, of_rows(x), 0) for x in parts), masked]
 
-    (few, few_parts), few_gradients = loss(True)
-    (every, parts), gradients = loss(False)
-    np.testing.assert_allclose(few, every, rtol=1e-5)
-    for got, want in zip(few_parts, parts):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    for got, want in zip(few_gradients, gradients):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    (got, got_parts), got_gradients = jax.jit(jax.value_and_grad(few, has_aux=True))([hidden, embedding])
+    (want, want_parts), want_gradients = jax.jit(jax.value_and_grad(every, has_aux=True))([hidden, embedding])
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip([*got_parts, *got_gradients], [*want_parts, *want_gradients]):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_sum_over_masked_tokens_is_the_elbo():
+    hidden, embedding, targets, _ = states(np.float32)
+    _, masked, t, valid = batch(R, L)
+    t = t.astype(np.float32)
+    total, nll, _, counted = md.masked_nll(
+        of_rows(hidden), embedding, of_rows(targets), masked, md.elbo_weights(t, valid), capacity=1.0, chunk=4
+    )
+    np.testing.assert_allclose(total, md.elbo_loss(nll, counted, t, valid), rtol=1e-6)
 
 
 def test_masked_tokens_beyond_the_capacity_are_left_out_and_can_be_counted():
     hidden, embedding, targets, _ = states(np.float32)
-    masked = np.ones((R, L), bool)
+    masked, weights = np.ones((R, L), bool), np.ones(R, np.float32)
 
     def half(hidden):
-        return md.masked_token_nll(hidden, embedding, targets, masked, capacity=0.5, chunk=3)
+        return md.masked_nll(of_rows(hidden), embedding, of_rows(targets), masked, weights, capacity=0.5, chunk=3)
 
-    nll, _, counted = half(hidden)
-    assert counted.sum() == R * L // 2
+    total, nll, _, counted = half(hidden)
+    assert counted.sum() == N // 2
     np.testing.assert_array_equal(nll != 0, counted)
-    sizes = [math.prod(shape) for shape in all_shapes(jax.make_jaxpr(half)(hidden).jaxpr)]
-    assert 3 * V in sizes and max(sizes) < R * L * V / 2
+    np.testing.assert_allclose(total, nll.sum(), rtol=1e-6)
+    found = sizes(half, hidden)
+    assert 3 * V in found and max(found) < N * V / 2

@@ -114,6 +114,22 @@ def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
+def test_a_part_of_a_diffusion_batch_goes_through_the_network_once_and_one_of_a_contrastive_batch_twice():
+    def products(loss):
+        """Matrix products in the gradient's program, which says a loop's body once."""
+        return str(jax.make_jaxpr(jax.grad(loss))(params())).count("dot_general[")
+
+    def diffusion(microbatches):
+        stage = ConfigDict(dict(kind="diffusion", logits_capacity=1.0, logits_chunk=8, microbatches=microbatches))
+        return lambda p: stages.make_loss(stage, MODEL, mask_id=2)(p, batch(), jax.random.key(0), 0.0)[0]
+
+    def pair(microbatches):
+        return lambda p: loss_of("pair", microbatches)(p, batch())
+
+    assert products(diffusion(4)) == products(diffusion(1))
+    assert products(pair(4)) > products(pair(1))  # the count does see what is computed again
+
+
 def test_the_diffusion_loss_counts_masked_tokens_that_found_no_room():
     stage = ConfigDict(dict(kind="diffusion", microbatches=1, logits_capacity=0.25, logits_chunk=8))
     full = ConfigDict(stage.to_dict() | {"logits_capacity": 1.0})
