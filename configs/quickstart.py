@@ -90,10 +90,9 @@ def get_config(arg: str = "") -> ConfigDict:
         kind="diffusion",
         curriculum=((steps(60), "diffusion"),),
         left_shift="auto",  # predict a token from the state before it: True, False, auto = if `init` was a causal model
-        logits_capacity=0.75
-        if arg.runlocal
-        else 0.6,  # fraction of a device's tokens with room for logits: ~ half are masked
-        logits_chunk=512,  # tokens of a device whose logits are held at once
+        # Fraction of a device's tokens with room for logits. Of r rows that it holds at a time 1/2 ± 1/(2r) are masked.
+        logits_capacity=0.75 if arg.runlocal else 0.55,
+        logits_chunk=256,  # tokens of a device whose logits are held at once
         optimizer=dict(learning_rate=2e-3),
         batch=dict(rows=4 if arg.runlocal else 32, length=128, truncate_probability=0.01),
     )

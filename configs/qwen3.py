@@ -49,6 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
     diffusion.curriculum = ((60_000, "diffusion"),)
     diffusion.optimizer.learning_rate = 5e-4 if small else 3.16e-4
     diffusion.batch.update(rows=1024, length=4096)
+    # From 4 rows a device at a time. Each chunk of logits reads and writes the gradient of the table once: few and large ones.
+    diffusion.update(logits_capacity=0.65, logits_chunk=2048)
 
     pair.curriculum = ((50_000, "pairs"),)
     pair.temperature = 0.02

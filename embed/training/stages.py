@@ -9,6 +9,7 @@ fraction of the stage that is done.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -27,12 +28,24 @@ from embed.training import sharding
 KINDS = ("diffusion", "pair", "contextual", "triplet")
 
 
-def _parts(count: int, arrays) -> list:
-    """The arrays [R, …] as [count, R / count, …]. Part m is rows m, m + count, …, so each device has its share of each part."""
-    rows = arrays[0].shape[0]
+def _parts(count: int, rows: int) -> tuple[Callable, Callable]:
+    """(split, join): an array [R, …] into `count` parts [count, R / count, …], and back.
+
+    A part has neighbouring rows of each device: each has its share, and in the diffusion stage a stratified sample of t.
+    """
     if count < 1 or rows % count:
         raise ValueError(f"{rows} rows do not divide into microbatches={count}")
-    return [jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0) for x in arrays]
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else math.gcd(sharding.batch_shards(mesh), rows // count)
+
+    def split(x):
+        parts = jnp.moveaxis(x.reshape(devices, count, -1, *x.shape[1:]), 1, 0)
+        return parts.reshape(count, rows // count, *x.shape[1:])
+
+    def join(x):
+        return jnp.moveaxis(x.reshape(count, devices, -1, *x.shape[2:]), 0, 1).reshape(rows, *x.shape[2:])
+
+    return split, join
 
 
 def in_microbatches(function: Callable, count: int, *arrays):
@@ -43,8 +56,9 @@ def in_microbatches(function: Callable, count: int, *arrays):
     """
     if count == 1:
         return function(*arrays)
-    results = jax.lax.map(jax.checkpoint(lambda part: function(*part)), _parts(count, arrays))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), results)
+    split, join = _parts(count, len(arrays[0]))
+    results = jax.lax.map(jax.checkpoint(lambda part: function(*part)), [split(x) for x in arrays])
+    return jax.tree.map(join, results)
 
 
 def summed_over_microbatches(function: Callable, count: int, params, *arrays):
@@ -66,7 +80,8 @@ def summed_over_microbatches(function: Callable, count: int, params, *arrays):
         functools.partial(add_up, jax.value_and_grad(function, has_aux=True)),  # its results, and what to keep
         lambda gradients, cotangents: (jax.tree.map(lambda x: cotangents[0] * x, gradients), None),
     )
-    return total(params, _parts(count, arrays))
+    split, _ = _parts(count, len(arrays[0]))
+    return total(params, [split(x) for x in arrays])
 
 
 def on_each_device(function: Callable, arrays: tuple, table):

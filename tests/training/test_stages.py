@@ -114,6 +114,16 @@ def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_every_part_of_a_diffusion_batch_has_a_stratified_sample_of_t(microbatches):
+    """So in each about half of the tokens are masked: with gaps of 1/4 in t never more than 62% of a part."""
+    stage = ConfigDict(dict(kind="diffusion", logits_capacity=0.8, logits_chunk=8, microbatches=microbatches))
+    loss = stages.make_loss(stage, MODEL, mask_id=2)
+    full = batch() | dict(segment_ids=np.ones((R, L), np.int32))
+    overflow = jax.jit(lambda params, key: loss(params, full, key, 0.0)[1]["overflow"])
+    assert sum(overflow(params(), jax.random.key(k)) for k in range(10)) == 0
+
+
 def test_a_part_of_a_diffusion_batch_goes_through_the_network_once_and_one_of_a_contrastive_batch_twice():
     def products(loss):
         """Matrix products in the gradient's program, which says a loop's body once."""
