@@ -242,7 +242,8 @@ def hbm_bytes(stage, model: transformer.TransformerConfig, mesh, again: int) -> 
 
     Weights once a pass in the compute dtype (a fsdp mesh gathers them), the optimizer's seven float32 passes over its
     shard (read parameter, gradient and two moments, write three), and of each layer and token the widths that leave a
-    fusion: about 6 of the residual stream, 4 of the heads, 3 of the MLP.
+    fusion: about 6 of the residual stream, 4 of the heads, 3 of the MLP. Logits are written and read twice in float32, their
+    gradient is written and read twice; each chunk of them reads the table twice, and reads and writes its gradient.
     """
     size = jnp.dtype(model.dtype).itemsize
     total, _ = transformer.count_params(transformer.abstract_params(model))
@@ -251,7 +252,12 @@ def hbm_bytes(stage, model: transformer.TransformerConfig, mesh, again: int) -> 
     passes = 3 + again
     activations = passes * own * model.num_layers * width * size / mesh.shape["tensor"]
     weights = passes * max(1, stage.microbatches) * total * size / mesh.shape["tensor"]
-    return activations + weights + 7 * 4 * total / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    logits = 0.0
+    if stage.kind == "diffusion":
+        masked, table = stage.logits_capacity * own, model.vocab_size * model.hidden_size
+        chunks = max(stage.microbatches, masked / stage.logits_chunk)
+        logits = masked * model.vocab_size * 3 * (4 + size) + chunks * table * 2 * (4 + size)
+    return activations + weights + logits + 7 * 4 * total / (mesh.shape["fsdp"] * mesh.shape["tensor"])
 
 
 def memory(compiled, model: transformer.TransformerConfig, mesh) -> dict[str, float]:
