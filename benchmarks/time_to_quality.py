@@ -2,14 +2,16 @@
 
     python benchmarks/time_to_quality.py --config=configs/quickstart.py --workdir=runs/quickstart --plot=FILE.png
 
-Needs a workdir with prepared data, torch and sentence-transformers (`make test-reference` installs them). Both sides start from the
+Needs a workdir with prepared data, torch and sentence-transformers (`make test-reference` installs them). All sides start from the
 same random weights (the row of step 0), see the same texts of the same batches (as the pair stage cuts them), have the same
 schedule, AdamW and clipping, and are evaluated by the same code at float32 on the held-out functions. What differs is in
-DIFFERENCES, and is printed. Seconds are those of training steps, compilation and data included, evaluation not. One side after
-the other, each in a process of its own.
+DIFFERENCES, and is printed: `embed` has the negatives and dimensions of sentence-transformers, `embed, as configured` those of
+the stage. Seconds are those of training steps, compilation and data included, evaluation not. One side after the other, each
+in a process of its own.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -23,14 +25,14 @@ from train import KEEP_FREED_MEMORY
 
 ROOT = Path(__file__).parent.parent
 DIFFERENCES = """\
-|  | embed | sentence-transformers |
-|---|---|---|
-| a batch is | packed rows: {rows} x {length} tokens | queries and documents, each padded to its longest text |
-| vectors in training | tanh and int8 rounding, straight through | the pooled mean as it is |
-| Matryoshka prefixes | the loss is the mean over {prefixes} dimensions | all {dimensions} dimensions |
-| negatives of a query | other documents and other queries | other documents |
-| false negatives | left out: equal contents, and what is more similar than the positive + {margin} | taken for negatives |
-| steps | its train step, batches made between them (`embed train` makes them in a thread) | its model and MultipleNegativesRankingLoss in a plain PyTorch loop, not its Trainer, batches made between them; no torch.compile |
+|  | embed | embed, as configured | sentence-transformers |
+|---|---|---|---|
+| a batch is | packed rows: {rows} x {length} tokens | the same | queries and documents, each padded to its longest text |
+| vectors in training | tanh and int8 rounding, straight through | the same | the pooled mean as it is |
+| the loss is over | all {dimensions} dimensions | the mean over the first {prefixes} | all {dimensions} dimensions |
+| negatives of a query | other documents and other queries | the same | other documents |
+| of them left out | equal contents | also what is more similar than the positive + {margin} | none |
+| steps | its train step, batches made between them (`embed train` makes them in a thread) | the same | its model and MultipleNegativesRankingLoss in a plain PyTorch loop, not its Trainer, batches made between them; no torch.compile |
 """
 
 
@@ -59,7 +61,7 @@ def points(arguments) -> list[int]:
     return sorted({*range(0, arguments.steps + 1, arguments.every), arguments.steps})
 
 
-def train_embed(arguments) -> list:
+def train_embed(arguments, as_configured: bool = False) -> list:
     import jax
 
     from embed import pipeline
@@ -67,12 +69,24 @@ def train_embed(arguments) -> list:
     from embed.training import loop, optimizer, sharding, stages
 
     run, stage, loader, schedule = open_run(arguments)
+    if not as_configured:
+        with stage.unlocked():
+            stage.matryoshka, stage.margin = (run.model.hidden_size,), 2.0  # no cosine is more than 2 above another
     functions = pipeline.evaluation_set(run, "functions")
     tx = optimizer.make_optimizer(stage.optimizer, schedule)
     loss = stages.make_loss(stage, run.model, run.tokenizer.mask_id)
     params = run.params("random init")
-    state, mesh = jax.jit(tx.init)(params), sharding.make_mesh(devices=jax.devices()[:1])
-    step = jax.jit(loop.make_train_step(loss, tx, 0, arguments.steps), donate_argnums=(0, 1))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    shardings = sharding.parameter_shardings(
+        mesh, params
+    )  # as in the loop: a step that finds them elsewhere compiles twice
+    params = jax.tree.map(jax.device_put, params, shardings)
+    state_shardings = sharding.state_shardings(mesh, jax.eval_shape(tx.init, params), shardings)
+    state = jax.jit(tx.init, out_shardings=state_shardings)(params)
+    step = jax.jit(
+        loop.make_train_step(loss, tx, 0, arguments.steps),
+        donate_argnums=(0, 1), out_shardings=(shardings, state_shardings, None),
+    )  # fmt: skip
     seconds, curve, done, lost = 0.0, [], 0, 0
     for point in points(arguments):
         begun = time.perf_counter()
@@ -145,7 +159,11 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
     return curve
 
 
-SIDES = {"embed": train_embed, "sentence-transformers": train_sentence_transformers}
+SIDES = {
+    "embed": train_embed,
+    "embed, as configured": functools.partial(train_embed, as_configured=True),
+    "sentence-transformers": train_sentence_transformers,
+}
 
 
 def reached(curve: list, level: float) -> float | None:
@@ -199,24 +217,31 @@ def describe(arguments) -> list[str]:
         f"python {' '.join(sys.argv)}:",
         f"commit {source['commit']}, {pipeline.machine()},",
         ", ".join(f"{name} {number}" for name, number in versions.items()),
-        f"{stage.batch.groups * stage.batch.group_size} pairs a step, {arguments.steps} steps, one run a side, {' before '.join(arguments.order)}\n",
+        f"{stage.batch.groups * stage.batch.group_size} pairs a step, {arguments.steps} steps, one run a side: {', then '.join(arguments.order)}\n",
         about,
     ]
 
 
 def tables(curves: dict) -> list[str]:
     """The curves, and which side was first at each level that one of them reached and both began below."""
-    lines = ["| steps | " + " | ".join(f"{side}, s | {side}, nDCG@10" for side in SIDES) + " |", "|---:|" + "---:|" * 4]
-    for rows in zip(*(curves[side] for side in SIDES)):
+    lines = [
+        "| steps | " + " | ".join(f"{side}, s | nDCG@10" for side in curves) + " |",
+        "|---:|" + "---:|---:|" * len(curves),
+    ]
+    for rows in zip(*curves.values()):
         lines.append(f"| {rows[0][0]} | " + " | ".join(f"{row[1]:.1f} | {row[2]:.3f}" for row in rows) + " |")
-    lines += ["", "| nDCG@10 | " + " | ".join(f"{side}, s" for side in SIDES) + " | first |", "|---:|---:|---:|---|"]
+    lines += [
+        "",
+        "| nDCG@10 | " + " | ".join(f"{side}, s" for side in curves) + " | first |",
+        "|---:|" + "---:|" * len(curves) + "---|",
+    ]
     start = max(curve[0][2] for curve in curves.values())
     best = max(point[2] for curve in curves.values() for point in curve)
     for level in np.arange(0.05, best, 0.05):
         if level <= start:
             continue
-        when = {side: reached(curves[side], level) for side in SIDES}
-        first = min((side for side in SIDES if when[side] is not None), key=when.get)
+        when = {side: reached(curve, level) for side, curve in curves.items()}
+        first = min((side for side in curves if when[side] is not None), key=when.get)
         cells = [f"{seconds:.1f}" if seconds is not None else "not reached" for seconds in when.values()]
         lines.append(f"| {level:.2f} | " + " | ".join(cells) + f" | {first} |")
     return lines
@@ -228,7 +253,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/quickstart")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
-    parser.add_argument("--order", nargs=2, choices=SIDES, default=list(SIDES), help="which side runs first")
+    parser.add_argument("--order", nargs="+", choices=SIDES, default=list(SIDES), help="which side runs first")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
