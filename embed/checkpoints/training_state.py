@@ -90,40 +90,41 @@ def _written(manager: ocp.CheckpointManager) -> Iterator[None]:
         ) from error
 
 
-def restore(manager: ocp.CheckpointManager, step: int, abstract_params, abstract_optimizer_state):
-    """(params, optimizer state) of `step`, laid out as the abstract trees say (shape, dtype, sharding).
+def _read(folder, items: dict) -> tuple[dict, dict[str, int]]:
+    """(the items of a checkpoint, each laid out as its abstract tree says; their checksums), by this process alone.
 
-    Raises whatever Orbax does where files are missing or damaged, CheckpointError where a checksum differs.
+    Orbax's own `restore` waits for the other processes in each item, so that one that cannot read its files would leave them
+    waiting there. Raises whatever Orbax does where files are missing or damaged.
     """
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract_params),
-            optimizer=ocp.args.StandardRestore(abstract_optimizer_state),
-            checksums=ocp.args.JsonRestore(),
-        ),
-    )
-    for item in ("params", "optimizer"):
-        if int(checksum(restored[item])) != restored["checksums"][item]:
-            raise CheckpointError(f"the {item} of step {step} do not have the checksum that was saved with them")
-    return restored["params"], restored["optimizer"]
+    found = {
+        name: ocp.StandardCheckpointHandler().restore(folder / name, args=ocp.args.StandardRestore(tree))
+        for name, tree in items.items()
+    }
+    return found, ocp.JsonCheckpointHandler().restore(folder / "checksums")
 
 
 def restore_newest(manager: ocp.CheckpointManager, abstract_params, abstract_optimizer_state, warn: Callable):
     """(step, params, optimizer state) of the newest checkpoint that can be read; (0, None, None) where there is none.
 
-    One that cannot be read is told to `warn` and put aside as damaged-STEP, once an older one has been read: nothing is
-    deleted. CheckpointError where none can be read. All processes agree on the step.
+    The arrays are laid out as the abstract trees say (shape, dtype, sharding). One that a process cannot read, or whose
+    checksum differs, is told to `warn` and put aside as damaged-STEP, once an older one has been read: nothing is deleted.
+    CheckpointError where none can be read. All processes agree on the step.
     """
+    items = {"params": abstract_params, "optimizer": abstract_optimizer_state}
     failures: dict[int, Exception] = {}
     for step in sorted(manager.all_steps(), reverse=True):
-        params = state = error = None
+        found = error = None
         try:
-            params, state = restore(manager, step, abstract_params, abstract_optimizer_state)
+            found, sums = _read(manager.directory / str(step), items)
         except Exception as caught:  # damage has many kinds
             error = caught.with_traceback(None)  # which would hold what was restored
         if _anywhere(error is not None):
             failures[step] = error or CheckpointError("another process could not read it")
+            continue
+        if wrong := [name for name in items if int(checksum(found[name])) != sums[name]]:  # the same in all processes
+            failures[step] = CheckpointError(
+                f"the {' and '.join(wrong)} of step {step} do not have the checksum that was saved with them"
+            )
             continue
         for failed, error in failures.items():
             warn(
@@ -135,7 +136,7 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_params, abstract_opt
         if failures:
             _anywhere(False)  # wait for process 0
             manager.reload()
-        return step, params, state
+        return step, found["params"], found["optimizer"]
     if failures:
         step, error = next(iter(failures.items()))
         raise CheckpointError(

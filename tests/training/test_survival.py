@@ -326,15 +326,29 @@ own = sharding.own_units(mesh, 4)
 assert own == sorted(order.index(k) for k in range(4) if k // (4 // processes) == process)
 
 def read(step):
-    if step == 7 and process == processes - 1 and what != "nothing":
+    if step == 7 and process == processes - 1 and what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
 
-sys.exit(run(lambda argv: train(folder, Loader(read, own), mesh=mesh) and 0))
+if what == "unreadable" and process == 1:  # as where one host's disk or network fails
+    import orbax.checkpoint as ocp
+
+    whole = ocp.StandardCheckpointHandler.restore
+    def restore(self, directory, *arguments, **keywords):
+        if "/12/" in str(directory):
+            raise OSError("Input/output error")
+        return whole(self, directory, *arguments, **keywords)
+    ocp.StandardCheckpointHandler.restore = restore
+
+warn = lambda sentence: print(sentence, file=sys.stderr)
+sys.exit(run(lambda argv: train(folder, Loader(read, own), mesh=mesh, warn=warn) and 0))
 """
 
 
 def run_processes(folder, count, what="nothing"):
-    """[(exit code, stderr)] of so many processes that train together; the last gets a signal at step 7."""
+    """[(exit code, stderr)] of so many processes that train together.
+
+    The last gets the signal `what` at step 7; "unreadable": process 1 cannot read checkpoint 12.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -376,6 +390,18 @@ def test_when_one_process_of_four_dies_the_others_end_and_say_so_and_four_contin
         assert "Another process ended or the network failed" in error or "another task died" in error
     again = run_processes(tmp_path / "run", 4)
     assert [code for code, _ in again] == [0] * 4, again
+    got, whole = losses(tmp_path / "run"), losses(unbroken)
+    assert sorted(got) == sorted(whole)
+    np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
+
+
+def test_a_checkpoint_that_one_process_of_two_cannot_read_makes_both_continue_from_the_one_before(tmp_path, unbroken):
+    shutil.copytree(unbroken, tmp_path / "run")
+    ended = run_processes(tmp_path / "run", 2, "unreadable")
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert (tmp_path / "run" / "checkpoints" / "damaged-12").is_dir()
+    said = [error.partition("checkpoint 12 under ")[2].partition(")")[0] for _, error in ended]
+    assert "another process could not read it" in said[0] and "Input/output error" in said[1]
     got, whole = losses(tmp_path / "run"), losses(unbroken)
     assert sorted(got) == sorted(whole)
     np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
