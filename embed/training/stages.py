@@ -84,6 +84,15 @@ def summed_over_microbatches(function: Callable, count: int, params, *arrays):
     return total(params, [split(x) for x in arrays])
 
 
+@jax.custom_vjp
+def _gradient_at_once(x):
+    """x; its gradient is summed and sharded where it arises, not held whole until the optimizer asks for it."""
+    return x
+
+
+_gradient_at_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
 def on_each_device(function: Callable, arrays: tuple, table):
     """function(*arrays, table) with each device's rows of the arrays [R, …] by themselves; its results are [R, …].
 
@@ -105,7 +114,9 @@ def on_each_device(function: Callable, arrays: tuple, table):
 
     rows = PartitionSpec(ROWS)
     specs = (*(rows for _ in arrays), PartitionSpec(*axes))
-    return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*arrays, table)
+    return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(
+        *arrays, _gradient_at_once(table)
+    )
 
 
 def diffusion_loss(
