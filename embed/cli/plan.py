@@ -49,13 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     for microbatches, remat in variants:
         with stage.unlocked():
             stage.microbatches = microbatches
-        tried = plan.make_plan(
-            stage,
-            dataclasses.replace(model, remat=remat),
-            arguments.topology,
-            config.mesh.to_dict(),
-            slices=arguments.slices,
-        )
+        try:
+            tried = plan.make_plan(
+                stage, dataclasses.replace(model, remat=remat), arguments.topology, config.mesh.to_dict(),
+                slices=arguments.slices,
+            )  # fmt: skip
+        except plan.DoesNotFitError as error:
+            if not arguments.fit:
+                raise
+            print(f"microbatches {microbatches}, remat {remat}: {error}", flush=True)
+            continue
         if arguments.fit:
             fits = "fits" if tried.fits else "does not fit"
             print(
@@ -64,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
         if best is None or (tried.fits, -max(tried.bounds.values())) > (best[0].fits, -max(best[0].bounds.values())):
             best = tried, microbatches, remat
+    if best is None:
+        raise plan.DoesNotFitError(f"none of these {len(variants)} plans fits on {arguments.topology}")
     found, microbatches, remat = best
     steps = sum(n for n, _ in stage.curriculum)
     where = f"{arguments.slices} x {arguments.topology}" if arguments.slices > 1 else arguments.topology

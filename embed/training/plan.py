@@ -106,6 +106,12 @@ class Plan:
         }
 
 
+class DoesNotFitError(RuntimeError):
+    """The compiler refused a step that needs more memory than a chip has. The sentence is its own."""
+
+    exit_code = 1
+
+
 def parse_topology(topology: str) -> tuple[str, int]:
     """("v5p", 128) of "v5p:4x4x8". Raises ValueError for a chip that is not in CHIPS."""
     name, _, shape = topology.partition(":")
@@ -138,7 +144,7 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
 
 
 def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int):
-    """The compiled train step of a stage over a mesh, as `loop.train` runs it."""
+    """The compiled train step of a stage over a mesh, as `loop.train` runs it. DoesNotFitError as it says."""
     loss = stages.make_loss(stage, model, mask_id, left_shift=True)
     optimizer = make_optimizer(stage.optimizer, wsd_schedule(stage.optimizer.learning_rate, 100, 0.1, 0.1))
     params = transformer.abstract_params(model)
@@ -157,18 +163,28 @@ def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int
         out_shardings=(params_sharding, state_sharding, None),
     )
     with jax.set_mesh(mesh):
-        return step.lower(
+        lowered = step.lower(
             sharding.with_sharding(params, params_sharding),
             sharding.with_sharding(state, state_sharding),
             batch,
             jax.ShapeDtypeStruct((), jnp.int32),
-        ).compile()
+        )
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        kind, _, sentence = str(error).splitlines()[0].partition(": ")
+        if kind != "RESOURCE_EXHAUSTED":
+            raise
+        raise DoesNotFitError(f"does not fit: {sentence}") from None
 
 
 def make_plan(
     stage, model: transformer.TransformerConfig, topology: str, axes: dict, mask_id: int = 0, slices: int = 1
 ) -> Plan:
-    """Compile a stage's step for so many slices of a topology and account for it. `axes` are those of config.mesh."""
+    """Compile a stage's step for so many slices of a topology and account for it. `axes` are those of config.mesh.
+
+    DoesNotFitError if the compiler finds no room for it; a plan may still say that it does not fit.
+    """
     from jax.experimental import topologies
 
     name, chips = parse_topology(topology)

@@ -33,6 +33,11 @@ def test_a_stage_compiles_and_fits(kind, topology):
     assert found.model_flops * found.chips == pytest.approx(plan.model_flops(stage, model))
 
 
+def test_a_step_that_the_compiler_finds_no_room_for_does_not_fit_in_its_words():
+    with pytest.raises(plan.DoesNotFitError, match=r"does not fit: .*\(.*G\) exceeds available HBM \(15.75G\)"):
+        compile_stage("diffusion", "v5e:2x2")
+
+
 def test_slices_are_joined_along_data_and_only_sums_of_gradients_cross_the_network():
     found, model, _ = compile_stage("diffusion", "v6e:4x4", slices=2, data=2)
     across = {name: size for name, size in found.collectives.items() if plan.BETWEEN in name}

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from embed import config as configs
+from embed.cli import plan as plan_verb
+from embed.cli.common import run
 from embed.models import transformer
 from embed.training import plan, sharding
 
@@ -167,11 +169,14 @@ def test_a_mesh_that_leaves_parameters_whole_is_an_error():
         sharding.check_sharded(mesh, params, sharding.parameter_shardings(mesh, params))
 
 
+PLAN = plan.Plan(
+    chips=4, slices=2, shards=4, chip=plan.CHIPS["v6e"], memory={"parameters": 20e9, "program": 13e9}, model_flops=1e12,
+    hardware_flops=918e12, hbm=1.64e12 * 2, collectives={"all-gather": 448e9 * 0.5, "all-reduce between slices": 12.5e9 * 0.25}, tokens=1000, compile_seconds=1,
+)  # fmt: skip
+
+
 def test_a_plan_says_what_binds_it_and_whether_it_fits():
-    found = plan.Plan(
-        chips=4, slices=2, shards=4, chip=plan.CHIPS["v6e"], memory={"parameters": 20e9, "program": 13e9}, model_flops=1e12,
-        hardware_flops=918e12, hbm=1.64e12 * 2, collectives={"all-gather": 448e9 * 0.5, "all-reduce between slices": 12.5e9 * 0.25}, tokens=1000, compile_seconds=1,
-    )  # fmt: skip
+    found = PLAN
     assert not found.fits and found.bounds == {"compute": 1.0, "HBM": 2.0, "interconnect": 0.5, "network": 0.25}
     config = configs.load("configs/quickstart.py:runlocal")
     model = transformer.make_config("micro", 512)
@@ -180,3 +185,23 @@ def test_a_plan_says_what_binds_it_and_whether_it_fits():
     assert "does not fit: 33.00 of 32 GB a chip, 1.00 GB too many" in text
     assert "least step time: 2.000 s, bound by HBM" in text and "dollars at 2.0 a chip hour" in text
     assert dataclasses.replace(found, memory={"parameters": 1e9}).fits
+
+
+@pytest.mark.parametrize("needed", [4, 16])
+def test_fit_passes_over_what_the_compiler_refuses_and_says_where_nothing_fits(monkeypatch, capsys, needed):
+    def make_plan(stage, *arguments, **keywords):
+        if stage.microbatches < needed:
+            raise plan.DoesNotFitError("does not fit: used 40G of 32G hbm")
+        return dataclasses.replace(PLAN, memory={"parameters": 1e9})
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    arguments = ["--config=configs/qwen3.py:stage=pair", "--topology=v6e:4x4"]
+    code = run(plan_verb.main, [*arguments, "--fit"])
+    printed = capsys.readouterr()
+    assert "microbatches 1, remat none: does not fit: used 40G of 32G hbm" in printed.out
+    if needed == 4:
+        assert code == 0 and "\nconfigs/qwen3.py:stage=pair on v6e:4x4, microbatches 4, remat" in printed.out
+    else:
+        assert code == 1 and "of these 12 plans fits on v6e:4x4" in printed.err
+    assert run(plan_verb.main, arguments) == 1  # one microbatch, as configured
+    assert "embed: error: does not fit: used 40G of 32G hbm" in capsys.readouterr().err
