@@ -39,8 +39,8 @@ def resume(run, name: str, folder: Path, step: int) -> dict[str, float]:
     """Seconds until the loader's first batch, and until the step is done and saved."""
     import jax
 
-    from embed.models import transformer
-    from embed.training import loop, sharding, stages
+    from embed.models import sharding, transformer
+    from embed.training import loop, stages
 
     begun = time.perf_counter()
     stage = run.config.stages[name]

@@ -17,8 +17,8 @@ import numpy as np
 
 from embed import config, pipeline
 from embed.cli.common import keep_freed_memory
-from embed.models import transformer
-from embed.training import loop, optimizer, sharding, stages
+from embed.models import sharding, transformer
+from embed.training import loop, optimizer, stages
 
 VARIANTS = {
     "as configured": {},

@@ -66,7 +66,8 @@ def train_embed(arguments, as_configured: bool = False) -> list:
 
     from embed import pipeline
     from embed.evaluation import retrieval
-    from embed.training import loop, optimizer, sharding, stages
+    from embed.models import sharding
+    from embed.training import loop, optimizer, stages
 
     run, stage, loader, schedule = open_run(arguments)
     if not as_configured:

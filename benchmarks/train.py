@@ -172,8 +172,8 @@ def make_batch(stage, texts: dict[str, np.ndarray]) -> dict:
 def measure_embed(stage, model: dict, texts: dict[str, np.ndarray], steps: int) -> dict:
     import jax
 
-    from embed.models import transformer
-    from embed.training import loop, optimizer, sharding, stages
+    from embed.models import sharding, transformer
+    from embed.training import loop, optimizer, stages
 
     libraries = resident()
     model = transformer.TransformerConfig(**model)

@@ -35,9 +35,9 @@ from embed.evaluation import baselines, report, retrieval
 from embed.inference import Encoder, denoise, load
 from embed.inference.encoder import read_model
 from embed.inference.index import Index
-from embed.models import transformer
+from embed.models import sharding, transformer
 from embed.rows import content_ids
-from embed.training import loop, plan, sharding, stages
+from embed.training import loop, plan, stages
 from embed.training.metrics import MetricsWriter, progress_bar, read_metrics
 
 PRECISIONS = ("float32", "int8", "binary")
@@ -165,7 +165,7 @@ def prepare(run: Run) -> dict:
     """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later."""
     if missing := [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]:
         raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
-    from embed.data.prepare import prepare as prepare_data
+    from embed.preparation.prepare import prepare as prepare_data
 
     data = run.config.data
     prepare_data(

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model with control symbols <mask> and <sep> (see `embed.data.vocabulary`)."""
+    """A SentencePiece model with control symbols <mask> and <sep> (see `embed.preparation.vocabulary`)."""
 
     def __init__(self, model: bytes):
         import sentencepiece
@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
         """As a class of transformers that runs SentencePiece itself and adds no token to a text.
 
-        Multi-character rules of the normalisation (`embed.data.vocabulary`) cannot be said in a tokenizer.json. That
+        Multi-character rules of the normalisation (`embed.preparation.vocabulary`) cannot be said in a tokenizer.json. That
         class takes a control symbol that is written out in a text, "<sep>", for the symbol; SentencePiece does not.
         """
         Path(folder, SENTENCEPIECE_FILES[1]).write_bytes(self._model)

@@ -5,7 +5,7 @@ import pytest
 import tokenizers as hf
 
 from embed import tokenizers
-from embed.data.vocabulary import identifier_rules, train_sentencepiece
+from embed.preparation.vocabulary import identifier_rules, train_sentencepiece
 
 TEXTS = [
     f"def parse_config_{i}(path, HTTPServer): return open(path).readConfig(value{i}) or parse('Config {i}')"

@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     from embed import tokenizers
     from embed.checkpoints import converted, huggingface
     from embed.checkpoints.export import check_replaceable
+    from embed.models import sharding
     from embed.models.transformer import abstract_params, count_params
-    from embed.training import sharding
 
     check_replaceable(arguments.output, is_ours=converted.is_converted)
     folder = huggingface.resolve(arguments.source, arguments.revision)

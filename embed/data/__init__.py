@@ -1,1 +1,1 @@
-"""Sources, seqio tasks and the prepared store. Only python_docs, tasks and prepare import TensorFlow, seqio and gin."""
+"""What trainers read: the store, the curriculum, the loaders. NumPy and TensorStore, no TensorFlow."""

@@ -13,7 +13,7 @@ from embed.typing import Array, typechecked
 MAX_SCORES = 2**20
 LANES = 128  # of a TPU: what its kernel wants lengths and head_dim to be multiples of
 KERNELS = ("auto", "xla", "splash", "triton", "cudnn")
-# How rows and heads lie over a mesh (embed.training.sharding). Inside a kernel there is nothing to communicate.
+# How rows and heads lie over a mesh (embed.models.sharding). Inside a kernel there is nothing to communicate.
 ROWS, HEADS = ("data", "fsdp"), "tensor"
 
 

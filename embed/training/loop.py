@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from embed.checkpoints import training_state
 from embed.data.loader import prefetch
-from embed.training import sharding
+from embed.models import sharding
 from embed.training.metrics import MetricsWriter
 from embed.training.optimizer import make_optimizer, wsd_schedule
 

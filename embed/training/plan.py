@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from embed.models import transformer
-from embed.training import loop, sharding, stages
+from embed.models import sharding, transformer
+from embed.training import loop, stages
 from embed.training.optimizer import make_optimizer, wsd_schedule
 
 

@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from embed.data.loader import ContrastiveLoader, DiffusionLoader
-from embed.models import transformer
+from embed.models import sharding, transformer
 from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
 from embed.models.quantization import straight_through_int8
 from embed.objectives import contrastive, masked_diffusion
 from embed.rows import RowShape
-from embed.training import sharding
 
 KINDS = ("diffusion", "pair", "contextual", "triplet")
 
@@ -102,7 +101,7 @@ def on_each_device(function: Callable, arrays: tuple, table):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*arrays, table)
-    # As embed.training.sharding.RULES shards it.
+    # As embed.models.sharding.RULES shards it.
     axes = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip((HEADS, ROWS[1]), table.shape)]
 
     def inner(*inputs):

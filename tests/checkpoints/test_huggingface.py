@@ -322,7 +322,7 @@ SHARDED = """
     import jax, numpy as np, sys
     from embed.checkpoints import export, huggingface
     from embed.models.transformer import abstract_params
-    from embed.training import sharding
+    from embed.models import sharding
 
     checkpoint = huggingface.open_checkpoint(sys.argv[1])
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1, devices=jax.devices()[:4])

@@ -4,16 +4,10 @@ import numpy as np
 import pytest
 
 from embed import rows
+from embed.data import curriculum
 from embed.data import loader as loading
-from embed.data.loader import (
-    BLOCK,
-    ContrastiveLoader,
-    Curriculum,
-    DiffusionLoader,
-    ReaderStalledError,
-    prefetch,
-    random_bits,
-)
+from embed.data.curriculum import BLOCK, Curriculum, random_bits
+from embed.data.loader import ContrastiveLoader, DiffusionLoader, ReaderStalledError, prefetch
 from embed.data.store import Store, Writer
 from embed.rows import RowShape
 
@@ -146,6 +140,7 @@ def test_a_batch_at_step_50000_costs_what_one_at_step_100_does(stage, monkeypatc
         drawn.append(np.size(counters))
         return random_bits(key, counters)
 
+    monkeypatch.setattr(curriculum, "random_bits", counted)
     monkeypatch.setattr(loading, "random_bits", counted)
     work = {}
     for step in (100, 50_000):
@@ -185,11 +180,11 @@ def test_units_that_a_batch_has_not_are_an_error(stage, what, own):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 99, 100, 1000, 4097])
 def test_permute_is_a_permutation_of_any_size(size):
-    out = loading.permute(loading.make_key("x"), np.arange(size), size)
+    out = curriculum.permute(curriculum.make_key("x"), np.arange(size), size)
     np.testing.assert_array_equal(np.sort(out), np.arange(size))
     if size >= 64:
         assert np.abs(np.corrcoef(out, np.arange(size))[0, 1]) < 5 / np.sqrt(size)
-        assert (out != loading.permute(loading.make_key("y"), np.arange(size), size)).mean() > 0.9
+        assert (out != curriculum.permute(curriculum.make_key("y"), np.arange(size), size)).mean() > 0.9
 
 
 def examples(curriculum, steps):

@@ -9,8 +9,9 @@ os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1
 import pytest
 
 from embed import config as configs
+from embed.models import sharding
 from embed.models.transformer import TransformerConfig
-from embed.training import plan, sharding
+from embed.training import plan
 
 pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 

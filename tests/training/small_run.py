@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from embed.models import transformer
-from embed.training import loop, sharding, stages
+from embed.models import sharding, transformer
+from embed.training import loop, stages
 from embed.training.metrics import read_metrics
 
 LIFE = 200  # steps of the run that is killed

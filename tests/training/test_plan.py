@@ -8,8 +8,8 @@ import pytest
 from embed import config as configs
 from embed.cli import plan as plan_verb
 from embed.cli.common import run
-from embed.models import transformer
-from embed.training import plan, sharding
+from embed.models import sharding, transformer
+from embed.training import plan
 
 HLO = textwrap.dedent(
     """
@@ -85,7 +85,8 @@ def test_a_program_compiled_for_eight_devices_moves_what_its_arrays_hold():
     program = """
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from embed.training import plan, sharding
+        from embed.models import sharding
+        from embed.training import plan
         mesh = sharding.make_mesh(data=1, fsdp=8)
         w = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))
         x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp", None)))

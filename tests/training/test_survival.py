@@ -317,7 +317,7 @@ jax.config.update("jax_num_cpu_devices", 4 // processes)
 jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=10)
 from small_run import Loader, train
 from embed.cli.common import run
-from embed.training import sharding
+from embed.models import sharding
 
 # As on a pod, where a mesh follows the wires: no process has devices that stand side by side in it.
 order = {2: [0, 2, 1, 3], 4: [2, 0, 3, 1]}[processes]
@@ -414,7 +414,8 @@ import os, signal, sys; sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import jax, numpy as np
 from small_run import Loader, losses, train
-from embed.training import loop, sharding
+from embed.models import sharding
+from embed.training import loop
 
 devices, folder = jax.devices(), Path(sys.argv[2])
 eight = sharding.make_mesh(data=2, fsdp=2, tensor=2)

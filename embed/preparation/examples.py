@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from embed.data import sources
+from embed.preparation import sources
 
 MIN_WORDS = 3  # shorter summaries say nothing
 MAX_MEMBERS_PER_OWNER = 4  # pairs that one class or module gives in `member_pairs`

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from embed import tokenizers
-from embed.data import hygiene
-from embed.data.prepare import bind, prepare
-from embed.data.sources import Packages
 from embed.data.store import Store
+from embed.preparation import hygiene
+from embed.preparation.prepare import bind, prepare
+from embed.preparation.sources import Packages
 
 GIN = "configs/data/python_docs.gin"
 PACKAGES = ("alpha", "beta", "gamma", "delta")
@@ -116,7 +116,7 @@ def test_what_was_left_out_is_counted(data):
 
 
 def test_texts_that_are_cut_are_counted(data):
-    from embed.data import tasks
+    from embed.preparation import tasks
 
     info = json.loads((data / "info.json").read_text())
     assert set(info["counts"]["python_docs_modules"]["lost"]) >= {tasks.CUT, tasks.UNASKED}
@@ -165,7 +165,7 @@ def test_contextual_examples_are_whole_documents_and_their_queries(data):
 
 
 def test_seqio_sees_the_same_tokens_as_inference(data):
-    from embed.data.tasks import TokenizerVocabulary
+    from embed.preparation.tasks import TokenizerVocabulary
 
     tokenizer = tokenizers.load(data / "tokenizer")
     vocabulary = TokenizerVocabulary(tokenizer)

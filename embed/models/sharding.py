@@ -75,7 +75,7 @@ def parameter_shardings(mesh: Mesh, params):
             if re.search(pattern, name):
                 axes = [a if a and x.shape[i] % mesh.shape[a] == 0 else None for i, a in enumerate(axes)]
                 return NamedSharding(mesh, PartitionSpec(*axes))
-        raise ValueError(f"no sharding rule matches parameter {name!r}; add one to embed.training.sharding.RULES")
+        raise ValueError(f"no sharding rule matches parameter {name!r}; add one to embed.models.sharding.RULES")
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -5,7 +5,7 @@
     directory/tokenizer/sentencepiece.model
     directory/tasks/TASK/               `embed.data.store`, shuffled
     directory/mixtures.json             {mixture: {task: rate}}
-    directory/evaluation/SET/SPLIT/     `embed.data.evaluation_sets`
+    directory/evaluation/SET/SPLIT/     `embed.preparation.evaluation_sets`
     directory/tfds/                     the TFDS build
     directory/info.json                 arguments, packages, counts, what was dropped and why, seconds
 
@@ -33,7 +33,8 @@ import rich.progress
 import rich.table
 
 from embed import tokenizers
-from embed.data import evaluation_sets, sources, store, vocabulary
+from embed.data import store
+from embed.preparation import evaluation_sets, sources, vocabulary
 
 _WINDOW = 600  # characters of one training text of the vocabulary
 
@@ -196,7 +197,7 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
             import tensorflow_datasets as tfds
 
             tfds.disable_progress_bar()  # there is one here
-            from embed.data import python_docs, tasks
+            from embed.preparation import python_docs, tasks
 
             if unknown := [name for name in names if name not in tasks.TASKS]:
                 raise ValueError(f"mixtures.rates: no task {unknown[0]!r}{_nearest(unknown[0], tasks.TASKS)}")
@@ -269,7 +270,7 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
     """Tokens of a task's train split, shuffled, as a store; returns its counts. Raises ValueError where it is empty."""
     import seqio
 
-    from embed.data import tasks
+    from embed.preparation import tasks
 
     task = seqio.TaskRegistry.get(name)
     stage = tasks.TASKS[name]
@@ -318,7 +319,7 @@ def sample(texts: Sequence[str], characters: int, seed: int) -> list[str]:
 
 
 def _evaluation_sets(folder: Path, corpus, tokenizer, settings: Mapping) -> dict:
-    from embed.data import python_docs
+    from embed.preparation import python_docs
 
     evaluation = settings["evaluation"]
     counts = {}

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from embed.models import transformer
-from embed.training import sharding
+from embed.models import sharding, transformer
 
 
 def test_every_parameter_is_claimed_by_a_rule():
@@ -59,7 +58,8 @@ EQUAL_LOSSES = textwrap.dedent(
     from ml_collections import ConfigDict
     from embed.models import transformer
     from embed.rows import RowShape
-    from embed.training import loop, optimizer, sharding, stages
+    from embed.models import sharding
+    from embed.training import loop, optimizer, stages
 
     devices = jax.devices()
     assert len(devices) == 8

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from embed.data import examples, hygiene
+from embed.preparation import examples, hygiene
 from embed.tokenizers import Tokenizer
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from embed.data import hygiene, sources
+from embed.preparation import hygiene, sources
 
 # Bump when the extraction changes what it extracts.
 FORMAT = 1

@@ -20,7 +20,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from embed.data import examples
+from embed.preparation import examples
 from embed.tokenizers import Tokenizer
 
 BATCH = 512  # texts tokenised at once

@@ -1,6 +1,6 @@
 import pytest
 
-from embed.data import hygiene
+from embed.preparation import hygiene
 
 
 def test_texts_that_differ_in_white_space_alone_are_the_same():
