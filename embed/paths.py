@@ -1,0 +1,239 @@
+"""Files and folders on a disk or in a bucket (gs://, s3://), by etils.epath: written whole, held by one process at a time.
+
+A file appears by a rename on a disk; in a bucket an object appears whole by itself. A folder appears by a rename on a disk;
+in a bucket it counts once its marker, one named file, has been written last.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("EPATH_USE_TF", "false")  # or epath would import TensorFlow where it is installed
+
+from etils import epath  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
+
+LEASE_SECONDS = 180.0  # a lease in a bucket that was not renewed for so long is over
+RENEW_SECONDS = 30.0
+
+
+class BusyError(ValueError):
+    """Another process holds the folder."""
+
+
+def path(name) -> epath.Path:
+    """The file or folder of a name or URL; a local one is absolute."""
+    found = epath.Path(name)
+    return found if is_bucket(found) else epath.Path(os.path.abspath(found))
+
+
+def is_bucket(name) -> bool:
+    """Whether a path lies in a bucket."""
+    return "://" in os.fspath(name)
+
+
+def url(name) -> str:
+    """A folder as TensorStore names it, with a slash at its end."""
+    found = path(name)
+    return (os.fspath(found) if is_bucket(found) else Path(found).as_uri()).rstrip("/") + "/"
+
+
+def write(file, content: str | bytes) -> None:
+    """Write a file; it appears whole or stays as it was."""
+    file, content = path(file), content.encode() if isinstance(content, str) else content
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if is_bucket(file):
+        file.write_bytes(content)
+        return
+    aside = file.with_name(f".{file.name}.{os.getpid()}.partial")  # several processes may write the same file
+    try:
+        aside.write_bytes(content)
+        aside.replace(file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(file, value) -> None:
+    """`write` of a value as JSON."""
+    write(file, json.dumps(value, indent=2, default=float) + "\n")
+
+
+def read_json(file):
+    """What `write_json` wrote. ValueError names a file that is not JSON."""
+    try:
+        return json.loads(path(file).read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error})") from None
+
+
+def is_empty(folder) -> bool:
+    """Whether nothing is there, or a folder without content."""
+    folder = path(folder)
+    return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
+
+
+def files(folder) -> dict[str, epath.Path]:
+    """{path below the folder, with slashes: file} of all files below it, in order."""
+    found, folders = {}, [("", path(folder))]
+    while folders:
+        prefix, current = folders.pop()
+        for entry in current.iterdir():
+            if entry.is_dir():
+                folders.append((f"{prefix}{entry.name}/", entry))
+            else:
+                found[prefix + entry.name] = entry
+    return dict(sorted(found.items()))
+
+
+def check_replaceable(folder, is_ours: Callable) -> None:
+    """Refuse a folder that `replace_folder` would refuse: for before the work, not behind it."""
+    folder = path(folder)
+    if not is_empty(folder) and not is_ours(folder):
+        raise ValueError(f"{folder} exists and was not written by this command; remove it or choose another path")
+
+
+@contextlib.contextmanager
+def replace_folder(folder, *, is_ours: Callable, marker: str) -> Iterator[Path]:
+    """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
+
+    What stands there already is replaced only if it is empty or `is_ours(folder)` holds; a block that is interrupted leaves it as
+    it was. A bucket gets the files one by one, the file `marker` first out and last in.
+    """
+    check_replaceable(folder, is_ours)
+    folder = path(folder)
+    if is_bucket(folder):
+        with tempfile.TemporaryDirectory(prefix="embed-") as aside:
+            yield Path(aside)
+            old, new = files(folder) if folder.exists() else {}, files(aside)
+            if marker in old:
+                old.pop(marker).unlink()
+            for name in sorted(new, key=lambda name: name == marker):
+                copy_file(new[name], folder / name)
+            for name in old.keys() - new.keys():
+                old[name].unlink()
+        return
+    folder = Path(os.path.realpath(folder))  # a link stays one
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        os.chmod(aside, 0o777 & ~_umask())
+        yield aside
+        old = None
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            os.rename(folder, old)  # over the empty folder
+        try:
+            os.rename(aside, folder)
+        except OSError:
+            if old:
+                os.rename(old, folder)
+            raise
+        if old:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def copy_file(source, target) -> None:
+    """Copy a file between any two places, in pieces."""
+    path(target).parent.mkdir(parents=True, exist_ok=True)
+    with path(source).open("rb") as read, path(target).open("wb") as written:
+        shutil.copyfileobj(read, written, 1 << 24)
+
+
+@contextlib.contextmanager
+def local(folder, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
+    """A local folder with the content of `folder`: itself on a disk, out of a bucket a copy that ends with the block."""
+    folder = path(folder)
+    if not is_bucket(folder):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="embed-") as copy:
+        for name, file in files(folder).items():
+            if wanted(name):
+                copy_file(file, Path(copy, name))
+        yield Path(copy)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# --- one process at a time ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(folder) -> Iterator[None]:
+    """Hold `folder` for this process; BusyError where another holds it. It is free again when the process ends, however it does.
+
+    On a disk by flock. In a bucket by a lease that is renewed: one that was left by a process that died ends after
+    LEASE_SECONDS, or at once for the run that a launcher named (EMBED_RUN_ID), which starts it again.
+    """
+    folder = path(folder)
+    if is_bucket(folder):
+        with _lease(folder):
+            yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextlib.contextmanager
+def _lease(folder) -> Iterator[None]:
+    import tensorstore as ts
+
+    store, key = ts.KvStore.open(url(folder)).result(), ".lock"
+    holder = {"host": socket.gethostname(), "process": os.getpid(), "run": os.environ.get("EMBED_RUN_ID", "")}
+
+    def put(generation) -> bytes | None:
+        """Write the lease over `generation`; None if somebody else was faster."""
+        content = json.dumps(holder | {"time": time.time()}).encode()
+        return store.write(key, content, if_equal=generation).result().generation or None
+
+    found = store.read(key).result()
+    if found.state == "value":
+        other = json.loads(found.value)
+        ends = other["time"] + LEASE_SECONDS
+        if time.time() < ends and not (holder["run"] and holder["run"] == other["run"]):
+            until = datetime.datetime.fromtimestamp(ends, datetime.UTC).strftime("%H:%M:%S")
+            raise BusyError(
+                f"{folder} is in use by process {other['process']} on {other['host']}; if that is gone, it is free at {until} UTC"
+            )
+    state = {"generation": put(found.stamp.generation)}
+    if state["generation"] is None:
+        raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder")
+    over = threading.Event()
+
+    def renew():
+        while not over.wait(RENEW_SECONDS):
+            with contextlib.suppress(Exception):  # the next time
+                state["generation"] = put(state["generation"]) or state["generation"]
+
+    thread = threading.Thread(target=renew, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with contextlib.suppress(Exception):  # it ends by itself
+            store.write(key, None, if_equal=state["generation"]).result()
