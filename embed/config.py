@@ -4,7 +4,7 @@ import ast
 import difflib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -82,16 +82,14 @@ def _leaves(config, prefix: str = ""):
             yield f"{prefix}{key}", value
 
 
-def first_difference(a: dict, b: dict, prefix: str = "") -> str | None:
-    """The first key, in order, at which two nested dicts differ, as `key: left, right`; None if they are equal."""
+def differences(a: Mapping, b: Mapping, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    """(key, left, right) of every leaf at which two nested dicts differ, keys joined with dots, in order."""
     for key in sorted({*a, *b}):
-        left, right = a.get(key, "<absent>"), b.get(key, "<absent>")
-        if isinstance(left, dict) and isinstance(right, dict):
-            if inner := first_difference(left, right, f"{prefix}{key}."):
-                return inner
+        left, right = a.get(key, "absent"), b.get(key, "absent")
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            yield from differences(left, right, f"{prefix}{key}.")
         elif left != right:
-            return f"{prefix}{key}: {left!r}, {right!r}"
-    return None
+            yield f"{prefix}{key}", left, right
 
 
 def _nearest(name: str, known) -> str:

@@ -113,17 +113,11 @@ class Store:
         self._name = str(path)
         self._path = paths.url(path)
         context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-        found = ts.KvStore.open(self._path).result().read("info.json").result()
-        if found.state != "value":
-            raise FileNotFoundError(f"{path} is not a prepared store: it has no info.json (missing, or never finished)")
-        try:
-            header = json.loads(found.value)
-            self.columns: list[str] = header["columns"]
-            self.info: dict = header["info"]
-            self.digest: str = header["digest"]
-            self._size: int = header["examples"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}/info.json is damaged: {error!r}") from None
+        header = read_header(path)
+        self.columns: list[str] = header["columns"]
+        self.info: dict = header["info"]
+        self.digest: str = header["digest"]
+        self._size: int = header["examples"]
         self._arrays = {}
         self._offsets = {}
         self._memory: dict[str, np.ndarray] = {}
@@ -200,6 +194,18 @@ class Store:
 
     def _damaged(self, column: str, why) -> ValueError:
         return ValueError(f"the prepared store {self._name} is damaged in column {column!r}: {why}; prepare it again")
+
+
+def read_header(path: str | Path) -> dict:
+    """info.json of a store: columns, examples, digest, info. Errors as `Store`'s."""
+    found = ts.KvStore.open(paths.url(path)).result().read("info.json").result()
+    if found.state != "value":
+        raise FileNotFoundError(f"{path} is not a prepared store: it has no info.json (missing, or never finished)")
+    try:
+        header = json.loads(found.value)
+        return {name: header[name] for name in ("columns", "examples", "digest", "info")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}/info.json is damaged: {error!r}") from None
 
 
 def _create(path: str, name: str, dtype, size: int) -> ts.TensorStore:
