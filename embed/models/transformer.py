@@ -76,6 +76,12 @@ def make_config(size: str, vocab_size: int, **overrides) -> TransformerConfig:
     return TransformerConfig(**{**SIZES[size], "vocab_size": vocab_size, **overrides})
 
 
+def from_config(model, execution, vocab_size: int) -> TransformerConfig:
+    """The encoder of a run's `config.model` and `config.execution` (configs/base.py); `vocab_size` takes the place of a 0."""
+    kernels = {name: execution[name] for name in ("attention", "remat", "unroll", "dense_barrier")}
+    return TransformerConfig(**model.to_dict() | kernels | {"vocab_size": model.vocab_size or vocab_size})
+
+
 def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:
     """x / rms(x) · scale, the mean of squares in float32."""
     x32 = x.astype(jnp.float32)
