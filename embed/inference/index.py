@@ -58,7 +58,8 @@ class Index:
         """The k best vectors of each query, best first: scores [Q, k] and their indices int32 [Q, k].
 
         `queries` [Q, D] in the index's precision. Scores are float32 cosines, or minus the number of differing bits
-        (int32). Of equal scores the lower index comes first. k larger than the index gives all of it.
+        (int32). Of equal scores the lower index comes first. k larger than the index gives all of it. All devices of the
+        process search, a block of queries each.
         """
         queries = _checked(queries, self.precision, "queries")
         if queries.shape[1] != self.vectors.shape[1]:
@@ -70,16 +71,21 @@ class Index:
         similarity = _negative_hamming if bits else functools.partial(_cosine, exact=self.precision == "int8")
         scores = np.empty((len(queries), k), np.int32 if bits else np.float32)
         indices = np.empty((len(queries), k), np.int32)
-        for rows in _blocks(len(queries), BLOCK_QUERIES):
-            best = None
+        devices, blocks = jax.local_devices(), list(_blocks(len(queries), BLOCK_QUERIES))
+        for group in (blocks[i : i + len(devices)] for i in range(0, len(blocks), len(devices))):
+            # A block a device, each by the program of one device: their number changes no bit.
+            placed = [jax.device_put(queries[rows], device) for rows, device in zip(group, devices)]
+            best = [None] * len(group)
             for columns in _blocks(len(self), BLOCK_VECTORS):
-                block = similarity(queries[rows], self.vectors[columns])
-                found = np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), block.shape)
-                if best:  # earlier indices stand first, so that top_k keeps them on ties
-                    block, found = jnp.concatenate([best[0], block], 1), np.concatenate([best[1], found], 1)
-                top, where = jax.lax.top_k(block, min(k, block.shape[1]))
-                best = top, np.take_along_axis(found, np.asarray(where), 1)
-            scores[rows], indices[rows] = best
+                new = [similarity(block, self.vectors[columns]) for block in placed]
+                found = [np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), n.shape) for n in new]
+                if columns.start:  # earlier indices stand first, so that top_k keeps them on ties
+                    new = [jnp.concatenate([top, n], 1) for (top, _), n in zip(best, new)]
+                    found = [np.concatenate([i, f], 1) for (_, i), f in zip(best, found)]
+                tops = [jax.lax.top_k(n, min(k, n.shape[1])) for n in new]
+                best = [(top, np.take_along_axis(f, np.asarray(i), 1)) for (top, i), f in zip(tops, found)]
+            for rows, (top, found) in zip(group, best):
+                scores[rows], indices[rows] = top, found
         return scores, indices
 
     def check_model(self, encoder: Encoder) -> None:
