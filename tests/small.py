@@ -11,12 +11,13 @@ import safetensors.numpy
 import sentencepiece
 import tokenizers as hf
 
-from embed.checkpoints import export, huggingface
+from embed.checkpoints import export, names
 from embed.inference import Encoder
 from embed.models import transformer
 from embed.tokenizers import SentencePieceTokenizer
 
 WORDS = "the a of parse file config token return list number string open read write index vector search query".split()
+EMBEDDING = {"matryoshka": [8, 32], "separator": True, "contextual": False, "max_length": None}
 
 
 def sentences(count: int, seed: int = 0, longest: int = 40) -> list[str]:
@@ -66,16 +67,32 @@ def write_bpe(folder: Path, texts) -> Path:
 def random_params(config: transformer.TransformerConfig, seed: int = 0) -> dict:
     """Random float32 weights of any encoder."""
     rng = np.random.default_rng(seed)
-    shapes = export.flatten(transformer.abstract_params(config))
-    return export.unflatten(
+    shapes = names.flatten(transformer.abstract_params(config))
+    return names.unflatten(
         {name: rng.normal(name.endswith("norm"), 0.2, x.shape).astype(np.float32) for name, x in shapes.items()}
     )
 
 
+def write_model(folder, params_=None, config_=None, tokenizer_=None, *, embedding=(), provenance=(), **how) -> Path:
+    """`export.write` of the small model, or of another; `embedding` replaces single settings of EMBEDDING."""
+    export.write(
+        folder, params() if params_ is None else params_, config_ or config(), tokenizer_ or tokenizer(),
+        embedding={**EMBEDDING, **dict(embedding)}, provenance=dict(provenance), **how,
+    )  # fmt: skip
+    return Path(folder)
+
+
+def foreign(folder: Path) -> Path:
+    """The folder as others would have left it: without embed.json."""
+    (folder / "embed.json").unlink()
+    return folder
+
+
 def make_causal(folder: Path, params: dict) -> Path:
-    """Turn a folder of `huggingface.write` into a causal language model of these weights, in two files."""
-    arrays = dict(huggingface.tensors(params, prefix="model."))
+    """Turn a folder of `write_model` into a causal language model of these weights, in two files."""
+    arrays = dict(names.tensors(params, prefix="model."))
     (folder / "model.safetensors").unlink()
+    foreign(folder)
     where = {}
     for i, names in enumerate((list(arrays)[::2], list(arrays)[1::2])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"
@@ -83,7 +100,7 @@ def make_causal(folder: Path, params: dict) -> Path:
         where |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     edit_config(
-        folder, is_causal=None, use_bidirectional_attention=None, embed=None,
+        folder, is_causal=None, use_bidirectional_attention=None,
         tie_word_embeddings="lm_head.weight" not in arrays,
     )  # fmt: skip
     return folder

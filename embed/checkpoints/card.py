@@ -1,32 +1,43 @@
-"""The model card of an export: README.md with the metadata that the Hugging Face hub reads."""
+"""The model card: README.md of a model folder, with the metadata that the Hugging Face hub reads."""
 
 import json
 from collections.abc import Mapping
 
 from embed.models.transformer import TransformerConfig, abstract_params, count_params
 
-USAGE = {
-    "native": """```python
-from embed import inference
-
-model = inference.load("FOLDER")
-vectors = model.encode(["a text", "another"], precision="int8")
-```""",
-    "sentence-transformers": """```python
+DENSE = """```python
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("FOLDER")  # no trust_remote_code
 vectors = model.encode(["a text", "another"])
 ```
 
+or, for int8 and bits as in training and without PyTorch,
+
+```python
+from embed import inference
+
+model = inference.load("FOLDER")
+vectors = model.encode(["a text", "another"], precision="int8")
+```"""
+CONTEXTUAL = """```python
+from embed import inference
+
+model = inference.load("FOLDER")
+(chunks,) = model.encode_documents([["the first chunk of a document", "its second chunk"]], precision="int8")
+query = model.encode("a query", precision="int8")
+```
+
+A chunk's vector depends on the whole document. sentence-transformers loads the folder too and embeds single texts, as queries."""
+PEERS = """
 Needs sentence-transformers 6.0 and transformers 5.2 or newer, whose Qwen3 honours `"is_causal": false` (checked with 6.2 and
 5.24). Older transformers would run it causally without a word: do not use them. Older sentence-transformers fail to
-load it, as long as the folder is as it was written.""",
-    "pplx": """In the layout of the released pplx-embed models, for programs that know those (text-embeddings-inference 1.9.2 and
+load it, as long as the folder is as it was written."""
+PPLX = """In the layout of the released pplx-embed models, for programs that know those (text-embeddings-inference 1.9.2 and
 newer), and for `embed.inference.load`. Code is not included: configuration.py, modeling.py and st_quantize.py come with
 the released models. This export has not been run in those programs; text-embeddings-inference reads no SentencePiece model, so
-it needs a folder with tokenizer.json.""",
-    "onnx": """```python
+it needs a folder with tokenizer.json."""
+ONNX = """```python
 import numpy as np
 import onnxruntime
 import transformers
@@ -37,39 +48,35 @@ inputs = {k: np.array(v, np.int64) for k, v in tokenizer(["a text", "another"], 
 (int8,) = session.run(["pooler_output_int8"], inputs)
 ```
 
-Outputs: last_hidden_state, pooler_output (float32), pooler_output_int8, pooler_output_binary (packed bits).""",
-}
+Outputs: last_hidden_state, pooler_output (float32), pooler_output_int8, pooler_output_binary (packed bits)."""
+PLAIN = """A float32 vector is the mean v of the token states. Training compared round(127 tanh v), the int8 vectors, by cosine;
+the cosine of v orders texts nearly so, and differs where single dimensions are large. A dot product of v also weighs how long the
+vectors are, which training never looked at: normalize them first."""
+TANH = """A float32 vector is tanh(v) for the mean v of the token states: the int8 vector round(127 tanh v) before its rounding.
+Its cosine is what training compared. A dot product also weighs lengths, at most √dimensions here; int8 vectors of
+`embed.inference` are the same with and without tanh."""
 
 
-def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, layout: str) -> str:
-    """README.md of an exported model.
+def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, format: str = "") -> str:
+    """README.md of a model in one of export.FORMATS.
 
-    `provenance` as the pipeline writes it: checkpoint, config (with export.languages and export.license), commit, versions,
-    figures ({benchmark: {precision: {metric: value}}}), source (path, revision, digest). What is not there is left out
-    or said to be unknown.
+    `provenance` may have checkpoint (str), parents ([{name, folder, step, digest}]), stage (the config of the stage that made
+    it), merge ({of, ratio}), languages, license, figures ({benchmark: {precision: {metric: value}}}), source ({path, revision,
+    digest}), commit, versions. What is not there is left out or said to be unknown.
     """
-    run, figures = provenance.get("config") or {}, provenance.get("figures")
-    languages, license = (run.get("export", {}).get(name) for name in ("languages", "license"))
-    languages = languages or ()
+    languages, license = provenance.get("languages") or (), provenance.get("license")
     total, without_table = count_params(abstract_params(config))
     head = ["---"]
     if languages:
         head += ["language:", *(f"- {json.dumps(code)}" for code in languages)]
     if license:
         head.append(f"license: {json.dumps(license)}")
-    if layout == "sentence-transformers":
+    if not format:
         head.append("library_name: sentence-transformers")
-    head += [
-        "pipeline_tag: feature-extraction",
-        "tags:",
-        "- embed",
-        "- feature-extraction",
-        "- sentence-similarity",
-        "---",
-    ]
-    checkpoint = provenance.get("checkpoint", "")
+    head += ["pipeline_tag: feature-extraction", "tags:", "- embed", "- feature-extraction", "- sentence-similarity", "---"]
+    usage = {"pplx": PPLX, "onnx": ONNX}.get(format) or (CONTEXTUAL if embedding["contextual"] else DENSE) + "\n" + PEERS
     lines = [
-        *head, "", "# Text embeddings", "",
+        *head, "", "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings", "",
         f"A bidirectional Qwen3 encoder with mean pooling: {total:,} parameters ({without_table:,} without the embedding "
         f"table), {config.num_layers} layers, {config.hidden_size} dimensions.", "",
         "| | |", "|---|---|",
@@ -77,37 +84,56 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         f"| prefixes trained (Matryoshka) | {', '.join(map(str, embedding['matryoshka'])) or 'unknown'} |",
         f"| longest text | {embedding['max_length'] or 'no limit'} tokens |",
         f"| chunks of a document | {'with a separator token between them' if embedding['separator'] else 'joined'} |",
+        f"| float32 vectors | {'tanh of the mean' if embedding['tanh'] else 'the mean'} of the token states |",
         "| compare with | cosine for float32 and int8, Hamming distance for binary |",
         f"| languages | {', '.join(languages) or 'unknown'} |",
         f"| license | {license or 'unknown'} |",
-        "", "## Use", "", USAGE[layout],
+        "", "## Use", "", usage, "", TANH if embedding["tanh"] else PLAIN,
     ]  # fmt: skip
-    if source := provenance.get("source"):
-        lines += [
-            "",
-            f"Made from {source['path']}" + (f" at revision {source['revision']}" if source.get("revision") else ""),
-        ]
-        lines[-1] += f" (sha256 {source['digest']})."
-    if run.get("stages"):
-        lines += ["", "## Training", "", f"Checkpoint: {checkpoint}. Stages of the run:", ""]
-        lines += ["| stage | starts from | steps and mixtures |", "|---|---|---|"]
-        for name, stage in run["stages"].items():
-            phases = ", ".join(f"{steps} of {mixture}" for steps, mixture in stage["curriculum"])
-            lines.append(f"| {name} | {stage['init'] or 'random init'} | {phases} |")
-        lines += ["", f"Data: `{run['data']['gin_file']}`."]
-        if checkpoint == "merged":
-            lines.append(f"Merged by slerp, {run['merge']['ratio']} of the way from contextual to triplet.")
-    if figures:
-        metrics = sorted({metric for row in figures.values() for cell in row.values() for metric in cell})
-        lines += ["", "## Evaluation", "", "| set | precision | " + " | ".join(metrics) + " |"]
-        lines.append("|---|---|" + "---:|" * len(metrics))
-        for name, row in figures.items():
-            for precision, cell in row.items():
-                values = " | ".join(f"{cell[m]:.3f}" if m in cell else "–" for m in metrics)
-                lines.append(f"| {name} | {precision} | {values} |")
+    lines += _origin(provenance) + _evaluation(provenance.get("figures") or {})
     versions = ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items())
-    lines += [
-        "",
-        f"Made with embed, commit {provenance.get('commit', 'unknown')}" + (f"; {versions}." if versions else "."),
-    ]
+    lines += ["", f"Made with embed, commit {provenance.get('commit', 'unknown')}" + (f"; {versions}." if versions else ".")]
     return "\n".join(lines) + "\n"
+
+
+def _origin(provenance: Mapping) -> list[str]:
+    """Lines on what the model was made from and how."""
+    lines = []
+    if source := provenance.get("source"):
+        at = f" at revision {source['revision']}" if source.get("revision") else ""
+        lines += ["", f"Made from {source['path']}{at} (sha256 {source['digest']})."]
+    stage, parents, merge = (provenance.get(name) for name in ("stage", "parents", "merge"))
+    if not (stage or parents or merge or provenance.get("checkpoint")):
+        return lines
+    lines += ["", "## Training", ""]
+    if provenance.get("checkpoint"):
+        lines.append(f"Checkpoint: {provenance['checkpoint']}.")
+    if merge:
+        first, second = merge["of"]
+        lines.append(f"Merged by slerp, {merge['ratio']} of the way from {first} to {second}.")
+    stages = (stage or {}).get("stages") or ({provenance.get("checkpoint", "this one"): stage} if stage else {})
+    if stages:
+        lines += ["", "| stage | objective | starts from | steps and mixtures |", "|---|---|---|---|"]
+        for name, one in stages.items():
+            phases = ", ".join(f"{steps} of {mixture}" for steps, mixture in one.get("curriculum") or ())
+            init = one.get("init") or "random init"
+            lines.append(f"| {name} | {one.get('objective', 'unknown')} | {init} | {phases or 'unknown'} |")
+    if parents:
+        lines += ["", "| parent | folder | step | sha256 |", "|---|---|---:|---|"]
+        for parent in parents:
+            cells = (parent.get(name) for name in ("name", "folder", "step", "digest"))
+            lines.append("| " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |")
+    return lines
+
+
+def _evaluation(figures: Mapping) -> list[str]:
+    if not figures:
+        return []
+    metrics = sorted({metric for row in figures.values() for cell in row.values() for metric in cell})
+    lines = ["", "## Evaluation", "", "| set | precision | " + " | ".join(metrics) + " |"]
+    lines.append("|---|---|" + "---:|" * len(metrics))
+    for name, row in figures.items():
+        for precision, cell in row.items():
+            values = " | ".join(f"{cell[m]:.3f}" if m in cell else "–" for m in metrics)
+            lines.append(f"| {name} | {precision} | {values} |")
+    return lines

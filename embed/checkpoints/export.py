@@ -1,238 +1,141 @@
-"""The exported model: a folder that `embed.inference` loads and that holds no code and no pickle.
+"""Write the model folder, that `embed.inference`, sentence-transformers, transformers and a stage's `init` read.
 
-model.safetensors         float32; a tensor's name is its path in the parameter tree, joined with "."
-config.json               format and version, architecture, embedding settings, provenance
-sentencepiece.model       or tokenizer.json: whatever the tokenizer saves
+config.json                qwen3 with "is_causal": false
+model*.safetensors         float32
+tokenizer files            tokenizer.json or spiece.model, with tokenizer_config.json
+modules.json, 1_Pooling    for sentence-transformers; 2_Dense with tanh
+README.md                  the card
+embed.json                 settings, digests, provenance; written last
+
+It holds no code and no pickle. For other programs: format "pplx" is the layout of the released pplx-embed, without their code
+(configuration.py, modeling.py, st_quantize.py); "onnx" has onnx/model.onnx in the place of weights and modules.
 """
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
+from jax.experimental import multihost_utils
 
+from embed import paths
+from embed.checkpoints import model_config, names, onnx, settings
+from embed.checkpoints.card import model_card
+from embed.checkpoints.provenance import made_with
+from embed.checkpoints.settings import check_replaceable
 from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
 
-FORMAT = "embed"
-FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# How to compute is the reader's choice and an encoder has no output layer; everything else of the config is the model.
-LEFT_OUT = {"attention", "dtype", "remat", "unroll", "dense_barrier", "tied"}
-ARCHITECTURE = {f.name: f.type for f in dataclasses.fields(TransformerConfig) if f.name not in LEFT_OUT}
-EMBEDDING = ("matryoshka", "separator", "max_length")
+FORMATS = ("", "pplx", "onnx")
+SHARD_BYTES = 5 * 10**9  # of a file of weights, and what one process holds of them
 
 
-def export(
-    folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, provenance: Mapping, card: str = ""
-) -> Path:
-    """Write a model for inference; the folder appears whole or not at all.
+def write(
+    folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, provenance: Mapping, format: str = "",
+    tanh: bool = False,
+):  # fmt: skip
+    """Write an encoder; returns the path. The folder appears whole or not at all and replaces nothing but an export.
 
-    `embedding` has matryoshka (prefixes trained, list of int), separator (whether one stands between the chunks of
-    a document) and max_length (tokens of a text, None = no limit); `provenance` is any JSON object (stages, commit,
-    versions); `card` is the README.md, if any. An export that stands at `folder` is replaced, anything else there is an error.
+    `params` may be sharded over devices and processes; then all processes must call this, and process 0 writes. Of its memory
+    no more is taken than one file of weights (SHARD_BYTES); onnx takes four times the parameters.
+
+    `embedding` has matryoshka (prefixes trained, list of int), separator (whether a separator token stands between the chunks of
+    a document), contextual (whether the model is made for chunks in their document) and max_length (tokens of a text, None for
+    no limit); its tanh, if any, is not read. `tanh` has programs give tanh(v), what int8 training saw, for a float32 vector v.
+    `provenance` is a JSON object (see `card`), to which commit and versions are added where it has none.
+
+    ValueError lists everything that is wrong, before anything is written; a tensor that is not finite is named when it is met.
     """
     config, params = encoder_only(config, params)
-    check(folder, params, config, tokenizer, embedding)
-    tensors = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
-    with replace_folder(folder, is_ours=is_export) as partial:
-        tokenizer.save(partial)
-        safetensors.numpy.save_file(tensors, partial / WEIGHTS, metadata={"format": FORMAT})
-        document = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "architecture": {name: getattr(config, name) for name in ARCHITECTURE},
-            "embedding": {"dimensions": config.hidden_size, **{name: embedding[name] for name in EMBEDDING}},
-            "tokenizer_digest": tokenizer.digest,
-            "weights_digest": _digest(partial / WEIGHTS),
-            "provenance": dict(provenance),
-        }
-        (partial / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
-    return Path(folder)
+    embedding = {**embedding, "tanh": tanh}
+    _check(folder, params, config, tokenizer, embedding, format)
+    _on_first_process(lambda: check_replaceable(folder))
+    provenance = made_with() | dict(provenance)
+    if format == "onnx":
+        params, stream = jax.tree.map(names.fetch, params), iter(())
+    else:
+        stream = names.tensors(params)
+
+    def write_all():
+        with paths.replace_folder(folder, is_ours=settings.is_export, marker=settings.FILE) as aside:
+            if format == "onnx":
+                onnx.save(aside, onnx.build(params, config))
+            else:
+                _write_weights(aside, config, stream)
+            tokenizer.save_for_transformers(aside, embedding["max_length"])
+            for name, document in model_config.documents(
+                config, format, embedding, tokenizer.separator_id
+            ).items():
+                paths.write_json(aside / name, document)
+            if tanh:
+                identity = {"linear.weight": np.eye(config.hidden_size, dtype=np.float32)}
+                safetensors.numpy.save_file(identity, aside / "2_Dense" / names.WEIGHTS, metadata={"format": "pt"})
+            card = model_card(config, embedding, provenance, format=format)
+            (aside / settings.CARD).write_text(card, encoding="utf-8")
+            settings.write(aside, embedding, provenance)
+
+    _on_first_process(write_all, stream)
+    return paths.path(folder)
 
 
-def check(folder, params, config: TransformerConfig, tokenizer, embedding: Mapping) -> None:
-    """Raise a ValueError that lists everything that is wrong with a model that is to be written to `folder`."""
-    tensors = flatten(params)
-    problems = [f"tensor {name} is not finite" for name, value in tensors.items() if not np.isfinite(value).all()]
-    problems += _tensor_problems({name: value.shape for name, value in tensors.items()}, config)
-    problems += embedding_problems(embedding, config)
+def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r} must be one of {', '.join(FORMATS[1:])}, or empty for the model folder")
+    if format and embedding["tanh"]:
+        raise ValueError(f"tanh is for the model folder, not for format {format}")
+    shapes = {name: x.shape for name, x in names.flatten(params).items()}
+    expected = {name: x.shape for name, x in names.flatten(abstract_params(config)).items()}
+    problems = [f"parameter {name} is missing" for name in expected.keys() - shapes.keys()]
+    problems += [f"parameter {name} is not part of this architecture" for name in shapes.keys() - expected.keys()]
+    for name in expected.keys() & shapes.keys():
+        if shapes[name] != expected[name]:
+            problems.append(f"parameter {name} has shape {list(shapes[name])}, expected {list(expected[name])}")
+    problems += settings.problems(embedding, config)
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
     if problems:
-        raise ValueError(f"cannot export to {folder}: " + "; ".join(problems))
+        raise ValueError(f"cannot export to {folder}: " + "; ".join(sorted(problems)))
 
 
-def read(folder) -> tuple[dict, TransformerConfig, dict]:
-    """Parameters (float32 NumPy), architecture, and config.json's other sections: embedding, provenance, digests.
-
-    A folder that is not there, or lacks a file: FileNotFoundError. Whatever is wrong inside: one ValueError that
-    lists every problem.
-    """
-    folder = Path(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        state = f"{folder} lacks {' and '.join(missing)}" if folder.is_dir() else f"there is no folder {folder}"
-        raise FileNotFoundError(
-            f"{state}: expected an exported model, a folder with {CONFIG}, {WEIGHTS} and a tokenizer"
-        )
-    config, settings, problems = _read_config(folder / CONFIG)
-    tensors, tensor_problems = _read_tensors(folder / WEIGHTS, config)
-    problems += tensor_problems
-    if problems:
-        raise ValueError(f"{folder} is not a usable export: " + "; ".join(problems))
-    return unflatten(tensors), config, settings
+def _on_first_process(work: Callable[[], None], stream: Iterable = ()) -> None:
+    """Do `work` in process 0; all draw what it left of `stream`, learn whether it failed, and leave together."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+    if jax.process_count() > 1:
+        for _ in stream:
+            pass
+        failed = multihost_utils.process_allgather(np.asarray(error is not None)).any()
+        if failed and error is None:
+            raise OSError("process 0 could not write the model: it says why")
+    if error is not None:
+        raise error
 
 
-def is_export(folder) -> bool:
-    """Whether the folder's config.json says that this module wrote it."""
-    try:
-        return json.loads((Path(folder) / CONFIG).read_text())["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def flatten(params: Mapping) -> dict:
-    """{path joined with ".": leaf} of a nested dict."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(tensors: Mapping) -> dict:
-    """The nested dict of which `flatten` gave `tensors`."""
-    params: dict = {}
-    for name, value in tensors.items():
-        *parents, leaf = name.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return params
-
-
-def check_replaceable(folder, *, is_ours) -> None:
-    """Refuse a folder that `replace_folder` would refuse: for before the work, not behind it."""
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not (folder.is_dir() and (is_ours(folder) or not any(folder.iterdir()))):
-        raise ValueError(f"{folder} exists and was not written by this command; remove it or choose another path")
-
-
-@contextlib.contextmanager
-def replace_folder(folder, *, is_ours) -> Iterator[Path]:
-    """A new sibling to write into that takes the name `folder` when the block ends without an error.
-
-    What stands there already is replaced only if it is an empty folder or `is_ours(folder)` holds. A block that is
-    interrupted leaves the old folder as it was.
-    """
-    check_replaceable(folder, is_ours=is_ours)
-    folder = Path(os.path.abspath(folder))
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # a process was killed between the two renames below
-        os.rename(old, folder)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_config(path: Path) -> tuple[TransformerConfig | None, dict, list[str]]:
-    """config.json as (architecture or None, settings, problems)."""
-    try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
-        return None, {}, [f"{CONFIG} is not JSON ({error})"]
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        found = document.get("format") if isinstance(document, dict) else document
-        return None, {}, [f'{CONFIG} has format {found!r}, expected "{FORMAT}"']
-    if document.get("format_version") != FORMAT_VERSION:
-        version = document.get("format_version")
-        return None, {}, [f"format version {version!r} is unknown, this program reads {FORMAT_VERSION}"]
-    architecture, settings = document.get("architecture"), dict(document)
-    problems, config = [], None
-    if not isinstance(architecture, dict):
-        problems.append(f"{CONFIG} has no architecture")
-    else:
-        unknown, missing = architecture.keys() - ARCHITECTURE.keys(), ARCHITECTURE.keys() - architecture.keys()
-        problems += [f"architecture has the unknown field {name}" for name in sorted(unknown)]
-        problems += [f"architecture lacks {name}" for name in sorted(missing)]
-        for name in sorted(ARCHITECTURE.keys() & architecture.keys()):
-            value, kind = architecture[name], ARCHITECTURE[name]
-            number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-            if not number or value <= 0:
-                problems.append(f"architecture has {name}={value!r}, expected a positive {kind.__name__}")
-        if not problems:
-            try:
-                config = TransformerConfig(**architecture)
-            except ValueError as error:
-                problems.append(str(error))
-    embedding = settings.get("embedding")
-    if not isinstance(embedding, dict):
-        problems.append(f"{CONFIG} has no embedding section")
-    elif config:
-        problems += embedding_problems({k: v for k, v in embedding.items() if k != "dimensions"}, config)
-    return config, settings, problems
-
-
-def _read_tensors(path: Path, config: TransformerConfig | None) -> tuple[dict, list[str]]:
-    """The tensors and what is wrong with them; without a config only whether the file can be read."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            types = {name: slice_.get_dtype() for name, slice_ in slices.items()}
-            problems = [f"tensor {name} is {t}, expected F32" for name, t in types.items() if t != "F32"]
-            if config:
-                problems += _tensor_problems({name: tuple(s.get_shape()) for name, s in slices.items()}, config)
-            return ({} if problems or config is None else {name: file.get_tensor(name) for name in slices}), problems
-    except safetensors.SafetensorError as error:
-        return {}, [f"{path.name} is truncated or damaged ({error})"]
-
-
-def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig) -> list[str]:
-    expected = {name: leaf.shape for name, leaf in flatten(abstract_params(config)).items()}
-    problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - shapes.keys())]
-    problems += [f"tensor {name} is not part of this architecture" for name in sorted(shapes.keys() - expected.keys())]
-    for name in sorted(expected.keys() & shapes.keys()):
-        if shapes[name] != expected[name]:
-            problems.append(f"tensor {name} has shape {list(shapes[name])}, expected {list(expected[name])}")
-    return problems
-
-
-def embedding_problems(embedding: Mapping, config: TransformerConfig) -> list[str]:
-    """What is wrong with an embedding section (separator, max_length, matryoshka), as sentences; [] if nothing."""
-    problems = [f"the embedding section lacks {name}" for name in EMBEDDING if name not in embedding]
-    problems += [f"the embedding section has the unknown field {n}" for n in embedding if n not in EMBEDDING]
-    if problems:
-        return problems
-    prefixes, separator, max_length = (embedding[name] for name in EMBEDDING)
-    if not isinstance(prefixes, (list, tuple)) or not all(_is_count(p) and p <= config.hidden_size for p in prefixes):
-        problems.append(f"matryoshka is {prefixes!r}, expected a list of prefixes in 1..{config.hidden_size}")
-    if not isinstance(separator, bool):
-        problems.append(f"separator is {separator!r}, expected true or false")
-    if max_length is not None and not _is_count(max_length):
-        problems.append(f"max_length is {max_length!r}, expected a positive number of tokens or null")
-    return problems
-
-
-def _is_count(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tuple[str, np.ndarray]]) -> None:
+    """model.safetensors, or several files of at most SHARD_BYTES and their index."""
+    sizes = {name: 4 * int(np.prod(shape)) for name, shape in names.shapes(config).items()}
+    files, room = [], 0
+    for name, size in sizes.items():
+        if size > room:
+            files.append([])
+            room = SHARD_BYTES
+        files[-1].append(name)
+        room -= size
+    where = {}
+    for i, wanted in enumerate(files):
+        file = names.WEIGHTS if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        shard = {}
+        for _ in wanted:
+            name, tensor = next(stream)
+            shard[name] = np.ascontiguousarray(tensor, np.float32)
+            if not np.isfinite(shard[name]).all():
+                raise ValueError(f"tensor {name} is not finite: nothing was exported")
+        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(shard, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        paths.write_json(folder / names.INDEX, index)

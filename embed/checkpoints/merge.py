@@ -1,5 +1,7 @@
 """Merging checkpoints on the sphere (Shoemake 1985; arXiv 2602.11151)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -7,24 +9,53 @@ PARALLEL = 1e-6  # sin of the angle below which two tensors count as parallel an
 
 
 def slerp(a, b, t: float):
-    """Spherical interpolation of two parameter trees, tensor by tensor; t=0 gives a, t=1 gives b.
+    """Spherical interpolation of two parameter trees, weight by weight; t=0 gives a, t=1 gives b.
 
         slerp(a, b; t) = sin((1-t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b,    cos Ω = <a, b> / (‖a‖ ‖b‖)
 
-    Each tensor is one flat vector with its own Ω, computed in at least float32; parallel, antiparallel and zero
-    tensors are mixed linearly. The trees must agree in structure and shapes.
+    Each weight is one flat vector with its own Ω, computed in at least float32; an array under `layers` is stacked and holds one
+    weight a layer. Parallel, antiparallel and zero weights are mixed linearly. The trees must agree in structure and shapes.
     """
+    _check(a, b)
+    return jax.tree_util.tree_map_with_path(lambda path, x, y: _merge(_is_stacked(path), x, y, t), a, b)
+
+
+def merge_params(a, b, t: float, shardings):
+    """`slerp` of sharded trees, compiled array by array, each result in its sharding and in the memory of `a`, which is gone
+    afterwards: never more than both trees and one array more."""
+    _check(a, b)
+
+    def merge(path, x, y, sharding):
+        return _merge_sharded(sharding)(_is_stacked(path), x, y, jnp.float32(t))
+
+    return jax.tree_util.tree_map_with_path(merge, a, b, shardings)
+
+
+@functools.cache
+def _merge_sharded(sharding):
+    return jax.jit(_merge, static_argnums=0, donate_argnums=1, out_shardings=sharding)
+
+
+def _is_stacked(path) -> bool:
+    return any(getattr(key, "key", None) == "layers" for key in path)
+
+
+def _merge(stacked: bool, a, b, t):
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    return jax.vmap(_slerp_tensor, (0, 0, None))(a, b, t) if stacked else _slerp_tensor(a, b, t)
+
+
+def _check(a, b) -> None:
     if jax.tree.structure(a) != jax.tree.structure(b):
         raise ValueError(
             f"cannot merge trees of different structure: {jax.tree.structure(a)} and {jax.tree.structure(b)}"
         )
-    return jax.tree.map(lambda x, y: _slerp_tensor(x, y, t), a, b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(f"cannot merge tensors of shapes {jnp.shape(x)} and {jnp.shape(y)}")
 
 
 def _slerp_tensor(a, b, t):
-    a, b = jnp.asarray(a), jnp.asarray(b)
-    if a.shape != b.shape:
-        raise ValueError(f"cannot merge tensors of shapes {a.shape} and {b.shape}")
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     x, y = a.astype(dtype), b.astype(dtype)
     norm_x, norm_y = jnp.linalg.norm(x), jnp.linalg.norm(y)

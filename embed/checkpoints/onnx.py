@@ -10,14 +10,13 @@ The graph is written node by node: it needs neither PyTorch nor a tracer, and it
 operators of opset 17 are used.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from embed.checkpoints import export, huggingface
-from embed.models.transformer import TransformerConfig, encoder_only
+from embed.checkpoints.names import flatten
+from embed.models.transformer import TransformerConfig
 
 FILE, DATA = "onnx/model.onnx", "model.onnx_data"  # where transformers.js and sentence-transformers look
 OPSET = 17
@@ -53,8 +52,15 @@ class _Graph:
 
 
 def build(params: Mapping, config: TransformerConfig):
-    """The onnx.ModelProto of an encoder; its weights are float32 and inside."""
-    import onnx
+    """The onnx.ModelProto of an encoder; its weights are float32 and inside. `params` are NumPy's."""
+    try:
+        import onnx
+    except ImportError:
+        raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'") from None
+
+    for name, value in flatten(params).items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"parameter {name} is not finite: nothing was exported")
 
     D, H, K, d = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     if D % 8:
@@ -128,26 +134,9 @@ def build(params: Mapping, config: TransformerConfig):
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=8)
 
 
-def write(
-    folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, provenance: Mapping, card: str
-) -> Path:
-    """Write folder/onnx/model.onnx (weights beside it), config.json and the tokenizer; whole or not at all."""
-    try:
-        import onnx
-    except ImportError:
-        raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'") from None
+def save(folder: Path, model) -> None:
+    """Write folder/onnx/model.onnx and its weights beside it."""
+    import onnx
 
-    config, params = encoder_only(config, params)
-    export.check(folder, params, config, tokenizer, embedding)
-    model = build(params, config)
-    with export.replace_folder(folder, is_ours=huggingface.is_export) as partial:
-        (partial / FILE).parent.mkdir()
-        onnx.save_model(model, partial / FILE, save_as_external_data=True, location=DATA)
-        tokenizer.save_for_transformers(partial, embedding["max_length"])
-        document = huggingface.model_config(
-            config, "sentence-transformers", embedding, tokenizer.separator_id, provenance
-        )
-        (partial / export.CONFIG).write_text(json.dumps(document, indent=2) + "\n")
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        huggingface.mark(partial)
-    return Path(folder)
+    (folder / FILE).parent.mkdir()
+    onnx.save_model(model, folder / FILE, save_as_external_data=True, location=DATA)

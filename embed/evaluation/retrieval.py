@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embed.inference.encoder import Encoder, quantize
+from embed.inference.encoder import Encoder
 from embed.inference.index import Index, read_jsonl
 
 DEPTH = 100  # how far down a ranking is kept
@@ -125,7 +125,7 @@ def rank(
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}; encodes once (see `embed_set`)."""
     queries, corpus = embed_set(encoder, data, alone=alone, show_progress_bar=show_progress_bar)
-    return {p: Index(quantize(corpus, p), p).search(quantize(queries, p), depth)[1] for p in precisions}
+    return {p: Index(encoder.quantize(corpus, p), p).search(encoder.quantize(queries, p), depth)[1] for p in precisions}
 
 
 def score(ranking: np.ndarray, data: RetrievalSet) -> dict[str, float]:

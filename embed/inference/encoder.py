@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from embed import distributed, tokenizers
-from embed.checkpoints import export, huggingface
+from embed import distributed
+from embed.checkpoints import model_folder
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.rows import RowShape, Segment, chunked, cut, dense, place
@@ -24,55 +24,35 @@ TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
 
 
 def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=None) -> "Encoder":
-    """The encoder in a folder that `embed export` wrote, or a pplx-embed or bidirectional Qwen3 checkpoint.
+    """The encoder in a model folder: one that `embed export` wrote, a pplx-embed or another bidirectional Qwen3.
 
-    `path` is a folder or the id of a repository on the Hugging Face hub, "perplexity-ai/pplx-embed-v1-0.6b", at its
-    `revision`. `dtype` of the computation is "float32" or "bfloat16"; by default float32 on CPU and bfloat16 on
-    accelerators. A causal language model is refused: it is something to train from. `mesh` as in `Encoder`; on it the
-    parameters are sharded as in training.
+    `path` is a folder, one in a bucket (gs://) or the id of a repository on the Hugging Face hub,
+    "perplexity-ai/pplx-embed-v1-0.6b", at its `revision`. `dtype` of the computation is "float32" or "bfloat16"; by default
+    float32 on CPU and bfloat16 on accelerators. A causal language model is refused: it is something to train from. `mesh` as in
+    `Encoder`; the parameters are sharded over it as in training.
     """
     dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
     mesh = sharding.make_mesh() if mesh is None else mesh
-    params, config, tokenizer, how, about = read_model(path, revision=revision, dtype=dtype, mesh=mesh)
+    model = model_folder.open_model(path, revision)
+    if model.causal:
+        raise ValueError(f"{path} is a causal language model, not an encoder: it can be the `init` of a stage that trains one")
+    tokenizer = model.tokenizer()
+    if getattr(tokenizer, "adds_tokens", False):
+        raise ValueError(f"{path}: tokenizer.json adds tokens to each text, which is not done here")
+    shardings = sharding.parameter_shardings(mesh, transformer.abstract_params(model.config))
+    config, params = transformer.encoder_only(model.config, model.params(shardings, dtype))
+    how = {name: model.embedding[name] for name in ("separator", "max_length", "matryoshka", "tanh")}
     return Encoder(
-        params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, mesh=mesh, path=path, digest=about["digest"]
-    )
+        params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, mesh=mesh, path=path, digest=model.digest
+    )  # fmt: skip
 
 
-def read_model(path, *, revision: str | None = None, dtype: str = "float32", mesh=None):
-    """(parameters, architecture, tokenizer, {separator, max_length, matryoshka}, {digest, provenance}): see `load`.
-
-    The parameters are sharded over `mesh` where there is one and the folder's reader can; otherwise they are this process's.
-    """
-    folder = huggingface.resolve(path, revision)
-    if huggingface.is_checkpoint(folder):
-        checkpoint = huggingface.open_checkpoint(folder)
-        if checkpoint.causal:
-            raise ValueError(
-                f"{path} is a causal language model, not an encoder: `embed convert {path} OUTPUT` makes of it a "
-                "checkpoint that the diffusion stage can start from"
-            )
-        shardings = None
-        if mesh is not None:
-            shardings = sharding.parameter_shardings(mesh, transformer.abstract_params(checkpoint.config))
-        config, params = transformer.encoder_only(checkpoint.config, checkpoint.params(shardings, dtype))
-        embedding = checkpoint.embedding
-        tokenizer, about = tokenizers.load(folder), {"digest": checkpoint.digest, "provenance": checkpoint.provenance}
-        if getattr(tokenizer, "adds_tokens", False):
-            raise ValueError(f"{folder}: tokenizer.json adds tokens to each text, which is not done here")
-    else:
-        params, config, settings = export.read(folder)
-        tokenizer, embedding = tokenizers.load(folder), settings["embedding"]
-        about = {"digest": settings.get("weights_digest"), "provenance": settings.get("provenance") or {}}
-        if tokenizer.digest != settings.get("tokenizer_digest"):
-            raise ValueError(f"the tokenizer in {folder} is not the one this model was exported with")
-    return params, config, tokenizer, {name: embedding[name] for name in export.EMBEDDING}, about
-
-
-def quantize(pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False) -> np.ndarray:
+def quantize(
+    pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False, tanh: bool = False
+) -> np.ndarray:
     """Pooled float32 vectors [..., D] in another precision: the prefix first, then `normalize`, then bits.
 
-    float32 [..., D]; int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits of v >= 0, the first
+    float32 [..., D], with `tanh` tanh(v); int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits of v >= 0, the first
     dimension highest; binary int8 [..., D/8] = ubinary - 128, as sentence-transformers has it.
     """
     _check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
@@ -82,7 +62,7 @@ def quantize(pooled, precision: str, *, truncate_dim: int | None = None, normali
     if precision in ("binary", "ubinary"):
         packed = np.array(quantization.pack_bits(pooled))
         return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
-    vectors = np.array(pooled)
+    vectors = np.array(jnp.tanh(pooled) if tanh else pooled)
     if normalize:  # a zero vector stays one
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     return vectors
@@ -97,13 +77,15 @@ class Encoder:
 
     def __init__(
         self, params, config: transformer.TransformerConfig, tokenizer, *, mesh=None, separator: bool = True,
-        max_length: int | None = None, matryoshka: Sequence[int] = (), path=None, digest: str | None = None,
+        max_length: int | None = None, matryoshka: Sequence[int] = (), tanh: bool = False, path=None,
+        digest: str | None = None,
     ):  # fmt: skip
         """`separator`: whether the separator token stands between the chunks of a document, as it did in training.
 
         `mesh`: of `embed.models.sharding.make_mesh`, by default one along data over all devices of all processes. Parameters
         that lie on it keep their shardings, others are copied to each of its devices. `max_length`: the most tokens of a text or
-        document, None for no limit. `digest` identifies the weights.
+        document, None for no limit. `tanh`: float32 vectors are tanh(v) of the pooled mean v; int8 and bits are the same with it
+        and without. `digest` identifies the model.
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
@@ -111,7 +93,7 @@ class Encoder:
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.params = jax.tree.map(lambda x: _on_mesh(x, self.mesh, config.dtype), params)
         self.tokenizer, self.separator, self.max_length = tokenizer, separator, max_length
-        self.matryoshka, self.path, self.digest = tuple(matryoshka), path, digest
+        self.matryoshka, self.tanh, self.path, self.digest = tuple(matryoshka), tanh, path, digest
 
     @property
     def dimensions(self) -> int:
@@ -125,7 +107,7 @@ class Encoder:
     ) -> np.ndarray:  # fmt: skip
         """One vector a text, in the order of the texts; a single str gives a single vector.
 
-        Returns float32 [N, D] (the pooled mean itself), int8 [N, D], or binary int8 / ubinary uint8 [N, D/8].
+        Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or binary int8 / ubinary uint8 [N, D/8].
         `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for float32
         alone. `batch_tokens` is the size of a batch in tokens (None: for each device that has rows of its own 4,096 on CPU,
         65,536 on accelerators); it changes no result. A text longer than `max_length` is an error, or with `truncate=True` is cut with a
@@ -146,6 +128,12 @@ class Encoder:
                 raise ValueError(f"text {i} has no tokens: {texts[i]!r:.80}")
         segments = self._fit([dense(ids) for ids in tokens], "text", truncate)
         return self._embed(segments, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar)
+
+    def quantize(self, vectors, precision: str) -> np.ndarray:
+        """Vectors that `encode` gave as float32 (not normalized) in another precision, as if encoded so."""
+        if self.tanh and precision == "int8":
+            return np.array(jnp.round(jnp.asarray(vectors) * 127).astype(jnp.int8))
+        return quantize(vectors, precision)
 
     def encode_tokens(self, tokens: Sequence[np.ndarray], precision: str = "float32") -> np.ndarray:
         """`encode` of texts that are tokenized already; the mean over one without tokens is a zero vector."""
@@ -202,7 +190,9 @@ class Encoder:
             batch_tokens = shards * (4096 if _on_cpu() else 65536)  # 4,096: activations stay in a CPU's cache
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
-        finish = functools.partial(quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize)
+        finish = functools.partial(
+            quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
+        )
         empty = finish(np.zeros((0, self.dimensions), np.float32))
         first = np.cumsum([0] + [s.num_spans for s in segments])
         out = np.empty((first[-1], empty.shape[1]), empty.dtype)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from embed.checkpoints.export import replace_folder
+from embed import paths
 from embed.inference.encoder import PRECISIONS, Encoder
 
 FORMAT = "embed-index"
@@ -99,7 +99,7 @@ class Index:
 
     def save(self, folder) -> None:
         """Write vectors.safetensors and index.json; the folder appears whole or not at all."""
-        with replace_folder(folder, is_ours=is_index) as partial:
+        with paths.replace_folder(folder, is_ours=is_index, marker=INFO) as partial:
             safetensors.numpy.save_file({"vectors": self.vectors}, partial / VECTORS)
             info = {
                 "format": FORMAT, "format_version": FORMAT_VERSION, "precision": self.precision,

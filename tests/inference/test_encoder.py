@@ -6,7 +6,6 @@ import pytest
 import small
 
 from embed import inference
-from embed.checkpoints import export
 from embed.inference import encoder as room
 from embed.rows import Segment
 
@@ -21,10 +20,7 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return export.export(
-        tmp_path_factory.mktemp("export") / "model", small.params(), small.config(), small.tokenizer(),
-        embedding=EMBEDDING, provenance={},
-    )  # fmt: skip
+    return small.write_model(tmp_path_factory.mktemp("export") / "model")
 
 
 def segments(lengths, spans=1):
@@ -207,15 +203,33 @@ def test_nothing_is_cut_without_being_asked_and_a_cut_is_counted():
     assert vectors[0].any() and not vectors[1:].any()
 
 
-def test_a_tokenizer_larger_than_the_model_or_not_its_own_is_refused(folder, tmp_path):
+def test_a_tokenizer_larger_than_the_model_is_refused():
     with pytest.raises(ValueError, match="entries, the model only"):
         inference.Encoder(small.params(), room.dataclasses.replace(small.config(), vocab_size=5), small.tokenizer())
-    config = (folder / "config.json").read_text().replace(small.tokenizer().digest, "0" * 64)
-    for name in ("model.safetensors", "sentencepiece.model"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match="is not the one this model was exported with"):
-        inference.load(tmp_path)
+
+
+def test_with_tanh_float32_is_int8_before_its_rounding_and_the_rest_stays(encoder, folder, tmp_path):
+    loaded = inference.load(small.write_model(tmp_path / "m", tanh=True))
+    v = encoder.encode(TEXTS)
+    np.testing.assert_allclose(loaded.encode(TEXTS), np.tanh(v.astype(np.float64)), atol=1e-6)
+    for precision in inference.PRECISIONS[1:]:
+        direct = encoder.encode(TEXTS, precision=precision)
+        np.testing.assert_array_equal(loaded.encode(TEXTS, precision=precision), direct)
+        np.testing.assert_array_equal(encoder.quantize(v, precision), direct)
+    documents = [TEXTS[:3], TEXTS[3:5]]
+    for got, want in zip(loaded.encode_documents(documents), encoder.encode_documents(documents)):
+        np.testing.assert_allclose(got, np.tanh(want.astype(np.float64)), atol=1e-6)
+    unit = loaded.encode(TEXTS, normalize_embeddings=True, truncate_dim=8)
+    want = np.tanh(v[:, :8].astype(np.float64))
+    np.testing.assert_allclose(unit, want / np.linalg.norm(want, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_float32_vectors_of_a_tanh_model_are_quantized_with_one_tanh(encoder):
+    model = small.encoder(tanh=True)
+    for precision in inference.PRECISIONS[1:]:
+        got, want = model.quantize(model.encode(TEXTS), precision), encoder.encode(TEXTS, precision=precision)
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(model.quantize(model.encode(TEXTS), "float32"), model.encode(TEXTS))
 
 
 # Batches

@@ -7,19 +7,13 @@ import pytest
 import small
 
 from embed import cli, inference
-from embed.checkpoints import export
 
 TEXTS = ["parse the config file", "a list of numbers", "open a vector index and search"]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(
-        export.export(
-            tmp_path_factory.mktemp("export") / "model", small.params(), small.config(), small.tokenizer(),
-            embedding={"matryoshka": [8, 32], "separator": True, "max_length": None}, provenance={},
-        )
-    )  # fmt: skip
+    return str(small.write_model(tmp_path_factory.mktemp("export") / "model"))
 
 
 @pytest.fixture
@@ -87,7 +81,7 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "nowhere", "--corpus", "{corpus}"], "expected an exported model"),
+        (["--model", "nowhere", "--corpus", "{corpus}"], "expected a model folder"),
         (["--model", "{model}", "--corpus", "nowhere"], "no file nowhere"),
         (["--model", "{model}", "--corpus", "{corpus}", "--truncate_dim", "99"], "truncate_dim=99 must be in 1..32"),
         (["--model", "{model}", "--corpus", "{corpus}", "--top", "0"], "k=0 must be positive"),

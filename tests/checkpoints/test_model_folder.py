@@ -16,13 +16,10 @@ from huggingface_hub.utils import filter_repo_objects
 from small import edit_config, random_params
 
 from embed import inference, tokenizers
-from embed.checkpoints import converted, export, huggingface, training_state
-from embed.checkpoints.card import model_card
-from embed.cli import main
-from embed.inference.encoder import read_model
+from embed.checkpoints import model_folder, names, settings
 from embed.models import transformer
 
-EMBEDDING = {"matryoshka": [16, 32], "separator": False, "max_length": None}
+EMBEDDING = {"matryoshka": [16, 32], "separator": False, "contextual": False, "max_length": None}
 TEXTS = small.sentences(9, seed=3)
 
 
@@ -39,16 +36,7 @@ def config(tokenizer):
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory, tokenizer, config):
     folder = tmp_path_factory.mktemp("hf") / "encoder"
-    return huggingface.write(
-        folder,
-        random_params(config),
-        config,
-        tokenizer,
-        layout="sentence-transformers",
-        embedding=EMBEDDING,
-        provenance={},
-        card="c",
-    )
+    return small.write_model(folder, random_params(config), config, tokenizer, embedding=EMBEDDING)
 
 
 def rewrite(folder, change, dtype=None):
@@ -59,21 +47,29 @@ def rewrite(folder, change, dtype=None):
 
 
 @pytest.fixture
-def folder(encoder_folder, tmp_path):
-    return shutil.copytree(encoder_folder, tmp_path / "copy")
+def exported(encoder_folder, tmp_path):
+    """A copy of an export, to be changed."""
+    return shutil.copytree(encoder_folder, tmp_path / "exported")
 
 
 @pytest.fixture
-def causal(folder, config):
+def folder(encoder_folder, tmp_path):
+    """The same model as somebody else's folder."""
+    return small.foreign(shutil.copytree(encoder_folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def causal(exported, config):
     """The same weights as a causal language model in two files, with a head of its own."""
-    return small.make_causal(folder, random_params(dataclasses.replace(config, tied=False)))
+    return small.make_causal(exported, random_params(dataclasses.replace(config, tied=False)))
 
 
 def test_what_was_written_is_read_bit_for_bit(encoder_folder, config):
-    checkpoint = huggingface.open_checkpoint(encoder_folder)
-    assert (checkpoint.config, checkpoint.causal, checkpoint.embedding) == (config, False, EMBEDDING)
-    want = export.flatten(random_params(config))
-    for name, got in export.flatten(checkpoint.params()).items():
+    checkpoint = model_folder.open_model(encoder_folder)
+    assert (checkpoint.config, checkpoint.causal) == (config, False)
+    assert checkpoint.embedding == EMBEDDING | {"tanh": False} and checkpoint.source == str(encoder_folder)
+    want = names.flatten(random_params(config))
+    for name, got in names.flatten(checkpoint.params()).items():
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, want[name])
 
@@ -83,24 +79,22 @@ def test_an_encoder_folder_embeds_as_the_parameters_it_was_written_from(encoder_
     got = inference.load(encoder_folder)
     np.testing.assert_array_equal(got.encode(TEXTS), want.encode(TEXTS))
     np.testing.assert_array_equal(got.encode(TEXTS, precision="int8"), want.encode(TEXTS, precision="int8"))
-    assert got.matryoshka == (16, 32) and got.digest == huggingface.open_checkpoint(encoder_folder).digest
+    assert got.matryoshka == (16, 32) and got.digest == model_folder.open_model(encoder_folder).digest
 
 
 def test_a_sentencepiece_model_travels_along(tmp_path):
-    huggingface.write(
-        tmp_path / "m", small.params(), small.config(), small.tokenizer(), layout="sentence-transformers",
-        embedding=EMBEDDING, provenance={}, card="",
-    )  # fmt: skip
-    np.testing.assert_array_equal(inference.load(tmp_path / "m").encode(TEXTS), small.encoder().encode(TEXTS))
+    model = inference.load(small.write_model(tmp_path / "m"))
+    np.testing.assert_array_equal(model.encode(TEXTS), small.encoder().encode(TEXTS))
+    assert model.tokenizer.digest == small.tokenizer().digest
 
 
 def test_causal_tensors_come_back_bit_for_bit_in_their_own_names_and_type(causal, config):
-    checkpoint = huggingface.open_checkpoint(causal)
+    checkpoint = model_folder.open_model(causal)
     assert checkpoint.causal and checkpoint.config == dataclasses.replace(config, tied=False)
     assert len(set(checkpoint.tensors.values())) == 2
     for dtype in (np.float32, ml_dtypes.bfloat16):
-        original = {n: x.astype(dtype) for n, x in huggingface.tensors(random_params(checkpoint.config), "model.")}
-        again = dict(huggingface.tensors(checkpoint.params(dtype=dtype), "model."))
+        original = {n: x.astype(dtype) for n, x in names.tensors(random_params(checkpoint.config), "model.")}
+        again = dict(names.tensors(checkpoint.params(dtype=dtype), "model."))
         assert again.keys() == original.keys() and "lm_head.weight" in again
         for name, x in again.items():
             np.testing.assert_array_equal(x, original[name])
@@ -108,26 +102,26 @@ def test_causal_tensors_come_back_bit_for_bit_in_their_own_names_and_type(causal
 
 def test_a_tied_model_may_carry_its_head_if_it_is_the_table(folder, config):
     rewrite(folder, lambda t: {**t, "lm_head.weight": t["embed_tokens.weight"]})
-    assert "head" not in huggingface.open_checkpoint(folder).params()
+    assert "head" not in model_folder.open_model(folder).params()
     rewrite(folder, lambda t: {**t, "lm_head.weight": t["lm_head.weight"] + 1})
     with pytest.raises(ValueError, match="tie_word_embeddings is true, but lm_head.weight differs"):
-        huggingface.open_checkpoint(folder)
+        model_folder.open_model(folder)
 
 
 def test_bfloat16_files_are_read_exactly(folder):
     rewrite(folder, lambda t: t, ml_dtypes.bfloat16)
     want = safetensors.numpy.load_file(folder / "model.safetensors")["norm.weight"].astype(np.float32)
-    np.testing.assert_array_equal(huggingface.open_checkpoint(folder).params()["norm"], want)
+    np.testing.assert_array_equal(model_folder.open_model(folder).params()["norm"], want)
 
 
 def test_a_causal_folder_is_refused_by_load_with_what_to_do(causal):
-    with pytest.raises(ValueError, match="is a causal language model, not an encoder: `embed convert .* OUTPUT`"):
+    with pytest.raises(ValueError, match="is a causal language model, not an encoder: it can be the `init` of a stage"):
         inference.load(causal)
 
 
 def released(folder, kind):
     edit_config(
-        folder, model_type="bidirectional_pplx_qwen3", is_causal=None, embed=None,
+        folder, model_type="bidirectional_pplx_qwen3", is_causal=None,
         auto_map={"AutoConfig": "configuration.PPLXQwen3Config", "AutoModel": f"modeling.{kind}"},
     )  # fmt: skip
     return folder
@@ -165,56 +159,6 @@ def test_the_released_dense_model_joins_chunks_bare(folder):
     assert not inference.load(released(folder, "PPLXQwen3Model")).separator
 
 
-@pytest.mark.parametrize("contextual", [False, True])
-def test_the_pplx_layout_has_the_names_and_fields_of_the_release(contextual, tmp_path, config, tokenizer):
-    path = huggingface.write(
-        tmp_path / "m", random_params(config), config, tokenizer, layout="pplx", card="", provenance={},
-        embedding=EMBEDDING | {"separator": contextual},
-    )  # fmt: skip
-    fields = json.loads((path / "config.json").read_text())
-    assert fields["architectures"] == ["PPLXQwen3Model"] and fields["model_type"] == "bidirectional_pplx_qwen3"
-    model = "PPLXQwen3ContextualModel" if contextual else "PPLXQwen3Model"
-    assert fields["auto_map"] == {"AutoConfig": "configuration.PPLXQwen3Config", "AutoModel": f"modeling.{model}"}
-    assert fields["use_bidirectional_attention"] is True and "is_causal" not in fields
-    modules = [m["type"] for m in json.loads((path / "modules.json").read_text())]
-    assert modules[-1] == "st_quantize.FlexibleQuantizer" and len(modules) == 3
-    shapes = {n: x.shape for n, x in safetensors.numpy.load_file(path / "model.safetensors").items()}
-    D, H, K, d, F, V = 32, 2, 1, 16, 48, config.vocab_size
-    layer = {
-        "input_layernorm": (D,), "self_attn.q_proj": (H * d, D), "self_attn.k_proj": (K * d, D),
-        "self_attn.v_proj": (K * d, D), "self_attn.o_proj": (D, H * d), "self_attn.q_norm": (d,),
-        "self_attn.k_norm": (d,), "post_attention_layernorm": (D,), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
-        "mlp.down_proj": (D, F),
-    }  # fmt: skip
-    want = {f"layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
-    assert shapes == {"embed_tokens.weight": (V, D), "norm.weight": (D,), **want}
-    assert inference.load(path).separator is contextual
-
-
-def test_the_real_shapes_have_as_many_tensors_as_the_release():
-    names = [dict(huggingface._their_shapes(transformer.make_config(s, 151936), "")) for s in ("0.6b", "4b")]
-    assert [len(n) for n in names] == [310, 398]
-    assert names[0]["layers.27.self_attn.o_proj.weight"] == (1024, 2048)
-    assert sum(int(np.prod(s)) for s in names[0].values()) == 596_049_920
-
-
-def test_large_checkpoints_are_written_in_several_files(tmp_path, config, tokenizer, monkeypatch):
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 20_000)
-    params = random_params(config)
-    path = huggingface.write(
-        tmp_path / "m",
-        params,
-        config,
-        tokenizer,
-        layout="sentence-transformers",
-        embedding=EMBEDDING,
-        provenance={},
-        card="",
-    )
-    assert len(list(path.glob("model-*-of-*.safetensors"))) > 2
-    np.testing.assert_array_equal(huggingface.open_checkpoint(path).params()["norm"], params["norm"])
-
-
 def test_everything_that_is_wrong_is_listed_in_one_error(folder):
     def change(arrays):
         arrays["extra.weight"] = arrays.pop("norm.weight")
@@ -224,7 +168,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error(folder):
 
     rewrite(folder, change)
     with pytest.raises(ValueError) as error:
-        huggingface.open_checkpoint(folder)
+        model_folder.open_model(folder)
     for part in (
         "tensor norm.weight is missing", "tensor extra.weight is not part of this architecture",
         "tensor layers.1.mlp.up_proj.weight has shape [32, 48], expected [48, 32]",
@@ -254,36 +198,33 @@ def test_everything_that_is_wrong_is_listed_in_one_error(folder):
         (dict(num_hidden_layers=0), "num_hidden_layers=0, expected a positive whole number"),
         (dict(num_hidden_layers=2.0), "num_hidden_layers=2.0, expected a positive whole number"),
         (dict(rms_norm_eps=float("inf")), "rms_norm_eps=inf, expected a positive number"),
-        (dict(embed={"separator": True}), "the embedding section lacks matryoshka; .* lacks max_length"),
-        (dict(embed={"separator": "no", "matryoshka": [], "max_length": None}), "separator is 'no', expected true or"),
-        (dict(embed=3), "config.json has embed=3, expected an object"),
         (dict(num_attention_heads=3, num_key_value_heads=2), "num_heads=3 must be a multiple of num_kv_heads=2"),
     ],
 )
 def test_another_architecture_is_refused(fields, message, folder):
     edit_config(folder, **fields)
     with pytest.raises(ValueError, match=message):
-        huggingface.open_checkpoint(folder)
+        model_folder.open_model(folder)
 
 
 def test_truncated_files_pickles_and_paths_that_leave_the_folder_are_refused(folder, causal):
     path = causal / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="model-00001-of-00002.safetensors is truncated or damaged"):
-        huggingface.open_checkpoint(causal)
+        model_folder.open_model(causal)
     path.unlink()
     with pytest.raises(ValueError, match="model-00001-of-00002.safetensors is missing"):
-        huggingface.open_checkpoint(causal)
+        model_folder.open_model(causal)
     index = causal / "model.safetensors.index.json"
     for name in ("../model.safetensors", "/etc/passwd", "a/b.safetensors", ".."):
         index.write_text(json.dumps({"weight_map": {"norm.weight": name}}))
         with pytest.raises(ValueError, match="which is not a file of this folder"):
-            huggingface.open_checkpoint(causal)
+            model_folder.open_model(causal)
     for file in causal.glob("model*"):
         file.unlink()
     (causal / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="no .safetensors file; pytorch_model.bin is a pickle"):
-        huggingface.open_checkpoint(causal)
+        model_folder.open_model(causal)
 
 
 def test_a_hub_id_is_found_in_the_cache_without_a_network(encoder_folder, tmp_path):
@@ -320,15 +261,15 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(encoder_folder, tmp_pa
 # Forced host devices must be set before jax starts.
 SHARDED = """
     import jax, numpy as np, sys
-    from embed.checkpoints import export, huggingface
+    from embed.checkpoints import model_folder, names
     from embed.models.transformer import abstract_params
     from embed.models import sharding
 
-    checkpoint = huggingface.open_checkpoint(sys.argv[1])
+    checkpoint = model_folder.open_model(sys.argv[1])
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=1, devices=jax.devices()[:4])
     for mesh in (mesh, sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])):
         shardings = sharding.parameter_shardings(mesh, abstract_params(checkpoint.config))
-        whole, parts = export.flatten(checkpoint.params()), export.flatten(checkpoint.params(shardings))
+        whole, parts = names.flatten(checkpoint.params()), names.flatten(checkpoint.params(shardings))
         assert not parts["layers.gate"].sharding.is_fully_replicated
         for name, x in parts.items():
             np.testing.assert_array_equal(np.asarray(x), whole[name])
@@ -345,99 +286,9 @@ def test_tensors_go_straight_into_their_shards(encoder_folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_convert_makes_a_checkpoint_that_says_what_it_is(causal, tmp_path, capsys, dtype):
-    assert main(["convert", str(causal), str(tmp_path / "out"), f"--dtype={dtype}"]) == 0
-    assert f"{dtype}, causal" in capsys.readouterr().out
-    checkpoint = huggingface.open_checkpoint(causal)
-    info = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert info["source"]["causal"] and info["source"]["digest"] == checkpoint.digest
-    abstract = transformer.abstract_params(checkpoint.config)
-    restored = training_state.load_params(tmp_path / "out" / "checkpoints", abstract)
-    for name, x in export.flatten(restored).items():
-        want = export.flatten(checkpoint.params(dtype=dtype))[name].astype(np.float32)
-        np.testing.assert_array_equal(x, want)
-    tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer")
-    converted.check(tmp_path / "out", dataclasses.asdict(checkpoint.config), tokenizer)
-    wrong = dataclasses.asdict(checkpoint.config) | {"num_layers": 3}
-    with pytest.raises(
-        ValueError, match="config.model.num_layers is 3, the checkpoint's 2; the run's tokenizer is .*mask_id"
-    ):
-        converted.check(tmp_path / "out", wrong, small.tokenizer())
-    other = tokenizers.load(tmp_path / "out" / "tokenizer", mask_id=5)
-    with pytest.raises(ValueError, match="the run's tokenizer is .*'mask_id': 5"):
-        converted.check(tmp_path / "out", {}, other)
-
-
-def test_convert_replaces_what_it_wrote_and_nothing_else_and_says_so_before_it_reads(
-    causal, tmp_path, capsys, monkeypatch
-):
-    for _ in range(2):
-        assert main(["convert", str(causal), str(tmp_path / "out")]) == 0
-    (tmp_path / "web").mkdir()
-    (tmp_path / "web" / "model.json").write_text("{}")
-    monkeypatch.setattr(huggingface.Checkpoint, "params", lambda *_: pytest.fail("weights were read"))
-    assert main(["convert", str(causal), str(tmp_path / "web")]) == 2
-    assert "exists and was not written by this command" in capsys.readouterr().err
-    assert (tmp_path / "web" / "model.json").read_text() == "{}"
-
-
-def test_convert_takes_a_mask_and_refuses_one_outside_the_table(causal, tmp_path, capsys, config):
-    assert main(["convert", str(causal), str(tmp_path / "out"), "--mask_id=7"]) == 0
-    assert tokenizers.load(tmp_path / "out" / "tokenizer").mask_id == 7
-    assert main(["convert", str(causal), str(tmp_path / "out"), f"--mask_id={config.vocab_size}"]) == 2
-    assert f"mask_id={config.vocab_size} is behind the {config.vocab_size} rows" in capsys.readouterr().err
-
-
-def test_export_turns_one_layout_into_another(encoder_folder, tmp_path, capsys):
-    assert main(["export", f"--model={encoder_folder}", f"--output={tmp_path / 'native'}"]) == 0
-    assert main(["export", f"--model={tmp_path / 'native'}", f"--output={tmp_path / 'back'}", "--format=pplx"]) == 0
-    want = inference.load(encoder_folder).encode(TEXTS)
-    for name in ("native", "back"):
-        np.testing.assert_array_equal(inference.load(tmp_path / name).encode(TEXTS), want)
-        assert (tmp_path / name / "README.md").read_text().startswith("---\n")
-    assert main(["export", f"--model={encoder_folder}", f"--output={tmp_path / 'x'}", "--format=gguf"]) == 2
-    assert "format 'gguf' must be one of native, sentence-transformers, pplx, onnx" in capsys.readouterr().err
-
-
-def test_a_card_says_what_the_run_knows_and_that_the_rest_is_unknown(config):
-    run = {
-        "stages": {"pair": {"init": "", "curriculum": [(400, "pairs")]}}, "data": {"gin_file": "data.gin"},
-        "merge": {"ratio": 0.8}, "export": {"languages": ["en"], "license": "mit"},
-    }  # fmt: skip
-    provenance = {
-        "checkpoint": "merged", "config": run, "commit": "abc", "figures": {"functions": {"int8": {"ndcg@10": 0.4567}}},
-        "source": {"path": "someone/model", "revision": "v2", "digest": "123"},
-    }  # fmt: skip
-    card = model_card(config, EMBEDDING, provenance, layout="sentence-transformers")
-    head = card.split("---\n")[1]
-    assert head.splitlines()[:4] == ["language:", '- "en"', 'license: "mit"', "library_name: sentence-transformers"]
-    for part in ("| pair | random init | 400 of pairs |", "0.8 of the way", "| functions | int8 | 0.457 |", "16, 32",
-                 "Made from someone/model at revision v2 (sha256 123)."):  # fmt: skip
-        assert part in card
-    bare = model_card(config, EMBEDDING | {"matryoshka": []}, {}, layout="native")
-    assert "license:" not in bare and "| license | unknown |" in bare and "commit unknown" in bare
-
-
-def test_what_a_model_says_of_its_run_stays_with_it_through_every_layout(encoder_folder, tmp_path):
-    run = {"commit": "abc", "checkpoint": "pair", "figures": {"functions": {"int8": {"ndcg@10": 0.25}}}}
-    params, config, tokenizer, how, _ = read_model(encoder_folder)
-    path = huggingface.write(
-        tmp_path / "a", params, config, tokenizer, layout="pplx", embedding=how, provenance=run, card=""
-    )
-    for layout in ("native", "sentence-transformers"):
-        assert main(["export", f"--model={path}", f"--output={tmp_path / layout}", f"--format={layout}"]) == 0
-        path = tmp_path / layout
-        card = (path / "README.md").read_text()
-        assert "commit abc" in card and "| functions | int8 | 0.250 |" in card
-
-
 def test_a_table_with_exactly_the_rows_of_the_tokenizer_embeds(tmp_path, tokenizer):
     exact = transformer.make_config("micro", tokenizer.vocab_size)
-    path = huggingface.write(
-        tmp_path / "m", random_params(exact), exact, tokenizer, layout="sentence-transformers", embedding=EMBEDDING,
-        provenance={}, card="",
-    )  # fmt: skip
+    path = small.write_model(tmp_path / "m", random_params(exact), exact, tokenizer)
     assert inference.load(path).encode(TEXTS).shape == (len(TEXTS), 32)
 
 
@@ -468,7 +319,6 @@ def write_json(path, content):
     ],
 )
 def test_a_folder_that_makes_its_vectors_otherwise_is_refused(folder, file, content, message):
-    edit_config(folder, embed=None)
     assert inference.load(folder).max_length == 32768
     write_json(folder / file, content)
     with pytest.raises(ValueError, match=message):
@@ -476,7 +326,6 @@ def test_a_folder_that_makes_its_vectors_otherwise_is_refused(folder, file, cont
 
 
 def test_a_tokenizer_that_adds_tokens_and_a_shorter_limit_are_heard(folder):
-    edit_config(folder, embed=None)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     write_json(folder / "tokenizer_config.json", config | {"model_max_length": 8})
     assert inference.load(folder).max_length == 8
@@ -494,27 +343,13 @@ def test_a_tokenizer_that_adds_tokens_and_a_shorter_limit_are_heard(folder):
         inference.load(folder)
 
 
-def test_an_export_replaces_what_it_wrote_but_not_what_others_made_of_it(folder, tmp_path, capsys):
-    export = ["export", f"--model={folder}", f"--output={tmp_path / 'out'}", "--format=sentence-transformers"]
-    assert main(export) == main(export) == 0
-    edit_config(tmp_path / "out", transformers_version="6")  # as a program does that saves a tuned model there
-    assert main(export) == 2
-    assert "exists and was not written by this command" in capsys.readouterr().err
-    assert main(["export", f"--model={folder}", f"--output={folder}"]) == 2
-    assert "is the model itself" in capsys.readouterr().err
-
-
 def test_what_a_hub_repository_is_filtered_to_is_all_that_load_needs(encoder_folder, tmp_path):
-    native = tmp_path / "native"
-    embedding = dict(embedding=EMBEDDING, provenance={})
-    export.export(native, small.params(), small.config(), small.tokenizer(), **embedding)
-    for source in (native, encoder_folder):
-        names = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()]
-        names += ["fp8/model.safetensors", "modeling.py", "pytorch_model.bin"]
-        kept = set(
-            filter_repo_objects(names, allow_patterns=huggingface.FILES, ignore_patterns=huggingface.OTHER_FILES)
-        )
-        assert not kept & set(names[-3:])
+    tanh = small.write_model(tmp_path / "tanh", tanh=True)
+    for source in (encoder_folder, tanh):
+        files = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()]
+        files += ["fp8/model.safetensors", "modeling.py", "pytorch_model.bin"]
+        kept = set(filter_repo_objects(files, allow_patterns=model_folder.FILES))
+        assert not kept & set(files[-3:])
         copy = tmp_path / f"{source.name}-copy"
         for name in kept:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -522,15 +357,122 @@ def test_what_a_hub_repository_is_filtered_to_is_all_that_load_needs(encoder_fol
         np.testing.assert_array_equal(inference.load(copy).encode(TEXTS), inference.load(source).encode(TEXTS))
 
 
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+CHANGES = {
+    "model.safetensors was changed; delete embed.json to read": lambda f: flip_a_byte(f / "model.safetensors"),
+    "tokenizer.json was changed; delete embed.json to read": lambda f: (f / "tokenizer.json").write_text(
+        (f / "tokenizer.json").read_text() + " "
+    ),
+    "config.json was changed; delete embed.json to read": lambda f: edit_config(f, transformers_version="6"),
+    "config.json was changed; export it again": lambda f: edit_config(f, hidden_size=64),
+    "1_Pooling/config.json was changed; export it again": lambda f: write_json(
+        f / "1_Pooling" / "config.json", {"pooling_mode": "cls"}
+    ),
+    "model.safetensors is missing; export it again": lambda f: (f / "model.safetensors").unlink(),
+    "modules.json is missing; delete embed.json to read": lambda f: (f / "modules.json").unlink(),
+    "extra.safetensors was added; export it again": lambda f: safetensors.numpy.save_file(
+        {"x": np.zeros(1, np.float32)}, f / "extra.safetensors"
+    ),
+    "sentencepiece.model was added; ": lambda f: small.tokenizer().save(f),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_an_export_that_does_not_stand_as_it_was_written_is_refused_by_the_file(message, exported):
+    CHANGES[message](exported)
+    with pytest.raises(ValueError, match=f"exported does not stand as it was exported: {message}"):
+        model_folder.open_model(exported)
+
+
+def test_deleting_embed_json_does_what_the_error_says(exported):
+    edit_config(exported, transformers_version="6")
+    assert small.foreign(exported) and model_folder.open_model(exported).embedding["matryoshka"] == []
+
+
+def test_files_that_change_no_vector_may_be_added(exported):
+    (exported / "LICENSE").write_text("MIT")
+    (exported / "README.md").write_text("better words")
+    assert model_folder.open_model(exported).embedding["matryoshka"] == [16, 32]
+
+
+@pytest.mark.parametrize(
+    "document, message",
+    [
+        ("{", "embed.json is not JSON"),
+        ("[]", "embed.json is not what `embed export` writes: it has no files"),
+        ('{"files": {}, "embedding": 3}', "embedding is 3, expected an object"),
+        ('{"files": {}, "embedding": {"separator": 1}}', "embedding lacks matryoshka; .*lacks contextual"),
+    ],
+)
+def test_a_wrong_embed_json_is_one_sentence(document, message, exported):
+    (exported / "embed.json").write_text(document)
+    if "embedding" in document:  # with the digests of the files
+        files = settings.digests(exported, [p.name for p in exported.iterdir() if p.is_file() and p.name != "embed.json"])
+        (exported / "embed.json").write_text(json.dumps(json.loads(document) | {"files": files}))
+    with pytest.raises(ValueError, match=message):
+        model_folder.open_model(exported)
+
+
+def test_a_digest_is_that_of_the_content_wherever_it_lies(encoder_folder, exported, folder, tmp_path, config, tokenizer):
+    digest = model_folder.open_model(encoder_folder).digest
+    assert len(digest) == 64 and model_folder.open_model(exported).digest == digest
+    other = {"separator": True}
+    changed = small.write_model(tmp_path / "s", random_params(config), config, tokenizer, embedding=EMBEDDING | other)
+    foreign = model_folder.open_model(folder).digest
+    rewrite(folder, lambda t: {**t, "norm.weight": t["norm.weight"] + 1})
+    digests = {digest, model_folder.open_model(changed).digest, foreign, model_folder.open_model(folder).digest}
+    assert len(digests) == 4
+    once = model_folder.open_model(folder).digest
+    write_json(folder / "tokenizer_config.json", json.loads((folder / "tokenizer_config.json").read_text()) | {"x": 1})
+    assert model_folder.open_model(folder).digest != once
+
+
+def test_is_model_asks_for_a_config_with_a_model_type(encoder_folder, tmp_path):
+    assert model_folder.is_model(encoder_folder) and not model_folder.is_model(tmp_path / "nowhere")
+    for content in ("{}", "3", "{"):
+        (tmp_path / "config.json").write_text(content)
+        assert not model_folder.is_model(tmp_path)
+
+
+def test_a_folder_in_a_bucket_is_read_as_one_on_a_disk(bucket, encoder_folder, config, tokenizer):
+    url = f"{bucket}/model-folder/m"
+    assert not model_folder.is_model(url)
+    with pytest.raises(FileNotFoundError, match="there is no folder gs://"):
+        model_folder.open_model(url)
+    for scale in (2, 1):  # the second replaces the first
+        params = jax.tree.map(lambda x, scale=scale: x * np.float32(scale), random_params(config))
+        settings_ = dict(embedding=EMBEDDING, provenance={"checkpoint": "pair"})
+        small.export.write(url, params, config, tokenizer, **settings_)
+    model = model_folder.open_model(url)
+    assert model_folder.is_model(url) and model.source == url and model.provenance["checkpoint"] == "pair"
+    assert model.digest == model_folder.open_model(encoder_folder).digest
+    for name, got in names.flatten(model.params()).items():
+        np.testing.assert_array_equal(got, names.flatten(random_params(config))[name])
+    np.testing.assert_array_equal(inference.load(url).encode(TEXTS), inference.load(encoder_folder).encode(TEXTS))
+    assert tokenizers.load(url).digest == tokenizer.digest
+    copy = model.folder
+    assert copy.is_dir()
+    del model
+    assert not copy.exists()
+    (small.export.paths.path(url) / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds thesis.tex, which no export wrote"):
+        small.export.write(url, params, config, tokenizer, **settings_)
+
+
 def test_a_causal_model_without_a_head_is_taken_as_tied(causal):
     edit_config(causal, architectures=["Qwen3Model"])
-    assert not huggingface.open_checkpoint(causal).config.tied  # its head is there
+    assert not model_folder.open_model(causal).config.tied  # its head is there
     where = json.loads((causal / "model.safetensors.index.json").read_text())["weight_map"]
     file = causal / where["lm_head.weight"]
     arrays = safetensors.numpy.load_file(file)
     del arrays["lm_head.weight"]
     safetensors.numpy.save_file(arrays, file)
-    assert huggingface.open_checkpoint(causal).config.tied
+    assert model_folder.open_model(causal).config.tied
     edit_config(causal, architectures=["Qwen3ForCausalLM"])
     with pytest.raises(ValueError, match="tensor lm_head.weight is missing"):
-        huggingface.open_checkpoint(causal)
+        model_folder.open_model(causal)

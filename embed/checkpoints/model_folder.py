@@ -1,0 +1,288 @@
+"""Model folders, as the Hugging Face hub has them, read: Qwen3, ours and pplx-embed (arXiv 2602.11151).
+
+    model = model_folder.open_model("Qwen/Qwen3-0.6B-Base")
+    params = model.params(shardings)
+
+A folder holds config.json, *.safetensors and a tokenizer. Three kinds are read: `qwen3`, a causal language model;
+`qwen3` with `"is_causal": false`, an encoder, as `embed.checkpoints.export` writes it; `bidirectional_pplx_qwen3`, an encoder,
+dense or contextual. Nothing but safetensors is read and no code of a folder is run.
+"""
+
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import re
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, for safetensors
+import numpy as np
+import safetensors
+
+from embed import paths, tokenizers
+from embed.checkpoints import model_config, names, settings
+from embed.checkpoints.names import CONFIG, INDEX, INPUTS, NAMES, PPLX
+from embed.models.transformer import TransformerConfig, abstract_params
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Of a repository: no code, no pickle, no other format, no weights but those at its root and those of a tanh.
+FILES = ["*.json", "model*.safetensors", "2_Dense/*.safetensors", *tokenizers.SENTENCEPIECE_FILES]
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+
+
+def resolve(source, revision: str | None = None, files=FILES) -> Path:
+    """The local folder of a model: `source` itself, or the snapshot of a hub id "owner/name" in the local cache.
+
+    A hub id is downloaded by huggingface_hub unless it is in the cache; HF_HUB_OFFLINE=1 downloads nothing.
+    `revision` is a branch, tag or commit of a hub id. FileNotFoundError says why there is none.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is for a hub id, {source} is a folder")
+        return folder
+    if not HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(
+            f"there is no folder {source}: expected a model folder, or a hub id in the form owner/name"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=files))
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"there is no folder {source}, and {source}{at} cannot be had from the hub: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def is_model(path) -> bool:
+    """Whether a folder, on a disk or in a bucket, has a config.json that names a kind of model."""
+    try:
+        return "model_type" in paths.read_json(paths.path(path) / CONFIG)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def open_model(source, revision: str | None = None) -> "ModelFolder":
+    """Check a model and read its config, but no tensor yet.
+
+    `source` is a folder, one in a bucket (gs://, copied to this machine for as long as what is returned lives) or the id of a
+    repository on the hub, owner/name, at its `revision`. A folder with embed.json must stand as it was exported.
+
+    FileNotFoundError where there is none; everything that is wrong with one is listed in one ValueError.
+    """
+    with contextlib.ExitStack() as stack:
+        if paths.is_bucket(source):
+            if revision is not None:
+                raise ValueError(f"revision={revision!r} is for a hub id, {source} is a folder")
+            if not paths.path(source).is_dir():
+                raise FileNotFoundError(f"there is no folder {source}: expected a model folder")
+            wanted = [*FILES, settings.FILE, settings.CARD]
+            folder = stack.enter_context(
+                paths.local(source, lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+            )
+        else:
+            folder = resolve(source, revision)
+        model = _open(str(source), folder)
+        weakref.finalize(model, stack.pop_all().close)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A checked folder: every tensor is there, has its shape and can be read."""
+
+    source: str  # as `open_model` was given it
+    folder: Path
+    config: TransformerConfig
+    causal: bool
+    embedding: dict  # settings.EMBEDDING: matryoshka, separator, contextual, tanh, max_length
+    provenance: dict  # what an export of ours says of its run; {} for the folders of others
+    tensors: Mapping[str, Path]  # their name -> file
+    prefix: str  # before their names, all but the head
+    exported: Mapping[str, str] | None  # {name: sha256} of embed.json, verified
+
+    def params(self, shardings=None, dtype=np.float32) -> dict:
+        """The parameter tree, float32 or bfloat16, one array after the other straight into its shards.
+
+        `shardings` is a tree like the parameters', None for this process's first device. Beside the arrays themselves
+        no more is held than the blocks of one array that go to this process's devices.
+        """
+        abstract = names.flatten(abstract_params(self.config))
+        if shardings is None:
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            shardings = names.unflatten(dict.fromkeys(abstract, device))
+        shardings = names.flatten(shardings)
+        arrays = {}
+        for name, leaf in abstract.items():
+
+            def read(index, name=name, shape=leaf.shape):
+                return self._block(name, shape, index, dtype)
+
+            arrays[name] = jax.make_array_from_callback(leaf.shape, shardings[name], read)
+        return names.unflatten(arrays)
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The folder's tokenizer."""
+        return tokenizers.load(self.folder)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 (hex) over weights, tokenizer and settings: all that changes a vector."""
+        files = self.exported
+        if files is None:
+            pooling = [str(path.relative_to(self.folder)) for path in self.folder.glob("*_*/config.json")]
+            there = [name for name in settings.READ if (self.folder / name).is_file()]
+            files = settings.digests(self.folder, {*there, *pooling, *(f.name for f in self.tensors.values())})
+        how = {name: value for name, value in self.embedding.items() if name != "matryoshka"}
+        return hashlib.sha256(json.dumps([dict(files), how], sort_keys=True).encode()).hexdigest()
+
+    def _block(self, name: str, shape: tuple, index: tuple, dtype) -> np.ndarray:
+        """The part `index` of our array `name`."""
+        ranges = [range(n)[part] for n, part in zip(shape, index)]
+        out = np.empty([len(r) for r in ranges], dtype)
+        if not name.startswith("layers."):
+            out[...] = self._read(NAMES[name], tuple(slice(r.start, r.stop) for r in ranges))
+            return out
+        layers, *ranges = ranges
+        split = INPUTS.get(name, 0)
+        parts = [_merge(shape[1:][a:b], ranges[a:b]) for a, b in ((split, None), (0, split)) if ranges[a:b]]
+        for i, layer in enumerate(layers):
+            out[i] = self._read(NAMES[name].format(layer), tuple(parts)).T.reshape(out.shape[1:])
+        return out
+
+    def _read(self, name: str, part: tuple) -> np.ndarray:
+        name = name if name == NAMES["head"] else self.prefix + name
+        # Opened anew for each tensor: pages of a mapped file count as this process's memory until it is closed.
+        with safetensors.safe_open(self.tensors[name], framework="numpy") as file:
+            return file.get_slice(name)[part]
+
+
+def _merge(shape: tuple, ranges: list[range]) -> slice:
+    """The slice of dimensions that are one dimension in their matrix: only the first may be a part of its whole."""
+    inner = int(np.prod(shape[1:], dtype=int))
+    if any(len(r) != n for r, n in zip(ranges[1:], shape[1:])):
+        raise ValueError(f"cannot read the part {ranges} of {shape}: only its first dimension may be split")
+    return slice(ranges[0].start * inner, ranges[0].stop * inner)
+
+
+def _open(source: str, folder: Path) -> ModelFolder:
+    """A folder, checked against its embed.json if it has one."""
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}")
+    document = settings.read(folder)
+    if document is None:
+        return _read_folder(source, folder, None)
+    if changes := settings.differences(folder, document["files"]):
+        try:
+            _read_folder(source, folder, None)
+            advice = f"delete {settings.FILE} to read it as somebody else's folder"
+        except ValueError:
+            advice = "export it again"
+        raise ValueError(f"{source} does not stand as it was exported: {'; '.join(changes)}; {advice}")
+    return _read_folder(source, folder, document)
+
+
+def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolder:
+    """A folder with `document`, its embed.json, or as somebody else's."""
+    try:
+        fields = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON ({error})") from None
+    config, problems = model_config.read(fields)
+    causal = bool(config) and fields["model_type"] != PPLX and fields.get("is_causal", True) is not False
+    if document is not None:
+        embedding = document.get("embedding")
+        problems += [f"{settings.FILE}: {p}" for p in settings.problems(embedding, config)] if config else []
+    else:
+        embedding, how_problems = model_config.read_embedding(fields if isinstance(fields, dict) else {}, folder)
+        problems += [] if causal else how_problems  # how a causal model's texts become vectors is not taken over
+    files, file_problems = _tensor_files(folder)
+    problems += file_problems
+    tensors, shapes, types = {}, {}, {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():
+                    part = opened.get_slice(name)
+                    if name in tensors:
+                        problems.append(f"tensor {name} is in {tensors[name].name} and in {file.name}")
+                    if part.get_dtype() not in DTYPES:
+                        problems.append(f"tensor {name} is {part.get_dtype()}, expected {', '.join(DTYPES)}")
+                    tensors[name], shapes[name], types[name] = file, tuple(part.get_shape()), part.get_dtype()
+        except safetensors.SafetensorError as error:
+            problems.append(f"{file.name} is truncated or damaged ({error})")
+    prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
+    headless = fields.get("architectures") == ["Qwen3Model"] if config else False
+    if (
+        config and (headless or not causal) and NAMES["head"] not in tensors
+    ):  # none is meant, whatever tie_word_embeddings says
+        config = dataclasses.replace(config, tied=True)
+    if config:
+        # A tied model may carry its head all the same: it must be the embedding table itself.
+        copy = NAMES["head"] if config.tied and NAMES["head"] in tensors else None
+        if not file_problems:
+            problems += _tensor_problems({n: s for n, s in shapes.items() if n != copy}, config, prefix)
+        table = prefix + NAMES["embedding"]
+        known = {name for name in (copy, table) if types.get(name) in DTYPES}
+        if known == {copy, table} and not _equal(tensors[copy], copy, tensors[table], table):
+            problems.append(f"tie_word_embeddings is true, but {copy} differs from {table}")
+    if problems:
+        raise ValueError(f"{folder} is not a model that can be read: " + "; ".join(problems))
+    document = document or {}
+    return ModelFolder(
+        source, folder, config, causal, dict(embedding), document.get("provenance") or {}, tensors, prefix,
+        document.get("files"),
+    )  # fmt: skip
+
+
+def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:
+    if (index := folder / INDEX).is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            return [], [f"{INDEX} has no weight_map"]
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
+    outside = [
+        str(name) for name in files if not isinstance(name, str) or name != os.path.basename(name) or ".." in name
+    ]
+    if outside:
+        return [], [f"{INDEX} names {name!r}, which is not a file of this folder" for name in outside]
+    missing = [name for name in files if not (folder / name).is_file()]
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} is not a safetensors file" for name in files if not name.endswith(".safetensors")]
+    if not files:
+        pickles = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+        )
+        found = f"; {', '.join(pickles)} is a pickle, which may run code when read" if pickles else ""
+        problems.append(f"there is no .safetensors file{found}")
+    return [] if problems else [folder / name for name in files], problems
+
+
+def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig, prefix: str) -> list[str]:
+    expected = names.shapes(config, prefix)
+    problems = [f"tensor {name} is missing" for name in expected if name not in shapes]
+    problems += [f"tensor {name} is not part of this architecture" for name in sorted(shapes.keys() - expected.keys())]
+    for name in expected.keys() & shapes.keys():
+        if shapes[name] != expected[name]:
+            problems.append(f"tensor {name} has shape {list(shapes[name])}, expected {list(expected[name])}")
+    return problems
+
+
+def _equal(a: Path, a_name: str, b: Path, b_name: str, rows: int = 4096) -> bool:
+    with safetensors.safe_open(a, framework="numpy") as left, safetensors.safe_open(b, framework="numpy") as right:
+        left, right = left.get_slice(a_name), right.get_slice(b_name)
+        if left.get_shape() != right.get_shape():
+            return False
+        total = left.get_shape()[0]
+        parts = [slice(i, min(i + rows, total)) for i in range(0, total, rows)]
+        return all(np.array_equal(left[part], right[part]) for part in parts)

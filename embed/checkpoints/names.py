@@ -1,0 +1,123 @@
+"""Our parameters and sizes under the names of Hugging Face's Qwen3, for reading and for writing.
+
+Theirs is a matrix [output, input] for each layer; ours keeps heads apart, [input, heads, head_dim], stacked over layers.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from embed import tokenizers
+from embed.models.transformer import TransformerConfig, abstract_params
+
+# A parameter of ours -> a tensor of theirs; {} is the layer. Causal models have "model." before all but the head.
+NAMES = {
+    "embedding": "embed_tokens.weight",
+    "layers.attention_norm": "layers.{}.input_layernorm.weight",
+    "layers.query": "layers.{}.self_attn.q_proj.weight",
+    "layers.key": "layers.{}.self_attn.k_proj.weight",
+    "layers.value": "layers.{}.self_attn.v_proj.weight",
+    "layers.query_norm": "layers.{}.self_attn.q_norm.weight",
+    "layers.key_norm": "layers.{}.self_attn.k_norm.weight",
+    "layers.output": "layers.{}.self_attn.o_proj.weight",
+    "layers.mlp_norm": "layers.{}.post_attention_layernorm.weight",
+    "layers.gate": "layers.{}.mlp.gate_proj.weight",
+    "layers.up": "layers.{}.mlp.up_proj.weight",
+    "layers.down": "layers.{}.mlp.down_proj.weight",
+    "norm": "norm.weight",
+    "head": "lm_head.weight",
+}
+# How many leading dimensions of a weight of ours are its input; no entry: not a matrix, the same on both sides.
+INPUTS = {
+    "layers.query": 1, "layers.key": 1, "layers.value": 1, "layers.output": 2, "layers.gate": 1, "layers.up": 1,
+    "layers.down": 1,
+}  # fmt: skip
+# A field of ours -> a field of their config.json.
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+PPLX = "bidirectional_pplx_qwen3"  # model_type of the released pplx-embed
+# What our encoder computes; a model that says otherwise is another architecture.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (tokenizers.HUGGINGFACE_FILE, tokenizers.CONFIG_FILE, *tokenizers.SENTENCEPIECE_FILES)
+
+
+def flatten(params: Mapping) -> dict:
+    """{path joined with ".": leaf} of a nested dict."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping) -> dict:
+    """The nested dict of which `flatten` gave `leaves`."""
+    params: dict = {}
+    for name, value in leaves.items():
+        *parents, leaf = name.split(".")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return params
+
+
+def _places(num_layers: int, head: bool, prefix: str) -> Iterator[tuple[str, str, int | None]]:
+    """(name of theirs, name of ours, layer or None) in the order of a forward pass."""
+    yield prefix + NAMES["embedding"], "embedding", None
+    for layer in range(num_layers):
+        for name, theirs in NAMES.items():
+            if name.startswith("layers."):
+                yield prefix + theirs.format(layer), name, layer
+    yield prefix + NAMES["norm"], "norm", None
+    if head:
+        yield NAMES["head"], "head", None
+
+
+def shapes(config: TransformerConfig, prefix: str = "") -> dict[str, tuple]:
+    """{name of theirs: shape}, in the order of `tensors`."""
+    ours, found = flatten(abstract_params(config)), {}
+    for theirs, name, layer in _places(config.num_layers, not config.tied, prefix):
+        shape = ours[name].shape if layer is None else ours[name].shape[1:]
+        if split := INPUTS.get(name):
+            shape = int(np.prod(shape[split:])), int(np.prod(shape[:split]))
+        found[theirs] = shape
+    return found
+
+
+def tensors(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) of theirs, one at a time in this process's memory, each in the dtype of its parameter.
+
+    Arrays may be sharded over devices and processes; then every process must draw all of them.
+    """
+    flat = flatten(params)
+    for theirs, name, layer in _places(flat["layers.gate"].shape[0], "head" in flat, prefix):
+        tensor = fetch(flat[name], layer)
+        if split := INPUTS.get(name):
+            tensor = np.ascontiguousarray(tensor.reshape(int(np.prod(tensor.shape[:split])), -1).T)
+        yield theirs, tensor
+
+
+def fetch(array, layer: int | None = None) -> np.ndarray:
+    """An array, or one layer of a stacked one, in this process's memory; every process that holds a part takes part."""
+    if not isinstance(array, jax.Array):
+        return np.asarray(array if layer is None else array[layer])
+    # A copy even of the whole: jax would keep what it once brought to the host for as long as the parameter lives.
+    array = jnp.copy(array) if layer is None else _layer(array, layer)
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+@jax.jit
+def _layer(stacked, layer):
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
