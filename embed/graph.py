@@ -24,6 +24,8 @@ from rich.console import Console
 from embed import config as configs
 from embed import mining, paths, runs, tokenizers
 from embed.checkpoints import export, model_folder, training_state
+from embed.checkpoints.names import TOKENIZER_FILES
+from embed.checkpoints.provenance import made_with
 from embed.data.store import Writer, read_header
 from embed.evaluation import baselines, report, retrieval
 from embed.inference import denoise, load
@@ -31,7 +33,7 @@ from embed.inference.index import Index
 from embed.models import transformer
 from embed.rows import content_ids
 from embed.runs import Checkpoint, Run
-from embed.training import flops, loop, stages
+from embed.training import loop, stages
 from embed.training.metrics import FILE, MetricsWriter, progress_bar, read_metrics
 from embed.training.step import make_step
 
@@ -59,7 +61,7 @@ def prepare(run: Run) -> dict:
 
     data, tokenizer = run.config.data, None
     if data.tokenizer:
-        folder = model_folder.resolve(data.tokenizer, files=model_folder.TOKENIZER_FILES)
+        folder = model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
         tokenizer = tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
     with runs.hold(run.data):
         prepare_data(
@@ -82,7 +84,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     stage, folder, steps = run.config.stages[name], run.folder(name), run.steps(name)
     identity = run.identity(name)
     if run.is_complete(name, identity):
-        training_state.finish(folder / "checkpoints", kept(stage, folder, steps))
+        training_state.finish(folder / "checkpoints", steps, stage.execution.milestone_every)
         say(f"{name} is complete: {folder}, step {steps}")
         return {"steps": steps}
     phases = run.phases(name)
@@ -104,33 +106,22 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
         evaluate_params = functools.partial(hook, run, Checkpoint(name, {}, model, None), data)
     with runs.hold(folder), progress_bar(name, steps) as update:
         runs.write_json(folder / "config.json", identity)
-        runs.write_json(folder / "run.json", runs.provenance() | {"parent": identity["parent"], "mesh": dict(mesh.shape)})
+        runs.write_json(folder / "run.json", made_with() | {"parent": identity["parent"], "mesh": dict(mesh.shape)})
         if jax.process_index() == 0:
             run.tokenizer.save(folder / "tokenizer")
         loop.train(
             folder,
-            stage=stage,
             step=step,
             loader=loader,
-            steps=steps,
             initial_params=initial_params,
             evaluate=evaluate_params,
             read_timeout=run.config.execution.read_timeout or None,
-            flops=flops.StepFlops(stage, model),
             profile_steps=profile_steps,
             writer=functools.partial(MetricsWriter, wandb=wandb),
             progress=update,
             warn=lambda sentence: console.print(f"embed: warning: {sentence}", markup=False, highlight=False),
         )
     return {"steps": steps}
-
-
-def kept(stage: ConfigDict, folder, steps: int) -> list[int]:
-    """The steps whose parameters a finished stage keeps: the last, milestones, and the best by its evaluation."""
-    best = training_state.best_step(folder / "checkpoints")
-    every = stage.execution.milestone_every
-    done = training_state.steps(folder / "checkpoints")
-    return [step for step in done if step in (steps, best) or (every and step % every == 0)]
 
 
 def hook(run: Run, checkpoint: Checkpoint, data: retrieval.RetrievalSet, params) -> float:
@@ -307,6 +298,34 @@ def export_model(run: Run, checkpoint: str, folder, *, step: int = 0, format: st
     )  # fmt: skip
 
 
+def export_source(
+    source: str, folder, *, step: int = 0, contextual: bool = False, format: str = "", tanh: bool = False
+):
+    """Write a model folder, hub id or stage folder as a model folder, or in another format."""
+    found = runs.find(source, step)
+    settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
+    return write_model(
+        found, found.load_tokenizer(), folder, shardings=runs.over_all_devices, format=format, tanh=tanh,
+        provenance=found.provenance | {"lineage": runs.lineage(found)}, **settings | found.settings,
+    )  # fmt: skip
+
+
+def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
+    """Write the slerp of two models or stage folders, each with the step of a stage, as a model folder."""
+    first, second = runs.find(*a), runs.find(*b)
+    found = runs.merged(f"{a[0]} and {b[0]}", first, second, ratio)
+    settings = {"separator": bool(found.separator), "max_length": None, "contextual": False}
+    for name in ("separator", "max_length"):
+        left, right = (x.settings.get(name, settings[name]) for x in (first, second))
+        if left != right:
+            raise ValueError(f"{name} is {left} in {a[0]} and {right} in {b[0]}: they embed differently")
+        settings[name] = left
+    return write_model(
+        found, first.load_tokenizer(), folder, shardings=runs.over_all_devices, provenance={"lineage": runs.lineage(found)},
+        **settings,
+    )  # fmt: skip
+
+
 def write_model(
     checkpoint: Checkpoint, tokenizer, folder, *, shardings: Callable, separator: bool, max_length: int | None,
     contextual: bool, provenance: Mapping, format: str = "", tanh: bool = False,
@@ -317,7 +336,7 @@ def write_model(
         "matryoshka": list(checkpoint.matryoshka), "separator": separator, "contextual": contextual,
         "max_length": max_length or None,
     }  # fmt: skip
-    said = {"checkpoint": checkpoint.name, "identity": checkpoint.identity} | dict(provenance) | runs.provenance()
+    said = {"checkpoint": checkpoint.name, "identity": checkpoint.identity} | dict(provenance) | made_with()
     params = transformer.encoder_only(checkpoint.model, checkpoint.params(shardings(model)))[1]
     return export.write(folder, params, model, tokenizer, embedding=embedding, provenance=said, format=format, tanh=tanh)
 
@@ -486,7 +505,7 @@ def walk(run: Run) -> dict:
     """Every node that is not yet complete, then the report; returns what results.json holds."""
     check(run.config)
     results, seconds, sources = {}, {}, []
-    with runs.hold(run.workdir):
+    with runs.hold(run.workdir / "pipeline"):
         for node in nodes(run.config):
             file = run.workdir / "steps" / f"{node.name}.json"
             saved = paths.read_json(file) if file.exists() else None
@@ -504,7 +523,7 @@ def walk(run: Run) -> dict:
                 result = node.work(run)
                 saved = {
                     "result": result, "seconds": time.perf_counter() - start, "inputs": inputs(run, node),
-                    **runs.provenance(),
+                    **made_with(),
                 }  # fmt: skip
                 runs.write_json(file, saved)
             results[node.name], seconds[node.name] = saved["result"], round(saved["seconds"], 1)

@@ -11,23 +11,16 @@ A stage owns its folder from its first checkpoint on. Any run may start from it 
 
 import contextlib
 import dataclasses
-import functools
 import json
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from embed import config as configs
-from embed import paths, tokenizers
+from embed import inference, paths, tokenizers
 from embed.checkpoints import merge, model_folder, training_state
 from embed.data.store import Store, read_header
 from embed.inference import Encoder
@@ -62,6 +55,9 @@ class Checkpoint:
     separator: bool | None = None  # whether a separator stands between chunks; None: not said
     matryoshka: tuple[int, ...] = ()  # prefixes trained
     config: dict = dataclasses.field(default_factory=dict)  # of a stage: its config.json
+    load_tokenizer: Callable | None = None  # of a stage folder or model folder: the tokenizer that stands in it
+    settings: dict = dataclasses.field(default_factory=dict)  # of a model folder: separator, contextual, max_length
+    provenance: dict = dataclasses.field(default_factory=dict)  # of a model folder: what its card tells
 
     def params(self, shardings=None) -> dict:
         """The parameters, laid out by `shardings`, on the first local device without.
@@ -326,6 +322,7 @@ def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint
         name, {"folder": str(folder), "step": step, "digest": training_state.digest(folder / "checkpoints", step)}, model, load,
         tokenizer=config["tokenizer"], left_shift=config.get("left_shift", False), separator=config["separator"],
         matryoshka=tuple(config["stage"].get("matryoshka", ())), config=config,
+        load_tokenizer=lambda: tokenizers.load(folder / "tokenizer"),
     )  # fmt: skip
 
 
@@ -338,6 +335,8 @@ def model_checkpoint(source: str, execution) -> Checkpoint:
         # Which id is the mask is the run's choice where the folder does not say it.
         tokenizer={"digest": found.tokenizer().digest}, left_shift=found.causal,
         separator=None if found.causal else found.embedding["separator"], matryoshka=tuple(found.embedding["matryoshka"]),
+        load_tokenizer=found.tokenizer, provenance=found.provenance,
+        settings={} if found.causal else {n: found.embedding[n] for n in ("separator", "contextual", "max_length")},
     )  # fmt: skip
 
 
@@ -355,13 +354,37 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
 
     def load(shardings):
         left, right = (transformer.encoder_only(x.model, x.params(shardings))[1] for x in (a, b))
-        return jax.tree.map(lambda *leaves: merge.slerp_in_place(*leaves, ratio), left, right)
+        return merge.merge_params(left, right, ratio, shardings or jax.tree.map(lambda x: x.sharding, left))
 
     model = dataclasses.replace(a.model, tied=True)
     prefixes = a.matryoshka if a.matryoshka == b.matryoshka else tuple(p for p in a.matryoshka if p in b.matryoshka)
     return Checkpoint(
         name, {"merge": [a.identity, b.identity], "ratio": ratio}, model, load, tokenizer=a.tokenizer,
         separator=a.separator, matryoshka=prefixes,
+    )  # fmt: skip
+
+
+def over_all_devices(model: transformer.TransformerConfig):
+    """Shardings of a model's parameters over all devices of all processes: none holds a whole one."""
+    mesh = sharding.make_mesh(data=1, fsdp=-1)
+    return sharding.parameter_shardings(mesh, transformer.abstract_params(model))
+
+
+def load_encoder(source: str, step: int = 0) -> Encoder:
+    """A model folder, hub id or stage folder as an encoder over all devices; see `Run.checkpoint` for `step`."""
+    if not is_stage(source):
+        if step:
+            raise ValueError(f"step {step} of {source}: only a stage folder has steps")
+        return inference.load(source)
+    found = stage_checkpoint(paths.path(source), step, None, source)
+    model = dataclasses.replace(found.model, tied=True)
+    if jax.default_backend() == "cpu":
+        model = dataclasses.replace(model, dtype="float32")
+    mesh = sharding.make_mesh()
+    params = found.params(sharding.parameter_shardings(mesh, transformer.abstract_params(model)))
+    return Encoder(
+        transformer.encoder_only(model, params)[1], model, found.load_tokenizer(), separator=found.separator, mesh=mesh,
+        matryoshka=found.matryoshka, path=source, digest=found.identity["digest"],
     )  # fmt: skip
 
 
@@ -414,30 +437,7 @@ def write_json(file, value) -> None:
         paths.write_json(file, value)
 
 
-@functools.cache
-def _commit() -> str:
-    root = Path(__file__).parent.parent
-    if (root / ".git").exists() and shutil.which("git"):  # not that of a repository which holds this installation
-        describe = ["git", "-C", root, "describe", "--always", "--dirty"]
-        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-    return ""
-
-
-def provenance() -> dict:
-    """The git commit and the versions of what computed, and the name that a launcher gave the run (EMBED_RUN_ID).
-
-    Where there is no git, a launcher can tell the commit in EMBED_COMMIT.
-    """
-    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "commit": _commit() or os.environ.get("EMBED_COMMIT") or "unknown",
-        **({"run_id": os.environ["EMBED_RUN_ID"]} if os.environ.get("EMBED_RUN_ID") else {}),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def lineage(run: Run, checkpoint: Checkpoint) -> list[dict]:
+def lineage(checkpoint: Checkpoint) -> list[dict]:
     """The stages that made a checkpoint, the first one first: name, kind, steps, mixtures, and parent of each.
 
     It ends where a folder is gone, which its parent's identity still names.

@@ -11,7 +11,7 @@ a bucket (gs://).
 import contextlib
 import math
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -190,14 +190,17 @@ def _put_aside(folder, step: int) -> None:
     (folder / str(step)).rmtree()
 
 
-def finish(folder, keep: Collection[int]) -> None:
-    """Leave the parameters of the checkpoints of the steps `keep`, and nothing of others: a finished stage trains no more."""
+def finish(folder, final: int, milestone_every: int = 0) -> None:
+    """Leave the parameters of step `final`, of milestones and of the best checkpoint: a finished stage trains no more."""
+    folder = paths.path(folder)
+    with open_manager(folder, save_every=1, keep=1) as manager:
+        found = best(manager)
+    keep = {final, found and found[0]} | {step for step in steps(folder) if milestone_every and not step % milestone_every}
     if jax.process_index() == 0:
-        folder = paths.path(folder)
         for step in steps(folder):
-            for gone in [folder / str(step) / "optimizer"] if step in keep else [folder / str(step)]:
-                if gone.exists():
-                    gone.rmtree() if paths.is_bucket(gone) else shutil.rmtree(gone)
+            gone = folder / str(step) / "optimizer" if step in keep else folder / str(step)
+            if gone.exists():
+                gone.rmtree() if paths.is_bucket(gone) else shutil.rmtree(gone)
     _anywhere(False)  # wait for process 0
 
 

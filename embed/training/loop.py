@@ -9,15 +9,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from embed import paths
 from embed.checkpoints import training_state
 from embed.data.loader import prefetch
+from embed.distributed import PeerLostError
 from embed.training import flops
 from embed.training.metrics import MetricsWriter
 from embed.training.step import Step
@@ -31,12 +32,6 @@ class PreemptedError(Exception):
     """SIGTERM ended the run behind a checkpoint."""
 
     exit_code = 128 + signal.SIGTERM
-
-
-class PeerLostError(RuntimeError):
-    """A step of several processes failed: another one ended, or the network did."""
-
-    exit_code = 75  # EX_TEMPFAIL: the same command, started again, continues
 
 
 @contextlib.contextmanager
@@ -72,11 +67,12 @@ def peers(step: int) -> Iterator[None]:
 
 
 def train(
-    folder: Path,
+    folder,
     *,
     step: Step,
     loader,
     initial_params: Callable,
+    evaluate: Callable | None = None,
     read_timeout: float | None = None,
     peak: float | None = None,
     profile_steps: range = range(0),
@@ -86,8 +82,9 @@ def train(
 ):
     """Run all of `step.steps` under `folder` and return the final parameters; continues from the newest checkpoint there.
 
-    `initial_params(shardings)` makes the starting parameters, called only when there is no checkpoint. A batch may take
-    `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
+    `initial_params(shardings)` makes the starting parameters, called only when there is no checkpoint. Every `evaluate_every`
+    steps and at the end all processes call `evaluate(params)`, whose figure goes into the row as `evaluation`; the checkpoint with the
+    highest is kept. A batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
     known. `profile_steps` are traced. `writer(folder, start)` makes a MetricsWriter, `progress(k, row)` is told of each logged
     step, `warn(sentence)` of what went wrong and was mended, or was left out.
 
@@ -95,43 +92,54 @@ def train(
     NonFiniteLossError after more than max_skipped steps in a row without a finite loss and gradient; PreemptedError after a
     SIGTERM, behind a checkpoint; ReaderStalledError, CheckpointError and PeerLostError as they say.
     """
-    execution, steps = step.stage.execution, step.steps
+    folder, execution, steps = paths.path(folder), step.stage.execution, step.steps
+    checkpoints, every = folder / "checkpoints", execution.evaluate_every if evaluate else 0
     with (
         on_sigterm() as asked_to_end,
-        training_state.open_manager(folder / "checkpoints", save_every=execution.checkpoint_every, keep=2) as manager,
-    ):
-        start, params, state = training_state.restore_newest(manager, step.abstract_params, step.abstract_state, warn)
+        training_state.open_manager(
+            checkpoints, save_every=execution.checkpoint_every, keep=execution.keep,
+            milestone_every=execution.milestone_every,
+        ) as manager,
+    ):  # fmt: skip
+        start, params, state = training_state.restore_newest(
+            manager, step.abstract_params, step.abstract_state, warn, final=steps
+        )
         if not start:
             params = initial_params(step.params_sharding)
             state = step.init(params)
+        best = (training_state.best(manager) or (0, -np.inf))[1]
 
-        log = _Log(
-            writer(folder, start) if jax.process_index() == 0 else None,
-            step, progress, warn, start, peak or flops.device_peak(),
-        )  # fmt: skip
+        output = writer(folder, start) if jax.process_index() == 0 else None
+        log = _Log(output, step, progress, warn, start, peak or flops.device_peak())
         for k, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
-            if k in profile_steps and k == max(start, profile_steps.start):
-                jax.profiler.start_trace(folder / "profile")
+            if k in profile_steps and k == max(start, profile_steps.start) and output:
+                jax.profiler.start_trace(output.local / "profile")
             stats = batch.pop("stats") | _sizes(batch, loader) | {"waited": waited}
             with peers(k + 1):
                 params, state, metrics = step(params, state, step.put(batch, loader), k)
                 log.add(k + 1, metrics, stats)
             ending = asked_to_end(k + 1)
-            last = k + 1 == steps or ending
-            saving = last or manager.should_save(k + 1)
-            if saving or k + 1 == profile_steps.stop:
-                with peers(k + 1):
-                    log.flush(row=saving)  # what a row sums must not end with this process
-            if k in profile_steps and (last or k + 1 == profile_steps.stop):
+            last, figure = k + 1 == steps or ending, None
+            if every and (k + 1 == steps or (k + 1) % every == 0) and not (ending and k + 1 < steps):
+                with peers(k + 1), log.pause():
+                    figure = evaluate(params)
+            saving = last or manager.should_save(k + 1) or (figure is not None and figure > best)
+            if saving or figure is not None or k + 1 == profile_steps.stop:
+                with peers(k + 1):  # what a row sums must not end with this process
+                    log.flush(row=saving or figure is not None, figure=figure, keep=saving)
+            if k in profile_steps and (last or k + 1 == profile_steps.stop) and output:
                 jax.profiler.stop_trace()
             training_state.check(manager)
             if saving:
-                training_state.save(manager, k + 1, params, state)
+                best = max(best, -np.inf if figure is None else figure)
+                # What has finished trains no more, and needs no optimizer's state.
+                training_state.save(manager, k + 1, params, None if k + 1 == steps else state, figure)
             if ending:
                 break
         log.close()
     if start < steps and k + 1 < steps:
         raise PreemptedError(f"SIGTERM: saved at step {k + 1} of {steps}; the same command continues")
+    training_state.finish(checkpoints, steps, execution.milestone_every)
     return params
 
 
@@ -169,11 +177,26 @@ class _Log:
         self.flush()
         self.pending = step, metrics, stats
 
-    def flush(self, row: bool = False) -> None:
-        """Read what is pending, waiting for it; with `row` write a row of it in any case."""
+    def flush(self, row: bool = False, figure: float | None = None, keep: bool = False) -> None:
+        """Read what is pending, waiting for it; with `row` write a row of it in any case, with the `figure` of an evaluation.
+
+        With `keep` the rows so far must outlive this machine.
+        """
         if self.pending:
             (step, metrics, stats), self.pending = self.pending, None
-            self._read(step, {name: float(x) for name, x in jax.device_get(metrics).items()}, stats, row)
+            metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            self._read(step, metrics | ({} if figure is None else {"evaluation": figure}), stats, row)
+        if keep and self.writer:
+            self.writer.flush()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keep the time of the block out of the next row's figures."""
+        if self.pending:
+            jax.block_until_ready(self.pending[1])
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
     def close(self) -> None:
         if self.writer:
