@@ -99,7 +99,7 @@ def log_line(step: int, total: int, row: dict[str, float]) -> str:
     shown = (
         ("loss", "loss {:.4f}"), ("gradient_norm", "gradient {:.3f}"), ("learning_rate", "rate {:.2e}"),
         ("tokens_per_second_per_device", "{:,.0f} tokens/s/device"),
-        ("examples_per_second_per_device", "{:,.1f} examples/s/device"), ("mfu", "MFU {:.1%}"),
+        ("examples_per_second_per_device", "{:,.1f} examples/s/device"), ("mfu", "MFU {:.1%} in segments"),
         ("data_wait", "waited for data {:.0%}"), ("memory_gb", "memory {:.1f} GB"),
     )  # fmt: skip
     parts = [form.format(row[name]) for name, form in shown if name in row]
