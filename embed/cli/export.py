@@ -15,12 +15,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--format", default="native", help="native (the default), sentence-transformers, pplx, onnx")
     parser.add_argument("--output", required=True, help="folder to write")
+    common.add_distributed_arguments(parser)
     arguments, overrides = parser.parse_known_args(argv)
     run = [arguments.config, arguments.workdir, arguments.checkpoint]
     if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
         parser.error("needs either --config, --workdir and --checkpoint, or --model alone")
     from embed import config, pipeline
 
+    common.join(arguments, saves_at_sigterm=False)
     if arguments.model:
         path = pipeline.convert_model(
             arguments.model, arguments.output, arguments.format, revision=arguments.revision

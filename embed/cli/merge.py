@@ -6,6 +6,8 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed merge arguments`; returns the exit code."""
+    from embed.cli import common
+
     parser = argparse.ArgumentParser("embed merge", description=__doc__)
     parser.add_argument("--a", required=True, help="an exported model; ratio 0 gives it back")
     parser.add_argument(
@@ -13,12 +15,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--ratio", type=float, default=0.5, help="how far from a to b (default 0.5)")
     parser.add_argument("--output", required=True, help="folder to write")
+    common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
     from embed import inference
     from embed.checkpoints import export, merge
 
     if not 0 <= arguments.ratio <= 1:
         raise ValueError(f"--ratio={arguments.ratio} must be between 0 and 1")
+    common.join(arguments, saves_at_sigterm=False)
     a, b = (inference.load(path, dtype="float32") for path in (arguments.a, arguments.b))
     if a.tokenizer.digest != b.tokenizer.digest:
         raise ValueError(

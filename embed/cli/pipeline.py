@@ -10,7 +10,9 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser("embed pipeline", description=__doc__)
     common.add_config_arguments(parser)
+    common.add_distributed_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
+    common.join(arguments)
     from embed import pipeline
 
     pipeline.run(pipeline.Run(config, arguments.workdir, arguments.config))

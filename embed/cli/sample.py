@@ -10,10 +10,12 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser("embed sample", description=__doc__)
     common.add_config_arguments(parser)
+    common.add_distributed_arguments(parser)
     parser.add_argument("--text", required=True, help="with <mask> for each token to be filled in")
     parser.add_argument("--checkpoint", default="diffusion", help="a stage of the config (default diffusion)")
     parser.add_argument("--tokens_per_step", type=int, default=1, help="tokens unmasked a step (default 1)")
     arguments, config = common.parse_config(parser, argv)
+    common.join(arguments, saves_at_sigterm=False)
     import numpy as np
 
     from embed import pipeline
