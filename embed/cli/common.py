@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from embed import distributed
+from embed.distributed import is_first as is_first
 
 WRONG_INPUT = (
     ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,

@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.table import Table
 
     from embed import inference
-    from embed.cli.common import check_output
+    from embed.cli import common
     from embed.evaluation import retrieval
 
     parser = argparse.ArgumentParser("embed evaluate", description=__doc__)
@@ -21,10 +21,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"], choices=inference.PRECISIONS)
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
     parser.add_argument("--output", help="also write the figures as JSON")
+    common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
-    check_output(arguments.output)
-    data, encoder = retrieval.read_set(arguments.data), inference.load(arguments.model)
+    common.check_output(arguments.output)
+    data = retrieval.read_set(arguments.data)
+    common.join(arguments, saves_at_sigterm=False)
+    encoder = inference.load(arguments.model)
     figures = retrieval.evaluate_retrieval(encoder, data, arguments.precision, alone=arguments.alone)
+    if not common.is_first():
+        return 0
     table = Table("precision", *next(iter(figures.values())))
     for precision, row in figures.items():
         table.add_row(precision, *(f"{value:.4f}" for value in row.values()))

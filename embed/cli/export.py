@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     run = [arguments.config, arguments.workdir, arguments.checkpoint]
     if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
         parser.error("needs either --config, --workdir and --checkpoint, or --model alone")
-    common.join(arguments)
+    common.join(arguments, saves_at_sigterm=False)
     from embed import config, graph, runs
 
     options = dict(step=arguments.step, format=arguments.format, tanh=arguments.tanh)

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.ratio <= 1:
         raise ValueError(f"--ratio={arguments.ratio} must be between 0 and 1")
-    common.join(arguments)
+    common.join(arguments, saves_at_sigterm=False)
     from embed import graph
 
     a, b = (arguments.a, arguments.step_a), (arguments.b, arguments.step_b)

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from embed import inference
-from embed.cli.common import check_output, run
+from embed.cli import common
 from embed.evaluation.retrieval import embed_set, read_set
 from embed.mining import mine
 
@@ -28,10 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--margin", type=float, default=0.05, help="negatives score this much less than the positive")
     parser.add_argument("--relative", action="store_true", help="the margin is a fraction of the positive's score")
+    common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
-    check_output(args.output)
+    common.check_output(args.output)
 
     data = read_set(args.data)
+    common.join(args, saves_at_sigterm=False)
     encoder = inference.load(args.model)
     queries, corpus = embed_set(encoder, data, show_progress_bar=True)
     # A query with several positives stands once for each; its id keeps all of them out of its negatives.
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         rank_window=tuple(args.rank_window), margin=args.margin, relative=args.relative, query_ids=query_rows,
         document_ids=np.array([content[text] for text in data.corpus]),
     )  # fmt: skip
+    if not common.is_first():
+        return 0
     with open(args.output, "w", encoding="utf-8") as file:
         for row, positive, found in zip(query_rows, positives, negatives):
             ids = [data.corpus_ids[i] for i in found if i >= 0]
@@ -54,4 +58,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(common.run(main))
