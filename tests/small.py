@@ -94,10 +94,10 @@ def make_causal(folder: Path, params: dict) -> Path:
     (folder / "model.safetensors").unlink()
     foreign(folder)
     where = {}
-    for i, names in enumerate((list(arrays)[::2], list(arrays)[1::2])):
+    for i, part in enumerate((list(arrays)[::2], list(arrays)[1::2])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"
-        safetensors.numpy.save_file({n: arrays[n] for n in names}, folder / file)
-        where |= dict.fromkeys(names, file)
+        safetensors.numpy.save_file({n: arrays[n] for n in part}, folder / file)
+        where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     edit_config(
         folder, is_causal=None, use_bidirectional_attention=None,

@@ -1,104 +1,119 @@
 import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 import small
+from small import random_params
 
-from embed import tokenizers
-from embed.checkpoints import export
+from embed import inference, tokenizers
+from embed.checkpoints import export, model_folder, names
+from embed.checkpoints.card import model_card
+from embed.cli import main
+from embed.models import transformer
 
-EMBEDDING = {"matryoshka": [8, 32], "separator": True, "max_length": 512}
+TEXTS = small.sentences(9, seed=3)
+LAYOUT = [
+    "1_Pooling/config.json", "README.md", "config.json", "config_sentence_transformers.json", "embed.json",
+    "model.safetensors", "modules.json", "sentence_bert_config.json", "spiece.model", "tokenizer_config.json",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    return tokenizers.load(small.write_bpe(tmp_path_factory.mktemp("tokenizer"), small.sentences(100)))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return export.export(
-        tmp_path / "model", small.params(), small.config(), small.tokenizer(), embedding=EMBEDDING,
-        provenance={"stages": ["pair"], "commit": "abc"},
-    )  # fmt: skip
+    return small.write_model(tmp_path / "model", provenance={"commit": "abc"})
 
 
-def edit(folder, **fields):
-    document = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(document | fields))
+def contents(folder):
+    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
 
 
-def rewrite(folder, change):
-    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    change(tensors)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+def read_json(path):
+    return json.loads(path.read_text())
 
 
-def test_what_is_exported_is_read_back_bit_for_bit(folder):
-    params, config, settings = export.read(folder)
-    assert config == small.config()
-    expected = export.flatten(small.params())
-    read = export.flatten(params)
-    assert read.keys() == expected.keys() and "layers.query" in read
-    for name, value in read.items():
-        np.testing.assert_array_equal(value, expected[name], strict=True)
-    assert {k: settings["embedding"][k] for k in EMBEDDING} == EMBEDDING
-    assert settings["embedding"]["dimensions"] == 32
-    assert settings["provenance"] == {"stages": ["pair"], "commit": "abc"}
-    assert settings["tokenizer_digest"] == tokenizers.load(folder).digest == small.tokenizer().digest
-
-
-def test_the_folder_holds_exactly_weights_config_and_tokenizer(folder):
-    assert sorted(f.name for f in folder.parent.rglob("*")) == [
-        "config.json", "model", "model.safetensors", "sentencepiece.model"
-    ]  # fmt: skip
-
-
-def test_bfloat16_parameters_are_exported_as_float32(tmp_path):
-    params = {**small.params(), "norm": jnp.asarray(small.params()["norm"], jnp.bfloat16)}
-    export.export(tmp_path / "m", params, small.config(), small.tokenizer(), embedding=EMBEDDING, provenance={})
-    assert export.read(tmp_path / "m")[0]["norm"].dtype == np.float32
-
-
-def test_compute_settings_are_not_part_of_the_export(folder):
-    architecture = json.loads((folder / "config.json").read_text())["architecture"]
-    assert architecture.keys().isdisjoint({"dtype", "remat", "unroll"})
-    assert architecture["hidden_size"] == 32
-
-
-def test_an_export_is_replaced_whole(folder):
-    (folder / "leftover").touch()
-    export.export(folder, small.params(), small.config(), small.tokenizer(), embedding=EMBEDDING, provenance={"n": 2})
-    assert export.read(folder)[2]["provenance"] == {"n": 2}
-    assert not (folder / "leftover").exists()
-
-
-def test_a_folder_that_is_not_an_export_is_never_replaced(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="was not written by this command"):
-        export.export(tmp_path, small.params(), small.config(), small.tokenizer(), embedding=EMBEDDING, provenance={})
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_an_interrupted_export_leaves_the_old_one_and_no_debris(folder, monkeypatch):
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        export.export(folder, small.params(), small.config(), small.tokenizer(), embedding=EMBEDDING, provenance={})
-    assert export.read(folder)[2]["provenance"]["commit"] == "abc"
+def test_the_folder_holds_what_programs_read_and_embed_json_names_all_of_it_but_the_card(folder):
+    assert contents(folder) == LAYOUT
+    document = read_json(folder / "embed.json")
+    assert document["files"].keys() == set(LAYOUT) - {"README.md", "embed.json"}
+    assert document["embedding"] == small.EMBEDDING | {"tanh": False}
+    assert document["provenance"]["commit"] == "abc" and "jax" in document["provenance"]["versions"]
     assert [f.name for f in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_kill_between_the_two_renames_loses_nothing(folder):
-    folder.rename(folder.with_name(".model.old"))  # what such a kill leaves
-    with pytest.raises(RuntimeError), export.replace_folder(folder, is_ours=export.is_export):
-        raise RuntimeError
-    assert export.read(folder)[2]["provenance"]["commit"] == "abc"
+def test_config_json_is_an_ordinary_qwen3_that_is_not_causal(folder):
+    fields = read_json(folder / "config.json")
+    assert fields["model_type"] == "qwen3" and fields["architectures"] == ["Qwen3Model"]
+    assert fields["is_causal"] is False and fields["use_bidirectional_attention"] is True
+    assert fields["hidden_size"] == 32 and "embed" not in fields and "remat" not in fields
 
 
-def test_weights_that_do_not_fit_or_are_not_finite_are_not_exported(tmp_path):
-    params = {**small.params(), "norm": jnp.full(31, jnp.nan)}
-    with pytest.raises(ValueError, match=r"norm is not finite; tensor norm has shape \[31\], expected \[32\]"):
-        export.export(tmp_path / "m", params, small.config(), small.tokenizer(), embedding=EMBEDDING, provenance={})
+def test_the_tokenizer_says_what_separates_masks_and_whose_it_is(folder, bpe, tmp_path):
+    fields = read_json(folder / "tokenizer_config.json")
+    assert (fields["sep_token"], fields["mask_id"], fields["separator_id"]) == ("<sep>", 2, 3)
+    config = transformer.make_config("micro", bpe.vocab_size + 3)
+    other = small.write_model(tmp_path / "bpe", random_params(config), config, bpe)
+    fields = read_json(other / "tokenizer_config.json")
+    assert fields["sep_token"] == "<|endoftext|>" and fields["mask_id"] == bpe.mask_id
+    assert model_folder.open_model(other).tokenizer().digest == bpe.digest
+
+
+def test_bfloat16_parameters_are_written_as_float32(tmp_path):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), small.params())
+    path = small.write_model(tmp_path / "m", params)
+    tensors = safetensors.numpy.load_file(path / "model.safetensors")
+    assert {x.dtype for x in tensors.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(tensors["norm.weight"], np.asarray(params["norm"], np.float32))
+
+
+def test_the_head_of_the_diffusion_stage_stays_behind(tmp_path):
+    untied = transformer.make_config("micro", small.config().vocab_size, tied=False)
+    path = small.write_model(tmp_path / "m", random_params(untied), untied)
+    assert "lm_head.weight" not in safetensors.numpy.load_file(path / "model.safetensors")
+    assert model_folder.open_model(path).config.tied
+
+
+def test_large_models_are_written_in_several_files_of_a_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
+    path = small.write_model(tmp_path / "m")
+    files = sorted(path.glob("model-*-of-*.safetensors"))
+    sizes = [sum(x.nbytes for x in safetensors.numpy.load_file(file).values()) for file in files]
+    assert len(files) > 2 and max(sizes) <= 20_000 and f"-of-{len(files):05d}." in files[0].name
+    index = read_json(path / "model.safetensors.index.json")
+    assert index["metadata"]["total_size"] == sum(sizes)
+    params = model_folder.open_model(path).params()
+    for name, x in names.flatten(params).items():
+        np.testing.assert_array_equal(x, names.flatten(small.params())[name])
+
+
+def test_weights_of_another_shape_are_refused_before_anything_is_written(tmp_path):
+    params = {**small.params(), "norm": jnp.ones(31), "extra": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"extra is not part of this architecture; parameter norm has shape \[31\], expected"):
+        small.write_model(tmp_path / "m", params)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["", "onnx"])
+def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, format):
+    query = small.params()["layers"]["query"].copy()
+    query[1, 3, 0, 5] = np.inf
+    params = {**small.params(), "layers": {**small.params()["layers"], "query": query}}
+    name = "parameter layers.query" if format else "tensor layers.1.self_attn.q_proj.weight"
+    with pytest.raises(ValueError, match=f"{name} is not finite"):
+        small.write_model(tmp_path / "m", params, format=format)
     assert not any(tmp_path.iterdir())
 
 
@@ -107,72 +122,233 @@ def test_weights_that_do_not_fit_or_are_not_finite_are_not_exported(tmp_path):
     [
         ("matryoshka", [64], r"matryoshka is \[64\], expected a list of prefixes in 1..32"),
         ("separator", "yes", "separator is 'yes', expected true or false"),
+        ("contextual", None, "contextual is None, expected true or false"),
         ("max_length", 0, "max_length is 0, expected a positive number"),
         ("pooling", "cls", "unknown field pooling"),
     ],
 )
 def test_a_wrong_embedding_setting_is_named(tmp_path, field, value, message):
     with pytest.raises(ValueError, match=message):
-        export.export(
-            tmp_path / "m", small.params(), small.config(), small.tokenizer(),
-            embedding=EMBEDDING | {field: value}, provenance={},
-        )  # fmt: skip
+        small.write_model(tmp_path / "m", embedding={field: value})
 
 
-def test_one_error_lists_every_tensor_problem(folder):
-    def change(tensors):
-        del tensors["norm"]
-        tensors["layers.query"] = tensors["layers.query"][:, :5]
-        tensors["extra.bias"] = np.zeros(3, np.float32)
-        tensors["embedding"] = tensors["embedding"].astype(np.float16)
-
-    rewrite(folder, change)
-    with pytest.raises(ValueError) as caught:
-        export.read(folder)
-    for problem in (
-        "norm is missing", "extra.bias is not part", "layers.query has shape [2, 5, 2, 16], expected [2, 32, 2, 16]",
-        "embedding is F16, expected F32",
-    ):  # fmt: skip
-        assert problem in str(caught.value)
+def test_formats_are_known_and_tanh_is_for_the_plain_one(tmp_path):
+    with pytest.raises(ValueError, match="format 'gguf' must be one of pplx, onnx"):
+        small.write_model(tmp_path / "m", format="gguf")
+    with pytest.raises(ValueError, match="tanh is for the model folder, not for format pplx"):
+        small.write_model(tmp_path / "m", format="pplx", tanh=True)
 
 
-def test_a_truncated_weights_file_and_a_bad_config_are_reported_together(folder):
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    document = json.loads((folder / "config.json").read_text())
-    document["architecture"] |= {"num_heads": "two", "flavour": 1}
-    del document["architecture"]["head_dim"]
-    edit(folder, architecture=document["architecture"])
-    with pytest.raises(ValueError) as caught:
-        export.read(folder)
-    for problem in ("truncated or damaged", "num_heads='two'", "unknown field flavour", "lacks head_dim"):
-        assert problem in str(caught.value)
+def test_tanh_is_a_dense_module_with_the_identity(tmp_path):
+    path = small.write_model(tmp_path / "m", tanh=True)
+    assert [m["path"] for m in read_json(path / "modules.json")] == ["", "1_Pooling", "2_Dense"]
+    (weight,) = safetensors.numpy.load_file(path / "2_Dense" / "model.safetensors").values()
+    np.testing.assert_array_equal(weight, np.eye(32, dtype=np.float32))
+    document = read_json(path / "embed.json")
+    assert document["embedding"]["tanh"] and "2_Dense/model.safetensors" in document["files"]
+    assert model_folder.open_model(path).embedding["tanh"]
+
+
+@pytest.mark.parametrize("contextual", [False, True])
+def test_the_pplx_layout_has_the_names_and_fields_of_the_release(contextual, tmp_path, bpe):
+    config = transformer.make_config("micro", bpe.vocab_size + 3, rope_theta=1e4)
+    embedding = {"contextual": contextual, "separator": contextual}
+    path = small.write_model(tmp_path / "m", random_params(config), config, bpe, format="pplx", embedding=embedding)
+    fields = read_json(path / "config.json")
+    model = "PPLXQwen3ContextualModel" if contextual else "PPLXQwen3Model"
+    assert fields["architectures"] == [model] and fields["model_type"] == "bidirectional_pplx_qwen3"
+    assert fields["auto_map"] == {"AutoConfig": "configuration.PPLXQwen3Config", "AutoModel": f"modeling.{model}"}
+    assert fields["use_bidirectional_attention"] is True and "is_causal" not in fields
+    modules = [m["type"] for m in read_json(path / "modules.json")]
+    assert modules[-1] == "st_quantize.FlexibleQuantizer" and len(modules) == 3
+    shapes = {n: x.shape for n, x in safetensors.numpy.load_file(path / "model.safetensors").items()}
+    D, H, K, d, F, V = 32, 2, 1, 16, 48, config.vocab_size
+    layer = {
+        "input_layernorm": (D,), "self_attn.q_proj": (H * d, D), "self_attn.k_proj": (K * d, D),
+        "self_attn.v_proj": (K * d, D), "self_attn.o_proj": (D, H * d), "self_attn.q_norm": (d,),
+        "self_attn.k_norm": (d,), "post_attention_layernorm": (D,), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }  # fmt: skip
+    want = {f"layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
+    assert shapes == {"embed_tokens.weight": (V, D), "norm.weight": (D,), **want}
+    ours = model_folder.open_model(path).embedding
+    theirs = model_folder.open_model(small.foreign(path)).embedding  # as a program sees it that knows no embed.json
+    for embedding in (ours, theirs):
+        assert (embedding["contextual"], embedding["separator"]) == (contextual, contextual)
+
+
+def test_the_real_shapes_have_as_many_tensors_as_the_release():
+    shapes = [names.shapes(transformer.make_config(s, 151936)) for s in ("0.6b", "4b")]
+    assert [len(n) for n in shapes] == [310, 398]
+    assert shapes[0]["layers.27.self_attn.o_proj.weight"] == (1024, 2048)
+    assert sum(int(np.prod(s)) for s in shapes[0].values()) == 596_049_920
+
+
+# What stands there already
+
+
+def test_an_export_is_replaced_whole(folder):
+    small.write_model(folder, format="onnx")
+    assert "model.safetensors" not in contents(folder) and "onnx/model.onnx" in contents(folder)
+    small.write_model(folder, provenance={"commit": "def"})
+    assert contents(folder) == LAYOUT and read_json(folder / "embed.json")["provenance"]["commit"] == "def"
+
+
+def edit_config(folder):
+    small.edit_config(folder, transformers_version="6")  # as a program does that saves a tuned model there
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    "change, message",
     [
-        ({"format_version": 99}, "format version 99 is unknown, this program reads 1"),
-        ({"format": "gguf"}, "has format 'gguf', expected \"embed\""),
-        ({"embedding": None}, "has no embedding section"),
-        ({"architecture": []}, "has no architecture"),
+        (lambda f: (f / "thesis.tex").write_text("years of work"), "holds thesis.tex, which no export wrote"),
+        (lambda f: (f / "1_Pooling" / "x").write_text("x"), "holds 1_Pooling/x, which no export wrote"),
+        (edit_config, "holds another config.json than the export wrote"),
+        (small.foreign, "exists and was not written by this command"),
     ],
 )
-def test_a_config_of_another_kind_is_one_sentence(folder, fields, message):
-    edit(folder, **fields)
+def test_what_is_not_an_export_is_never_replaced_and_refused_before_the_work(change, message, folder, monkeypatch):
+    change(folder)
+    before = {name: (folder / name).read_bytes() for name in contents(folder)}
+    monkeypatch.setattr(names, "tensors", lambda *_: pytest.fail("a tensor was fetched"))
+    monkeypatch.setattr(model_folder.ModelFolder, "params", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match=message):
-        export.read(folder)
+        small.write_model(folder)
+    assert main(["export", "--model=nowhere", f"--output={folder}"]) == 2
+    assert {name: (folder / name).read_bytes() for name in contents(folder)} == before
 
 
-def test_a_config_that_is_not_json_is_one_sentence(folder):
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
-        export.read(folder)
+def test_an_interrupted_export_leaves_the_old_one_and_no_debris(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        small.write_model(folder)
+    assert model_folder.open_model(folder).provenance["commit"] == "abc"
+    assert [f.name for f in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_wrong_path_says_what_is_expected_there(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: expected an exported model, a folder with config.json"):
-        export.read(tmp_path / "nowhere")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model lacks model.safetensors"):
-        export.read(folder)
+# Devices and processes
+
+WRITE = """
+    import sys
+    import jax, numpy as np, small
+    from embed.checkpoints import names
+    from embed.models import sharding
+    from embed.models.transformer import abstract_params
+
+    output, *cluster = sys.argv[1:]
+    if cluster:
+        jax.distributed.initialize(cluster[0], 2, int(cluster[1]))
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
+    shardings = sharding.parameter_shardings(mesh, abstract_params(small.config()))
+    put = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index])
+    params = jax.tree.map(put, small.params(), shardings)
+    assert params["layers"]["gate"].is_fully_addressable == (not cluster)
+    small.write_model(output, params)
+    if cluster:
+        broken = params | {"norm": params["norm"] * np.float32("nan")}
+        try:
+            small.write_model(output + "-broken", broken)
+        except (ValueError, OSError) as error:
+            print(error)
+        else:
+            raise AssertionError("nan was exported")
+"""
+
+
+def start(devices, *arguments):
+    flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
+    here = Path(__file__).parents[1]
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
+    }  # fmt: skip
+    command = [sys.executable, "-c", textwrap.dedent(WRITE), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_small_weights(folder):
+    params = names.flatten(model_folder.open_model(folder).params())
+    for name, x in names.flatten(small.params()).items():
+        np.testing.assert_array_equal(params[name], x)
+
+
+def test_parameters_over_several_devices_are_written_as_they_are(tmp_path):
+    process = start(4, tmp_path / "m")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert_small_weights(tmp_path / "m")
+
+
+def test_parameters_over_two_processes_are_written_by_the_first_and_both_learn_of_a_failure(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = [start(2, tmp_path / "m", address, i) for i in range(2)]
+    said = [process.communicate() for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
+    assert "tensor norm.weight is not finite" in said[0][0]
+    assert "process 0 could not write the model" in said[1][0]
+    assert_small_weights(tmp_path / "m")
+    assert [f.name for f in tmp_path.iterdir()] == ["m"]
+
+
+# The verb
+
+
+def test_the_verb_writes_a_model_that_exists_in_every_format(tmp_path, capsys):
+    run = {"commit": "abc", "checkpoint": "pair", "figures": {"functions": {"int8": {"ndcg@10": 0.25}}}}
+    source = small.write_model(tmp_path / "source", provenance=run)
+    want, path = inference.load(source).encode(TEXTS), source
+    for name, how in (("pplx", ["--format=pplx"]), ("tanh", ["--tanh"]), ("plain", [])):
+        assert main(["export", f"--model={path}", f"--output={tmp_path / name}", *how]) == 0
+        path = tmp_path / name
+        got = inference.load(path).encode(TEXTS)
+        np.testing.assert_allclose(got, np.tanh(want) if how == ["--tanh"] else want, atol=1e-6)
+        card = (path / "README.md").read_text()  # what a model says of its run stays with it
+        assert "commit abc" in card and "| functions | int8 | 0.250 |" in card and "Made from" in card
+    assert main(["export", f"--model={path}", f"--output={path}"]) == 2
+    assert "is the model itself" in capsys.readouterr().err
+    assert main(["export", f"--model={path}", f"--output={tmp_path / 'x'}", "--format=gguf"]) == 2
+    assert "format 'gguf' must be one of pplx, onnx" in capsys.readouterr().err
+
+
+# The card
+
+
+def test_a_card_says_what_is_known_and_that_the_rest_is_unknown():
+    stage = {"stages": {"pair": {"init": "", "objective": "pair", "curriculum": [(400, "pairs")]}}}
+    provenance = {
+        "checkpoint": "merged", "stage": stage, "commit": "abc", "languages": ["en"], "license": "mit",
+        "merge": {"of": ["contextual", "triplet"], "ratio": 0.8},
+        "parents": [{"name": "triplet", "folder": "gs://b/run/triplet", "step": 400, "digest": "0123"}],
+        "figures": {"functions": {"int8": {"ndcg@10": 0.4567}}},
+        "source": {"path": "someone/model", "revision": "v2", "digest": "123"},
+    }  # fmt: skip
+    embedding = small.EMBEDDING | {"tanh": False}
+    card = model_card(small.config(), embedding, provenance)
+    head = card.split("---\n")[1]
+    assert head.splitlines()[:4] == ["language:", '- "en"', 'license: "mit"', "library_name: sentence-transformers"]
+    for part in ("| pair | pair | random init | 400 of pairs |", "0.8 of the way from contextual to triplet", "8, 32",
+                 "| functions | int8 | 0.457 |", "| triplet | gs://b/run/triplet | 400 | 0123 |",
+                 "Made from someone/model at revision v2 (sha256 123).", "SentenceTransformer(\"FOLDER\")"):  # fmt: skip
+        assert part in card, part
+    bare = model_card(small.config(), embedding | {"matryoshka": []}, {}, format="pplx")
+    assert "license:" not in bare and "| license | unknown |" in bare and "commit unknown" in bare
+    assert "## Training" not in bare and "library_name" not in bare
+
+
+def test_a_card_of_one_stage_needs_no_chain():
+    provenance = {"checkpoint": "pair", "stage": {"objective": "pair", "init": "diffusion", "curriculum": [[4, "p"]]}}
+    card = model_card(small.config(), small.EMBEDDING | {"tanh": False}, provenance)
+    assert "| pair | pair | diffusion | 4 of p |" in card
+
+
+def test_a_card_shows_how_a_contextual_model_is_used_and_what_tanh_means():
+    embedding = small.EMBEDDING | {"tanh": False}
+    plain, tanh = (model_card(small.config(), embedding | {"tanh": on}, {}) for on in (False, True))
+    assert "A float32 vector is the mean v" in plain and "A float32 vector is tanh(v)" in tanh
+    assert "encode_documents" not in plain
+    assert "encode_documents" in model_card(small.config(), embedding | {"contextual": True}, {})

@@ -232,7 +232,8 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(encoder_folder, tmp_pa
     name = "models--someone--some-model"
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(encoder_folder, tmp_path / name / "snapshots" / commit)
-    rewrite(tmp_path / name / "snapshots" / ("b" * 40), lambda t: {**t, "norm.weight": 2 * t["norm.weight"]})
+    other = small.foreign(tmp_path / name / "snapshots" / ("b" * 40))
+    rewrite(other, lambda t: {**t, "norm.weight": 2 * t["norm.weight"]})
     (tmp_path / name / "refs").mkdir()
     (tmp_path / name / "refs" / "main").write_text("a" * 40)
     program = f"""
