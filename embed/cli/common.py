@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from embed import distributed
+from embed import distributed, paths
 from embed.distributed import is_first as is_first
 
 WRONG_INPUT = (
@@ -71,7 +71,7 @@ def keep_freed_memory() -> bool:
 
 def check_output(path: str | None) -> None:
     """Refuse a file that could not be written, before the work rather than behind it."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    if path and not paths.is_bucket(path) and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise FileNotFoundError(f"--output={path} must be a file in a folder that exists")
 
 
@@ -98,6 +98,12 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
 
     arguments, overrides = parser.parse_known_args(argv)
     return arguments, config.load(arguments.config, overrides)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """--model and --step: the arguments of `runs.load_encoder`."""
+    parser.add_argument("--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run")
+    parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,19 +1,20 @@
 """embed encode: turn a corpus file or single texts into vectors, written as .npy."""
 
 import argparse
+import io
 import sys
 
 import numpy as np
 from rich.console import Console
 
-from embed import inference
+from embed import inference, paths, runs
 from embed.cli import common
 from embed.inference.index import Corpus, read_corpus
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that encode, index and search share."""
-    parser.add_argument("--model", required=True, help="folder of an exported model")
+    common.add_model_argument(parser)
     parser.add_argument("--precision", choices=inference.PRECISIONS, default="float32")
     parser.add_argument("--truncate_dim", type=int, help="keep this many dimensions (a Matryoshka prefix)")
 
@@ -36,14 +37,15 @@ def main(argv: list[str] | None = None) -> int:
         corpus = Corpus([[text] for text in args.text], [str(i) for i in range(len(args.text))])
     common.join(args, saves_at_sigterm=False)
     vectors = np.concatenate(
-        inference.load(args.model).encode_documents(
+        runs.load_encoder(args.model, args.step).encode_documents(
             corpus.documents, precision=args.precision, truncate_dim=args.truncate_dim, show_progress_bar=True
         )
     )
     if not common.is_first():
         return 0
-    with open(args.output, "wb") as file:
-        np.save(file, vectors, allow_pickle=False)
+    content = io.BytesIO()
+    np.save(content, vectors, allow_pickle=False)
+    paths.write(args.output, content.getvalue())
     Console().print(f"{vectors.dtype}{list(vectors.shape)} written to {args.output}", highlight=False, markup=False)
     return 0
 

@@ -5,7 +5,7 @@ import sys
 
 from rich.console import Console
 
-from embed import inference
+from embed import runs
 from embed.cli import common
 from embed.cli.encode import add_model_arguments
 from embed.inference.index import build, read_corpus
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     corpus = read_corpus(args.corpus)
     common.join(args, saves_at_sigterm=False)
     index = build(
-        inference.load(args.model), corpus, precision=args.precision, truncate_dim=args.truncate_dim,
+        runs.load_encoder(args.model, args.step), corpus, precision=args.precision, truncate_dim=args.truncate_dim,
         show_progress_bar=True,
     )  # fmt: skip
     if not common.is_first():

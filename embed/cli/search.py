@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from embed import inference
+from embed import inference, runs
 from embed.cli import common
 from embed.cli.encode import add_model_arguments
 from embed.inference.index import build, read_corpus
@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--precision and --truncate_dim are fixed by --index; leave them out")
         index = inference.Index.load(args.index)
         common.join(args, saves_at_sigterm=False)
-        encoder = inference.load(args.model)
+        encoder = runs.load_encoder(args.model, args.step)
         index.check_model(encoder)
     else:
         corpus = read_corpus(args.corpus)
         common.join(args, saves_at_sigterm=False)
-        encoder = inference.load(args.model)
+        encoder = runs.load_encoder(args.model, args.step)
         index = build(
             encoder, corpus, precision=args.precision or "float32", truncate_dim=args.truncate_dim,
             show_progress_bar=True,

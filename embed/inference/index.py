@@ -10,7 +10,6 @@ import collections
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -110,7 +109,7 @@ class Index:
     @classmethod
     def load(cls, folder) -> "Index":
         """The index that `save` wrote."""
-        folder = Path(folder)
+        folder = paths.path(folder)
         if not (folder / INFO).is_file() or not (folder / VECTORS).is_file():
             raise FileNotFoundError(f"no index at {folder}: expected a folder with {INFO} and {VECTORS}")
         try:
@@ -118,7 +117,8 @@ class Index:
             version = info["format"], info["format_version"]
             if version != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"format {version} is not {(FORMAT, FORMAT_VERSION)}")
-            vectors = safetensors.numpy.load_file(folder / VECTORS)["vectors"]
+            with paths.local(folder, lambda name: name == VECTORS) as copy:
+                vectors = safetensors.numpy.load_file(copy / VECTORS)["vectors"]
             fields = {name: info[name] for name in ("ids", "texts", "truncate_dim", "model")}
             return cls(vectors, info["precision"], **fields)
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -128,7 +128,7 @@ class Index:
 def is_index(folder) -> bool:
     """Whether `Index.save` wrote the folder."""
     try:
-        return json.loads((Path(folder) / INFO).read_text())["format"] == FORMAT
+        return paths.read_json(paths.path(folder) / INFO)["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -150,12 +150,13 @@ def read_jsonl(path) -> list[tuple[str, dict]]:
 
     `where` names the file and the line, for further errors.
     """
-    path = Path(path)
+    path = paths.path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected JSON lines")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.decode("utf-8")
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
