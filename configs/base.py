@@ -48,6 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.report = ConfigDict()  # what `embed pipeline` shows beside figures
     config.report.denoise = ""  # a diffusion stage whose bound is measured and that denoises a text; "" = none
+    config.report.texts = ""  # SET/SPLIT of the data's evaluation sets: the texts for both
     config.report.mask_fraction = 0.5  # of that text
     config.report.tokens_per_step = 4  # unmasked at once
     config.report.search = ""  # an export that answers a query; "" = none

@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluations.functions = base.evaluation(data="functions/test", alone=True, checkpoints=models)
     config.evaluations.contextual = base.evaluation(data="contextual/test", checkpoints=models)
     config.evaluations.contextual_alone = base.evaluation(data="contextual/test", alone=True, checkpoints=models)
-    config.report.update(denoise="diffusion", search="embed", fuse=("contextual", "merged"))
+    config.report.update(denoise="diffusion", search="embed", texts="functions/test", fuse=("contextual", "merged"))
 
     if arg.runlocal:
         base.shrink(config)

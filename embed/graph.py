@@ -45,7 +45,7 @@ console = Console(soft_wrap=True)
 def say(sentence: str) -> None:
     """A line for whoever watches, by process 0."""
     if jax.process_index() == 0:
-        console.print(sentence, highlight=False)
+        console.print(sentence, markup=False, highlight=False)
 
 
 # --- what a node does -------------------------------------------------------------------------------------------------
@@ -57,6 +57,7 @@ def prepare(run: Run) -> dict:
     missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
     if missing and not done:
         raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
+    run.check_sources()
     from embed.preparation.prepare import prepare as prepare_data
 
     data, tokenizer = run.config.data, None
@@ -235,8 +236,7 @@ def denoising(run: Run, name: str) -> dict:
     checkpoint, mask_id, length = run.checkpoint(name), run.tokenizer.mask_id, run.config.stages[name].batch.length
     params, model = checkpoint.params(), checkpoint.model
     options = dict(mask_id=mask_id, left_shift=checkpoint.left_shift)
-    held_out = next((config.data for config in run.config.evaluations.values()), "functions/test")
-    flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, held_out).corpus[:512]))
+    flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, run.config.report.texts).corpus[:512]))
     windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
     levels = denoise.elbo_and_accuracy(params, model, windows, **options)
     text = windows[0][: length // 2].copy()
@@ -294,7 +294,7 @@ def export_model(run: Run, checkpoint: str, folder, *, step: int = 0, format: st
         found, run.tokenizer, folder, shardings=run.shardings, format=format, tanh=tanh,
         separator=run.config.data.separator, max_length=entry.max_length if entry else 0,
         contextual=entry.contextual if entry else found.config.get("stage", {}).get("kind") == "contextual",
-        provenance=source | run.config.card.to_dict() | {"lineage": runs.lineage(found)},
+        provenance=source | run.config.card.to_dict() | origin(found),
     )  # fmt: skip
 
 
@@ -306,7 +306,7 @@ def export_source(
     settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
     return write_model(
         found, found.load_tokenizer(), folder, shardings=runs.over_all_devices, format=format, tanh=tanh,
-        provenance=found.provenance | {"lineage": runs.lineage(found)}, **settings | found.settings,
+        provenance=found.provenance | origin(found), **settings | found.settings,
     )  # fmt: skip
 
 
@@ -321,9 +321,19 @@ def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
             raise ValueError(f"{name} is {left} in {a[0]} and {right} in {b[0]}: they embed differently")
         settings[name] = left
     return write_model(
-        found, first.load_tokenizer(), folder, shardings=runs.over_all_devices, provenance={"lineage": runs.lineage(found)},
+        found, first.load_tokenizer(), folder, shardings=runs.over_all_devices, provenance=origin(found),
         **settings,
     )  # fmt: skip
+
+
+def origin(checkpoint: Checkpoint) -> dict:
+    """What a card tells of where a checkpoint comes from."""
+    found = {"checkpoint": checkpoint.name, "identity": checkpoint.identity, "lineage": runs.lineage(checkpoint)}
+    if checkpoint.of:
+        found["merge"] = {"of": list(checkpoint.of), "ratio": checkpoint.identity["ratio"]}
+    if checkpoint.settings or checkpoint.left_shift and not checkpoint.config:  # a model folder
+        found["source"] = checkpoint.identity
+    return found
 
 
 def write_model(
@@ -336,14 +346,13 @@ def write_model(
         "matryoshka": list(checkpoint.matryoshka), "separator": separator, "contextual": contextual,
         "max_length": max_length or None,
     }  # fmt: skip
-    said = {"checkpoint": checkpoint.name, "identity": checkpoint.identity} | dict(provenance) | made_with()
     params = transformer.encoder_only(checkpoint.model, checkpoint.params(shardings(model)))[1]
-    return export.write(folder, params, model, tokenizer, embedding=embedding, provenance=said, format=format, tanh=tanh)
+    return export.write(folder, params, model, tokenizer, embedding=embedding, provenance=provenance, format=format, tanh=tanh)
 
 
 def worked_search(run: Run) -> dict:
     """One query against the texts of an evaluation set, with an exported model."""
-    data = evaluation_set(run, next(config.data for config in run.config.evaluations.values() if config.alone))
+    data = evaluation_set(run, run.config.report.texts)
     encoder, precision = load(run.workdir / "export" / run.config.report.search), "int8"
     index = Index(encoder.encode(data.corpus, precision=precision), precision)
     query = data.queries[0]
@@ -483,6 +492,7 @@ def check(config: ConfigDict) -> None:
     order(config)
     named = set(config.stages) | set(config.merges) | {runs.RANDOM}
     for where, names in (
+        *((f"stages.{n}.init", (s.init or runs.RANDOM,)) for n, s in config.stages.items()),
         *((f"merges.{n}.of", m.of) for n, m in config.merges.items()),
         *((f"exports.{n}.checkpoint", (e.checkpoint,)) for n, e in config.exports.items()),
         *((f"mining.{n}.checkpoint", (m.checkpoint,)) for n, m in config.mining.items()),
@@ -518,7 +528,7 @@ def walk(run: Run) -> dict:
             else:
                 done = saved is not None and _portable(saved["inputs"]) == _portable(inputs(run, node))
             if not done:
-                say(f"[bold]{node.name}[/bold]")
+                say(node.name)
                 start = time.perf_counter()
                 result = node.work(run)
                 saved = {
@@ -551,6 +561,10 @@ def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
         **sources[0],
         "commits": sorted({source["commit"] for source in sources}),
         "checkpoints": of("evaluate") | results.get("baselines", {}),
+        "evaluations": {
+            name: e.data + (", each chunk encoded by itself" if e.alone else ", chunks encoded in their document")
+            for name, e in run.config.evaluations.items()
+        },
     }
     for part in ("denoise", "merge"):
         for result in of(part).values():

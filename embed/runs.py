@@ -54,6 +54,7 @@ class Checkpoint:
     left_shift: bool = False  # whether a token is predicted from the state before it
     separator: bool | None = None  # whether a separator stands between chunks; None: not said
     matryoshka: tuple[int, ...] = ()  # prefixes trained
+    of: tuple[str, ...] = ()  # of a merge: the names of the two
     config: dict = dataclasses.field(default_factory=dict)  # of a stage: its config.json
     load_tokenizer: Callable | None = None  # of a stage folder or model folder: the tokenizer that stands in it
     settings: dict = dataclasses.field(default_factory=dict)  # of a model folder: separator, contextual, max_length
@@ -201,6 +202,21 @@ class Run:
             ]
         if problems:
             raise ValueError(f"stage {stage} cannot start from {parent.name}: " + "; ".join(problems))
+
+    def check_sources(self) -> None:
+        """`check_start` as far as it goes before there are data: the model folders and hub ids that stages start from."""
+        for name, stage in self.config.stages.items():
+            if not stage.init or stage.init in (RANDOM, *self.config.stages, *self.config.merges) or is_stage(stage.init):
+                continue
+            found, model = model_folder.open_model(stage.init), self.config.model
+            fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size] + ["tied"] * (stage.kind == "diffusion")
+            problems = [
+                f"config.model.{n} is {model[n]!r}, the checkpoint's {getattr(found.config, n)!r}"
+                for n in fields
+                if model[n] != getattr(found.config, n)
+            ]
+            if problems:
+                raise ValueError(f"stage {name} cannot start from {stage.init}: " + "; ".join(problems))
 
     # --- what a stage's result depends on ------------------------------------------------------------------------------
 
@@ -360,7 +376,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
     prefixes = a.matryoshka if a.matryoshka == b.matryoshka else tuple(p for p in a.matryoshka if p in b.matryoshka)
     return Checkpoint(
         name, {"merge": [a.identity, b.identity], "ratio": ratio}, model, load, tokenizer=a.tokenizer,
-        separator=a.separator, matryoshka=prefixes,
+        separator=a.separator, matryoshka=prefixes, of=(a.name, b.name),
     )  # fmt: skip
 
 

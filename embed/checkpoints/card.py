@@ -60,9 +60,8 @@ Its cosine is what training compared. A dot product also weighs lengths, at most
 def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, format: str = "") -> str:
     """README.md of a model in one of export.FORMATS.
 
-    `provenance` may have checkpoint (str), parents ([{name, folder, step, digest}]), stage (the config of the stage that made
-    it), merge ({of, ratio}), languages, license, figures ({benchmark: {precision: {metric: value}}}), source ({path, revision,
-    digest}), commit, versions. What is not there is left out or said to be unknown.
+    `provenance` may have checkpoint (str), lineage (`embed.runs.lineage`: the stages that made it), merge ({of, ratio}), languages,
+    license, figures ({benchmark: {precision: {metric: value}}}), source ({folder, digest} of a model folder), commit, versions. What is not there is left out or said to be unknown.
     """
     languages, license = provenance.get("languages") or (), provenance.get("license")
     total, without_table = count_params(abstract_params(config))
@@ -100,30 +99,29 @@ def _origin(provenance: Mapping) -> list[str]:
     """Lines on what the model was made from and how."""
     lines = []
     if source := provenance.get("source"):
-        at = f" at revision {source['revision']}" if source.get("revision") else ""
-        lines += ["", f"Made from {source['path']}{at} (sha256 {source['digest']})."]
-    stage, parents, merge = (provenance.get(name) for name in ("stage", "parents", "merge"))
-    if not (stage or parents or merge or provenance.get("checkpoint")):
+        lines += ["", f"Made from {source['folder']} (sha256 {source['digest']})."]
+    stages, merge = provenance.get("lineage") or (), provenance.get("merge")
+    if not (stages or merge):
         return lines
-    lines += ["", "## Training", ""]
-    if provenance.get("checkpoint"):
-        lines.append(f"Checkpoint: {provenance['checkpoint']}.")
+    lines += ["", "## Training", "", f"Checkpoint: {provenance.get('checkpoint', 'unknown')}."]
     if merge:
         first, second = merge["of"]
         lines.append(f"Merged by slerp, {merge['ratio']} of the way from {first} to {second}.")
-    stages = (stage or {}).get("stages") or ({provenance.get("checkpoint", "this one"): stage} if stage else {})
     if stages:
-        lines += ["", "| stage | objective | starts from | steps and mixtures |", "|---|---|---|---|"]
-        for name, one in stages.items():
-            phases = ", ".join(f"{steps} of {mixture}" for steps, mixture in one.get("curriculum") or ())
-            init = one.get("init") or "random init"
-            lines.append(f"| {name} | {one.get('objective', 'unknown')} | {init} | {phases or 'unknown'} |")
-    if parents:
-        lines += ["", "| parent | folder | step | sha256 |", "|---|---|---:|---|"]
-        for parent in parents:
-            cells = (parent.get(name) for name in ("name", "folder", "step", "digest"))
-            lines.append("| " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |")
+        lines += ["", "| stage | objective | steps and tasks | step | checksum | starts from |", "|---|---|---|---:|---|---|"]
+    for stage in stages:
+        phases = ", ".join(f"{steps} of {' and '.join(rates)}" for steps, rates in stage["phases"])
+        cells = [stage["name"], stage["kind"], phases, stage["step"], stage["digest"], _parent(stage["parent"])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
+
+
+def _parent(identity: Mapping) -> str:
+    if "random init" in identity:
+        return f"random init, seed {identity['random init']}"
+    if "merge" in identity:
+        return f"slerp at {identity['ratio']} of " + " and ".join(map(_parent, identity["merge"]))
+    return f"{identity['folder']}" + (f", step {identity['step']}" if identity["step"] else "") + f" ({identity['digest'][:12]})"
 
 
 def _evaluation(figures: Mapping) -> list[str]:

@@ -3,8 +3,9 @@
 results.json; everything but `checkpoints` is optional, and a section stands in the report only if its key is there:
 
     checkpoints       {name: {benchmark: {precision: {"ndcg@10": …, "recall@10": …}}}}, the rows of the table in order;
-                      benchmark is functions, contextual or contextual_alone
-    slerp_sweep       [{"ratio": t, "functions": nDCG@10, "contextual": nDCG@10}, …] on the development split
+                      benchmark is the name of an evaluation of the config
+    evaluations       {benchmark: what it is, in words}
+    slerp_sweep       [{"ratio": t, SET: nDCG@10, …}, …] on development splits
     slerp_ratio       the ratio chosen
     diffusion         [{"t": …, "accuracy": …, "nll": …}, …] masked-token accuracy and cross-entropy in nats at noise t
     elbo              the diffusion model's bound, nats per token
@@ -26,28 +27,34 @@ import rich.table
 
 from embed.training.metrics import read_metrics
 
-BENCHMARKS = {"functions": "functions", "contextual": "contextual", "contextual_alone": "chunks alone"}
 METRICS = {"ndcg@10": "nDCG@10", "recall@10": "recall@10"}
 PRECISIONS = ("float32", "int8", "binary")
 # Colours that differ in lightness too, for print and for colour-blind readers (Okabe and Ito).
-COLOURS = {"functions": "#0072B2", "contextual": "#E69F00", "contextual_alone": "#999999"}
+COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#D55E00", "#CC79A7")
 
 NONE = "–"  # in the place of a figure that is not there
-TITLE = "Retrieval on held-out packages"
-LEGEND = (
-    "functions: docstring to function. contextual: query to chunk, chunks embedded within their module (late "
-    "chunking). chunks alone: the same queries and chunks, each chunk embedded by itself."
-)
+TITLE = "Retrieval"
+
+
+def _benchmarks(results: Mapping) -> dict[str, str]:
+    """{benchmark: its title} of the table's columns."""
+    found = [name for row in results["checkpoints"].values() for name in row]
+    return {name: name.replace("_", " ") for name in dict.fromkeys(found)}
+
+
+def _legend(results: Mapping) -> str:
+    told = results.get("evaluations", {})
+    return " ".join(f"{title}: {told[name]}." for name, title in _benchmarks(results).items() if name in told)
 
 
 def render_table(results: Mapping) -> rich.table.Table:
     """The table of a run for a terminal of 80 columns."""
     table = rich.table.Table(
-        title=f"{TITLE}: nDCG@10 and recall@10", title_justify="left", caption=LEGEND, caption_justify="left",
+        title=f"{TITLE}: nDCG@10 and recall@10", title_justify="left", caption=_legend(results), caption_justify="left",
         box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     table.add_column("", no_wrap=True)
-    for benchmark in BENCHMARKS.values():
+    for benchmark in _benchmarks(results).values():
         for metric in METRICS.values():
             head = benchmark.replace(" ", "\n") + "\n" + metric.removesuffix("@10")
             table.add_column(head, justify="right", vertical="bottom", no_wrap=True)
@@ -61,7 +68,7 @@ def render_table(results: Mapping) -> rich.table.Table:
 
 def markdown_table(results: Mapping) -> str:
     """The same table in Markdown, the best figure of a column and precision in bold."""
-    heads = [f"{benchmark}<br>{metric}" for benchmark in BENCHMARKS.values() for metric in METRICS.values()]
+    heads = [f"{benchmark}<br>{metric}" for benchmark in _benchmarks(results).values() for metric in METRICS.values()]
     lines = [_row(["precision", "model", *heads]), _row(["---", "---", *["---:"] * len(heads)])]
     for precision, rows in _sections(results):
         best = [max(c for c in ("", *column) if c != NONE) for column in zip(*(cells for _, cells in rows))]
@@ -87,7 +94,7 @@ def plot_losses(path, metrics: Mapping[str, Path]) -> None:
         rows = [row for row in read_metrics(Path(file)) if "loss" in row]
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         axis.plot(steps, losses, color="#9DC3E6", linewidth=0.8)
-        axis.plot(steps, _running_mean(losses), color=COLOURS["functions"], linewidth=1.6)
+        axis.plot(steps, _running_mean(losses), color=COLOURS[0], linewidth=1.6)
         axis.set_title(stage if rows else f"{stage}: nothing logged", loc="left", fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
@@ -99,21 +106,22 @@ def plot_losses(path, metrics: Mapping[str, Path]) -> None:
 def plot_ndcg(path, results: Mapping) -> None:
     """nDCG@10 in float32 of every row of the table, one bar a benchmark."""
     names = list(results["checkpoints"])
-    shown = [b for b in BENCHMARKS if any(_figure_of(results, n, b, "float32", "ndcg@10") is not None for n in names)]
+    titles = _benchmarks(results)
+    shown = [b for b in titles if any(_figure_of(results, n, b, "float32", "ndcg@10") is not None for n in names)]
     figure, (axis,) = _figure(1, (max(6, 1.15 * len(names) + 1), 3.4))
     width = 0.8 / max(len(shown), 1)
     for k, benchmark in enumerate(shown):
         values = [_figure_of(results, name, benchmark, "float32", "ndcg@10") for name in names]
         places = [i + (k - (len(shown) - 1) / 2) * width for i in range(len(names))]
         bars = axis.bar(
-            places, [v or 0 for v in values], width * 0.92, color=COLOURS[benchmark], label=BENCHMARKS[benchmark]
+            places, [v or 0 for v in values], width * 0.92, color=COLOURS[k % len(COLOURS)], label=titles[benchmark]
         )
         axis.bar_label(bars, [_number(v) for v in values], fontsize=7, padding=2, color="#333333")
     axis.set_xticks(range(len(names)), [name.replace(" + ", " +\n").replace(" (", "\n(") for name in names])
     axis.set_ylabel("nDCG@10 (float32)")
     axis.margins(y=0.1)
     axis.legend(
-        frameon=False, fontsize=8, ncols=len(BENCHMARKS), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2
+        frameon=False, fontsize=8, ncols=max(len(shown), 1), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2
     )  # fmt: skip
     figure.savefig(path, dpi=160)
 
@@ -122,10 +130,10 @@ def plot_slerp(path, sweep) -> None:
     """nDCG@10 on the development split against the slerp ratio."""
     figure, (axis,) = _figure(1, (4.6, 3))
     ratios = [point["ratio"] for point in sweep]
-    for benchmark in [b for b in BENCHMARKS if all(b in point for point in sweep)]:
+    for k, benchmark in enumerate(_swept(sweep)):
         values = [point[benchmark] for point in sweep]
-        axis.plot(ratios, values, marker="o", markersize=4, color=COLOURS[benchmark], label=BENCHMARKS[benchmark])
-    axis.set_xlabel("ratio (0 = contextual, 1 = triplet)")
+        axis.plot(ratios, values, marker="o", markersize=4, color=COLOURS[k % len(COLOURS)], label=benchmark)
+    axis.set_xlabel("ratio: 0 is the first, 1 the second")
     axis.set_ylabel("nDCG@10, development split")
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=160)
@@ -140,7 +148,7 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
 
     yield f"## {TITLE}"
     yield markdown_table(results).rstrip()
-    yield LEGEND + " A dash: this row has no such vectors (BM25) or was not measured. Bold: best of the column."
+    yield f"{_legend(results)} A dash: this row has no such vectors (BM25) or was not measured. Bold: best of the column.".strip()
     plot_ndcg(folder / "plots" / "ndcg.png", results)
     yield "![nDCG@10 of each checkpoint](plots/ndcg.png)"
 
@@ -152,13 +160,13 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
     if results.get("slerp_sweep"):
         yield "## Merging: the slerp ratio on the development split"
         sweep = results["slerp_sweep"]
-        benchmarks = [b for b in BENCHMARKS if any(b in point for point in sweep)]
+        benchmarks = _swept(sweep)
         chosen = results.get("slerp_ratio")
         rows = []
         for point in sweep:
             mark = " (chosen)" if point["ratio"] == chosen else ""
             rows.append([f"{point['ratio']:g}{mark}", *(_number(point.get(b)) for b in benchmarks)])
-        yield _table(["ratio", *(f"{BENCHMARKS[b]} nDCG@10" for b in benchmarks)], rows)
+        yield _table(["ratio", *(f"{b} nDCG@10" for b in benchmarks)], rows)
         plot_slerp(folder / "plots" / "slerp.png", sweep)
         yield "![nDCG@10 against the slerp ratio](plots/slerp.png)"
     if results.get("diffusion"):
@@ -200,11 +208,15 @@ def _sections(results: Mapping) -> Iterator[tuple[str, list[tuple[str, list[str]
     for precision in PRECISIONS:
         rows = []
         for name in results["checkpoints"]:
-            values = [_figure_of(results, name, b, precision, m) for b in BENCHMARKS for m in METRICS]
+            values = [_figure_of(results, name, b, precision, m) for b in _benchmarks(results) for m in METRICS]
             if any(value is not None for value in values):
                 rows.append((name, [_number(value) for value in values]))
         if rows:
             yield precision, rows
+
+
+def _swept(sweep) -> list[str]:
+    return [name for name in sweep[0] if name != "ratio"]
 
 
 def _figure_of(results: Mapping, name: str, benchmark: str, precision: str, metric: str) -> float | None:

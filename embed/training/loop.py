@@ -123,7 +123,9 @@ def train(
             if every and (k + 1 == steps or (k + 1) % every == 0) and not (ending and k + 1 < steps):
                 with peers(k + 1), log.pause():
                     figure = evaluate(params)
-            saving = last or manager.should_save(k + 1) or (figure is not None and figure > best)
+            better = figure is not None and figure > best
+            milestone = execution.milestone_every and (k + 1) % execution.milestone_every == 0
+            saving = last or milestone or better or manager.should_save(k + 1)
             if saving or figure is not None or k + 1 == profile_steps.stop:
                 with peers(k + 1):  # what a row sums must not end with this process
                     log.flush(row=saving or figure is not None, figure=figure, keep=saving)
@@ -131,9 +133,9 @@ def train(
                 jax.profiler.stop_trace()
             training_state.check(manager)
             if saving:
-                best = max(best, -np.inf if figure is None else figure)
+                best = figure if better else best
                 # What has finished trains no more, and needs no optimizer's state.
-                training_state.save(manager, k + 1, params, None if k + 1 == steps else state, figure)
+                training_state.save(manager, k + 1, params, None if k + 1 == steps else state, figure if better else None)
             if ending:
                 break
         log.close()

@@ -1,0 +1,617 @@
+"""The whole house at a micro size, through the commands a user types."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import small
+from nbclient import NotebookClient
+
+from embed import cli, config, graph, inference, runs, tokenizers
+from embed.checkpoints import training_state
+from embed.evaluation import retrieval
+from embed.models import transformer
+from embed.training import stages
+from embed.training.metrics import read_metrics
+
+CONFIG = "configs/quickstart.py:runlocal"
+ROOT = Path(__file__).parent.parent
+MIXTURES = (("diffusion", "diffusion"), ("pair", "pairs"), ("contextual", "contextual"))
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A complete run of the pipeline."""
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def shared(workdir):
+    """The override that has a run read the data of another."""
+    return f"--config.data.directory={workdir / 'data'}"
+
+
+def make_run(workdir, *overrides, path=CONFIG):
+    return runs.Run(config.load(path, overrides), workdir)
+
+
+def said(capsys):
+    """The one sentence that a verb ended with."""
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("embed: ")]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+# --- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["laptop.py", "pplx_embed.py"])
+def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, shared, tmp_path):
+    run = make_run(tmp_path / "run", shared, path=f"configs/{path}:runlocal")
+    assert run.config.data.gin_file == config.load(CONFIG).data.gin_file, "data of its own: prepare them here"
+    for name in graph.order(run.config):
+        assert graph.train_stage(run, name) == {"steps": 2}
+        assert all(np.isfinite(row["loss"]) for row in read_metrics(run.folder(name) / "metrics.jsonl"))
+    mined = {entry.name for entry in (run.workdir / "mining").iterdir() if not entry.name.startswith(".")}
+    assert mined == set(run.config.mining)
+
+
+def test_the_planner_knows_the_arrays_of_every_stage(workdir):
+    run = make_run(workdir)
+    for name, stage in run.config.stages.items():
+        stores = {task: run.store(task) for _, rates in run.phases(name) for task in rates}
+        separator = run.tokenizer.separator_id
+        batch = stages.make_loader(stage, stores, run.phases(name), seed=0, separator_id=separator).batch(0)
+        batch.pop("stats")
+        assert stages.abstract_batch(stage) == {k: (v.shape, v.dtype.type) for k, v in batch.items()}
+
+
+def test_results_have_every_row_set_and_precision(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    models = ["random init", "diffusion", "pair", "contextual", "triplet", "merged"]
+    assert list(results["checkpoints"]) == [*models, "BM25", "BM25 + contextual", "BM25 + merged"]
+    for name in [*models, "BM25 + contextual", "BM25 + merged"]:
+        for benchmark in ("functions", "contextual", "contextual_alone"):
+            for precision in ("float32", "int8", "binary"):
+                figures = results["checkpoints"][name][benchmark][precision]
+                assert 0 <= figures["ndcg@10"] <= 1 and 0 <= figures["recall@10"] <= 1
+    assert set(results["seconds"]) >= {"prepare", "diffusion", "pair", "contextual", "mine", "triplet", "merge"}
+    assert results["commit"] and results["versions"]["jax"]
+
+
+def test_kept_rankings_score_what_the_table_says(workdir):
+    run = make_run(workdir)
+    figures = json.loads((workdir / "results.json").read_text())["checkpoints"]["contextual"]
+    for name, evaluation in run.config.evaluations.items():
+        data, rankings = graph.evaluation_set(run, evaluation.data), np.load(graph.ranking(run, "contextual", name))
+        assert {p: retrieval.score(rankings[p], data) for p in rankings} == figures[name]
+
+
+def test_report_shows_the_table_and_its_plots_exist(workdir):
+    text = (workdir / "report.md").read_text()
+    for part in ("BM25 + merged", "plots/loss.png", "plots/ndcg.png", "ELBO", "slerp ratio", "each chunk encoded by itself"):
+        assert part in text
+    for plot in ("loss", "ndcg", "slerp"):
+        assert (workdir / "plots" / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_stage_changes_the_model_it_starts_from_and_logs_each_step(workdir):
+    run = make_run(workdir)
+    for name, stage in run.config.stages.items():
+        before, after = run.checkpoint(stage.init).params(), run.checkpoint(name).params()
+        assert not np.array_equal(before["embedding"], after["embedding"])
+        rows = read_metrics(workdir / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2]
+        assert all(np.isfinite(row["loss"]) and 0 < row["fill"] <= 1 for row in rows)
+
+
+def test_a_finished_stage_keeps_its_parameters_and_its_tokenizer_and_says_what_it_came_from(workdir):
+    run = make_run(workdir)
+    for name in run.config.stages:
+        assert training_state.steps(workdir / name / "checkpoints") == [2]
+        assert not (workdir / name / "checkpoints" / "2" / "optimizer").exists()
+        assert tokenizers.load(workdir / name / "tokenizer").digest == run.tokenizer.digest
+    pair = run.checkpoint("pair").identity
+    assert pair["step"] == 2 and pair["folder"] == str(workdir / "pair")
+    for name in ("contextual", "triplet"):
+        for file in ("config.json", "run.json"):
+            assert json.loads((workdir / name / file).read_text())["parent"] == pair
+
+
+def test_a_complete_pipeline_is_not_run_again(workdir):
+    before = {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()}
+    assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={workdir}"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()} == before
+
+
+def test_a_node_whose_inputs_changed_is_done_again_and_no_other(workdir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("data"), symlinks=True)
+    (copy / "data").symlink_to(workdir / "data")
+    steps = copy / "steps"
+    before = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
+    # A moved run is the same run, and a merge at another ratio another checkpoint.
+    assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={copy}", "--config.merges.merged.ratio=0.4"]) == 0
+    changed = {path.name for path in steps.iterdir() if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {f"{name}.json" for name in ("merge", "evaluate merged", "baselines", "export", "search")}
+    assert json.loads((copy / "results.json").read_text())["slerp_ratio"] == 0.4
+
+
+def test_the_export_searches_a_corpus_file(workdir, tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    texts = ["def add(a, b): return a + b", "def open_file(path): return open(path)", "class Tree: pass"]
+    corpus.write_text("".join(json.dumps({"_id": f"t{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+    for precision in ("float32", "int8", "binary", "ubinary"):
+        arguments = ["search", f"--model={workdir}/export/embed", f"--corpus={corpus}", f"--query={texts[1]}"]
+        assert cli.main([*arguments, f"--precision={precision}"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.index("t1") < min(shown.index("t0"), shown.index("t2")), shown
+
+
+def test_merging_two_exports_or_two_stage_folders_gives_the_pipelines_merged_model(workdir, tmp_path):
+    run, texts = make_run(workdir), ["read a file", "a tree of arrays"]
+    wanted = inference.load(workdir / "export" / "embed").encode(texts)
+    for name in ("contextual", "triplet"):
+        graph.export_model(run, name, tmp_path / name)
+    for source in (tmp_path, workdir):
+        output = tmp_path / f"merged of {source.name}"
+        arguments = [f"--a={source}/contextual", f"--b={source}/triplet", "--ratio=0.8", f"--output={output}"]
+        assert cli.main(["merge", *arguments]) == 0
+        np.testing.assert_allclose(inference.load(output).encode(texts), wanted, atol=1e-6)
+
+
+def test_cards_tell_the_stages_with_their_parents_and_the_merge(workdir):
+    card = (workdir / "export" / "embed" / "README.md").read_text()
+    step = json.loads((workdir / "contextual" / "config.json").read_text())["parent"]
+    assert "0.8 of the way from contextual to triplet" in card
+    for part in ("| diffusion |", "| pair |", "| contextual |", "| triplet |", step["digest"], "random init"):
+        assert part in card, part
+    alone = (workdir / "export" / "embed-context" / "README.md").read_text()
+    assert "# Contextual text embeddings" in alone and "| triplet |" not in alone
+
+
+def test_sample_fills_every_mask(workdir, capsys):
+    arguments = [f"--config={CONFIG}", f"--workdir={workdir}", "--text=def <mask> ( <mask> ) :"]
+    assert cli.main(["sample", *arguments]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\s*\d ", line)]
+    assert [line.count("_") for line in lines] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["quickstart.ipynb"])
+def test_the_colab_runs_from_top_to_bottom_and_is_stored_without_outputs(name, workdir, monkeypatch):
+    assert name in os.listdir(ROOT / "colabs")
+    notebook = nbformat.read(ROOT / "colabs" / name, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in cells)
+    monkeypatch.setenv("EMBED_MODEL", str(workdir / "export" / "embed"))
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    kinds = [output.output_type for cell in cells for output in cell.outputs]
+    assert "error" not in kinds and "display_data" in kinds
+
+
+# --- graphs of one's own --------------------------------------------------------------------------------------------
+
+GRAPH = """
+from configs import base
+from embed.models.transformer import SIZES
+
+def get_config(arg=""):
+    config = base.get_config()
+    config.stage = arg.removeprefix("stage=")
+    config.model.update(SIZES["micro"])
+    config.model.update(rope_theta=1e4, dtype="float32")
+    config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none")
+    # No diffusion; two pair stages in a row; a triplet stage before a contextual one, out of two mined tasks.
+    config.stages.first = base.stage("pair", curriculum=((2, "pairs"),))
+    config.stages.second = base.stage("pair", init="first", curriculum=((1, "summaries"), (1, "pairs")))
+    for name in ("summaries", "classes"):
+        config.mining[f"hard_{name}"] = base.mining(checkpoint="second", task=f"python_docs_{name}", queries=20)
+    config.mining.hard_classes.update(rank_window=(1, 40), precision="float32")
+    mined = {"hard_summaries": 0.75, "hard_classes": 0.25}
+    config.stages.hard = base.stage("triplet", init="second", curriculum=((2, mined),))
+    config.stages.chunks = base.stage("contextual", init="hard", curriculum=((2, "contextual"),))
+    base.shrink(config)
+    config.stages.second.curriculum = ((1, "summaries"), (1, "pairs"))
+    config.merges.between = base.merge(of=("second", "chunks"), ratio=0.25)
+    config.exports.product = base.export(checkpoint="between", max_length=0)
+    config.evaluations.held_out = base.evaluation(data="functions/test", alone=True, checkpoints=("second", "between"), bm25=False)
+    return config
+"""
+
+
+@pytest.fixture(scope="session")
+def own_graph(workdir, tmp_path_factory):
+    """(config file, workdir) of a complete run of a graph of one's own, on the data of the first run."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own.py").write_text(GRAPH)
+    arguments = [f"--config={folder / 'own.py'}", f"--workdir={folder / 'run'}", f"--config.data.directory={workdir / 'data'}"]
+    assert cli.main(["pipeline", *arguments]) == 0
+    return folder / "own.py", folder / "run"
+
+
+def test_a_graph_of_ones_own_runs_in_the_order_of_its_parents(own_graph):
+    file, folder = own_graph
+    results = json.loads((folder / "results.json").read_text())
+    assert graph.order(config.load(str(file))) == ["first", "second", "hard", "chunks"]
+    assert list(results["checkpoints"]) == ["second", "between"] and not (folder / "data").exists()
+    parents = {n: json.loads((folder / n / "config.json").read_text())["parent"] for n in ("first", "second", "hard", "chunks")}
+    assert parents["first"] == {"random init": 0}
+    assert [Path(parents[n]["folder"]).name for n in ("second", "hard", "chunks")] == ["first", "second", "hard"]
+    assert inference.load(folder / "export" / "product").encode(["a text"]).shape == (1, 32)
+
+
+def test_each_mined_task_has_its_own_window_size_and_precision_and_the_stage_draws_by_rate(own_graph, workdir):
+    file, folder = own_graph
+    run = make_run(folder, f"--config.data.directory={workdir / 'data'}", path=str(file))
+    infos = {name: run.store(name).info for name in run.config.mining}
+    assert {name: info["inputs"]["mining"]["precision"] for name, info in infos.items()} == {
+        "hard_summaries": "int8", "hard_classes": "float32",
+    }  # fmt: skip
+    assert infos["hard_classes"]["inputs"]["mining"]["rank_window"] == [1, 40]
+    assert all(info["mined"]["queries"] >= 1 for info in infos.values())
+    assert all(info["inputs"]["checkpoint"] == run.checkpoint("second").identity for info in infos.values())
+    assert run.phases("hard") == [(2, {"hard_summaries": 0.75, "hard_classes": 0.25})]
+
+
+def test_a_stage_starts_from_a_stage_folder_of_another_run(own_graph, workdir, shared, tmp_path):
+    _, other = own_graph
+    run = [f"--config={CONFIG},stage=pair", f"--workdir={tmp_path / 'run'}", shared]
+    assert cli.main(["train", *run, f"--config.stages.pair.init={other / 'second'}"]) == 0
+    parent = json.loads((tmp_path / "run" / "pair" / "config.json").read_text())["parent"]
+    assert parent == make_run(other, shared, path=str(other.parent / "own.py")).checkpoint("second").identity
+    # What it came from may move: its step and digest tell what it is.
+    moved = tmp_path / "moved"
+    shutil.copytree(other / "second", moved)
+    assert cli.main(["train", *run, f"--config.stages.pair.init={moved}"]) == 0
+
+
+FROM_THE_HUB = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from embed import cli
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_a_stage_starts_from_a_hub_id_with_its_own_tokenizer(tmp_path):
+    """In processes of their own: huggingface_hub reads its environment when it is imported."""
+    untied = transformer.make_config("micro", 640, tied=False)
+    params = small.random_params(untied)
+    tokenizer = tokenizers.load(small.write_bpe(tmp_path, small.sentences(100)))
+    source = small.write_model(tmp_path / "source", params, untied, tokenizer)
+    small.make_causal(source, params)
+    snapshot = tmp_path / "cache" / "models--Qwen--Micro" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(source, snapshot)
+    (tmp_path / "cache" / "models--Qwen--Micro" / "refs").mkdir()
+    (tmp_path / "cache" / "models--Qwen--Micro" / "refs" / "main").write_text("abc")
+    environment = {**ENVIRONMENT, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+
+    def embed(verb, *more):
+        arguments = [f"--config={CONFIG},stage=diffusion", f"--workdir={tmp_path / 'run'}", "--config.model.rope_theta=1e6"]
+        arguments += ["--config.data.tokenizer=Qwen/Micro", "--config.stages.diffusion.init=Qwen/Micro"]
+        command = [sys.executable, "-c", FROM_THE_HUB, str(ROOT / "tests"), verb, *arguments, *more]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    wrong = embed("prepare", "--config.model.vocab_size=700")
+    assert wrong.returncode == 2 and not (tmp_path / "run").exists()  # before anything is written
+    assert "config.model.vocab_size is 700, the checkpoint's 640; config.model.tied is True" in wrong.stderr
+    for verb in ("prepare", "train"):
+        done = embed(verb, "--config.model.vocab_size=640", "--config.model.tied=False")
+        assert done.returncode == 0, done.stderr[-3000:]
+    identity = json.loads((tmp_path / "run" / "diffusion" / "config.json").read_text())
+    assert identity["left_shift"] and identity["parent"]["folder"] == "Qwen/Micro"  # its source was causal
+    after = runs.find(str(tmp_path / "run" / "diffusion")).params()
+    change = np.abs(np.asarray(after["head"]) - params["head"])
+    assert 0 < change.max() < 0.02  # two steps away from what it started from
+
+
+def test_an_export_of_a_run_starts_a_stage_of_another(workdir, shared, tmp_path):
+    run = [f"--config={CONFIG},stage=contextual", f"--workdir={tmp_path / 'run'}", shared]
+    assert cli.main(["train", *run, f"--config.stages.contextual.init={workdir / 'export' / 'embed'}"]) == 0
+    parent = json.loads((tmp_path / "run" / "contextual" / "config.json").read_text())["parent"]
+    assert parent["folder"] == str(workdir / "export" / "embed") and parent["digest"]
+
+
+def test_stages_that_wait_for_each_other_are_refused(tmp_path, capsys):
+    for overrides, sentence in (
+        (["--config.stages.diffusion.init=pair"], "leads back to"),
+        (["--config.mining.hard_negatives.checkpoint=merged"], "wait for each other"),
+        (["--config.exports.embed.checkpoint=merge"], "config.exports.embed.checkpoint names 'merge'; there are contextual, "),
+        (["--config.stages.contextual.init=pear"], "config.stages.contextual.init names 'pear'; there are contextual, "),
+    ):
+        assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *overrides]) == 2
+        assert sentence in said(capsys)
+    assert not (tmp_path / "run" / "steps").exists()
+
+
+# --- what identifies a stage ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(workdir, shared, tmp_path):
+    """(arguments, folder) of a run whose diffusion stage is complete."""
+    arguments = [f"--config={CONFIG},stage=diffusion", f"--workdir={tmp_path / 'run'}", shared]
+    folder = tmp_path / "run" / "diffusion"
+    shutil.copytree(workdir / "diffusion", folder)
+    return arguments, folder
+
+
+def test_a_changed_field_that_matters_is_named_with_both_values(trained, capsys):
+    arguments, folder = trained
+    before = sorted(path.stat().st_mtime_ns for path in folder.rglob("*"))
+    overrides = ["--config.seed=1", "--config.stages.diffusion.optimizer.clip=2.0", "--config.model.rope_theta=2e4"]
+    assert cli.main(["train", *arguments, *overrides]) == 2
+    sentence = said(capsys)
+    for part in ("seed was 0, now 1", "stages.diffusion.optimizer.clip was 1.0, now 2.0", "model.rope_theta was 10000.0, now 20000.0"):
+        assert part in sentence
+    assert sorted(path.stat().st_mtime_ns for path in folder.rglob("*")) == before
+
+
+def test_what_cannot_change_a_result_may_differ_at_every_start(trained, capsys):
+    arguments, _ = trained
+    overrides = [
+        "--config.execution.mesh.fsdp=-1", "--config.execution.mesh.data=1", "--config.execution.remat=full",
+        "--config.execution.unroll=1", "--config.execution.attention=xla", "--config.stages.diffusion.execution.microbatches=2",
+        "--config.stages.diffusion.execution.logits_chunk=64", "--config.stages.diffusion.execution.log_every=3",
+        "--config.stages.diffusion.execution.checkpoint_every=7", "--config.card.license=mit",
+        "--config.stages.pair.temperature=0.5", "--config.data.gin_file=elsewhere.gin",
+    ]  # fmt: skip
+    assert cli.main(["train", *arguments, *overrides]) == 0
+    assert "diffusion is complete" in capsys.readouterr().out
+
+
+def test_a_comment_in_a_gin_file_changes_nothing_and_another_binding_is_refused(workdir, shared, tmp_path, capsys):
+    text = (ROOT / "configs/data/python_docs.gin").read_text()
+    for name, addition in (("comment", "\n# nothing\n"), ("other", "\ntext.max_characters = 1000\n")):
+        (tmp_path / f"{name}.gin").write_text(text + addition)
+    arguments = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", shared]
+    assert cli.main(["prepare", *arguments, f"--config.data.gin_file={tmp_path / 'comment.gin'}"]) == 0
+    assert cli.main(["prepare", *arguments, f"--config.data.gin_file={tmp_path / 'other.gin'}"]) == 2
+    assert "text.max_characters was 40000000, now 1000" in said(capsys)
+
+
+def test_a_command_that_fails_before_its_first_checkpoint_claims_no_folder(workdir, shared, tmp_path, capsys):
+    arguments = [f"--config={CONFIG},stage=diffusion", f"--workdir={tmp_path / 'run'}", shared]
+    diverging = ["--config.stages.diffusion.optimizer.learning_rate=1e38", "--config.stages.diffusion.execution.max_skipped=0"]
+    failing = ["--config.stages.diffusion.batch.rows=3", "--config.stages.diffusion.execution.microbatches=2"]
+    assert cli.main(["train", *arguments, *failing, *diverging]) == 2
+    said(capsys)
+    assert cli.main(["train", *arguments]) == 0
+
+
+def test_two_runs_in_one_workdir_the_second_is_refused(trained, shared, capsys):
+    arguments, folder = trained
+    shutil.rmtree(folder)
+    run = make_run(folder.parent, shared)
+    with runs.hold(folder):
+        assert cli.main(["train", *arguments]) == 2
+        assert f"{folder} is in use by another process" in said(capsys)
+    with runs.hold(run.workdir / "pipeline"):
+        assert cli.main(["pipeline", f"--config={CONFIG}", *arguments[1:]]) == 2
+        assert "is in use by another process" in said(capsys)
+    assert cli.main(["train", *arguments]) == 0
+
+
+# --- parents that have not finished ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(workdir, shared, tmp_path):
+    """A run whose pair stage has one of two steps: its last checkpoint is step 1."""
+    folder = tmp_path / "unfinished"
+    for name in ("diffusion", "pair"):
+        shutil.copytree(workdir / name, folder / name)
+    (folder / "pair" / "checkpoints" / "2").rename(folder / "pair" / "checkpoints" / "1")
+    return folder
+
+
+def test_an_unfinished_parent_is_refused_by_every_verb_unless_its_step_is_named(unfinished, workdir, shared, tmp_path, capsys):
+    run = [f"--workdir={unfinished}", shared]
+    sets, stage = workdir / "data" / "evaluation" / "functions" / "test", unfinished / "pair"
+    negatives = "--config.stages.triplet.curriculum=((2, 'hard_negatives'),)"
+    verbs = {
+        "train": (["train", f"--config={CONFIG},stage=contextual", *run], ["--config.stages.contextual.init_step=1"]),
+        "mine in training": (
+            ["train", f"--config={CONFIG},stage=triplet", *run, negatives, "--config.stages.triplet.init=diffusion"],
+            ["--config.mining.hard_negatives.step=1"],
+        ),
+        "export": (
+            ["export", f"--config={CONFIG}", *run, "--checkpoint=pair", f"--output={tmp_path / 'export'}"], ["--step=1"],
+        ),
+        "export a folder": (["export", f"--model={stage}", f"--output={tmp_path / 'other'}"], ["--step=1"]),
+        "mine": (["mine", f"--model={stage}", f"--data={sets}", f"--output={tmp_path / 'mined'}"], ["--step=1"]),
+        "evaluate": (["evaluate", f"--model={stage}", f"--data={sets}"], ["--step=1"]),
+        "merge": (
+            ["merge", f"--a={stage}", f"--b={unfinished / 'diffusion'}", f"--output={tmp_path / 'merged'}"], ["--step_a=1"],
+        ),
+        "sample": (
+            ["sample", f"--config={CONFIG}", *run, "--checkpoint=pair", "--text=a <mask>"], ["--step=1"],
+        ),
+    }  # fmt: skip
+    for name, (refused, allowed) in verbs.items():
+        assert cli.main(refused) == 2, name
+        assert "has not finished: its last checkpoint is step 1 of 2" in said(capsys), name
+        assert cli.main([*refused, *allowed]) == 0, name
+        capsys.readouterr()
+    assert json.loads((unfinished / "contextual" / "run.json").read_text())["parent"]["step"] == 1
+    assert "| 1 |" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_path, capsys):
+    arguments = ["export", f"--config={CONFIG}", f"--workdir={workdir}", "--checkpoint=pair", f"--output={tmp_path / 'x'}"]
+    assert cli.main([*arguments, "--step=7"]) == 2
+    assert "pair has no checkpoint of step 7; there are 2" in said(capsys)
+
+
+def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone(workdir, shared, tmp_path, capsys):
+    shutil.copytree(workdir / "contextual", tmp_path / "run" / "contextual")
+    assert cli.main(["train", f"--config={CONFIG},stage=contextual", f"--workdir={tmp_path / 'run'}", shared]) == 0
+    assert "contextual is complete" in capsys.readouterr().out
+
+
+# --- the evaluation in the loop, milestones -------------------------------------------------------------------------
+
+
+def test_the_best_checkpoint_by_held_out_retrieval_and_milestones_are_kept(shared, tmp_path):
+    arguments = [f"--config={CONFIG},stage=pair", f"--workdir={tmp_path / 'run'}", shared, "--config.stages.pair.init="]
+    settings = dict(checkpoint_every=100, milestone_every=4, evaluate_every=3, evaluate_on="functions/development")
+    arguments += [f"--config.stages.pair.execution.{name}={value}" for name, value in settings.items()]
+    assert cli.main(["train", *arguments, "--config.stages.pair.curriculum=((10, 'pairs'),)"]) == 0
+    rows = read_metrics(tmp_path / "run" / "pair" / "metrics.jsonl")
+    figures = {row["step"]: row["evaluation"] for row in rows if "evaluation" in row}
+    assert list(figures) == [3, 6, 9, 10]
+    best = max(figures, key=lambda step: (figures[step], -step))
+    checkpoints = tmp_path / "run" / "pair" / "checkpoints"
+    assert training_state.steps(checkpoints) == sorted({best, 4, 8, 10})
+    encoder = runs.load_encoder(str(tmp_path / "run" / "pair"), best if best != 10 else 0)
+    data = retrieval.read_set(Path(shared.partition("=")[2]) / "evaluation" / "functions" / "development")
+    assert retrieval.evaluate_retrieval(encoder, data, ("int8",))["int8"]["ndcg@10"] == pytest.approx(figures[best], abs=1e-6)
+
+
+# --- bad input: one sentence, exit code 2 ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (
+            ["pipeline", f"--config={CONFIG}", "--config.seeed=1", "--workdir={workdir}"],
+            "unknown config key 'seeed'; did you mean 'seed'?",
+        ),
+        (["pipeline", "--config=configs/none.py", "--workdir={workdir}"], "no file configs/none.py"),
+        (
+            ["train", f"--config={CONFIG},stage=triple", "--workdir={workdir}"],
+            "config.stage='triple' must be one of contextual, diffusion, pair, triplet",
+        ),
+        (["evaluate", "--model={workdir}/nowhere", "--data={workdir}/data/evaluation/functions/test"], "nowhere"),
+        (["search", "--model={workdir}/export/embed", "--corpus={workdir}/empty.jsonl", "--query=x"], "empty.jsonl"),
+        (["search", "--model={workdir}/export/embed", "--corpus={workdir}/none.jsonl", "--query=x"], "none.jsonl"),
+        (["trane"], "'trane' is not a verb; there are"),
+        (
+            ["encode", "--model={workdir}/export/embed", "--text=x", "--output={workdir}/nowhere/x.npy"],
+            "must be a file in a folder that exists",
+        ),
+        (
+            ["train", f"--config={CONFIG},stage=pair", "--workdir={workdir}", "--process_id=1"],
+            "--coordinator and --process_id need --num_processes",
+        ),
+        (["pipeline", f"--config={CONFIG}", "--workdir=s3://bucket/run"], "s3://bucket/run must be a folder or gs://"),
+        (
+            ["pipeline", f"--config={CONFIG}", "--config.data.gin_file=none.gin", "--workdir={workdir}"],
+            "no file none.gin",
+        ),
+        (
+            ["export", f"--config={CONFIG}", "--workdir={workdir}", "--checkpoint=nobody", "--output={workdir}/never"],
+            "'nobody' is no checkpoint: expected one of random init, contextual, diffusion, pair, triplet, merged, a stage",
+        ),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence_and_exit_code_2(workdir, arguments, sentence, capsys):
+    (workdir / "empty.jsonl").write_text("")
+    assert cli.main([a.replace("{workdir}", str(workdir)) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.strip().splitlines()) == 1
+
+
+def test_preparing_without_its_libraries_names_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "seqio", None)
+    assert cli.main(["prepare", f"--config={CONFIG}", f"--workdir={tmp_path}/run"]) == 2
+    assert "preparing data needs seqio: pip install -e '.[data]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
+    for binding, sentence in (
+        ("vocabulary.charcters = 5", "'vocabulary.charcters'; the nearest valid one is 'vocabulary.characters'"),
+        ("some_scope/vocabulary.characters = 5", "'some_scope/vocabulary.characters' is used by nothing"),
+    ):
+        arguments = ["prepare", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", f"--config.data.gin_bindings=({binding!r},)"]
+        assert cli.main(arguments) == 2
+        assert sentence in capsys.readouterr().err
+
+
+# --- processes: killed, and several ---------------------------------------------------------------------------------
+
+STEPS = "--config.stages.diffusion.curriculum=((9, 'diffusion'),)"
+SAVING = "--config.stages.diffusion.execution.checkpoint_every=4"
+
+# Trains as `embed train` does, without TensorFlow, and dies by SIGKILL before batch KILL_AT.
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    for name in ("tensorflow", "tensorflow_datasets", "seqio", "gin"):
+        sys.modules[name] = None
+    from embed import cli
+    from embed.data import loader
+    batch = loader.DiffusionLoader.batch
+    def mortal(self, step):
+        if step == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(self, step)
+    loader.DiffusionLoader.batch = mortal
+    sys.exit(cli.main(sys.argv[1:]))
+    """
+)
+
+
+def _train(folder, *arguments, stage="diffusion", kill_at=-1, command=None):
+    command = command or [sys.executable, "-c", KILLED, "train"]
+    arguments = [f"--config={CONFIG},stage={stage}", f"--workdir={folder}", STEPS, SAVING, *arguments]
+    environment = {**ENVIRONMENT, "KILL_AT": str(kill_at)}
+    return subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def _losses(folder, stage="diffusion"):
+    return {row["step"]: row["loss"] for row in read_metrics(folder / stage / "metrics.jsonl")}
+
+
+def test_kill_9_in_mid_stage_then_the_same_command_gives_the_losses_of_an_unbroken_run(shared, tmp_path):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    done = _train(unbroken, shared)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _train(killed, shared, kill_at=8).returncode == -9
+    assert len(_losses(killed)) < 9
+    again = _train(killed, shared)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert _losses(killed) == _losses(unbroken)
+    assert sorted(_losses(killed)) == list(range(1, 10))
+
+
+def test_two_local_processes_train_mine_and_export_what_one_does(shared, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    embed = tmp_path / "embed"
+    embed.write_text(f'#!/bin/sh\nexec {sys.executable} -m embed.cli "$@"\n')
+    embed.chmod(0o755)
+    launch = ["env", f"EMBED={embed}", "bash", "launch/local.sh", "2", "--"]
+    hard = ["--config.stages.triplet.init=diffusion", "--config.mining.hard_negatives.checkpoint=diffusion"]
+    # The second stage starts from the checkpoint of the first, and has its negatives mined by it.
+    for stage in ("diffusion", "triplet"):
+        launched = _train(two, shared, *hard, stage=stage, command=[*launch, "train"])
+        assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[-2000:]
+        done = _train(one, shared, *hard, stage=stage)
+        assert done.returncode == 0, done.stderr[-2000:]
+    losses = [_losses(folder) for folder in (two, one)]
+    assert sorted(losses[0]) == sorted(losses[1]) == list(range(1, 10))
+    np.testing.assert_allclose(*([x[s] for s in range(1, 10)] for x in losses), rtol=1e-5)
+    # Sums in another order may round an embedding to the next of int8's levels.
+    np.testing.assert_allclose(*(list(_losses(folder, "triplet").values()) for folder in (two, one)), rtol=2e-3)
+    output = ["export", f"--config={CONFIG}", shared, "--checkpoint=triplet", *hard, STEPS]
+    command = [*launch, *output, f"--workdir={two}", f"--output={tmp_path / 'export-two'}"]
+    exported = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert exported.returncode == 0, exported.stdout[-2000:] + exported.stderr[-2000:]
+    assert cli.main([*output, f"--workdir={one}", f"--output={tmp_path / 'export-one'}"]) == 0
+    vectors = [inference.load(tmp_path / f"export-{name}").encode(["a text", "def f(x): return x"]) for name in ("one", "two")]
+    np.testing.assert_allclose(*vectors, atol=1e-4)
