@@ -2,28 +2,76 @@
 
     embed pipeline --config=configs/laptop.py --workdir=runs/laptop
 
-What it reached: README.md, "More time". `runlocal` keeps the model and shrinks steps, batches and data.
+What it reached: README.md, "More time". `runlocal` keeps the width and shrinks steps, batches and data.
 """
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import base
 from embed.config import parse_arg
 from embed.models.transformer import SIZES
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = quickstart.get_config(arg)
+    arg = parse_arg(arg, runlocal=False, stage="")
+    config = base.get_config()
+    config.stage = arg.stage
     config.model.update(SIZES["small"])
-    pair, contextual, triplet = (config.stages[name] for name in ("pair", "contextual", "triplet"))
-    for stage in (pair, contextual, triplet):
-        stage.matryoshka = (64, 128, 256, 512)
-        stage.checkpoint_every = 200  # a step is most of a second: lose no more than minutes
-    pair.optimizer.learning_rate = 3e-3  # of a model twice as wide
-    config.mining.queries = 16384
-    if not parse_arg(arg, runlocal=False, stage="").runlocal:
-        pair.curriculum = ((1000, "pairs"),)
-        pair.batch.update(group_size=128, rows_per_group=76)  # documents of up to about 80 tokens
-        contextual.curriculum = ((400, "contextual"),)
-        triplet.curriculum = ((150, "triplet"),)
+    config.model.update(rope_theta=1e4, dtype="float32")
+    config.card.languages = ("en",)
+    config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
+
+    optimizer = dict(warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
+    execution = dict(checkpoint_every=200)  # a step is most of a second: lose no more than minutes
+    config.stages.diffusion = base.stage(
+        "diffusion",
+        curriculum=((60, "diffusion"),),
+        optimizer=optimizer | dict(learning_rate=2e-3),
+        batch=dict(rows=32, length=128),
+        execution=execution | dict(logits_chunk=256),
+    )
+    rows = dict(length=128, spans=8, segments=8, groups=2)
+    common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=execution)
+    config.stages.pair = base.stage(
+        "pair",
+        init="diffusion",
+        curriculum=((1000, "pairs"),),
+        optimizer=optimizer | dict(learning_rate=3e-3),
+        batch=rows | dict(group_size=128, rows_per_group=76),  # documents of up to about 80 tokens
+        **common,
+    )
+    config.stages.contextual = base.stage(
+        "contextual",
+        init="pair",
+        curriculum=((400, "contextual"),),
+        optimizer=optimizer | dict(learning_rate=2e-3),
+        batch=dict(group_size=16, groups=2, rows_per_group=14, length=512, spans=32, segments=32, max_chunks=8),
+        **common,
+    )
+    config.mining.hard_negatives = base.mining(
+        checkpoint="pair", task="python_docs_summaries", queries=16384, rank_window=(5, 50)
+    )
+    config.stages.triplet = base.stage(
+        "triplet",
+        init="pair",
+        curriculum=((150, "hard_negatives"),),
+        optimizer=optimizer | dict(learning_rate=1e-3),
+        batch=rows | dict(group_size=32, rows_per_group=49, num_negatives=2),
+        **common,
+    )
+
+    config.merges.merged = base.merge(
+        of=("contextual", "triplet"), ratio=0.8, sweep=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        sweep_on=("functions/development", "contextual/development"),
+    )  # fmt: skip
+    config.exports["embed"] = base.export(checkpoint="merged", max_length=0)
+    config.exports["embed-context"] = base.export(checkpoint="contextual", contextual=True, max_length=0)
+    models = ("random init", "diffusion", "pair", "contextual", "triplet", "merged")
+    config.evaluations.functions = base.evaluation(data="functions/test", alone=True, checkpoints=models)
+    config.evaluations.contextual = base.evaluation(data="contextual/test", checkpoints=models)
+    config.evaluations.contextual_alone = base.evaluation(data="contextual/test", alone=True, checkpoints=models)
+    config.report.update(denoise="diffusion", search="embed", fuse=("contextual", "merged"))
+
+    if arg.runlocal:
+        base.shrink(config)
     return config

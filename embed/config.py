@@ -4,7 +4,7 @@ import ast
 import difflib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -33,21 +33,31 @@ def parse_arg(arg: str, **defaults):
     return ConfigDict(values)
 
 
+def find(name: str) -> Path:
+    """A config or gin file: as named, from the working directory, or one that ships with the package, configs/….
+
+    FileNotFoundError names where it was looked for.
+    """
+    shipped = Path(__file__).parents[1] / name
+    for file in (Path(name), shipped):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"no file {name} in {Path.cwd()}, nor among those that ship in {Path(__file__).parents[1] / 'configs'}")
+
+
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The locked config of `FILE.py` or `FILE.py:arg` with overrides `--config.optimizer.clip=1.0`.
 
     A key that the file does not define is an error that names the nearest one that it does; so is a value of
     another type than the file's.
     """
-    file = Path(path.partition(":")[0])
-    if file.suffix != ".py":
-        raise ValueError(f"config {file} must be a Python file with get_config(arg), FILE.py or FILE.py:argument")
-    if not file.is_file():
-        raise FileNotFoundError(f"no config file at {file}; the shipped ones are in configs/")
-    root = str(file.resolve().parent.parent)
+    name, _, arg = path.partition(":")
+    if not name.endswith(".py"):
+        raise ValueError(f"config {name} must be a Python file with get_config(arg), FILE.py or FILE.py:argument")
+    root = str(Path(__file__).parents[1])
     if root not in sys.path:
-        sys.path.append(root)  # so that one config can build on another: from configs import quickstart
-    config = _call_get_config(path).lock()
+        sys.path.append(root)  # so that any config can build on those that ship: from configs import base
+    config = _call_get_config(find(name), arg).lock()
     known = dict(_leaves(config))
     for item in overrides:
         name, equals, text = item.removeprefix("--config.").partition("=")
@@ -64,8 +74,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def _call_get_config(path: str) -> ConfigDict:
-    file, _, arg = path.partition(":")
+def _call_get_config(file: Path, arg: str) -> ConfigDict:
     spec = importlib.util.spec_from_file_location("embed_config", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -82,16 +91,14 @@ def _leaves(config, prefix: str = ""):
             yield f"{prefix}{key}", value
 
 
-def first_difference(a: dict, b: dict, prefix: str = "") -> str | None:
-    """The first key, in order, at which two nested dicts differ, as `key: left, right`; None if they are equal."""
+def differences(a: Mapping, b: Mapping, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    """(key, left, right) of every leaf at which two nested dicts differ, keys joined with dots, in order."""
     for key in sorted({*a, *b}):
-        left, right = a.get(key, "<absent>"), b.get(key, "<absent>")
-        if isinstance(left, dict) and isinstance(right, dict):
-            if inner := first_difference(left, right, f"{prefix}{key}."):
-                return inner
+        left, right = a.get(key, "absent"), b.get(key, "absent")
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            yield from differences(left, right, f"{prefix}{key}.")
         elif left != right:
-            return f"{prefix}{key}: {left!r}, {right!r}"
-    return None
+            yield f"{prefix}{key}", left, right
 
 
 def _nearest(name: str, known) -> str:

@@ -1,13 +1,17 @@
 """Hard negatives from embeddings: documents that a model ranks high for a query and that are not its answer."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-BLOCK = 512  # queries whose scores against all documents are held at once
+from embed import distributed
+from embed.models import sharding
+
+BLOCK = 512  # queries whose scores against all documents a device holds at once
 
 
 def mine(
@@ -21,6 +25,7 @@ def mine(
     document_ids: np.ndarray | None = None,
     query_ids: np.ndarray | None = None,
     relative: bool = False,
+    mesh=None,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The first `num_negatives` acceptable documents in a window of each query's ranking.
 
@@ -33,6 +38,9 @@ def mine(
         duplicate   those with the content of a better-ranked candidate
 
     Content is compared by `document_ids` int[M] and `query_ids` int[N]; by default every row is its own content.
+
+    All devices of `mesh` rank, by default those of all processes, a block of queries each; the documents are on every one.
+    Where several processes have them, all call alike and each gets the whole result, which no number of devices changes.
 
     Returns int32 [N, num_negatives] into documents, -1 where too few are left, and counts: queries; negatives;
     short (queries with fewer than num_negatives), of which none (with not one) and small_window (the window held
@@ -69,12 +77,10 @@ def mine(
         + ("removed_positive", "removed_margin", "removed_duplicate"), 0
     )  # fmt: skip
     counts["queries"] = len(queries)
-    documents = jnp.asarray(documents)
-    for start in range(0, len(queries), BLOCK):
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    for start, scores, ranked, own in _ranked(queries, documents, positives, high, list(mesh.devices.flat)):
         rows = slice(start, start + BLOCK)
-        scores, ranked, own = _rank(queries[rows], documents, positives[rows], high=high)
-        scores, ranked = np.asarray(scores)[:, low:], np.asarray(ranked)[:, low:]  # n W
-        own = np.asarray(own)[:, None]
+        scores, ranked, own = scores[:, low:], ranked[:, low:], own[:, None]  # n W, n W, n 1
 
         content = document_content[ranked]
         is_positive = np.isin(query_content[rows, None] * len(documents) + content, answers)
@@ -92,8 +98,40 @@ def mine(
         counts["small_window"] += int(short.sum()) if ranked.shape[1] < num_negatives else 0
         for name, removed in (("positive", is_positive), ("margin", too_close), ("duplicate", repeats)):
             counts[f"removed_{name}"] += int(removed[short].sum())
+    if mesh.is_multi_process:
+        with distributed.peers():
+            negatives, counts = _gather(negatives, counts, mesh)
     counts["negatives"] = int((negatives >= 0).sum())
     return negatives, counts
+
+
+def _ranked(queries, documents, positives, high: int, devices: list) -> Iterator[tuple[int, np.ndarray, ...]]:
+    """(first query, then what `_rank` gives) of each block of queries that a device of this process ranks.
+
+    Block b is for device b modulo their number, and always the program of one device: their number changes no bit.
+    """
+    starts = range(0, len(queries), BLOCK)
+    own = {k: d for k, d in enumerate(devices[: len(starts)]) if d.process_index == jax.process_index()}
+    tables = {k: jax.device_put(documents, device) for k, device in own.items()}
+    for group in (starts[i : i + len(devices)] for i in range(0, len(starts), len(devices))):
+        blocks = {k: slice(group[k], group[k] + BLOCK) for k in own if k < len(group)}
+        found = [_rank(queries[rows], tables[k], positives[rows], high=high) for k, rows in blocks.items()]
+        for rows, block in zip(blocks.values(), found):
+            yield rows.start, *map(np.asarray, block)
+
+
+def _gather(negatives: np.ndarray, counts: dict[str, int], mesh) -> tuple[np.ndarray, dict[str, int]]:
+    """What `mine` returns, of which every process has the rows of its devices and its part of the sums; `queries` is whole."""
+    processes = np.array([device.process_index for device in mesh.devices.flat])
+    owner = processes[np.arange(len(negatives)) // BLOCK % len(processes)]
+    most = np.bincount(owner).max()
+    own = negatives[owner == jax.process_index()]
+    rows = multihost_utils.process_allgather(np.pad(own, ((0, most - len(own)), (0, 0))))
+    for process, part in enumerate(rows):
+        negatives[owner == process] = part[: (owner == process).sum()]
+    parts = multihost_utils.process_allgather(np.array(list(counts.values()), np.int64).view(np.int32))  # jax has no int64
+    sums = np.ascontiguousarray(parts).view(np.int64).sum(0).tolist()
+    return negatives, dict(zip(counts, sums)) | {"queries": counts["queries"]}
 
 
 @functools.partial(jax.jit, static_argnames="high")

@@ -185,8 +185,8 @@ def lock(folder) -> Iterator[None]:
         with _lease(folder):
             yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder / ".lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder.with_name(f".{folder.name}.lock"))  # beside it: the folder itself may be replaced
     try:
         held.acquire(timeout=0)
     except Timeout:
@@ -201,7 +201,7 @@ def lock(folder) -> Iterator[None]:
 def _lease(folder) -> Iterator[None]:
     import tensorstore as ts
 
-    store, key = ts.KvStore.open(url(folder)).result(), ".lock"
+    store, key = ts.KvStore.open(url(folder.parent)).result(), f".{folder.name}.lock"
     holder = {"host": socket.gethostname(), "process": os.getpid(), "run": os.environ.get("EMBED_RUN_ID", "")}
 
     def put(generation) -> bytes | None:

@@ -61,20 +61,40 @@ need() {
   for option in "$@"; do [[ -n "${!option:-}" ]] || die "--${option//_/-}=VALUE is missing"; done
 }
 
-# `arguments` must be those of a stage's `embed train`.
-need_arguments() {
-  local wanted
-  for wanted in --config= --workdir=; do
-    [[ " ${arguments[*]} " == *" $wanted"* ]] || die "the arguments of embed train behind -- need $wanted…"
-  done
+# `arguments` must be a verb of `embed` that several processes can run, one that joins them, with what it cannot do without.
+need_verb() {
+  local verb=${arguments[0]:-} known wanted
+  known=" $(cd "$root/embed/cli" && grep -l 'common\.join(' -- *.py | sed 's/\.py$//' | tr '\n' ' ')"
+  [[ -n "$verb" && "$known" == *" $verb "* ]] || die "behind -- stands a verb of embed, not '$verb'; there are:${known% }"
+  if [[ "$verb" == train || "$verb" == pipeline ]]; then
+    for wanted in --config --workdir; do
+      [[ " ${arguments[*]} " == *" $wanted"[=\ ]* ]] || die "embed $verb needs $wanted=…"
+    done
+  fi
 }
 
-# need_below FOLDER: the workdir must lie in the mounted bucket. Any other folder would be each host's own.
-need_below() {
-  local argument
+# What is written must lie in a bucket, whose name becomes `bucket`. A folder would be each host's own.
+need_bucket() {
+  local argument name
+  bucket=
   for argument in "${arguments[@]}"; do
-    if [[ "$argument" == --workdir=* && "$argument" != "--workdir=$1/"?* ]]; then
-      die "$argument must be a folder below $1, where the bucket is mounted"
-    fi
+    name=${argument%%=*}
+    case "$argument" in
+      --workdir=gs://?*/?* | --output=gs://?*/?*) argument=${argument#*=gs://}; bucket=${bucket:-${argument%%/*}} ;;
+      --workdir | --workdir=* | --output | --output=*) die "$argument must be $name=gs://BUCKET/NAME: a folder would be each host's own" ;;
+    esac
   done
+  [[ -n "$bucket" ]] || die "the arguments of embed ${arguments[0]} need --workdir=gs://BUCKET/NAME or --output=gs://BUCKET/NAME"
+}
+
+# The folder for logs: LOGS, or WORKDIR.logs where `arguments` name a workdir on a disk, otherwise empty.
+log_folder() {
+  local k workdir=
+  for k in "${!arguments[@]}"; do
+    case "${arguments[k]}" in
+      --workdir=*) workdir=${arguments[k]#--workdir=} ;;
+      --workdir) workdir=${arguments[k + 1]:-} ;;
+    esac
+  done
+  if [[ -n "${LOGS:-}" ]]; then echo "$LOGS"; elif [[ -n "$workdir" && "$workdir" != *://* ]]; then echo "$workdir.logs"; fi
 }

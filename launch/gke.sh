@@ -1,30 +1,27 @@
 #!/usr/bin/env bash
-# Train one stage on TPU slices of a GKE cluster, as a JobSet: one job a slice, one pod a host.
+# Run a verb of embed on TPU slices of a GKE cluster, as a JobSet: one job a slice, one pod a host.
 #
-#   launch/gke.sh submit --name=NAME --accelerator=LABEL --topology=AxB --image=IMAGE --bucket=BUCKET [--slices=N]
-#                        [--chips-per-host=4] [--service-account=NAME] [--restarts=100] [--run-id=ID]
-#                        -- --config=FILE.py:stage=NAME --workdir=/mnt/embed/DIR ...
+#   launch/gke.sh submit --name=NAME --accelerator=LABEL --topology=AxB --image=IMAGE [--slices=N] [--chips-per-host=4]
+#                        [--service-account=NAME] [--restarts=100] [--run-id=ID]
+#                        -- VERB ARGUMENTS...        with --workdir=gs://BUCKET/… or --output=gs://BUCKET/…
 #   launch/gke.sh list
 #   launch/gke.sh logs --name=NAME
-#   launch/gke.sh stop --name=NAME                   the pods save, then end
+#   launch/gke.sh stop --name=NAME                   training saves, then the pods end
 #   any of them with --dry-run                       print what would run, and the manifest; run nothing
 #
 #   launch/gke.sh submit --name=pair --accelerator=tpu-v6e-slice --topology=8x8 --image=REGISTRY/embed:abc1234 \
-#       --bucket=my-bucket -- --config=configs/qwen3.py:stage=pair --workdir=/mnt/embed/qwen3
+#       -- train --config=configs/pplx_embed.py:stage=pair --workdir=gs://my-bucket/runs/pplx_embed
 #
-# Needs kubectl with the cluster as its context, JobSet (0.7 or later) and the Cloud Storage FUSE driver in the cluster, and
-# an image of launch/Dockerfile. A pod that is lost, or ends with a code that says so,
+# Needs kubectl with the cluster as its context, JobSet (0.7 or later) in the cluster, an image of launch/Dockerfile, and a
+# service account that may write to the bucket. A pod that is lost, or ends with a code that says so,
 # restarts the set, which continues; wrong input (codes 1 and 2) fails it at once.
 source "$(dirname "$0")/common.sh"
 
 verb=${1:-}
 case "$verb" in -h | --help) usage; exit 0 ;; esac
 (($#)) && shift
-name='' accelerator='' topology='' image='' bucket='' slices=1 chips_per_host=4 service_account='' restarts=100 run_id=''
-options "name accelerator topology image bucket slices chips_per_host service_account restarts run_id" "$@"
-
-# A host must see at once what another has just written.
-mount_options=implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0
+name='' accelerator='' topology='' image='' slices=1 chips_per_host=4 service_account='' restarts=100 run_id=''
+options "name accelerator topology image slices chips_per_host service_account restarts run_id" "$@"
 
 # Text as a YAML scalar.
 scalar() { printf "'%s'" "${1//\'/\'\'}"; }
@@ -64,7 +61,6 @@ spec:
         template:
           metadata:
             labels: {app: embed}
-            annotations: {gke-gcsfuse/volumes: "true"}
           spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: 600
@@ -79,7 +75,7 @@ YAML
               image: $(scalar "$image")
               command:
 YAML
-  for word in embed train --distributed "${arguments[@]}"; do echo "              - $(scalar "$word")"; done
+  for word in embed "${arguments[0]}" --distributed "${arguments[@]:1}"; do echo "              - $(scalar "$word")"; done
   cat <<YAML
               env:
               - {name: EMBED_RUN_ID, value: $(scalar "$run_id")}
@@ -88,21 +84,14 @@ YAML
               - {containerPort: 8080}
               resources:
                 limits: {google.com/tpu: $((chips < chips_per_host ? chips : chips_per_host))}
-              volumeMounts:
-              - {name: bucket, mountPath: /mnt/embed}
-            volumes:
-            - name: bucket
-              csi:
-                driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes: {bucketName: $(scalar "$bucket"), mountOptions: "$mount_options"}
 YAML
 }
 
 case "$verb" in
   submit)
-    need name accelerator topology image bucket
-    need_arguments
-    need_below /mnt/embed
+    need name accelerator topology image
+    need_verb
+    need_bucket
     [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "--topology=$topology must be AxB or AxBxC"
     # The commit is the image's (EMBED_COMMIT in it), whatever this clone is at; so is the end of the name.
     version=${image##*[:/@]}

@@ -1,33 +1,27 @@
 #!/usr/bin/env bash
-# Train one stage on N processes of this machine, joined by jax.distributed.
+# Run a verb of embed in N processes of this machine, joined by jax.distributed.
 #
-#   launch/local.sh N --config=FILE.py:stage=NAME --workdir=DIR [--config.key=value ...]
-#   launch/local.sh 2 --config=configs/quickstart.py:stage=pair --workdir=runs/quickstart
-#   launch/local.sh --dry-run 2 ...        print the commands, run nothing
+#   launch/local.sh N -- VERB ARGUMENTS...
+#   launch/local.sh 2 -- train --config=configs/quickstart.py:stage=pair --workdir=runs/quickstart
+#   launch/local.sh --dry-run 2 -- ...     print the commands, run nothing
 #
-# The batches are those of one process, functions of the seed and the step; so are the losses, up to the rounding of sums
-# in another order. Each process logs to WORKDIR.logs/process-K.log; process 0 also shows its progress here.
-# SIGTERM, or Ctrl-C, goes to all of them: they save and end (code 143), and the same command continues. Where one fails the
-# others have GRACE seconds (default 70) to end by themselves; the exit code is that of the first to fail.
+# What is computed is that of one process, up to the rounding of sums in another order. Each process logs to
+# process-K.log in LOGS (default: WORKDIR.logs where the workdir is a folder, otherwise a new folder that is named here);
+# process 0 also shows its output here. SIGTERM, or Ctrl-C, goes to all of them: training saves and ends (code 143), and
+# the same command continues. Where one fails the others have GRACE seconds (default 70) to end by themselves; the exit code is
+# that of the first to fail.
 # EMBED names the command (default: embed), PORT the coordinator's port (default: a free one), EMBED_RUN_ID the run.
 source "$(dirname "$0")/common.sh"
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then die "needs bash 5.1 or later; this is $BASH_VERSION"; fi
 if [[ "${1:-}" =~ ^(-h|--help)$ ]]; then usage; exit 0; fi
 if [[ "${1:-}" == --dry-run ]]; then dry_run=true; shift; fi
-if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || $# -lt 3 ]]; then usage >&2; exit 2; fi
-processes=$1; shift
-workdir=
-for ((i = 1; i <= $#; i++)); do
-  case "${!i}" in
-    --workdir=*) workdir=${!i#--workdir=} ;;
-    --workdir) next=$((i + 1)); workdir=${!next:-} ;;
-  esac
-done
-[[ -n "$workdir" ]] || die "--workdir=DIR is missing"
+if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || "${2:-}" != -- ]]; then usage >&2; exit 2; fi
+processes=$1 arguments=("${@:3}")
+need_verb
 
 port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
-command=("${EMBED:-embed}" train "$@" "--coordinator=127.0.0.1:$port" "--num_processes=$processes")
+command=("${EMBED:-embed}" "${arguments[@]}" "--coordinator=127.0.0.1:$port" "--num_processes=$processes")
 
 if $dry_run; then
   for ((k = 0; k < processes; k++)); do quoted "${command[@]}" "--process_id=$k"; done
@@ -35,16 +29,19 @@ if $dry_run; then
 fi
 
 export EMBED_COMMIT=$commit EMBED_RUN_ID=${EMBED_RUN_ID:-local-$(date +%Y%m%d-%H%M%S)-$commit}
-mkdir -p "$workdir.logs"
+logs=$(log_folder)
+logs=${logs:-$(mktemp -d "${TMPDIR:-/tmp}/embed-logs-XXXXXX")}
+mkdir -p "$logs"
+echo "launch/local.sh: logs in $logs/" >&2
 pids=() stopping=false
 trap 'stopping=true; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 trap 'kill -KILL "${pids[@]}" ${timer:+"$timer"} 2>/dev/null || true' EXIT
 for ((k = 0; k < processes; k++)); do
   if ((k == 0)); then
     # -i: Ctrl-C reaches tee too, and process 0 would lose its output where it is to save.
-    "${command[@]}" --process_id=0 > >(tee -i "$workdir.logs/process-0.log") 2>&1 &
+    "${command[@]}" --process_id=0 > >(tee -i "$logs/process-0.log") 2>&1 &
   else
-    "${command[@]}" "--process_id=$k" >"$workdir.logs/process-$k.log" 2>&1 &
+    "${command[@]}" "--process_id=$k" >"$logs/process-$k.log" 2>&1 &
   fi
   pids+=($!)
 done
@@ -64,7 +61,7 @@ while ((${#pids[@]})); do
   if ((status && !code)); then
     code=$status
     if ((code != 143)); then
-      echo "launch/local.sh: a process ended with code $code; see $workdir.logs/" >&2
+      echo "launch/local.sh: a process ended with code $code; see $logs/" >&2
       # jax's own handler keeps a process alive through SIGTERM, and one that waits for a dead peer reads no flag.
       sleep "${GRACE:-70}" >/dev/null 2>&1 &
       timer=$!

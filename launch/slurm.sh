@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Train one stage on GPUs of a Slurm cluster, one process a GPU.
+# Run a verb of embed on GPUs of a Slurm cluster, one process a GPU.
 #
 #   launch/slurm.sh submit --nodes=N --gpus=GPUS_A_NODE [--name=embed] [--time=24:00:00] [--partition=P] [--account=A]
-#                          [--cpus=CPUS_A_GPU] [--run-id=ID] -- --config=FILE.py:stage=NAME --workdir=DIR ...
+#                          [--cpus=CPUS_A_GPU] [--run-id=ID] -- VERB ARGUMENTS...
 #   launch/slurm.sh list
 #   launch/slurm.sh logs --job=JOB --workdir=DIR
-#   launch/slurm.sh stop --job=JOB                   save, then end
+#   launch/slurm.sh stop --job=JOB                   training saves, then ends
 #   any of them with --dry-run                       print what would run, and the batch script; run nothing
 #
-#   launch/slurm.sh submit --nodes=4 --gpus=8 -- --config=configs/qwen3.py:stage=pair --workdir=/shared/runs/qwen3
+#   launch/slurm.sh submit --nodes=4 --gpus=8 \
+#       -- train --config=configs/pplx_embed.py:stage=pair --workdir=/shared/runs/pplx_embed
 #
-# Runs in this clone, with the environment that `make` made (EMBED names another command): clone and workdir must be on a file
-# system that all nodes see. Five minutes before its time is up, and when it is preempted, the job saves and goes back to
-# the queue; so it does when a process was lost. Its log is WORKDIR.logs/slurm-JOB.log.
+# Runs in this clone, with the environment that `make` made (EMBED names another command): the clone, and folders that are
+# written, must be on a file system that all nodes see. Five minutes before its time is up, and when it is preempted, the job
+# saves and goes back to the queue; so it does when a process was lost. Its log is slurm-JOB.log in WORKDIR.logs, or in the folder LOGS
+# of the environment, which a verb without a workdir needs, and one with a workdir in a bucket.
 source "$(dirname "$0")/common.sh"
 
 verb=${1:-}
@@ -41,7 +43,7 @@ cd $(quoted "$root")
 # When a process dies the others notice within a minute and end with the code that matters here. Killed at once, by
 # --kill-on-bad-exit, they would all count as 137.
 export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
-srun --kill-on-bad-exit=0 --wait=180 --cpus-per-task=$cpus $(quoted "${EMBED:-$root/.venv/bin/embed}" train --distributed "${arguments[@]}")
+srun --kill-on-bad-exit=0 --wait=180 --cpus-per-task=$cpus $(quoted "${EMBED:-$root/.venv/bin/embed}" "${arguments[0]}" --distributed "${arguments[@]:1}")
 code=\$?
 echo "embed ended with code \$code"
 # docs/runs.md; srun gives the highest code, that of a signal first: 137 is a process that was killed, as for want of memory.
@@ -53,24 +55,25 @@ SCRIPT
 case "$verb" in
   submit)
     need nodes gpus
-    need_arguments
-    for argument in "${arguments[@]}"; do
-      case "$argument" in --workdir=*) workdir=${argument#--workdir=} ;; esac
-    done
+    need_verb
+    logs=$(log_folder)
+    [[ -n "$logs" ]] || die "nowhere to log: set LOGS to a folder that all nodes see, or give a --workdir that is one"
     run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
-    run mkdir -p "$workdir.logs"
+    run mkdir -p "$logs"
     if $dry_run; then
-      quoted sbatch --parsable "--output=$workdir.logs/slurm-%j.log"
+      quoted sbatch --parsable "--output=$logs/slurm-%j.log"
       batch_script
     else
-      batch_script | sbatch --parsable "--output=$workdir.logs/slurm-%j.log"
+      batch_script | sbatch --parsable "--output=$logs/slurm-%j.log"
     fi
     echo "run $run_id, commit $commit" >&2 ;;
   list)
     run squeue --me --format='%i %j %T %M %D %R' ;;
   logs)
-    need job workdir
-    run tail -n 100 "$workdir.logs/slurm-$job.log" ;;
+    need job
+    logs=${LOGS:-$workdir.logs}
+    [[ "$logs" != .logs ]] || need workdir
+    run tail -n 100 "$logs/slurm-$job.log" ;;
   stop)
     need job
     # The signal goes to the processes alone; the script behind them may then not put the job back into the queue.

@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Train one stage on Cloud TPU slices, by queued resources.
+# Run a verb of embed on Cloud TPU slices, by queued resources.
 #
-#   launch/tpu.sh submit --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION --bucket=BUCKET [--slices=N] [--spot]
-#                        [--project=PROJECT] [--run-id=ID] -- --config=FILE.py:stage=NAME --workdir=/mnt/embed/DIR ...
+#   launch/tpu.sh submit --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION [--slices=N] [--spot] [--project=PROJECT]
+#                        [--run-id=ID] -- VERB ARGUMENTS...      with --workdir=gs://BUCKET/… or --output=gs://BUCKET/…
 #   launch/tpu.sh list --zone=ZONE
 #   launch/tpu.sh logs --name=NAME --zone=ZONE [--slices=N]       what every host has printed last
-#   launch/tpu.sh stop --name=NAME --zone=ZONE [--slices=N]       save, then give the slices back; until then they cost
+#   launch/tpu.sh stop --name=NAME --zone=ZONE [--slices=N]       training saves, then the slices go; until then they cost
 #   any of them with --dry-run                       print what would run, run nothing
 #
-#   launch/tpu.sh submit --name=pair --zone=us-east5-b --type=v6e-64 --runtime=v2-alpha-tpuv6e --bucket=my-bucket --spot \
-#       -- --config=configs/qwen3.py:stage=pair --workdir=/mnt/embed/qwen3
+#   launch/tpu.sh submit --name=pair --zone=us-east5-b --type=v6e-64 --runtime=v2-alpha-tpuv6e --spot \
+#       -- train --config=configs/pplx_embed.py:stage=pair --workdir=gs://my-bucket/runs/pplx_embed
 #
-# The committed code travels as an archive in the bucket; each host unpacks it, mounts the bucket at /mnt/embed, and runs
-# `embed train --distributed` as a service, again whenever it ends with a code that says so, at most 20 times in an hour. It
-# starts again with the host. A spot slice that was taken away is gone: submit under the same name again, after stop, and
-# the run continues. A run that is done keeps its slices until stop.
+# The committed code travels as an archive, gs://BUCKET/source/RUN.tar.gz in the bucket that the verb writes to; each host
+# fetches it and runs `embed VERB --distributed` as a service, again whenever it ends with a code that says so, at most 20 times
+# in an hour. It starts again with the host. A spot slice that was taken away is gone: submit under the same name again, after stop,
+# and a run continues. One that is done keeps its slices until stop.
 source "$(dirname "$0")/common.sh"
 
 verb=${1:-}
 case "$verb" in -h | --help) usage; exit 0 ;; esac
 (($#)) && shift
-name='' zone='' type='' runtime='' bucket='' slices=1 spot='' project='' run_id=''
-options "name zone type runtime bucket slices spot! project run_id" "$@"
+name='' zone='' type='' runtime='' slices=1 spot='' project='' run_id=''
+options "name zone type runtime slices spot! project run_id" "$@"
 where=(${zone:+"--zone=$zone"} ${project:+"--project=$project"})
 
 # What a host does when it starts. The program's exit codes: docs/runs.md.
@@ -30,37 +30,31 @@ startup_script() {
 #!/usr/bin/env bash
 set -euxo pipefail
 exec >>/var/log/embed.log 2>&1
-if ! command -v gcsfuse; then
-  release=gcsfuse-\$(lsb_release -c -s)
-  curl -fsS https://packages.cloud.google.com/apt/doc/apt-key.gpg | tee /usr/share/keyrings/cloud.google.asc >/dev/null
-  echo "deb [signed-by=/usr/share/keyrings/cloud.google.asc] https://packages.cloud.google.com/apt \$release main" >/etc/apt/sources.list.d/gcsfuse.list
-  apt-get update && apt-get install -y gcsfuse python3-pip
-fi
-mkdir -p /mnt/embed /opt/embed
-# No cache of what exists: a host must see at once what another has just written.
-mountpoint -q /mnt/embed || gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(quoted "$bucket") /mnt/embed
+export PATH=\$PATH:/snap/bin # where gcloud is on some images
+mkdir -p /opt/embed
 cd /opt/embed
-tar -xzf $(quoted "/mnt/embed/source/$run_id.tar.gz")
+gcloud storage cp $(quoted "gs://$bucket/source/$run_id.tar.gz") source.tar.gz
+tar -xzf source.tar.gz
 if [[ ! -x .venv/bin/embed ]]; then # the hosts' own Python is older than what embed needs
+  python3 -m pip --version || { apt-get update && apt-get install -y python3-pip; }
   python3 -m pip install --quiet uv
   python3 -m uv venv --clear --python 3.12 .venv # clear: a boot may have been cut off here
-  python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
+  python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'
 fi
 cat >/opt/embed.sh <<'RUN'
 #!/usr/bin/env bash
 cd /opt/embed
 export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
-exec $(quoted .venv/bin/embed train --distributed "${arguments[@]}")
+exec $(quoted .venv/bin/embed "${arguments[0]}" --distributed "${arguments[@]:1}")
 RUN
 chmod +x /opt/embed.sh
 # A service, because what a startup script runs gets no SIGTERM of its own when the host is taken away. With 143 it starts
 # again too: when one host goes, all processes save and end, and those of the other hosts are to wait for its return.
 cat >/etc/systemd/system/embed.service <<'UNIT'
 [Unit]
-Description=embed train
+Description=embed
 Wants=network-online.target
 After=network-online.target
-RequiresMountsFor=/mnt/embed
 StartLimitIntervalSec=1h
 StartLimitBurst=20
 
@@ -81,9 +75,9 @@ SCRIPT
 
 case "$verb" in
   submit)
-    need name zone type runtime bucket
-    need_arguments
-    need_below /mnt/embed
+    need name zone type runtime
+    need_verb
+    need_bucket
     if [[ "$commit" == *-dirty ]] && ! $dry_run; then die "uncommitted changes would not travel: commit them first"; fi
     run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
     if $dry_run; then

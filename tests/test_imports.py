@@ -17,7 +17,7 @@ FLOORS = [
     {"checkpoints", "data"},
     {"objectives", "models"},
     {"rows", "tokenizers", "config"},
-    {"typing", "paths"},
+    {"typing", "paths", "distributed"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FORBIDDEN = {"inference": {"data", "training"}}  # below or beside, and still not allowed

@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import yaml
 
+from embed import cli
+
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 TRAIN = [
     "--",
+    "train",
     "--config=c.py:stage=pair",
-    "--workdir=/mnt/embed/run",
+    "--workdir=gs://b/runs/a",
     "--config.stages.pair.curriculum=((3, 'pairs'),)",
 ]
-TPU = ["--name=pair", "--zone=z", "--type=v6e-16", "--runtime=v2", "--bucket=b"]
-GKE = ["--name=pair", "--accelerator=tpu-v6e-slice", "--topology=4x8", "--image=r/embed:1", "--bucket=b"]
+TPU = ["--name=pair", "--zone=z", "--type=v6e-16", "--runtime=v2"]
+GKE = ["--name=pair", "--accelerator=tpu-v6e-slice", "--topology=4x8", "--image=r/embed:1"]
 FAKE = """#!{python}
 import json, os, sys
 text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
@@ -33,16 +36,18 @@ with open(os.environ["CALLS"], "a") as log:
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(script, *arguments) -> (completed process, what the programs of the cloud were called with)."""
+    """launch(script, *arguments, **environment) -> (completed process, what the programs of the cloud were called with)."""
     for name in ("gcloud", "kubectl", "sbatch", "squeue", "scancel", "scontrol"):
         (tmp_path / name).write_text(FAKE.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
 
-    def run(script, *arguments):
+    def run(script, *arguments, **more):
         calls.write_text("")
         environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "PORT": "1234"}
-        environment.pop("EMBED", None)
+        for name in ("EMBED", "LOGS"):
+            environment.pop(name, None)
+        environment |= more
         done = subprocess.run(
             ["bash", LAUNCH / script, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment,
             stdin=subprocess.DEVNULL,
@@ -74,13 +79,23 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("tpu.sh", ["submit", *TPU[1:], *TRAIN], "--name=VALUE is missing"),
         ("tpu.sh", ["submit", *TPU, "--colour=red", *TRAIN], "unknown option --colour"),
         ("tpu.sh", ["submit", *TPU, "--zone", *TRAIN], "--zone is unknown or needs =VALUE"),
-        ("gke.sh", ["submit", *GKE, *TRAIN[:2]], "need --workdir="),
+        ("gke.sh", ["submit", *GKE, *TRAIN[:3]], "embed train needs --workdir="),
         ("gke.sh", ["submit", *GKE, "--topology=4", *TRAIN], "--topology=4 must be AxB or AxBxC"),
-        ("tpu.sh", ["submit", *TPU, *TRAIN[:2], "--workdir=runs/a"], "--workdir=runs/a must be a folder below /mnt/embed"),
-        ("gke.sh", ["submit", *GKE, *TRAIN[:2], "--workdir=/mnt/embed/"], "must be a folder below /mnt/embed"),
+        ("gke.sh", ["submit", *GKE, "--", "evaluate", "--model=m", "--output=o"], "--output=o must be --output=gs://"),
+        ("gke.sh", ["submit", *GKE, "--", "search", "--model=m"], "need --workdir=gs://BUCKET/NAME or --output=gs://"),
+        ("tpu.sh", ["submit", *TPU, *TRAIN[:3], "--workdir=runs/a"], "--workdir=runs/a must be --workdir=gs://BUCKET/NAME"),
+        ("tpu.sh", ["submit", *TPU, *TRAIN[:3], "--workdir", "gs://b/a"], "--workdir must be --workdir=gs://BUCKET/NAME"),
+        ("tpu.sh", ["submit", *TPU, *TRAIN[:3], "--workdir=gs://b/"], "--workdir=gs://b/ must be --workdir=gs://BUCKET"),
+        ("tpu.sh", ["submit", *TPU, "--", *TRAIN[2:]], "behind -- stands a verb of embed, not '--config=c.py:stage=pair'"),
+        ("tpu.sh", ["submit", *TPU, "--", "prepare", *TRAIN[2:]], "not 'prepare'"),  # one process
         ("slurm.sh", ["submit", "--nodes=2", *TRAIN], "--gpus=VALUE is missing"),
+        ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", *TRAIN], "nowhere to log: set LOGS"),
+        ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", "--", "common"], "not 'common'"),
         ("slurm.sh", ["stop"], "--job=VALUE is missing"),
-        ("local.sh", ["2", "--config=c.py", "--colour"], "--workdir=DIR is missing"),
+        ("slurm.sh", ["logs", "--job=7"], "--workdir=VALUE is missing"),
+        ("local.sh", ["2", "--", "trane"], "behind -- stands a verb of embed, not 'trane'; there are: encode evaluate"),
+        ("local.sh", ["2", "--"], "behind -- stands a verb of embed, not ''"),
+        ("local.sh", ["2", "--", "train", "--config=c.py", "--colour"], "embed train needs --workdir="),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, script, arguments, sentence):
@@ -88,8 +103,15 @@ def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, scrip
     assert done.returncode == 2 and sentence in done.stderr and not called
 
 
+def test_the_verbs_are_those_that_join_others(launch):
+    named = launch("local.sh", "2", "--", "x")[0].stderr.partition("there are: ")[2].splitlines()[0].split()
+    takes = "add_distributed_arguments(parser)"
+    assert named == [verb for verb in cli.verbs() if takes in (ROOT / "embed" / "cli" / f"{verb}.py").read_text()]
+    assert {"train", "pipeline", "mine", "encode", "index", "search", "evaluate", "merge", "export", "sample"} <= {*named}
+
+
 def test_local_prints_one_command_a_process(launch):
-    done, _ = launch("local.sh", "--dry-run", "2", "--config=c.py:stage=pair", "--workdir=a b")
+    done, _ = launch("local.sh", "--dry-run", "2", "--", "train", "--config=c.py:stage=pair", "--workdir=a b")
     common = "embed train --config=c.py:stage=pair --workdir=a\\ b --coordinator=127.0.0.1:1234 --num_processes=2"
     assert done.stdout.splitlines() == [f"{common} --process_id=0", f"{common} --process_id=1"]
 
@@ -124,13 +146,26 @@ def test_local_returns_once_its_processes_have_ended_however_long_they_might_hav
 
 def test_ctrl_c_lets_the_processes_of_local_save_and_print_that(tmp_path):
     local = _local(tmp_path, start_new_session=True)
-    assert "--process_id=0" in local.stdout.readline()
+    while "--process_id=0" not in local.stdout.readline():
+        assert local.poll() is None
     os.killpg(local.pid, signal.SIGINT)  # as a terminal does: also to what shows and logs the output
     assert "saved" in local.communicate(timeout=100)[0] and local.returncode == 143
     assert "saved" in (tmp_path / "a run.logs" / "process-0.log").read_text()
 
 
-def _local(folder, start_new_session=False, **environment):
+@pytest.mark.parametrize(
+    "arguments", [("encode", "--output=x.npy"), ("train", "--config=c.py", "--workdir=gs://b/runs/a")]
+)
+def test_without_a_local_workdir_local_logs_where_LOGS_says_or_into_a_new_folder_that_it_names(tmp_path, arguments):
+    ends = {"ZERO": "exit 0", "ONE": "exit 0", "LOG": str(LAUNCH / "local.sh")}  # waits for no log
+    _local(tmp_path, *arguments, LOGS=str(tmp_path / "logs"), **ends).communicate(timeout=100)
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["process-0.log", "process-1.log"]
+    said, _ = _local(tmp_path, *arguments, **ends).communicate(timeout=100)
+    (folder,) = tmp_path.glob("embed-logs-*")
+    assert f"logs in {folder}/" in said and arguments[0] in (folder / "process-1.log").read_text()
+
+
+def _local(folder, *arguments, start_new_session=False, **environment):
     """launch/local.sh with two processes that play `embed`, under way."""
     embed = folder / "embed"
     embed.write_text(PROCESS)
@@ -138,9 +173,9 @@ def _local(folder, start_new_session=False, **environment):
     workdir = folder / "a run"
     defaults = {"ZERO": "", "ONE": "", "GRACE": "70", "EMBED_RUN_ID": "named", "LOG": f"{workdir}.logs/process-0.log"}
     return subprocess.Popen(
-        ["bash", LAUNCH / "local.sh", "2", "--config=c.py:stage=pair", "--workdir", workdir], text=True,
+        ["bash", LAUNCH / "local.sh", "2", "--", *(arguments or [*TRAIN[1:3], "--workdir", workdir])], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=start_new_session,
-        env={**os.environ, "EMBED": str(embed), **defaults, **environment},
+        env={**os.environ, "TMPDIR": str(folder), "EMBED": str(embed), **defaults, **environment},
     )  # fmt: skip
 
 
@@ -159,10 +194,11 @@ def test_tpu_submit_prints_the_script_of_a_host_and_the_commands(launch):
     script, commands = done.stdout.split("# commands\n")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     (command,) = (line for line in script.splitlines() if line.startswith("exec .venv"))
-    assert shlex.split(command) == ["exec", ".venv/bin/embed", "train", "--distributed", *TRAIN[1:]]
+    assert shlex.split(command) == ["exec", ".venv/bin/embed", "train", "--distributed", *TRAIN[2:]]
     assert f"export EMBED_RUN_ID=one EMBED_COMMIT={_commit()}\n" in script
     assert "Restart=on-failure\n" in script and "RestartPreventExitStatus=1 2 130\n" in script  # 75, 134, 143: again
-    assert "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 b /mnt/embed\n" in script
+    assert "\ngcloud storage cp gs://b/source/one.tar.gz source.tar.gz\ntar -xzf source.tar.gz\n" in script
+    assert "'.[tpu,gcs]'" in script and "gcsfuse" not in script and "/mnt" not in script
     assert commands.splitlines() == [
         f"git -C {ROOT} archive --format=tar.gz --output=one.tar.gz HEAD",
         "gcloud storage cp one.tar.gz gs://b/source/one.tar.gz",
@@ -224,17 +260,10 @@ def test_gke_renders_one_job_a_slice_and_one_pod_a_host(launch):
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "4x8",
     }  # fmt: skip
     (container,) = pod["containers"]
-    assert container["command"] == ["embed", "train", "--distributed", *TRAIN[1:]]
+    assert container["command"] == ["embed", "train", "--distributed", *TRAIN[2:]]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["env"] == [{"name": "EMBED_RUN_ID", "value": "one"}]  # EMBED_COMMIT is the image's own
-    assert pod["volumes"][0]["csi"] == {
-        "driver": "gcsfuse.csi.storage.gke.io",
-        "volumeAttributes": {
-            "bucketName": "b",
-            "mountOptions": "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0",
-        },
-    }
-    assert spec["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert not {"volumes"} & pod.keys() and not {"volumeMounts"} & container.keys()
     # Codes 1 and 2 fail the set at once, all else restarts it as a whole.
     assert spec["podFailurePolicy"]["rules"] == [
         {"action": "FailJob", "onExitCodes": {"containerName": "embed", "operator": "In", "values": [1, 2]}}
@@ -270,7 +299,7 @@ def test_gke_submit_list_logs_and_stop_call_kubectl(launch):
 
 
 def test_slurm_submits_one_process_a_gpu_that_goes_back_to_the_queue(launch, tmp_path):
-    train = ["--", "--config=c.py:stage=pair", f"--workdir={tmp_path}/run"]
+    train = ["--", "train", "--config=c.py:stage=pair", f"--workdir={tmp_path}/run"]
     done, called = launch(
         "slurm.sh", "submit", "--nodes=4", "--gpus=8", "--partition=p", "--run-id=one", "--dry-run", *train
     )
@@ -318,6 +347,14 @@ def test_slurm_list_logs_and_stop(launch, tmp_path):
     (tmp_path / "run.logs").mkdir()
     (tmp_path / "run.logs" / "slurm-7.log").write_text("step 3\n")
     assert launch("slurm.sh", "logs", "--job=7", f"--workdir={tmp_path}/run")[0].stdout == "step 3\n"
+    environment = {"LOGS": f"{tmp_path}/run.logs"}
+    assert launch("slurm.sh", "logs", "--job=7", **environment)[0].stdout == "step 3\n"
+    evaluate = ["evaluate", "--model=m", "--output=/shared/figures"]
+    _, ((_, arguments, script, _),) = launch(
+        "slurm.sh", "submit", "--nodes=1", "--gpus=8", "--", *evaluate, **environment
+    )
+    assert arguments[-1] == f"--output={tmp_path}/run.logs/slurm-%j.log"
+    assert "/embed evaluate --distributed --model=m --output=/shared/figures\n" in script
     _, calls = launch("slurm.sh", "stop", "--job=7")
     assert [call[:2] for call in calls] == [
         ["scontrol", ["update", "JobId=7", "Requeue=0"]],

@@ -361,7 +361,7 @@ def test_two_local_processes_train_the_losses_of_one(prepared, tmp_path):
     embed.chmod(0o755)
     # The second stage starts from the checkpoint of the first.
     for stage in ("diffusion", "pair"):
-        launched = _train(two, stage=stage, command=["env", f"EMBED={embed}", "bash", "launch/local.sh", "2"])
+        launched = _train(two, stage=stage, command=["env", f"EMBED={embed}", "bash", "launch/local.sh", "2", "--", "train"])
         assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[-2000:]
     done = _train(prepared, stage="pair")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,17 +1,27 @@
 """Training checkpoints through Orbax: parameters and optimizer state as separate items, saved in the background.
 
-Each checkpoint also holds a checksum of each item's bits, taken on the devices and the same for every sharding, so that a
-file that was cut short or has a wrong bit is noticed when it is read, and the checkpoint before it is used.
+    FOLDER/STEP/params      always
+    FOLDER/STEP/optimizer   until the stage has finished
+    FOLDER/STEP/checksums   one of each item's bits, taken on the devices and the same for every sharding
+
+so that a file that was cut short or has a wrong bit is noticed when it is read, and the checkpoint before it is used. A folder may lie in
+a bucket (gs://).
 """
 
 import contextlib
+import math
+import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from embed import paths
+
+METRIC = "evaluation"  # of the checkpoint that is kept as the best
 
 
 class CheckpointError(OSError):
@@ -21,16 +31,25 @@ class CheckpointError(OSError):
 
 
 @contextlib.contextmanager
-def open_manager(folder: Path, *, save_every: int, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """A manager that saves every `save_every` steps, keeps the newest `keep`, and finishes each save by a rename.
+def open_manager(folder, *, save_every: int, keep: int, milestone_every: int = 0) -> Iterator[ocp.CheckpointManager]:
+    """A manager that saves every `save_every` steps and finishes each save by a rename (in a bucket by a marker).
 
-    Saves that were begun are finished at the end; CheckpointError if one fails, unless another error ended the work.
+    Kept are the newest `keep`, those at multiples of `milestone_every`, and the best of those saved with a metric. Saves that were
+    begun are finished at the end; CheckpointError if one fails, unless another error ended the work.
     """
+
+    def metric(metrics) -> float:
+        return metrics[METRIC]
+
+    kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False)]
+    if milestone_every:
+        kept.append(policies.EveryNSteps(milestone_every))
     manager = ocp.CheckpointManager(
-        folder.absolute(),
+        paths.path(folder),
         options=ocp.CheckpointManagerOptions(
             save_interval_steps=save_every,
-            max_to_keep=keep,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=metric,  # or metrics would not be read again
             enable_async_checkpointing=True,
             create=True,
             cleanup_tmp_directories=True,  # what a killed save left
@@ -56,19 +75,28 @@ def checksum(tree) -> jax.Array:
     return total
 
 
-def save(manager: ocp.CheckpointManager, step: int, params, optimizer_state) -> None:
-    """Begin to save under `step`, which is newer than all before. CheckpointError as of `check`."""
-    sums = {"params": int(checksum(params)), "optimizer": int(checksum(optimizer_state))}
+def save(manager: ocp.CheckpointManager, step: int, params, optimizer_state=None, metric: float | None = None) -> None:
+    """Begin to save under `step`, which is newer than all before; without `optimizer_state` the parameters alone.
+
+    The one with the highest `metric` is kept. CheckpointError as of `check`.
+    """
+    items = {"params": params} | ({"optimizer": optimizer_state} if optimizer_state is not None else {})
+    sums = {name: int(checksum(tree)) for name, tree in items.items()}
+    saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     with _written(manager):
         manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer_state),
-                checksums=ocp.args.JsonSave(sums),
-            ),
+            args=ocp.args.Composite(**saved, checksums=ocp.args.JsonSave(sums)),
+            metrics={METRIC: -math.inf if metric is None else metric},
             force=True,
         )
+
+
+def best(manager: ocp.CheckpointManager) -> tuple[int, float] | None:
+    """(step, metric) of the best checkpoint, None where none has a metric."""
+    step = manager.best_step()
+    metrics = manager.metrics(step) if step is not None else None
+    return (step, metrics[METRIC]) if metrics and metrics[METRIC] > -math.inf else None
 
 
 def check(manager: ocp.CheckpointManager) -> None:
@@ -103,16 +131,20 @@ def _read(folder, items: dict) -> tuple[dict, dict[str, int]]:
     return found, ocp.JsonCheckpointHandler().restore(folder / "checksums")
 
 
-def restore_newest(manager: ocp.CheckpointManager, abstract_params, abstract_optimizer_state, warn: Callable):
+def restore_newest(
+    manager: ocp.CheckpointManager, abstract_params, abstract_optimizer_state, warn: Callable, final: int | None = None
+):
     """(step, params, optimizer state) of the newest checkpoint that can be read; (0, None, None) where there is none.
 
-    The arrays are laid out as the abstract trees say (shape, dtype, sharding). One that a process cannot read, or whose
-    checksum differs, is told to `warn` and put aside as damaged-STEP, once an older one has been read: nothing is deleted.
-    CheckpointError where none can be read. All processes agree on the step.
+    The arrays are laid out as the abstract trees say (shape, dtype, sharding). The checkpoint of step `final` has no optimizer state:
+    None. One that a process cannot read, or whose checksum differs, is told to `warn` and put aside as damaged-STEP, once an older
+    one has been read: nothing is deleted. CheckpointError where none can be read. All processes agree on the step.
     """
-    items = {"params": abstract_params, "optimizer": abstract_optimizer_state}
     failures: dict[int, Exception] = {}
     for step in sorted(manager.all_steps(), reverse=True):
+        items = {"params": abstract_params}
+        if step != final:
+            items["optimizer"] = abstract_optimizer_state
         found = error = None
         try:
             found, sums = _read(manager.directory / str(step), items)
@@ -132,11 +164,11 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_params, abstract_opt
                 f"step {step}; it was put aside as damaged-{failed}"
             )
             if jax.process_index() == 0:
-                _put_aside(Path(manager.directory), failed)
+                _put_aside(paths.path(manager.directory), failed)
         if failures:
             _anywhere(False)  # wait for process 0
             manager.reload()
-        return step, found["params"], found["optimizer"]
+        return step, found["params"], found.get("optimizer")
     if failures:
         step, error = next(iter(failures.items()))
         raise CheckpointError(
@@ -146,11 +178,30 @@ def restore_newest(manager: ocp.CheckpointManager, abstract_params, abstract_opt
     return 0, None, None
 
 
-def _put_aside(folder: Path, step: int) -> None:
+def _put_aside(folder, step: int) -> None:
     target, n = folder / f"damaged-{step}", 1
     while target.exists():
         target, n = folder / f"damaged-{step}.{n}", n + 1
-    (folder / str(step)).rename(target)
+    if not paths.is_bucket(folder):
+        (folder / str(step)).rename(target)
+        return
+    for name, file in paths.files(folder / str(step)).items():
+        paths.copy_file(file, target / name)
+    (folder / str(step)).rmtree()
+
+
+def finish(folder, final: int, milestone_every: int = 0) -> None:
+    """Leave the parameters of step `final`, of milestones and of the best checkpoint: a finished stage trains no more."""
+    folder = paths.path(folder)
+    with open_manager(folder, save_every=1, keep=1) as manager:
+        found = best(manager)
+    keep = {final, found and found[0]} | {step for step in steps(folder) if milestone_every and not step % milestone_every}
+    if jax.process_index() == 0:
+        for step in steps(folder):
+            gone = folder / str(step) / "optimizer" if step in keep else folder / str(step)
+            if gone.exists():
+                gone.rmtree() if paths.is_bucket(gone) else shutil.rmtree(gone)
+    _anywhere(False)  # wait for process 0
 
 
 def _anywhere(flag: bool) -> bool:
@@ -162,35 +213,44 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:1000]
 
 
-def save_params(folder: Path, params) -> None:
-    """A checkpoint of parameters alone, as step 0: for `load_params`, not for `restore`."""
-    with ocp.CheckpointManager(folder.absolute()) as manager:
-        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+def steps(folder) -> list[int]:
+    """The steps of the complete checkpoints under a folder, in order; none where there is no folder."""
+    folder = paths.path(folder)
+    found = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.exists() else []
+    # An object store has no rename: a checkpoint is complete once it has this file.
+    return sorted(int(e.name) for e in found if not paths.is_bucket(e) or (e / "commit_success.txt").exists())
 
 
-def load_params(folder: Path, abstract_params):
-    """The parameters of the newest checkpoint under `folder`, on this process's first device unless told otherwise."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoints at {folder}: train that stage first, or name another")
-    with ocp.CheckpointManager(folder.absolute()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{folder} holds no finished checkpoint: train that stage first, or name another")
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device),
-            abstract_params,
-        )
-        items = {"params": ocp.args.StandardRestore(target)}
-        if checked := (folder / str(step) / "checksums").exists():  # `save_params` writes none
-            items["checksums"] = ocp.args.JsonRestore()
-        try:
-            restored = manager.restore(step, args=ocp.args.Composite(**items))
-            if checked and int(checksum(restored["params"])) != restored["checksums"]["params"]:
-                raise CheckpointError("its checksum is wrong")
-        except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {step} under {folder} cannot be read: {_first_line(error)}. If it is damaged, train that "
-                "stage again: the same command continues from the checkpoint before"
-            ) from error
-        return restored["params"]
+def digest(folder, step: int) -> str:
+    """What tells the parameters of a checkpoint from others: the checksum that was saved with them, eight hex digits."""
+    try:
+        return f"{ocp.JsonCheckpointHandler().restore(paths.path(folder) / str(step) / 'checksums')['params']:08x}"
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {step} under {folder} cannot be read: {_first_line(error)}") from error
+
+
+def load_params(folder, step: int, abstract_params):
+    """The parameters of the checkpoint of `step`, laid out as the abstract tree says, on the first local device if it does not.
+
+    CheckpointError where they cannot be read, or are not those that were saved.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device), abstract_params
+    )
+    error = None
+    try:
+        found, sums = _read(paths.path(folder) / str(step), {"params": target})
+    except Exception as caught:
+        error = caught.with_traceback(None)
+    shared = any(len(x.sharding.device_set) > jax.local_device_count() for x in jax.tree.leaves(target))
+    if _anywhere(error is not None) if shared else error:
+        error = error or CheckpointError("another process could not read it")
+    elif int(checksum(found["params"])) != sums["params"]:
+        error = CheckpointError("its checksum is wrong")
+    else:
+        return found["params"]
+    raise CheckpointError(
+        f"checkpoint {step} under {folder} cannot be read: {_first_line(error)}. If it is damaged, train that stage again, "
+        "or name another of its steps"
+    ) from error

@@ -1,4 +1,4 @@
-"""What the verbs share: errors of the user as one sentence, the config argument."""
+"""What the verbs share: errors of the user as one sentence, the config argument, the other processes of a job."""
 
 import argparse
 import ctypes
@@ -7,6 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from embed import distributed, paths
+from embed.distributed import is_first as is_first
 
 WRONG_INPUT = (
     ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
@@ -21,7 +24,9 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
     """
     keep_freed_memory()
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        distributed.meet()  # no process ends before process 0 has written
+        return code
     except BrokenPipeError:  # of `embed … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as SIGPIPE: a run whose reader went away is not done
@@ -33,17 +38,12 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
             raise
         kind = "" if code == 143 else "error: "
         print(f"embed: {kind}{'; '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
-        if code == 75 or (code != 143 and _distributed()):
+        if code == 75 or (code != 143 and distributed.is_joined()):
             _leave(code)
         return code
     except KeyboardInterrupt:
         print("embed: interrupted", file=sys.stderr)
         _leave(130)
-
-
-def _distributed() -> bool:
-    """Whether this process has joined others. Asked without importing jax."""
-    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def _leave(code: int) -> NoReturn:
@@ -71,7 +71,7 @@ def keep_freed_memory() -> bool:
 
 def check_output(path: str | None) -> None:
     """Refuse a file that could not be written, before the work rather than behind it."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    if path and not paths.is_bucket(path) and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise FileNotFoundError(f"--output={path} must be a file in a folder that exists")
 
 
@@ -98,3 +98,37 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
 
     arguments, overrides = parser.parse_known_args(argv)
     return arguments, config.load(arguments.config, overrides)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """--model and --step: the arguments of `runs.load_encoder`."""
+    parser.add_argument("--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run")
+    parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
+
+
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
+    """--distributed, or --coordinator, --num_processes and --process_id: the arguments of `join`."""
+    parser.add_argument(
+        "--distributed", action="store_true", help="join the job's other processes: TPU pod, GKE, Slurm"
+    )
+    parser.add_argument("--coordinator", help="host:port of process 0, where several processes work together")
+    parser.add_argument("--num_processes", type=int, help="how many processes work together")
+    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+
+
+def join(arguments: argparse.Namespace, *, saves_at_sigterm: bool = True) -> None:
+    """Join the other processes if the arguments ask for it; before anything is computed (`embed.distributed.join`)."""
+    several = arguments.num_processes is not None
+    if not several and (arguments.coordinator or arguments.process_id is not None):
+        raise ValueError("--coordinator and --process_id need --num_processes: this process would work alone")
+    if arguments.distributed and several:
+        raise ValueError("--distributed finds the processes by itself: leave out --num_processes")
+    if several and (not arguments.coordinator or arguments.process_id not in range(arguments.num_processes)):
+        raise ValueError(
+            f"--num_processes={arguments.num_processes} needs --coordinator=HOST:PORT and --process_id from 0 to "
+            f"{arguments.num_processes - 1}, not {arguments.coordinator} and {arguments.process_id}"
+        )
+    if arguments.distributed or several:
+        distributed.join(
+            arguments.coordinator, arguments.num_processes, arguments.process_id, saves_at_sigterm=saves_at_sigterm
+        )

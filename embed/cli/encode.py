@@ -1,19 +1,20 @@
 """embed encode: turn a corpus file or single texts into vectors, written as .npy."""
 
 import argparse
+import io
 import sys
 
 import numpy as np
 from rich.console import Console
 
-from embed import inference
-from embed.cli.common import check_output, run
+from embed import inference, paths, runs
+from embed.cli import common
 from embed.inference.index import Corpus, read_corpus
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that encode, index and search share."""
-    parser.add_argument("--model", required=True, help="folder of an exported model")
+    common.add_model_argument(parser)
     parser.add_argument("--precision", choices=inference.PRECISIONS, default="float32")
     parser.add_argument("--truncate_dim", type=int, help="keep this many dimensions (a Matryoshka prefix)")
 
@@ -26,23 +27,28 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--corpus", help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)')
     source.add_argument("--text", action="append", help="a text; may be repeated")
     parser.add_argument("--output", required=True, help="the .npy file to write, one row a text or chunk, in order")
+    common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
-    check_output(args.output)
+    common.check_output(args.output)
 
     if args.corpus:
         corpus = read_corpus(args.corpus)
     else:
         corpus = Corpus([[text] for text in args.text], [str(i) for i in range(len(args.text))])
+    common.join(args, saves_at_sigterm=False)
     vectors = np.concatenate(
-        inference.load(args.model).encode_documents(
+        runs.load_encoder(args.model, args.step).encode_documents(
             corpus.documents, precision=args.precision, truncate_dim=args.truncate_dim, show_progress_bar=True
         )
     )
-    with open(args.output, "wb") as file:
-        np.save(file, vectors, allow_pickle=False)
+    if not common.is_first():
+        return 0
+    content = io.BytesIO()
+    np.save(content, vectors, allow_pickle=False)
+    paths.write(args.output, content.getvalue())
     Console().print(f"{vectors.dtype}{list(vectors.shape)} written to {args.output}", highlight=False, markup=False)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(common.run(main))

@@ -5,8 +5,8 @@ import sys
 
 from rich.console import Console
 
-from embed import inference
-from embed.cli.common import run
+from embed import runs
+from embed.cli import common
 from embed.cli.encode import add_model_arguments
 from embed.inference.index import build, read_corpus
 
@@ -19,13 +19,17 @@ def main(argv: list[str] | None = None) -> int:
         "--corpus", required=True, help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)'
     )
     parser.add_argument("--output", required=True, help="the folder to write")
+    common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
 
     corpus = read_corpus(args.corpus)
+    common.join(args, saves_at_sigterm=False)
     index = build(
-        inference.load(args.model), corpus, precision=args.precision, truncate_dim=args.truncate_dim,
+        runs.load_encoder(args.model, args.step), corpus, precision=args.precision, truncate_dim=args.truncate_dim,
         show_progress_bar=True,
     )  # fmt: skip
+    if not common.is_first():
+        return 0
     index.save(args.output)
     size = f"{len(index):,} {index.precision} vectors, {index.vectors.nbytes / 1e6:.1f} MB"
     Console().print(f"{size}, written to {args.output}", highlight=False, markup=False)
@@ -33,4 +37,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(common.run(main))

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 from rich.console import Console
 
-from embed import inference
-from embed.cli.common import check_output, run
+from embed import paths, runs
+from embed.cli import common
 from embed.evaluation.retrieval import embed_set, read_set
 from embed.mining import mine
 
@@ -19,7 +19,7 @@ from embed.mining import mine
 def main(argv: list[str] | None = None) -> int:
     """Run `embed mine arguments`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed mine", description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of an exported model")
+    common.add_model_argument(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     parser.add_argument("--output", required=True, help="the JSONL file to write")
     parser.add_argument("--num_negatives", type=int, default=7)
@@ -28,12 +28,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--margin", type=float, default=0.05, help="negatives score this much less than the positive")
     parser.add_argument("--relative", action="store_true", help="the margin is a fraction of the positive's score")
+    parser.add_argument(
+        "--precision", choices=("float32", "int8"), default="int8", help="of the vectors that are ranked; training compares int8"
+    )
+    common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
-    check_output(args.output)
+    common.check_output(args.output)
 
     data = read_set(args.data)
-    encoder = inference.load(args.model)
-    queries, corpus = embed_set(encoder, data, show_progress_bar=True)
+    common.join(args, saves_at_sigterm=False)
+    encoder = runs.load_encoder(args.model, args.step)
+    queries, corpus = (encoder.quantize(x, args.precision) for x in embed_set(encoder, data, show_progress_bar=True))
     # A query with several positives stands once for each; its id keeps all of them out of its negatives.
     query_rows = np.repeat(np.arange(len(data.queries)), [len(r.indices) for r in data.relevant])
     positives = np.concatenate([r.indices for r in data.relevant])
@@ -41,17 +46,20 @@ def main(argv: list[str] | None = None) -> int:
     negatives, counts = mine(
         queries[query_rows], corpus, positives, num_negatives=args.num_negatives,
         rank_window=tuple(args.rank_window), margin=args.margin, relative=args.relative, query_ids=query_rows,
-        document_ids=np.array([content[text] for text in data.corpus]),
+        document_ids=np.array([content[text] for text in data.corpus]), mesh=encoder.mesh,
     )  # fmt: skip
-    with open(args.output, "w", encoding="utf-8") as file:
-        for row, positive, found in zip(query_rows, positives, negatives):
-            ids = [data.corpus_ids[i] for i in found if i >= 0]
-            line = {"query-id": data.query_ids[row], "corpus-id": data.corpus_ids[positive], "negatives": ids}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if not common.is_first():
+        return 0
+    lines = []
+    for row, positive, found in zip(query_rows, positives, negatives):
+        ids = [data.corpus_ids[i] for i in found if i >= 0]
+        line = {"query-id": data.query_ids[row], "corpus-id": data.corpus_ids[positive], "negatives": ids}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    paths.write(args.output, "".join(lines))
     counted = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     Console().print(f"{counted}; written to {args.output}", highlight=False, markup=False)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(common.run(main))

@@ -1,4 +1,4 @@
-"""Run every stage of the graph, skipping those already complete: --config=FILE.py --workdir=DIR."""
+"""Walk the graph of a config, skipping what is complete: --config=FILE.py --workdir=DIR."""
 
 import argparse
 import sys
@@ -10,10 +10,12 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser("embed pipeline", description=__doc__)
     common.add_config_arguments(parser)
+    common.add_distributed_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
-    from embed import pipeline
+    common.join(arguments)
+    from embed import graph, runs
 
-    pipeline.run(pipeline.Run(config, arguments.workdir, arguments.config))
+    graph.walk(runs.Run(config, arguments.workdir, arguments.config))
     return 0
 
 

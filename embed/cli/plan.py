@@ -29,31 +29,35 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans side by side
 
     from embed import config as configs
-    from embed.models.transformer import REMAT_POLICIES, TransformerConfig
-    from embed.training import plan
+    from embed.models import sharding, transformer
+    from embed.training import plan, stages
 
     config = configs.load(arguments.config, overrides)
     if config.stage not in config.stages:
         raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
-    stage, fields = config.stages[config.stage], config.model.to_dict()
-    if not fields["vocab_size"]:
-        fields["vocab_size"] = config.data.vocab_size
-    model = TransformerConfig(**fields)
+    stage, axes = config.stages[config.stage], config.execution.mesh.to_dict()
+    model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
+    model = stages.stage_model(stage.kind, model)
+    _, chips = plan.parse_topology(arguments.topology)
+    data, fsdp, _ = sharding.mesh_sizes(**axes, devices=chips * arguments.slices)
     if arguments.parameters:
-        print(plan.parameter_table(model, arguments.topology, config.mesh.to_dict(), arguments.slices))
-    variants = [(stage.microbatches, model.remat)]
+        print(plan.parameter_table(model, arguments.topology, axes, arguments.slices))
+    variants = [(stage.execution.microbatches, model.remat)]
     if arguments.fit:
-        rows, _ = plan.abstract_batch(stage)["tokens"][0]
-        variants = [(m, remat) for m, remat in itertools.product((1, 2, 4, 8), REMAT_POLICIES) if rows % m == 0]
+        rows, _ = stages.abstract_batch(stage)["tokens"][0]
+        parts = data * fsdp if stage.kind == "diffusion" else 1  # each device has as many rows of each microbatch
+        variants = [
+            (m, remat)
+            for m, remat in itertools.product((1, 2, 4, 8), transformer.REMAT_POLICIES)
+            if rows % (m * parts) == 0
+        ] or variants  # which says why it is none
     best = None
     for microbatches, remat in variants:
-        with stage.unlocked():
-            stage.microbatches = microbatches
+        stage.execution.microbatches = microbatches
         try:
             tried = plan.make_plan(
-                stage, dataclasses.replace(model, remat=remat), arguments.topology, config.mesh.to_dict(),
-                slices=arguments.slices,
-            )  # fmt: skip
+                stage, dataclasses.replace(model, remat=remat), arguments.topology, axes, slices=arguments.slices
+            )
         except plan.DoesNotFitError as error:
             if not arguments.fit:
                 raise

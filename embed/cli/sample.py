@@ -1,4 +1,4 @@
-"""Denoise a text with the diffusion stage's checkpoint: masks become words, the most certain first."""
+"""Denoise a text with a diffusion stage's checkpoint: masks become words, the most certain first."""
 
 import argparse
 import sys
@@ -10,28 +10,31 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser("embed sample", description=__doc__)
     common.add_config_arguments(parser)
+    common.add_distributed_arguments(parser)
     parser.add_argument("--text", required=True, help="with <mask> for each token to be filled in")
-    parser.add_argument("--checkpoint", default="diffusion", help="a stage of the config (default diffusion)")
+    parser.add_argument("--checkpoint", default="diffusion", help="a diffusion stage, of this run or a folder (default diffusion)")
+    parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--tokens_per_step", type=int, default=1, help="tokens unmasked a step (default 1)")
     arguments, config = common.parse_config(parser, argv)
+    common.join(arguments, saves_at_sigterm=False)
     import numpy as np
 
-    from embed import pipeline
+    from embed import graph, runs
     from embed.inference import denoise
 
-    run = pipeline.Run(config, arguments.workdir, arguments.config)
+    run = runs.Run(config, arguments.workdir, arguments.config)
     tokenizer, mask = run.tokenizer, np.array([run.tokenizer.mask_id], np.int32)
     pieces = tokenizer.encode(arguments.text.split("<mask>"))
     tokens = np.concatenate([part for piece in pieces for part in (piece, mask)][:-1])
     if not (tokens == tokenizer.mask_id).any():
         raise ValueError(f"--text={arguments.text!r} has no <mask>: nothing to fill in")
+    checkpoint = run.checkpoint(arguments.checkpoint, arguments.step)
     states = denoise.denoise(
-        run.params(arguments.checkpoint), run.model, tokens, mask_id=tokenizer.mask_id,
-        tokens_per_step=arguments.tokens_per_step, left_shift=run.left_shift,
-        length=-(-len(tokens) // 64) * 64,
+        checkpoint.params(run.shardings(checkpoint.model)), checkpoint.model, tokens, mask_id=tokenizer.mask_id,
+        tokens_per_step=arguments.tokens_per_step, left_shift=checkpoint.left_shift, length=-(-len(tokens) // 64) * 64,
     )  # fmt: skip
     for k, state in enumerate(states):
-        print(f"{k:3} {pipeline.show_masked(tokenizer, state)}")
+        graph.say(f"{k:3} {graph.show_masked(tokenizer, state)}")
     return 0
 
 

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from embed import inference
-from embed.cli.common import run
+from embed import inference, runs
+from embed.cli import common
 from embed.cli.encode import add_model_arguments
 from embed.inference.index import build, read_corpus
 
@@ -24,23 +24,29 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--index", help="folder that `embed index` wrote; it fixes precision and truncate_dim")
     parser.add_argument("--query", required=True, action="append", help="may be repeated")
     parser.add_argument("--top", type=int, default=10, help="how many results")
+    common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
 
     if args.index:
         if args.precision or args.truncate_dim:
             raise ValueError("--precision and --truncate_dim are fixed by --index; leave them out")
         index = inference.Index.load(args.index)
-        encoder = inference.load(args.model)
+        common.join(args, saves_at_sigterm=False)
+        encoder = runs.load_encoder(args.model, args.step)
         index.check_model(encoder)
     else:
         corpus = read_corpus(args.corpus)
-        encoder = inference.load(args.model)
+        common.join(args, saves_at_sigterm=False)
+        encoder = runs.load_encoder(args.model, args.step)
         index = build(
             encoder, corpus, precision=args.precision or "float32", truncate_dim=args.truncate_dim,
             show_progress_bar=True,
         )  # fmt: skip
     queries = encoder.encode(args.query, precision=index.precision, truncate_dim=index.truncate_dim)
-    for query, scores, indices in zip(args.query, *index.search(queries, args.top)):
+    found = index.search(queries, args.top)
+    if not common.is_first():
+        return 0
+    for query, scores, indices in zip(args.query, *found):
         Console().print(results_table(query, index, scores, indices))
     return 0
 
@@ -61,4 +67,4 @@ def results_table(query: str, index: inference.Index, scores, indices) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(common.run(main))

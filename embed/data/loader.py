@@ -337,8 +337,8 @@ def prefetch(
                 batch = ready.get(timeout=timeout)
             except queue.Empty:
                 raise ReaderStalledError(
-                    f"{loader} gave no batch of step {step} in {timeout} s (config.data.timeout): is its storage there? "
-                    "The same command continues from the last checkpoint"
+                    f"{loader} gave no batch of step {step} in {timeout} s (config.execution.read_timeout): is its "
+                    "storage there? The same command continues from the last checkpoint"
                 ) from None
             if isinstance(batch, Exception):
                 raise batch

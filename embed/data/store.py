@@ -2,15 +2,18 @@
 
 PATH/COLUMN/          int32[sum of lengths]   the flat array, with a checksum in every chunk
 PATH/COLUMN.offsets/  int64[examples + 1]     example i is flat[offsets[i] : offsets[i + 1]]
-PATH/info.json        written last: without it there is no store
+PATH/info.json        written last: without it there is no store; its digest tells two stores apart
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
+
+from embed import paths
 
 CHUNK = 1 << 18  # elements
 MEMORY_BYTES = 1 << 28  # columns up to this size are read into memory when first used
@@ -26,7 +29,7 @@ class Writer:
         """Raises FileExistsError where a complete store stands already; an unfinished one is replaced."""
         if not columns:
             raise ValueError("a store needs at least one column")
-        self._path = _url(path)
+        self._path = paths.url(path)
         self._kvstore = ts.KvStore.open(self._path).result()
         if self._kvstore.read("info.json").result().state == "value":
             raise FileExistsError(f"{path} is a complete store already")
@@ -36,6 +39,7 @@ class Writer:
         self._pending: dict[str, list[np.ndarray]] = {column: [] for column in columns}
         self._pending_size = dict.fromkeys(columns, 0)
         self._written = dict.fromkeys(columns, 0)
+        self._hashes = {column: (hashlib.sha256(), hashlib.sha256()) for column in columns}  # of lengths, of values
         for column in columns:
             self._arrays[column] = _create(self._path, column, np.int32, 0)
 
@@ -60,6 +64,8 @@ class Writer:
             if count not in (None, len(lengths)):
                 raise ValueError(f"column {column!r} has {len(lengths)} examples, another one {count}")
             count = len(lengths)
+            for digest, array in zip(self._hashes[column], (lengths.astype("<i8"), values.astype("<i4"))):
+                digest.update(array.tobytes())
             self._offsets[column].append(self._offsets[column][-1][-1] + np.cumsum(lengths, dtype=np.int64))
             self._pending[column].append(values.astype(np.int32))
             self._pending_size[column] += len(values)
@@ -67,12 +73,18 @@ class Writer:
                 self._flush(column, whole_chunks=True)
 
     def close(self, info: Mapping) -> None:
-        """Writes what is pending, the offsets and, last, `info` (JSON)."""
+        """Writes what is pending, the offsets and, last, `info` (JSON) with the digest of all examples in their order."""
         offsets = {column: np.concatenate([o for o in parts if len(o)]) for column, parts in self._offsets.items()}
         for column in self._arrays:
             self._flush(column, whole_chunks=False)
             _create(self._path, column + ".offsets", np.int64, len(offsets[column])).write(offsets[column]).result()
-        header = {"columns": list(self._arrays), "examples": len(next(iter(offsets.values()))) - 1, "info": dict(info)}
+        digests = {column: [part.hexdigest() for part in parts] for column, parts in self._hashes.items()}
+        header = {
+            "columns": list(self._arrays),
+            "examples": len(next(iter(offsets.values()))) - 1,
+            "digest": hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+            "info": dict(info),
+        }
         self._kvstore.write("info.json", json.dumps(header, indent=1).encode()).result()
 
     def _flush(self, column: str, whole_chunks: bool) -> None:
@@ -99,18 +111,13 @@ class Store:
     def __init__(self, path: str | Path):
         """Raises FileNotFoundError where there is no complete store, ValueError where it is damaged."""
         self._name = str(path)
-        self._path = _url(path)
+        self._path = paths.url(path)
         context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
-        found = ts.KvStore.open(self._path).result().read("info.json").result()
-        if found.state != "value":
-            raise FileNotFoundError(f"{path} is not a prepared store: it has no info.json (missing, or never finished)")
-        try:
-            header = json.loads(found.value)
-            self.columns: list[str] = header["columns"]
-            self.info: dict = header["info"]
-            self._size: int = header["examples"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}/info.json is damaged: {error!r}") from None
+        header = read_header(path)
+        self.columns: list[str] = header["columns"]
+        self.info: dict = header["info"]
+        self.digest: str = header["digest"]
+        self._size: int = header["examples"]
         self._arrays = {}
         self._offsets = {}
         self._memory: dict[str, np.ndarray] = {}
@@ -189,10 +196,16 @@ class Store:
         return ValueError(f"the prepared store {self._name} is damaged in column {column!r}: {why}; prepare it again")
 
 
-def _url(path: str | Path) -> str:
-    """A folder as a TensorStore URL; gs:// and s3:// URLs pass."""
-    path = str(path)
-    return (path if "://" in path else Path(path).absolute().as_uri()).rstrip("/") + "/"
+def read_header(path: str | Path) -> dict:
+    """info.json of a store: columns, examples, digest, info. Errors as `Store`'s."""
+    found = ts.KvStore.open(paths.url(path)).result().read("info.json").result()
+    if found.state != "value":
+        raise FileNotFoundError(f"{path} is not a prepared store: it has no info.json (missing, or never finished)")
+    try:
+        header = json.loads(found.value)
+        return {name: header[name] for name in ("columns", "examples", "digest", "info")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}/info.json is damaged: {error!r}") from None
 
 
 def _create(path: str, name: str, dtype, size: int) -> ts.TensorStore:

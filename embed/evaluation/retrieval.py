@@ -9,11 +9,11 @@ A set is a folder with corpus.jsonl, queries.jsonl and qrels.jsonl in the layout
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from embed import paths
 from embed.inference.encoder import Encoder
 from embed.inference.index import Index, read_jsonl
 
@@ -76,7 +76,7 @@ def metrics(ranking: np.ndarray, relevant: Sequence[Relevance]) -> dict[str, flo
 
 def read_set(folder) -> RetrievalSet:
     """Read an evaluation set. Every query must have an answer in the corpus: anything else is an error."""
-    folder = Path(folder)
+    folder = paths.path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected corpus.jsonl, queries.jsonl and qrels.jsonl in it")
     corpus, queries, qrels = (folder / f"{name}.jsonl" for name in ("corpus", "queries", "qrels"))
@@ -149,7 +149,7 @@ def _gains(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.nda
     return gains
 
 
-def _read_texts(path: Path) -> tuple[list[str], list[str], list[tuple[str, Mapping]]]:
+def _read_texts(path) -> tuple[list[str], list[str], list[tuple[str, Mapping]]]:
     """(ids, texts, rows) of a file of {"_id", "text"} and perhaps "title"."""
     rows = read_jsonl(path)
     if not rows:
@@ -167,7 +167,7 @@ def _read_texts(path: Path) -> tuple[list[str], list[str], list[tuple[str, Mappi
     return ids, texts, rows
 
 
-def _documents(path: Path, rows: Sequence[tuple[str, Mapping]]) -> list[np.ndarray]:
+def _documents(path, rows: Sequence[tuple[str, Mapping]]) -> list[np.ndarray]:
     """The corpus rows of each document in chunk order; a row without a document is one by itself."""
     documents: dict[object, list[int]] = {}
     for i, (where, row) in enumerate(rows):

@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from embed import distributed
 from embed.checkpoints import model_folder
-from embed.models import quantization, transformer
+from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.rows import RowShape, Segment, chunked, cut, dense, place
 
@@ -21,24 +23,27 @@ MIN_ROW_LENGTH = 64
 TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
 
 
-def load(path, *, dtype: str | None = None, revision: str | None = None) -> "Encoder":
+def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=None) -> "Encoder":
     """The encoder in a model folder: one that `embed export` wrote, a pplx-embed or another bidirectional Qwen3.
 
     `path` is a folder, one in a bucket (gs://) or the id of a repository on the Hugging Face hub,
     "perplexity-ai/pplx-embed-v1-0.6b", at its `revision`. `dtype` of the computation is "float32" or "bfloat16"; by default
-    float32 on CPU and bfloat16 on accelerators. A causal language model is refused: it is something to train from.
+    float32 on CPU and bfloat16 on accelerators. A causal language model is refused: it is something to train from. `mesh` as in
+    `Encoder`; the parameters are sharded over it as in training.
     """
     dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
+    mesh = sharding.make_mesh() if mesh is None else mesh
     model = model_folder.open_model(path, revision)
     if model.causal:
         raise ValueError(f"{path} is a causal language model, not an encoder: it can be the `init` of a stage that trains one")
     tokenizer = model.tokenizer()
     if getattr(tokenizer, "adds_tokens", False):
         raise ValueError(f"{path}: tokenizer.json adds tokens to each text, which is not done here")
-    config, params = transformer.encoder_only(model.config, model.params(dtype=dtype))
+    shardings = sharding.parameter_shardings(mesh, transformer.abstract_params(model.config))
+    config, params = transformer.encoder_only(model.config, model.params(shardings, dtype))
     how = {name: model.embedding[name] for name in ("separator", "max_length", "matryoshka", "tanh")}
     return Encoder(
-        params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, path=path, digest=model.digest
+        params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, mesh=mesh, path=path, digest=model.digest
     )  # fmt: skip
 
 
@@ -64,22 +69,29 @@ def quantize(
 
 
 class Encoder:
-    """A model that turns texts into vectors. Made by `load`, or from parameters in memory."""
+    """A model that turns texts into vectors. Made by `load`, or from parameters in memory.
+
+    The rows of a batch are computed on all devices of its mesh. Where these belong to several processes, all of them make
+    the same Encoder and call it alike; each gets all vectors.
+    """
 
     def __init__(
-        self, params, config: transformer.TransformerConfig, tokenizer, *, separator: bool = True,
+        self, params, config: transformer.TransformerConfig, tokenizer, *, mesh=None, separator: bool = True,
         max_length: int | None = None, matryoshka: Sequence[int] = (), tanh: bool = False, path=None,
         digest: str | None = None,
     ):  # fmt: skip
         """`separator`: whether the separator token stands between the chunks of a document, as it did in training.
 
-        `max_length`: the most tokens of a text or document, None for no limit. `tanh`: float32 vectors are tanh(v) of the
-        pooled mean v; int8 and bits are the same with it and without. `digest` identifies the model.
+        `mesh`: of `embed.models.sharding.make_mesh`, by default one along data over all devices of all processes. Parameters
+        that lie on it keep their shardings, others are copied to each of its devices. `max_length`: the most tokens of a text or
+        document, None for no limit. `tanh`: float32 vectors are tanh(v) of the pooled mean v; int8 and bits are the same with it
+        and without. `digest` identifies the model.
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
         self.config = dataclasses.replace(config, remat="none")
-        self.params = jax.tree.map(lambda x: jnp.asarray(x, config.dtype), params)
+        self.mesh = sharding.make_mesh() if mesh is None else mesh
+        self.params = jax.tree.map(lambda x: _on_mesh(x, self.mesh, config.dtype), params)
         self.tokenizer, self.separator, self.max_length = tokenizer, separator, max_length
         self.matryoshka, self.tanh, self.path, self.digest = tuple(matryoshka), tanh, path, digest
 
@@ -97,8 +109,8 @@ class Encoder:
 
         Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or binary int8 / ubinary uint8 [N, D/8].
         `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for float32
-        alone. `batch_tokens` is the size of a batch in tokens (None: 4,096 on CPU, 65,536 on accelerators); it
-        changes no result. A text longer than `max_length` is an error, or with `truncate=True` is cut with a
+        alone. `batch_tokens` is the size of a batch in tokens (None: for each device that has rows of its own 4,096 on CPU,
+        65,536 on accelerators); it changes no result. A text longer than `max_length` is an error, or with `truncate=True` is cut with a
         warning. A text without tokens is an error.
         """
         if isinstance(texts, str):
@@ -123,9 +135,9 @@ class Encoder:
             return np.array(jnp.round(jnp.asarray(vectors) * 127).astype(jnp.int8))
         return quantize(vectors, precision)
 
-    def encode_tokens(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
-        """float32 [N, D]: `encode` of texts that are tokenized already; one without tokens is a zero vector."""
-        return self._embed([dense(ids) for ids in tokens], "float32", None, False, None, False)
+    def encode_tokens(self, tokens: Sequence[np.ndarray], precision: str = "float32") -> np.ndarray:
+        """`encode` of texts that are tokenized already; the mean over one without tokens is a zero vector."""
+        return self._embed([dense(ids) for ids in tokens], precision, None, False, None, False)
 
     def encode_documents(
         self, documents: Sequence[Sequence[str]], *, precision: str = "float32", truncate_dim: int | None = None,
@@ -173,8 +185,9 @@ class Encoder:
     def _embed(self, segments, precision, truncate_dim, normalize, batch_tokens, progress) -> np.ndarray:
         """Vectors of all spans of all segments, in order: [total spans, D or D/8]."""
         _check_precision(precision, self.dimensions, truncate_dim, normalize)
+        shards = sharding.batch_shards(self.mesh)
         if batch_tokens is None:
-            batch_tokens = 4096 if _on_cpu() else 65536  # 4,096: activations stay in a CPU's cache
+            batch_tokens = shards * (4096 if _on_cpu() else 65536)  # 4,096: activations stay in a CPU's cache
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         finish = functools.partial(
@@ -183,19 +196,23 @@ class Encoder:
         empty = finish(np.zeros((0, self.dimensions), np.float32))
         first = np.cumsum([0] + [s.num_spans for s in segments])
         out = np.empty((first[-1], empty.shape[1]), empty.dtype)
-        bar = tqdm(total=len(segments), desc="encode", unit="text", disable=not progress)
+        bar = tqdm(total=len(segments), desc="encode", unit="text", disable=not (progress and distributed.is_first()))
 
         def store(members, packed, spans):
-            vectors = finish(spans).reshape(-1, out.shape[1])  # R·S D
+            # Every device has all of them. One quantizes, so that the number of devices makes no other program of it.
+            vectors = finish(spans.addressable_data(0)).reshape(-1, out.shape[1])  # R·S D
             for i, slot in zip(members, packed.span_slots()):
                 out[first[i] : first[i + 1]] = vectors[slot : slot + segments[i].num_spans]
             bar.update(len(members))
 
         waiting = None  # the batch on the device, while the next one is packed
-        with bar:
-            for members, where, shape, num_rows in _batches(segments, batch_tokens):
+        with bar, jax.set_mesh(self.mesh), distributed.peers():  # attention kernels ask for the mesh
+            for members, where, shape, num_rows in _batches(segments, batch_tokens, shards):
                 packed = place([segments[i] for i in members], where, shape, num_rows)
-                spans = _pooled(self.params, *packed.rows, config=self.config, num_spans=shape.spans)
+                rows = packed.rows
+                if self.mesh.size > 1:  # every process has packed them all and puts its part
+                    rows = sharding.put_batch(self.mesh, rows._asdict()).values()
+                spans = _pooled(self.params, *rows, config=self.config, num_spans=shape.spans)
                 if waiting:
                     store(*waiting)
                 waiting = members, packed, spans
@@ -206,17 +223,30 @@ class Encoder:
 
 @functools.partial(jax.jit, static_argnames=("config", "num_spans"))
 def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spans):
-    """Rows [R, L] -> the mean of each span, float32 [R, S, D]. Compiled once for each R, L and config."""
+    """Rows [R, L] -> the mean of each span, float32 [R, S, D], on every device. Compiled once for each R, L, mesh and config."""
     hidden = transformer.apply(config, params, tokens, segment_ids, positions)
-    return pool_spans(hidden, span_ids, num_spans)
+    return jax.lax.with_sharding_constraint(pool_spans(hidden, span_ids, num_spans), PartitionSpec())
 
 
-def _batches(segments: Sequence[Segment], batch_tokens: int) -> Iterator[tuple[list, np.ndarray, RowShape, int]]:
+def _on_mesh(x, mesh, dtype) -> jax.Array:
+    """A parameter in another dtype on a mesh: sharded as it is if it lies there, otherwise a copy on every device."""
+    if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh:
+        return x.astype(dtype)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    if mesh.is_multi_process:  # device_put would compare the values of all processes
+        x = np.asarray(x).astype(dtype)
+        return jax.make_array_from_callback(x.shape, replicated, lambda index: x[index])
+    return jax.device_put(jnp.asarray(x, dtype), replicated)
+
+
+def _batches(
+    segments: Sequence[Segment], batch_tokens: int, shards: int = 1
+) -> Iterator[tuple[list, np.ndarray, RowShape, int]]:
     """(segment indices, row of each, row shape, number of rows), longest segments first, every segment once.
 
     A row has the power of two that holds the longest segment still to do; then the longest that fits the room left
     goes in, until none does. Shapes repeat, so that few programs are compiled: batch_tokens // L rows, and in the
-    last batch the power of four that suffices. A segment claims max(tokens, 8 · spans), so that L / 8 span slots
+    last batch the power of four that suffices, each rounded up to a multiple of `shards`. A segment claims max(tokens, 8 · spans), so that L / 8 span slots
     always suffice.
     """
     stacks: dict[int, list[int]] = {}
@@ -226,7 +256,7 @@ def _batches(segments: Sequence[Segment], batch_tokens: int) -> Iterator[tuple[l
     claims = sorted(stacks)
     while claims:
         length = max(MIN_ROW_LENGTH, 1 << (claims[-1] - 1).bit_length())
-        num_rows = max(1, batch_tokens // length)
+        num_rows = -(-max(1, batch_tokens // length) // shards) * shards
         members, where = [], []
         for row in range(num_rows):
             room = length
@@ -239,7 +269,7 @@ def _batches(segments: Sequence[Segment], batch_tokens: int) -> Iterator[tuple[l
                     del claims[k - 1]
         used = where[-1] + 1
         if used < num_rows:
-            num_rows = min(num_rows, 4 ** -(-(used - 1).bit_length() // 2))
+            num_rows = min(num_rows, -(-(4 ** -(-(used - 1).bit_length() // 2)) // shards) * shards)
         spans = length // TOKENS_PER_SPAN
         yield members, np.array(where), RowShape(length, spans, spans), num_rows
 

@@ -10,7 +10,6 @@ import collections
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -58,7 +57,8 @@ class Index:
         """The k best vectors of each query, best first: scores [Q, k] and their indices int32 [Q, k].
 
         `queries` [Q, D] in the index's precision. Scores are float32 cosines, or minus the number of differing bits
-        (int32). Of equal scores the lower index comes first. k larger than the index gives all of it.
+        (int32). Of equal scores the lower index comes first. k larger than the index gives all of it. All devices of the
+        process search, a block of queries each.
         """
         queries = _checked(queries, self.precision, "queries")
         if queries.shape[1] != self.vectors.shape[1]:
@@ -70,16 +70,21 @@ class Index:
         similarity = _negative_hamming if bits else functools.partial(_cosine, exact=self.precision == "int8")
         scores = np.empty((len(queries), k), np.int32 if bits else np.float32)
         indices = np.empty((len(queries), k), np.int32)
-        for rows in _blocks(len(queries), BLOCK_QUERIES):
-            best = None
+        devices, blocks = jax.local_devices(), list(_blocks(len(queries), BLOCK_QUERIES))
+        for group in (blocks[i : i + len(devices)] for i in range(0, len(blocks), len(devices))):
+            # A block a device, each by the program of one device: their number changes no bit.
+            placed = [jax.device_put(queries[rows], device) for rows, device in zip(group, devices)]
+            best = [None] * len(group)
             for columns in _blocks(len(self), BLOCK_VECTORS):
-                block = similarity(queries[rows], self.vectors[columns])
-                found = np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), block.shape)
-                if best:  # earlier indices stand first, so that top_k keeps them on ties
-                    block, found = jnp.concatenate([best[0], block], 1), np.concatenate([best[1], found], 1)
-                top, where = jax.lax.top_k(block, min(k, block.shape[1]))
-                best = top, np.take_along_axis(found, np.asarray(where), 1)
-            scores[rows], indices[rows] = best
+                new = [similarity(block, self.vectors[columns]) for block in placed]
+                found = [np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), n.shape) for n in new]
+                if columns.start:  # earlier indices stand first, so that top_k keeps them on ties
+                    new = [jnp.concatenate([top, n], 1) for (top, _), n in zip(best, new)]
+                    found = [np.concatenate([i, f], 1) for (_, i), f in zip(best, found)]
+                tops = [jax.lax.top_k(n, min(k, n.shape[1])) for n in new]
+                best = [(top, np.take_along_axis(f, np.asarray(i), 1)) for (top, i), f in zip(tops, found)]
+            for rows, (top, found) in zip(group, best):
+                scores[rows], indices[rows] = top, found
         return scores, indices
 
     def check_model(self, encoder: Encoder) -> None:
@@ -104,7 +109,7 @@ class Index:
     @classmethod
     def load(cls, folder) -> "Index":
         """The index that `save` wrote."""
-        folder = Path(folder)
+        folder = paths.path(folder)
         if not (folder / INFO).is_file() or not (folder / VECTORS).is_file():
             raise FileNotFoundError(f"no index at {folder}: expected a folder with {INFO} and {VECTORS}")
         try:
@@ -112,7 +117,8 @@ class Index:
             version = info["format"], info["format_version"]
             if version != (FORMAT, FORMAT_VERSION):
                 raise ValueError(f"format {version} is not {(FORMAT, FORMAT_VERSION)}")
-            vectors = safetensors.numpy.load_file(folder / VECTORS)["vectors"]
+            with paths.local(folder, lambda name: name == VECTORS) as copy:
+                vectors = safetensors.numpy.load_file(copy / VECTORS)["vectors"]
             fields = {name: info[name] for name in ("ids", "texts", "truncate_dim", "model")}
             return cls(vectors, info["precision"], **fields)
         except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -122,7 +128,7 @@ class Index:
 def is_index(folder) -> bool:
     """Whether `Index.save` wrote the folder."""
     try:
-        return json.loads((Path(folder) / INFO).read_text())["format"] == FORMAT
+        return paths.read_json(paths.path(folder) / INFO)["format"] == FORMAT
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -144,12 +150,13 @@ def read_jsonl(path) -> list[tuple[str, dict]]:
 
     `where` names the file and the line, for further errors.
     """
-    path = Path(path)
+    path = paths.path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected JSON lines")
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.decode("utf-8")
             if not line.strip():
                 continue
             where = f"{path}, line {number}"

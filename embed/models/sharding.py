@@ -115,6 +115,11 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_sharding(mesh: Mesh, entries: int) -> NamedSharding:
+    """Of an array of a batch with so many entries along axis 0: over (data, fsdp), whole where these do not divide it."""
+    return NamedSharding(mesh, PartitionSpec() if entries % batch_shards(mesh) else BATCH)
+
+
 def own_units(mesh: Mesh, units: int) -> list[int]:
     """Which of `units` equal parts of a batch (its rows, or its packed groups) the devices of this process hold, or hold some of.
 
@@ -138,16 +143,16 @@ def put_batch(mesh: Mesh, batch: dict, own=(0,), units: int = 1) -> dict:
     def put(name, x):
         each = len(x) // len(own)  # rows of a unit
         total = each * units
-        spec = BATCH if total % shards == 0 else PartitionSpec()
-        if name == "tokens" and spec != BATCH:
+        where = batch_sharding(mesh, total)
+        if name == "tokens" and total % shards:
             raise ValueError(f"{total} rows a batch do not divide over {shards} devices (data x fsdp)")
-        if spec != BATCH and len(own) < units:
+        if total % shards and len(own) < units:
             raise ValueError(f"{total} entries of {name!r} a batch do not divide over {shards} devices (data x fsdp)")
 
         def part(index):
             rows = np.arange(total)[index[0]]
             return x[place[rows // each] * each + rows % each]
 
-        return jax.make_array_from_callback((total, *x.shape[1:]), NamedSharding(mesh, spec), part)
+        return jax.make_array_from_callback((total, *x.shape[1:]), where, part)
 
     return {name: put(name, x) for name, x in batch.items()}

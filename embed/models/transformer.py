@@ -9,6 +9,7 @@ see one simple tree; `apply` binds them to the module for one call:
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,12 @@ def make_config(size: str, vocab_size: int, **overrides) -> TransformerConfig:
     if size not in SIZES:
         raise ValueError(f"model size {size!r} must be one of {', '.join(SIZES)}")
     return TransformerConfig(**{**SIZES[size], "vocab_size": vocab_size, **overrides})
+
+
+def from_config(model: Mapping, execution: Mapping | None = None, vocab_size: int = 0) -> TransformerConfig:
+    """The encoder of a run's `config.model` and `config.execution` (configs/base.py); `vocab_size` takes the place of a 0."""
+    kernels = {name: execution[name] for name in ("attention", "remat", "unroll", "dense_barrier")} if execution else {}
+    return TransformerConfig(**dict(model.items()) | kernels | {"vocab_size": model["vocab_size"] or vocab_size})
 
 
 def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Int, Num
 
 from embed.typing import Array, Scalar, typechecked
 
+T_MIN = 1e-3
+
 
 def stratified_ranks(rows: int) -> np.ndarray:
     """A permutation of 0..rows-1 in van der Corput order: any run of neighbouring rows is spread over the whole range.
@@ -23,7 +25,7 @@ def stratified_ranks(rows: int) -> np.ndarray:
 
 @typechecked
 def corrupt(
-    key: Array, tokens: Int[Array, "R L"], valid: Bool[Array, "R L"], *, mask_id: int, t_min: Scalar = 1e-3
+    key: Array, tokens: Int[Array, "R L"], valid: Bool[Array, "R L"], *, mask_id: int, t_min: Scalar = T_MIN
 ) -> tuple[Int[Array, "R L"], Bool[Array, "R L"], Float[Array, "R"]]:
     """Draw one t a row and replace each valid token by `mask_id` with probability t. Returns (noised, masked, t).
 
@@ -37,6 +39,36 @@ def corrupt(
     t = t_min + (1 - t_min) * unit
     masked = (jax.random.uniform(key_mask, tokens.shape) < t[:, None]) & valid
     return jnp.where(masked, mask_id, tokens), masked, t
+
+
+@functools.lru_cache
+def largest_mean_t(rows: int, parts: int, t_min: float = T_MIN) -> float:
+    """The largest mean t that `corrupt` can give any of `parts` equal blocks of neighbouring rows, over all u.
+
+    The mean grows with u but where a row's t falls from 1 back to t_min: just before, that row has 1, and each other one the
+    distance of its rank behind it on the circle. A power of two of n rows a block: 1/2 + 1/(2n) for t_min = 0.
+    """
+    ranks = np.sort(stratified_ranks(rows).reshape(parts, -1))
+    size = ranks.shape[1]
+    # Of the row whose t is 1: the sum over the block of (rank - its own) mod rows.
+    behind = ranks.sum(1, keepdims=True) - size * ranks + rows * np.arange(size)
+    mean = float(behind.max() + rows) / (rows * size)
+    return t_min + (1 - t_min) * mean
+
+
+def capacity(rows: int, length: int, shards: int = 1, microbatches: int = 1) -> float:
+    """The share of a block's tokens for which `masked_nll` needs room: the largest mean t and six standard deviations.
+
+    A block is what a device holds at a time: rows / shards / microbatches neighbouring rows of `length` tokens. The number of
+    masked tokens varies around its mean by at most 1/2 a square root of the tokens, as that of fair coins. Of one row all
+    may be masked.
+    """
+    parts = shards * microbatches
+    if rows % parts:
+        raise ValueError(
+            f"{rows} rows a batch do not divide into {shards} devices (data x fsdp) times microbatches={microbatches}"
+        )
+    return min(1.0, largest_mean_t(rows, parts) + 3 / (rows // parts * length) ** 0.5)
 
 
 def elbo_weights(t: Float[Array, "R"], valid: Bool[Array, "R L"]) -> Float[Array, "R"]:
@@ -145,7 +177,7 @@ def masked_nll(
     rows, length, width = hidden.shape
     size = rows * length
     chunk = min(chunk, size)
-    room = min(-(-int(np.ceil(capacity * size)) // chunk) * chunk, -(-size // chunk) * chunk)
+    room = -(-int(np.ceil(min(capacity, 1) * size)) // chunk) * chunk
     flat = masked.reshape(size)
     place = jnp.cumsum(flat) - 1
     counted = flat & (place < room)

@@ -9,7 +9,7 @@
     directory/tfds/                     the TFDS build
     directory/info.json                 arguments, packages, counts, what was dropped and why, seconds
 
-Everything is written beside `directory` and renamed at the end. gin is parsed here and nowhere else.
+Everything is written beside `directory` and renamed at the end; a bucket gets it at the end, info.json last. gin is parsed here and nowhere else.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from embed import tokenizers
+from embed import paths, tokenizers
 from embed.data import store
 from embed.preparation import evaluation_sets, sources, vocabulary
 
@@ -125,7 +124,7 @@ def prepare(
     sources than `python_docs.PACKAGES`. With `tokenizer` no vocabulary is trained. Raises ValueError for a directory made with other arguments (naming them), for
     unknown and unused gin bindings (naming the nearest valid key), for empty splits and empty tasks.
     """
-    directory = Path(directory).absolute()
+    directory = paths.path(directory)
     settings = bind(gin_file, gin_bindings)
     if tokenizer:
         vocab_size, split_identifiers = tokenizer.vocab_size, None
@@ -141,7 +140,7 @@ def prepare(
     arguments = json.loads(json.dumps(arguments))
     console = rich.console.Console(stderr=True)
     if (directory / "info.json").exists():
-        found = json.loads((directory / "info.json").read_text())["arguments"]
+        found = paths.read_json(directory / "info.json")["arguments"]
         if differing := _differing(found, arguments):
             raise ValueError(
                 f"{directory} was prepared with other arguments: "
@@ -150,17 +149,12 @@ def prepare(
             )
         console.print(f"data: {directory} is complete")
         return
-    if directory.exists() and any(directory.iterdir()):
+    if not paths.is_empty(directory):
         raise ValueError(f"{directory} exists and holds no prepared data (no info.json); choose another directory")
 
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    info = _write(partial, arguments, settings, packages, tokenizer, console)
-    (partial / "info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-    if directory.exists():
-        directory.rmdir()
-    partial.rename(directory)
+    with paths.replace_folder(directory, is_ours=lambda folder: False, marker="info.json") as partial:
+        info = _write(partial, arguments, settings, packages, tokenizer, console)
+        (partial / "info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
     _print(console, info)
 
 

@@ -9,19 +9,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 
+from embed import paths
 from embed.checkpoints import training_state
 from embed.data.loader import prefetch
-from embed.models import sharding
+from embed.distributed import PeerLostError
+from embed.training import flops
 from embed.training.metrics import MetricsWriter
-from embed.training.optimizer import make_optimizer, wsd_schedule
+from embed.training.step import Step
 
 
 class NonFiniteLossError(ValueError):
@@ -32,36 +32,6 @@ class PreemptedError(Exception):
     """SIGTERM ended the run behind a checkpoint."""
 
     exit_code = 128 + signal.SIGTERM
-
-
-class PeerLostError(RuntimeError):
-    """A step of several processes failed: another one ended, or the network did."""
-
-    exit_code = 75  # EX_TEMPFAIL: the same command, started again, continues
-
-
-def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, seed: int, steps: int) -> Callable:
-    """(params, optimizer state, batch, step) -> (params, optimizer state, metrics), to be jitted with donation.
-
-    A step whose loss or gradient is not finite changes no parameter and no moment; `skipped` is 1. Counts go on, so that
-    the learning rate stays a function of the step.
-    """
-
-    def train_step(params, optimizer_state, batch, step):
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        (value, extra), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, key, step / steps)
-        norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, new_state = optimizer.update(gradients, optimizer_state, params)
-        new_params = optax.apply_updates(params, updates)
-
-        def keep(new, old):
-            return jnp.where(finite | (new.ndim == 0), new, old)
-
-        params, optimizer_state = jax.tree.map(keep, (new_params, new_state), (params, optimizer_state))
-        return params, optimizer_state, {"loss": value, "gradient_norm": norm, "skipped": 1 - finite, **extra}
-
-    return train_step
 
 
 @contextlib.contextmanager
@@ -97,113 +67,107 @@ def peers(step: int) -> Iterator[None]:
 
 
 def train(
-    folder: Path,
+    folder,
     *,
-    stage,
-    loss: Callable,
+    step: Step,
     loader,
-    steps: int,
     initial_params: Callable,
-    abstract_params,
-    seed: int,
-    mesh,
+    evaluate: Callable | None = None,
     read_timeout: float | None = None,
-    least_seconds: float | None = None,
+    peak: float | None = None,
     profile_steps: range = range(0),
     writer: Callable = MetricsWriter,
-    progress: Callable = lambda step, row: None,
+    progress: Callable = lambda k, row: None,
     warn: Callable = print,
 ):
-    """Train to `steps` under `folder` and return the final parameters; continues from the newest checkpoint there.
+    """Run all of `step.steps` under `folder` and return the final parameters; continues from the newest checkpoint there.
 
-    `stage` is the stage's config: its optimizer, log_every, checkpoint_every and max_skipped. `initial_params(shardings)`
-    makes the starting parameters, called only when there is no checkpoint; `abstract_params` is their tree of shapes and
-    dtypes. A batch may take `read_timeout` seconds. `least_seconds` is what a step's model FLOPs take at the devices'
-    peak, for the log's MFU. `profile_steps` are traced. `writer(folder, start)` makes a MetricsWriter,
-    `progress(step, row)` is told of each logged step, `warn(sentence)` of what went wrong and was mended.
+    `initial_params(shardings)` makes the starting parameters, called only when there is no checkpoint. Every `evaluate_every`
+    steps and at the end all processes call `evaluate(params)`, whose figure goes into the row as `evaluation`; the checkpoint with the
+    highest is kept. A batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
+    known. `profile_steps` are traced. `writer(folder, start)` makes a MetricsWriter, `progress(k, row)` is told of each logged
+    step, `warn(sentence)` of what went wrong and was mended, or was left out.
 
     The host reads a step's metrics when it has sent off the next, so it never waits for the step it has just sent off.
     NonFiniteLossError after more than max_skipped steps in a row without a finite loss and gradient; PreemptedError after a
     SIGTERM, behind a checkpoint; ReaderStalledError, CheckpointError and PeerLostError as they say.
     """
-    schedule = wsd_schedule(stage.optimizer.learning_rate, steps, stage.optimizer.warmup, stage.optimizer.decay)
-    transformation = make_optimizer(stage.optimizer, schedule)
-    params_sharding = sharding.parameter_shardings(mesh, abstract_params)
-    sharding.check_sharded(mesh, abstract_params, params_sharding)
-    abstract_state = jax.eval_shape(transformation.init, abstract_params)
-    state_sharding = sharding.state_shardings(mesh, abstract_state, params_sharding)
-
+    folder, execution, steps = paths.path(folder), step.stage.execution, step.steps
+    checkpoints, every = folder / "checkpoints", execution.evaluate_every if evaluate else 0
     with (
         on_sigterm() as asked_to_end,
-        training_state.open_manager(folder / "checkpoints", save_every=stage.checkpoint_every, keep=2) as manager,
-    ):
+        training_state.open_manager(
+            checkpoints, save_every=execution.checkpoint_every, keep=execution.keep,
+            milestone_every=execution.milestone_every,
+        ) as manager,
+    ):  # fmt: skip
         start, params, state = training_state.restore_newest(
-            manager,
-            sharding.with_sharding(abstract_params, params_sharding),
-            sharding.with_sharding(abstract_state, state_sharding),
-            warn,
+            manager, step.abstract_params, step.abstract_state, warn, final=steps
         )
         if not start:
-            params = initial_params(params_sharding)
-            state = jax.jit(transformation.init, out_shardings=state_sharding)(params)
+            params = initial_params(step.params_sharding)
+            state = step.init(params)
+        best = (training_state.best(manager) or (0, -np.inf))[1]
 
-        train_step = jax.jit(
-            make_train_step(loss, transformation, seed, steps),
-            donate_argnums=(0, 1),
-            out_shardings=(params_sharding, state_sharding, None),
-        )
-        log = _Log(
-            writer(folder, start) if jax.process_index() == 0 else None,
-            schedule, progress, start, every=stage.log_every, max_skipped=stage.max_skipped,
-            least_seconds=least_seconds,
-        )  # fmt: skip
-        for step, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
-            if step in profile_steps and step == max(start, profile_steps.start):
-                jax.profiler.start_trace(folder / "profile")
+        output = writer(folder, start) if jax.process_index() == 0 else None
+        log = _Log(output, step, progress, warn, start, peak or flops.device_peak())
+        for k, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
+            if k in profile_steps and k == max(start, profile_steps.start) and output:
+                jax.profiler.start_trace(output.local / "profile")
             stats = batch.pop("stats") | _sizes(batch, loader) | {"waited": waited}
-            with jax.set_mesh(mesh), peers(step + 1):  # attention kernels ask for the mesh
-                params, state, metrics = train_step(
-                    params, state, sharding.put_batch(mesh, batch, loader.own, loader.units), step
-                )
-                log.add(step + 1, metrics, stats)
-            ending = asked_to_end(step + 1)
-            last = step + 1 == steps or ending
-            saving = last or manager.should_save(step + 1)
-            if saving or step + 1 == profile_steps.stop:
-                with peers(step + 1):
-                    log.flush(row=saving)  # what a row sums must not end with this process
-            if step in profile_steps and (last or step + 1 == profile_steps.stop):
+            with peers(k + 1):
+                params, state, metrics = step(params, state, step.put(batch, loader), k)
+                log.add(k + 1, metrics, stats)
+            ending = asked_to_end(k + 1)
+            last, figure = k + 1 == steps or ending, None
+            if every and (k + 1 == steps or (k + 1) % every == 0) and not (ending and k + 1 < steps):
+                with peers(k + 1), log.pause():
+                    figure = evaluate(params)
+            saving = last or manager.should_save(k + 1) or (figure is not None and figure > best)
+            if saving or figure is not None or k + 1 == profile_steps.stop:
+                with peers(k + 1):  # what a row sums must not end with this process
+                    log.flush(row=saving or figure is not None, figure=figure, keep=saving)
+            if k in profile_steps and (last or k + 1 == profile_steps.stop) and output:
                 jax.profiler.stop_trace()
             training_state.check(manager)
             if saving:
-                training_state.save(manager, step + 1, params, state)
+                best = max(best, -np.inf if figure is None else figure)
+                # What has finished trains no more, and needs no optimizer's state.
+                training_state.save(manager, k + 1, params, None if k + 1 == steps else state, figure)
             if ending:
                 break
         log.close()
-    if start < steps and step + 1 < steps:
-        raise PreemptedError(f"SIGTERM: saved at step {step + 1} of {steps}; the same command continues")
+    if start < steps and k + 1 < steps:
+        raise PreemptedError(f"SIGTERM: saved at step {k + 1} of {steps}; the same command continues")
+    training_state.finish(checkpoints, steps, execution.milestone_every)
     return params
 
 
 def _sizes(batch: dict[str, np.ndarray], loader) -> dict[str, float]:
-    """Tokens and examples of a whole batch, out of this process's part of it."""
-    own = {"tokens": int((batch["segment_ids"] > 0).sum()), "examples": len(batch.get("valid", batch["tokens"]))}
+    """Of a whole batch, out of this process's part of it: tokens, the sum of the segments' squared lengths, examples."""
+    segments = batch["segment_ids"]
+    apart = segments + np.arange(len(segments))[:, None] * (segments.max(initial=0) + 1)  # numbered over all rows
+    lengths = np.bincount(apart[segments > 0])
+    own = {"tokens": int(lengths.sum()), "squares": int((lengths**2).sum())}
+    own["examples"] = len(batch.get("valid", batch["tokens"]))
     return {name: n * loader.units / len(loader.own) for name, n in own.items()}
+
+
+COUNTED = ("skipped", "masked", "overflow")  # metrics of a step that a row sums
 
 
 class _Log:
     """Reads a step's metrics when the next step is under way, and writes a row every so many steps.
 
     A row holds the metrics of its own step, the mean fill, and since the row before: the sums of the loader's counts (this
-    process's) and of skipped steps, so that nothing cut or lost is left out; tokens and examples a second and device; MFU
-    where the devices' peak is known; the share of the time that the host waited for data; the most memory a device has held.
+    process's) and of COUNTED, so that nothing cut or lost is left out; tokens and examples a second and device; MFU where
+    the devices' peak is known, by both conventions (embed.training.flops); the share of the time that the host waited for
+    data; the most memory a device has held.
     """
 
-    def __init__(
-        self, writer, schedule, progress, start: int, *, every: int, max_skipped: int, least_seconds: float | None
-    ):  # fmt: skip
-        self.writer, self.schedule, self.progress, self.every = writer, schedule, progress, every
-        self.max_skipped, self.least_seconds = max_skipped, least_seconds
+    def __init__(self, writer, step: Step, progress: Callable, warn: Callable, start: int, peak: float | None):
+        self.writer, self.step, self.progress, self.warn, self.peak = writer, step, progress, warn, peak
+        self.every, self.max_skipped = step.stage.execution.log_every, step.stage.execution.max_skipped
         self.clock, self.clock_step = time.perf_counter(), start
         self.pending = None  # (step, device metrics, stats) of the step just sent off
         self.stats = []  # of the steps since the last row
@@ -213,18 +177,33 @@ class _Log:
         self.flush()
         self.pending = step, metrics, stats
 
-    def flush(self, row: bool = False) -> None:
-        """Read what is pending, waiting for it; with `row` write a row of it in any case."""
+    def flush(self, row: bool = False, figure: float | None = None, keep: bool = False) -> None:
+        """Read what is pending, waiting for it; with `row` write a row of it in any case, with the `figure` of an evaluation.
+
+        With `keep` the rows so far must outlive this machine.
+        """
         if self.pending:
             (step, metrics, stats), self.pending = self.pending, None
-            self._read(step, {name: float(x) for name, x in jax.device_get(metrics).items()}, stats, row)
+            metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            self._read(step, metrics | ({} if figure is None else {"evaluation": figure}), stats, row)
+        if keep and self.writer:
+            self.writer.flush()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keep the time of the block out of the next row's figures."""
+        if self.pending:
+            jax.block_until_ready(self.pending[1])
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
     def close(self) -> None:
         if self.writer:
             self.writer.close()
 
     def _read(self, step: int, row: dict[str, float], stats: dict, write: bool) -> None:
-        self.stats.append(stats | {"skipped": row["skipped"]})
+        self.stats.append(stats | {name: row[name] for name in COUNTED if name in row})
         self.in_a_row = self.in_a_row + 1 if row["skipped"] else 0
         if self.in_a_row > self.max_skipped:
             self.close()
@@ -241,17 +220,25 @@ class _Log:
         self.clock, self.clock_step = now, step
         sums = {name: sum(s[name] for s in self.stats) for name in self.stats[0]}
         row |= sums | {"fill": sums["fill"] / len(self.stats)}
-        tokens, examples, waited = (row.pop(name) for name in ("tokens", "examples", "waited"))
+        tokens, squares, examples, waited = (row.pop(name) for name in ("tokens", "squares", "examples", "waited"))
         self.stats = []
-        row["learning_rate"] = float(self.schedule(jnp.asarray(step - 1)))
+        row["learning_rate"] = float(self.step.schedule(jnp.asarray(step - 1)))
         row["seconds_per_step"] = elapsed / count
         row["tokens_per_second_per_device"] = tokens / elapsed / jax.device_count()
         row["examples_per_second_per_device"] = examples / elapsed / jax.device_count()
-        if self.least_seconds:
-            row["mfu"] = self.least_seconds * count / elapsed
+        if self.peak:
+            stage, model, reach = self.step.stage, self.step.model, self.peak * jax.device_count() * elapsed / count
+            row["mfu"] = flops.model_flops(stage, model, tokens / count, squares / count) / reach
+            row["mfu_full_rows"] = flops.model_flops(stage, model) / reach
         row["data_wait"] = min(waited / elapsed, 1.0)
         if stats := jax.local_devices()[0].memory_stats():
             row["memory_gb"] = stats["peak_bytes_in_use"] / 1e9
         if self.writer:
             self.writer.write(step, row)
+        if row.get("overflow") and jax.process_index() == 0:
+            self.warn(
+                f"{row['overflow']:.0f} masked tokens ({row['overflow'] / row['masked']:.2%} of all masked since the row "
+                f"before) found no room among the logits and are not in the loss, up to step {step}; the room is "
+                "embed.objectives.masked_diffusion.capacity"
+            )
         self.progress(step, row)

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,24 +14,30 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from embed import paths
+
+FILE = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Appends rows of numbers. Opened at step s it first drops rows after s: a restart continues, never repeats.
 
+    A bucket cannot be appended to: there rows are written to a folder of this machine, which `flush` copies. The loop does so
+    before each checkpoint, so what a lost host takes along are rows that its restart writes again.
+
     `wandb` names a Weights & Biases project to send them to as well, as one run a folder.
     """
 
-    def __init__(self, folder: Path, start_step: int, wandb: str = ""):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(self.path)
-        self.file = self.path.open("a")
-        (folder / "tensorboard").mkdir(exist_ok=True)
+    def __init__(self, folder, start_step: int, wandb: str = ""):
+        self.folder = paths.path(folder)
+        self.bucket = paths.is_bucket(folder)
+        self.local = Path(tempfile.mkdtemp(prefix="embed-") if self.bucket else self.folder)
+        (self.local / "tensorboard").mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self.folder / FILE) if row["step"] <= start_step]
+        paths.write(self.local / FILE, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = (self.local / FILE).open("a")
         # Not its SummaryWriter, whose thread ends when the disk is full and whose caller then waits for ever.
-        self.events = EventsWriter(str(folder / "tensorboard" / "events"), f".{os.getpid()}")
+        self.events = EventsWriter(str(self.local / "tensorboard" / "events"), f".{os.getpid()}")
         start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what an earlier file has from this step on
         self.events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=start))
         self.wandb = None
@@ -38,12 +46,14 @@ class MetricsWriter:
                 import wandb as service
             except ImportError:
                 raise ValueError(f"--wandb={wandb} needs the package wandb: pip install -e '.[wandb]'") from None
-            identity = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+            identity = hashlib.sha256(os.fspath(self.folder).encode()).hexdigest()[:12]
             self.wandb = service.init(
-                project=wandb, id=identity, name=f"{folder.parent.name}/{folder.name}", dir=folder, resume="allow"
-            )
+                project=wandb, id=identity, name=f"{self.folder.parent.name}/{self.folder.name}", dir=self.local,
+                resume="allow",
+            )  # fmt: skip
 
     def write(self, step: int, row: dict[str, float]) -> None:
+        """One row, of a step after those before."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
         try:
             self.file.write(json.dumps({"step": step, **row}) + "\n")
@@ -51,20 +61,31 @@ class MetricsWriter:
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self.events.flush()
         except OSError as error:  # which says no file
-            raise OSError(error.errno, error.strerror, str(self.path.parent)) from error
+            raise OSError(error.errno, error.strerror, str(self.folder)) from error
         if self.wandb:
             self.wandb.log(row, step=step)
 
+    def flush(self) -> None:
+        """Bring what was written, profiles included, to the folder."""
+        if self.bucket:
+            for name, file in paths.files(self.local).items():
+                if not name.startswith("wandb/"):
+                    paths.copy_file(file, self.folder / name)
+
     def close(self) -> None:
+        """Write no more."""
         self.file.close()
         self.events.close()
+        self.flush()
         if self.wandb:
             self.wandb.finish()
+        if self.bucket:
+            shutil.rmtree(self.local)
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path) -> list[dict]:
     """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    rows = []
+    rows, path = [], paths.path(path)
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
@@ -78,7 +99,7 @@ def log_line(step: int, total: int, row: dict[str, float]) -> str:
     shown = (
         ("loss", "loss {:.4f}"), ("gradient_norm", "gradient {:.3f}"), ("learning_rate", "rate {:.2e}"),
         ("tokens_per_second_per_device", "{:,.0f} tokens/s/device"),
-        ("examples_per_second_per_device", "{:,.1f} examples/s/device"), ("mfu", "MFU {:.1%}"),
+        ("examples_per_second_per_device", "{:,.1f} examples/s/device"), ("mfu", "MFU {:.1%} in segments"),
         ("data_wait", "waited for data {:.0%}"), ("memory_gb", "memory {:.1f} GB"),
     )  # fmt: skip
     parts = [form.format(row[name]) for name, form in shown if name in row]

@@ -8,12 +8,14 @@ with `batch` the arrays of the loader, `key` a PRNG key that is a function of (s
 fraction of the stage that is done.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from embed.data.loader import ContrastiveLoader, DiffusionLoader
@@ -119,14 +121,19 @@ def on_each_device(function: Callable, arrays: tuple, table):
 
 
 def diffusion_loss(
-    params, batch, key, progress, *, model, mask_id: int, left_shift: bool, microbatches: int, capacity: float,
-    chunk: int,
-):  # fmt: skip
-    """Masked-diffusion ELBO in nats a token (arXiv 2602.11151); `overflow` counts masked tokens beyond the capacity."""
+    params, batch, key, progress, *, model, mask_id: int, left_shift: bool, microbatches: int, chunk: int
+):
+    """Masked-diffusion ELBO in nats a token (arXiv 2602.11151).
+
+    Of the `masked` tokens `overflow` found no room among the logits and are not in the loss (`masked_diffusion.capacity`).
+    """
     tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
     # With the shift the first token of a segment has no predecessor to be predicted from.
     valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
     noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id)
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else sharding.batch_shards(mesh)
+    capacity = masked_diffusion.capacity(*tokens.shape, shards, microbatches)
     weights = masked_diffusion.elbo_weights(t, valid)
 
     def predict(params, noised, segment_ids, positions, *rest):
@@ -144,8 +151,8 @@ def diffusion_loss(
 
     rows = noised, segment_ids, positions, tokens, masked, weights
     loss, (nll, correct, counted) = summed_over_microbatches(predict, microbatches, params, *rows)
-    count = jnp.maximum(counted, 1)
-    return loss, {"accuracy": correct / count, "masked_nll": nll / count, "overflow": masked.sum() - counted}
+    count, total = jnp.maximum(counted, 1), masked.sum()
+    return loss, {"accuracy": correct / count, "masked_nll": nll / count, "masked": total, "overflow": total - counted}
 
 
 def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False):
@@ -236,15 +243,21 @@ def row_shape(batch) -> RowShape:
     return RowShape(batch.length, batch.spans, batch.segments)
 
 
+def stage_model(kind: str, model: transformer.TransformerConfig) -> transformer.TransformerConfig:
+    """The model that a stage of this kind trains: the diffusion stage alone has an output layer."""
+    return model if kind == "diffusion" else dataclasses.replace(model, tied=True)
+
+
 def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_shift: bool = False) -> Callable:
     """The loss function of a stage's config. Over several devices it is called under `jax.set_mesh`."""
     if stage.kind == "diffusion":
         return functools.partial(
-            diffusion_loss, model=model, mask_id=mask_id, left_shift=left_shift, microbatches=stage.microbatches, capacity=stage.logits_capacity, chunk=stage.logits_chunk,
+            diffusion_loss, model=model, mask_id=mask_id, left_shift=left_shift,
+            microbatches=stage.execution.microbatches, chunk=stage.execution.logits_chunk,
         )  # fmt: skip
     common = dict(
         model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature,
-        microbatches=stage.microbatches,
+        microbatches=stage.execution.microbatches,
     )  # fmt: skip
     if stage.kind == "pair":
         return functools.partial(pair_loss, **common, margin=stage.margin)
@@ -255,6 +268,29 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
             contextual_loss, **common, margin=stage.margin, alpha=stage.alpha, beta=tuple(stage.beta)
         )
     raise ValueError(f"stage kind {stage.kind!r} must be one of {', '.join(KINDS)}")
+
+
+def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
+    """{name: (shape, dtype)} of a stage's global batch, as `embed.data.loader` makes it."""
+    batch = stage.batch
+    if stage.kind == "diffusion":
+        names = ("tokens", "segment_ids", "positions")
+        return {name: ((batch.rows, batch.length), np.int32) for name in names}
+    rows, n = batch.groups * batch.rows_per_group, batch.groups * batch.group_size
+    names = ("tokens", "segment_ids", "positions", "span_ids")
+    arrays = {name: ((rows, batch.length), np.int32) for name in names}
+    if stage.kind == "contextual":
+        c, q = n * batch.max_chunks, n * batch.max_queries_per_document
+        arrays |= {name: ((c,), np.int32) for name in ("chunk_slots", "chunk_ids", "chunk_document")}
+        arrays |= {name: ((q,), np.int32) for name in ("query_slots", "query_ids", "positive", "document_slots")}
+        return arrays | {"chunk_valid": ((c,), np.bool_), "valid": ((q,), np.bool_)}
+    names = ("query_slots", "document_slots", "query_ids", "document_ids")
+    arrays |= {name: ((n,), np.int32) for name in names} | {"valid": ((n,), np.bool_)}
+    if stage.kind == "triplet":
+        k = batch.num_negatives
+        arrays |= {name: ((n, k), np.int32) for name in ("negative_slots", "negative_ids")}
+        arrays["negative_valid"] = ((n, k), np.bool_)
+    return arrays
 
 
 def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | None, mesh=None):

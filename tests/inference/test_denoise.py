@@ -5,7 +5,8 @@ from ml_collections import ConfigDict
 
 from embed.inference import denoise
 from embed.models import transformer
-from embed.training import loop, optimizer, stages
+from embed.training import optimizer, stages
+from embed.training.step import make_train_step
 
 MASK, FIRST, CYCLE, LENGTH = 2, 4, 12, 16
 MODEL = transformer.make_config("micro", FIRST + CYCLE)
@@ -20,7 +21,7 @@ def counting(rows: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module", params=[False, True], ids=["same position", "left shift"])
 def trained(request):
     """(left shift, parameters) after a short diffusion stage on that language."""
-    stage = ConfigDict(dict(kind="diffusion", microbatches=1, logits_chunk=LENGTH, logits_capacity=1.0))
+    stage = ConfigDict(dict(kind="diffusion", execution=dict(microbatches=1, logits_chunk=LENGTH)))
     config = ConfigDict(
         dict(
             learning_rate=1e-2,
@@ -36,7 +37,7 @@ def trained(request):
     )
     steps = 300
     tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(config.learning_rate, steps, 0.1, 0.5))
-    step = jax.jit(loop.make_train_step(stages.make_loss(stage, MODEL, MASK, request.param), tx, 0, steps))
+    step = jax.jit(make_train_step(stages.make_loss(stage, MODEL, MASK, request.param), tx, 0, steps))
     params = transformer.init(MODEL, jax.random.key(0))
     state = tx.init(params)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (64, 1))

@@ -59,7 +59,8 @@ EQUAL_LOSSES = textwrap.dedent(
     from embed.models import transformer
     from embed.rows import RowShape
     from embed.models import sharding
-    from embed.training import loop, optimizer, stages
+    from embed.training import stages
+    from embed.training.step import make_step
 
     devices = jax.devices()
     assert len(devices) == 8
@@ -86,24 +87,22 @@ EQUAL_LOSSES = textwrap.dedent(
     config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.,
                              moment_dtype="float32"))
     stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1,
-                            alpha=0.2, beta=(0.2, 0.5), logits_chunk=8, logits_capacity=1.0, microbatches=1, batch=dict(length=L, spans=4, segments=4)))
+                            alpha=0.2, beta=(0.2, 0.5), execution=dict(logits_chunk=8, microbatches=1),
+                            batch=dict(length=L, spans=4, segments=4), optimizer=config))
 
-    def losses(mesh, **fields):
-        loss = stages.make_loss(ConfigDict(stage.to_dict() | fields), model, 2, left_shift=True)
-        tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(1e-3, 4, 0, 0))
-        params = transformer.init(model, jax.random.key(0))
-        shardings = sharding.parameter_shardings(mesh, params)
-        params = jax.tree.map(jax.device_put, params, shardings)
-        state = jax.jit(tx.init, out_shardings=sharding.state_shardings(mesh, jax.eval_shape(tx.init, params), shardings))(params)
+    def losses(mesh, microbatches=1):
+        stage.execution.microbatches = microbatches
+        step = make_step(stage, model, mesh, steps=4, seed=0, mask_id=2, left_shift=True)
+        params = jax.tree.map(jax.device_put, transformer.init(model, jax.random.key(0)), step.params_sharding)
+        state = step.init(params)
         if mesh.shape["fsdp"] > 1:
             assert not params["layers"]["gate"].sharding.is_fully_replicated
             assert not state[1][0].mu["layers"]["gate"].sharding.is_fully_replicated
-        step = jax.jit(loop.make_train_step(loss, tx, 0, 4))
-        placed = sharding.put_batch(mesh, batch)
+        placed = step.put(batch)
         out = []
         for k in range(4):
-            with jax.set_mesh(mesh):
-                params, state, metrics = step(params, state, placed, k)
+            params, state, metrics = step(params, state, placed, k)
+            assert not metrics.get("overflow", 0)
             out.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
         return np.array(out)
 

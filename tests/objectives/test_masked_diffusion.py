@@ -77,6 +77,61 @@ def test_t_is_stratified_over_every_block_of_neighbouring_rows(block):
             np.testing.assert_allclose(np.diff(np.sort(part), append=part.min() + 1), 1 / block, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows, parts", [(8, 2), (8, 8), (6, 3), (12, 4), (20, 4), (96, 24), (12, 1), (1024, 64)])
+def test_the_largest_mean_t_of_a_block_is_the_one_that_a_fine_grid_of_u_finds(rows, parts):
+    ranks = md.stratified_ranks(rows)
+    u = np.concatenate(
+        [np.arange(1, rows + 1) / rows - 1e-9, np.linspace(0, 1, 4001)[:-1]]
+    )  # before each wrap, and between
+    means = ((u[:, None] + ranks / rows) % 1).reshape(len(u), parts, -1).mean(2)
+    np.testing.assert_allclose(md.largest_mean_t(rows, parts, t_min=0.0), means.max(), atol=1e-8)
+    assert md.largest_mean_t(rows, parts, t_min=0.1) == pytest.approx(0.1 + 0.9 * means.max(), abs=1e-8)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 16, 64])
+def test_the_largest_mean_t_of_a_power_of_two_of_rows(block):
+    assert md.largest_mean_t(64, 64 // block, t_min=0.0) == pytest.approx(1 / 2 + 1 / (2 * block), abs=1e-12)
+
+
+BLOCKS = [
+    (8, 1, 1, 16),
+    (8, 4, 1, 64),
+    (8, 4, 2, 16),
+    (64, 4, 4, 32),
+    (12, 2, 3, 40),
+    (30, 5, 1, 24),
+    (96, 8, 3, 128),
+    (6, 2, 1, 7),
+]
+
+
+@pytest.mark.parametrize("rows, shards, microbatches, length", BLOCKS)
+def test_thousands_of_draws_leave_no_masked_token_without_room(rows, shards, microbatches, length):
+    tokens, parts = np.ones((rows, length), np.int32), shards * microbatches
+    room = np.ceil(md.capacity(rows, length, shards, microbatches) * rows * length / parts)
+
+    def most(key):
+        masked = md.corrupt(key, tokens, tokens > 0, mask_id=MASK)[1]
+        return masked.reshape(parts, -1).sum(1).max()
+
+    found = np.asarray(jax.jit(lambda keys: jax.lax.map(most, keys))(jax.random.split(jax.random.key(0), 4000)))
+    assert found.max() <= room
+    if rows > parts:  # the negative control: what is masked on average is not room enough
+        assert (found > 0.5 * rows * length / parts).mean() > 0.1
+        mean = md.largest_mean_t(rows, parts)
+        assert found.max() > (mean - 0.05) * rows * length / parts  # and the bound is near
+
+
+def test_one_row_a_block_has_room_for_all_of_it():
+    assert md.capacity(64, 4096, 64, 1) == md.capacity(64, 4096, 16, 4) == 1.0
+    assert md.capacity(1024, 4096, 64) == pytest.approx(0.5 + 1 / 32 + 3 / 256, abs=5e-4)
+
+
+def test_rows_that_do_not_divide_into_blocks_are_an_error():
+    with pytest.raises(ValueError, match="8 rows a batch do not divide into 3 devices .* times microbatches=1"):
+        md.capacity(8, 16, 3)
+
+
 def batch(rows=3, length=8, seed=0):
     rng = np.random.default_rng(seed)
     valid = rng.random((rows, length)) < 0.8

@@ -17,15 +17,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from embed.models import sharding, transformer
-from embed.training import loop, stages
+from embed.training import loop
+from embed.training import step as embed_step
 from embed.training.metrics import read_metrics
 
 LIFE = 200  # steps of the run that is killed
 MODEL = transformer.make_config("micro", 64)
 STAGE = ConfigDict(
     dict(
-        kind="diffusion", microbatches=1, logits_chunk=8, logits_capacity=1.0, log_every=1, checkpoint_every=5,
-        max_skipped=0,
+        kind="diffusion",
+        batch=dict(rows=4, length=16),
+        execution=dict(microbatches=1, logits_chunk=8, log_every=1, checkpoint_every=5, max_skipped=0),
         optimizer=dict(
             learning_rate=1e-2, warmup=0.1, decay=0.5, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1, clip=1.0,
             moment_dtype="float32",
@@ -53,25 +55,22 @@ class Loader:
         return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions, "stats": stats}
 
 
-def train(folder: Path, loader=None, *, steps: int = 12, stage=None, mesh=None, **keywords):
-    """Train the small model; `stage` holds changes to STAGE."""
-    stage = ConfigDict(STAGE.to_dict() | (stage or {}))
-    return loop.train(
-        folder,
-        **dict(
-            stage=stage,
-            loss=stages.make_loss(stage, MODEL, mask_id=2),
-            loader=loader or Loader(),
-            steps=steps,
-            initial_params=lambda shardings: jax.jit(transformer.init, static_argnums=0, out_shardings=shardings)(
-                MODEL, jax.random.key(0)
-            ),
-            abstract_params=transformer.abstract_params(MODEL),
-            seed=0,
-            mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
-        )
-        | keywords,
-    )
+def make_step(*, steps: int = 12, mesh=None, loss=None, **execution):
+    """The step of the small model; `execution` holds changes to STAGE.execution."""
+    stage = ConfigDict(STAGE.to_dict())
+    stage.execution.update(execution)
+    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    return embed_step.make_step(stage, MODEL, mesh, steps=steps, seed=0, mask_id=2, loss=loss)
+
+
+def train(folder: Path, loader=None, *, steps: int = 12, stage=None, mesh=None, loss=None, **keywords):
+    """Train the small model; `stage` holds changes to STAGE.execution, `keywords` are those of `loop.train`."""
+    step = make_step(steps=steps, mesh=mesh, loss=loss, **(stage or {}))
+
+    def initial_params(shardings):
+        return step.random_params(jax.random.key(0))
+
+    return loop.train(folder, step=step, loader=loader or Loader(), initial_params=initial_params, **keywords)
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from small_run import MODEL, STAGE, Loader, losses, train
+from small_run import MODEL, STAGE, Loader, losses, make_step, train
 
 from embed.checkpoints import training_state
 from embed.models import transformer
@@ -95,10 +95,8 @@ def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
             return 0.0
 
     reported = []
-    log = loop._Log(
-        None, lambda step: 0.1, lambda step, row: reported.append(step), 0, every=2, max_skipped=0, least_seconds=None
-    )
-    stats = {"fill": 1.0, "tokens": 1, "examples": 1, "waited": 0.0}
+    log = loop._Log(None, make_step(log_every=2), lambda step, row: reported.append(step), print, 0, None)
+    stats = {"fill": 1.0, "tokens": 1, "squares": 1, "examples": 1, "waited": 0.0}
     for step in range(1, 6):
         log.add(step, {name: OnDevice(step) for name in ("loss", "gradient_norm", "skipped")}, stats)
         assert step not in read and step - 1 in [0, *read]

@@ -7,6 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from embed.models import transformer
+from embed.objectives import masked_diffusion
 from embed.training import stages
 
 MODEL = transformer.make_config("micro", 64)
@@ -40,7 +41,7 @@ def params():
 
 
 def loss_of(kind, microbatches, model=MODEL):
-    stage = ConfigDict(STAGE | {"kind": kind, "microbatches": microbatches})
+    stage = ConfigDict(STAGE | {"kind": kind, "execution": {"microbatches": microbatches}})
     loss = stages.make_loss(stage, model, mask_id=2)
     return lambda params, batch: loss(params, batch, jax.random.key(0), 0.5)[0]
 
@@ -103,25 +104,32 @@ def test_prefixes_that_the_model_has_not_are_an_error(prefixes, message):
         stages.over_prefixes(prefixes, 32, lambda p: jnp.float32(p))
 
 
-def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
-    stage = dict(kind="diffusion", logits_capacity=1.0, logits_chunk=8)
+def diffusion_loss(microbatches, left_shift=False):
+    execution = dict(microbatches=microbatches, logits_chunk=8)
+    return stages.make_loss(ConfigDict(dict(kind="diffusion", execution=execution)), MODEL, 2, left_shift)
 
+
+def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
     def gradient(microbatches):
-        loss = stages.make_loss(ConfigDict(stage | {"microbatches": microbatches}), MODEL, mask_id=2, left_shift=True)
+        loss = diffusion_loss(microbatches, left_shift=True)
         return jax.jit(jax.grad(lambda p: loss(p, batch(), jax.random.key(0), 0.0)[0]))(params())
 
     for got, want in zip(jax.tree.leaves(gradient(4)), jax.tree.leaves(gradient(1))):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("microbatches", [1, 2, 4])
-def test_every_part_of_a_diffusion_batch_has_a_stratified_sample_of_t(microbatches):
-    """So in each about half of the tokens are masked: with gaps of 1/4 in t never more than 62% of a part."""
-    stage = ConfigDict(dict(kind="diffusion", logits_capacity=0.8, logits_chunk=8, microbatches=microbatches))
-    loss = stages.make_loss(stage, MODEL, mask_id=2)
+@pytest.mark.parametrize("microbatches", [1, 4, R])
+def test_the_logits_of_every_masked_token_have_room(microbatches, monkeypatch):
+    """One row a part may be masked as a whole. The loss is the one with room for all tokens."""
     full = batch() | dict(segment_ids=np.ones((R, L), np.int32))
-    overflow = jax.jit(lambda params, key: loss(params, full, key, 0.0)[1]["overflow"])
-    assert sum(overflow(params(), jax.random.key(k)) for k in range(10)) == 0
+    derived = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
+    found = [derived(params(), jax.random.key(k)) for k in range(20)]
+    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 1.0)
+    whole = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
+    for k, (loss, metrics) in enumerate(found):
+        want, all_metrics = whole(params(), jax.random.key(k))
+        assert metrics["overflow"] == 0 and metrics["masked"] == all_metrics["masked"]
+        np.testing.assert_allclose(loss, want, rtol=1e-6)
 
 
 def test_a_part_of_a_diffusion_batch_goes_through_the_network_once_and_one_of_a_contrastive_batch_twice():
@@ -130,8 +138,7 @@ def test_a_part_of_a_diffusion_batch_goes_through_the_network_once_and_one_of_a_
         return str(jax.make_jaxpr(jax.grad(loss))(params())).count("dot_general[")
 
     def diffusion(microbatches):
-        stage = ConfigDict(dict(kind="diffusion", logits_capacity=1.0, logits_chunk=8, microbatches=microbatches))
-        return lambda p: stages.make_loss(stage, MODEL, mask_id=2)(p, batch(), jax.random.key(0), 0.0)[0]
+        return lambda p: diffusion_loss(microbatches)(p, batch(), jax.random.key(0), 0.0)[0]
 
     def pair(microbatches):
         return lambda p: loss_of("pair", microbatches)(p, batch())
@@ -140,11 +147,8 @@ def test_a_part_of_a_diffusion_batch_goes_through_the_network_once_and_one_of_a_
     assert products(pair(4)) > products(pair(1))  # the count does see what is computed again
 
 
-def test_the_diffusion_loss_counts_masked_tokens_that_found_no_room():
-    stage = ConfigDict(dict(kind="diffusion", microbatches=1, logits_capacity=0.25, logits_chunk=8))
-    full = ConfigDict(stage.to_dict() | {"logits_capacity": 1.0})
-    metrics = {
-        name: stages.make_loss(s, MODEL, mask_id=2)(params(), batch(), jax.random.key(0), 0.0)[1]
-        for name, s in (("little", stage), ("full", full))
-    }
-    assert metrics["full"]["overflow"] == 0 < metrics["little"]["overflow"]
+def test_the_diffusion_loss_counts_masked_tokens_that_found_no_room(monkeypatch):
+    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.25)
+    metrics = diffusion_loss(1)(params(), batch(), jax.random.key(0), 0.0)[1]
+    room = R * L // 4
+    assert metrics["overflow"] == metrics["masked"] - room > 0

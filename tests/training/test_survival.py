@@ -18,8 +18,10 @@ from small_run import MODEL, Loader, losses, train
 
 from embed.checkpoints import training_state
 from embed.models import transformer
-from embed.training import loop, stages
+from embed.objectives import masked_diffusion
+from embed.training import flops, loop, stages
 from embed.training.metrics import MetricsWriter, log_line, read_metrics
+from embed.training.step import make_train_step
 
 HERE = Path(__file__).parent
 
@@ -243,7 +245,7 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter_and_no_moment_and
         12: 0,
     }  # the first step is saved, and so has a row
 
-    train_step = jax.jit(loop.make_train_step(breaking(5), optimizer := _adamw(), 0, 12))
+    train_step = jax.jit(make_train_step(breaking(5), optimizer := _adamw(), 0, 12))
     params = transformer.init(MODEL, jax.random.key(0))
     state = optimizer.init(params)
     batch = {k: v for k, v in Loader().batch(0).items() if k != "stats"}
@@ -449,25 +451,60 @@ def test_a_checkpoint_continues_on_other_meshes_with_the_losses_of_one(tmp_path)
 def test_a_row_says_how_fast_how_well_used_and_how_often_the_host_waited_for_data(tmp_path):
     lines = []
     train(
-        tmp_path, stage={"log_every": 4, "checkpoint_every": 100}, least_seconds=1e-3,
+        tmp_path, stage={"log_every": 4, "checkpoint_every": 100}, peak=1e9,
         progress=lambda step, row: lines.append(log_line(step, 12, row)),
     )  # fmt: skip
     rows = read_metrics(tmp_path / "metrics.jsonl")
+    needed = flops.model_flops(small_run.STAGE, MODEL) / (
+        1e9 * jax.device_count()
+    )  # seconds: its rows are full segments
     assert [row["step"] for row in rows] == [1, 4, 8, 12]
     for row in rows:
         seconds = row["seconds_per_step"]
         np.testing.assert_allclose(row["tokens_per_second_per_device"], 4 * 16 / seconds / jax.device_count())
         np.testing.assert_allclose(row["examples_per_second_per_device"], 4 / seconds / jax.device_count())
-        np.testing.assert_allclose(row["mfu"], 1e-3 / seconds)
+        np.testing.assert_allclose([row["mfu"], row["mfu_full_rows"]], needed / seconds)
         assert 0 <= row["data_wait"] <= 1
         assert row["learning_rate"] > 0 and row["gradient_norm"] > 0 and row["skipped"] == 0
-    assert lines[1].startswith("step 4/12  loss ") and " tokens/s/device" in lines[1] and "MFU" in lines[1]
+    assert lines[1].startswith("step 4/12  loss ") and " tokens/s/device" in lines[1]
+    assert f"MFU {rows[1]['mfu']:.1%} in segments" in lines[1]
+
+
+class HalfRows(Loader):
+    """Rows of two segments of 4 tokens and as much padding."""
+
+    def batch(self, step):
+        batch = super().batch(step)
+        batch["segment_ids"][:, 4:] = [2] * 4 + [0] * 8
+        return batch
+
+
+def test_mfu_counts_segments_and_mfu_full_rows_all_of_a_row(tmp_path):
+    train(tmp_path, HalfRows(), steps=2, peak=1e9)
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        segments = flops.model_flops(small_run.STAGE, MODEL, tokens=4 * 8, squares=4 * 2 * 4**2)
+        whole = flops.model_flops(small_run.STAGE, MODEL)
+        np.testing.assert_allclose(row["mfu"] / row["mfu_full_rows"], segments / whole)
+        assert row["masked"] <= 4 * 8 and row["overflow"] == 0
+
+
+def test_masked_tokens_without_room_in_any_step_since_the_last_row_are_summed_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.25)  # 16 of 64 tokens
+    warnings = []
+    train(tmp_path, steps=8, stage={"log_every": 4, "checkpoint_every": 100}, warn=warnings.append)
+    first, *rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert first["overflow"] == first["masked"] - 16 > 0 and [row["step"] for row in rows] == [4, 8]
+    assert rows[1]["overflow"] == rows[1]["masked"] - 4 * 16 > 0  # of four steps, each with room for 16
+    assert len(warnings) == 3
+    share = rows[1]["overflow"] / rows[1]["masked"]
+    said = f"{rows[1]['overflow']:.0f} masked tokens ({share:.2%} of all masked since the row before) found no room"
+    assert warnings[2].startswith(said) and "up to step 8" in warnings[2]
 
 
 def test_padding_is_not_counted_as_tokens():
     batch = Loader().batch(0)
     batch["segment_ids"][:, 10:] = 0
-    assert loop._sizes(batch, Loader()) == {"tokens": 40, "examples": 4}
+    assert loop._sizes(batch, Loader()) == {"tokens": 40, "squares": 4 * 10**2, "examples": 4}
     assert loop._sizes(batch | {"valid": np.ones(7, bool)}, Loader(own=[1]))["examples"] == 7 * 4
 
 

@@ -1,0 +1,203 @@
+"""Every field of a run's config, once, with its meaning and default. The other configs build on this one.
+
+    from configs import base
+
+    config = base.get_config()
+    config.stages.pair = base.stage("pair", init="diffusion", curriculum=((400, "pairs"),), temperature=0.05)
+
+Defaults are those of pplx-embed (arXiv 2602.11151) where they are known. What stands under `execution`, of the run or of a stage,
+and under `card` cannot change a result and may differ at every start; anything else is part of a stage's identity.
+"""
+
+from ml_collections import ConfigDict
+
+from embed.models.transformer import SIZES
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """A run without stages."""
+    if arg:
+        raise ValueError(f"configs/base.py takes no argument, got {arg!r}; it has no stages: build a config on it")
+    config = ConfigDict()
+    config.seed = 0
+    config.stage = ""  # the stage that `embed train` trains: a key of config.stages
+
+    # Sizes by name (embed/models/transformer.py); each is a field: config.model.num_layers.
+    config.model = ConfigDict(SIZES["0.6b"])
+    config.model.vocab_size = 0  # rows of the embedding table; 0 = as many as the tokenizer has ids
+    config.model.tied = True  # whether the embedding table is the diffusion stage's output layer as well
+    config.model.rope_theta = 1e6
+    config.model.norm_eps = 1e-6
+    config.model.dtype = "bfloat16"  # of the compute; float32 on CPU
+
+    config.data = ConfigDict()
+    config.data.directory = ""  # prepared data, which any number of runs may read; "" = WORKDIR/data
+    config.data.gin_file = "configs/data/python_docs.gin"  # what the data are: tasks, mixtures, lengths
+    config.data.gin_bindings = ()  # over those of the file
+    config.data.tokenizer = ""  # a folder or hub id that has one; "" = a SentencePiece vocabulary is trained
+    config.data.mask_id = -1  # of a tokenizer.json: the diffusion mask; -1 = the first id behind the vocabulary
+    config.data.vocab_size = 8192  # of the SentencePiece model that is trained
+    config.data.split_identifiers = True  # case-folded, parse_config and parseConfig become two words
+    config.data.limit = 0  # examples a split, 0 = all
+    config.data.separator = True  # a separator token between the chunks of a document
+
+    # The graph: {name: stage(…)}, {name: mining(…)} and so on. A checkpoint is named by a stage, a merge, `random init`, a stage
+    # folder of another run, a model folder or a hub id.
+    for part in ("stages", "mining", "merges", "exports", "evaluations"):
+        config[part] = ConfigDict()
+
+    config.report = ConfigDict()  # what `embed pipeline` shows beside figures
+    config.report.denoise = ""  # a diffusion stage whose bound is measured and that denoises a text; "" = none
+    config.report.mask_fraction = 0.5  # of that text
+    config.report.tokens_per_step = 4  # unmasked at once
+    config.report.search = ""  # an export that answers a query; "" = none
+    config.report.fuse = ()  # checkpoints whose rankings are fused with BM25's
+
+    config.card = ConfigDict()  # what a model card says and nobody can know from the run
+    config.card.languages = ()  # ("en", …)
+    config.card.license = ""  # of the weights, as the Hugging Face hub names licenses
+
+    config.execution = ConfigDict()
+    config.execution.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
+    config.execution.mesh.data = 1
+    config.execution.mesh.fsdp = -1
+    config.execution.mesh.tensor = 1
+    config.execution.attention = "auto"  # splash on TPU, triton on GPU, xla elsewhere; see embed.models.attention
+    config.execution.remat = "full"  # what the backward pass keeps: none (everything), dots, full (a layer's input)
+    config.execution.unroll = 1  # layers a scan iteration; unrolled is faster on CPU, scanned compiles faster
+    config.execution.dense_barrier = False  # faster on CPU, see embed.models.transformer.dense
+    config.execution.read_timeout = 600.0  # seconds that training waits for a batch before it ends; 0 = forever
+    return config
+
+
+def stage(kind: str, **changes) -> ConfigDict:
+    """A stage of one of the four kinds; `changes` replace fields, nested ones as dictionaries."""
+    new = ConfigDict()
+    new.kind = kind  # diffusion, pair, contextual or triplet: the objective and its batches
+    new.init = ""  # the checkpoint it starts from; "" = random
+    new.init_step = 0  # of a stage that has not finished: the step; 0 = its last, and it must have finished
+    new.curriculum = ()  # ((steps, mixture), …); a mixture is a name of the gin file, a mined task, or {mined task: rate}
+
+    new.optimizer = ConfigDict()  # AdamW
+    new.optimizer.learning_rate = 2e-4  # the peak
+    new.optimizer.warmup = 0.01  # fraction of the steps; the paper does not say
+    new.optimizer.decay = 0.1  # fraction of the steps, linear to zero; the paper does not say
+    new.optimizer.b1 = 0.9  # the paper does not say; nor the next four
+    new.optimizer.b2 = 0.95
+    new.optimizer.eps = 1e-8
+    new.optimizer.weight_decay = 0.1
+    new.optimizer.clip = 1.0  # global gradient norm; 0 = none
+    new.optimizer.moment_dtype = "float32"  # of the first moment: bfloat16 saves half of it; the second is float32
+
+    new.batch = ConfigDict()
+    new.batch.length = 1024  # tokens a row
+
+    new.execution = ConfigDict()
+    new.execution.microbatches = 1  # parts of a batch whose activations are held one at a time; 1 = all of it, fastest
+    new.execution.log_every = 10  # steps
+    new.execution.checkpoint_every = 500  # steps
+    new.execution.keep = 2  # newest checkpoints
+    new.execution.milestone_every = 0  # steps; a checkpoint at a multiple of it is kept for good; 0 = none
+    new.execution.evaluate_every = 0  # steps; the best checkpoint is kept as well; 0 = never
+    new.execution.evaluate_on = ""  # SET/SPLIT of the data's evaluation sets, by nDCG@10 in int8
+    new.execution.max_skipped = 10  # steps in a row without a finite loss and gradient, each skipped, before the run ends
+
+    if kind == "diffusion":
+        new.left_shift = "auto"  # predict a token from the state before it: True, False, auto = as its source did
+        new.batch.rows = 1024
+        new.batch.length = 4096
+        new.batch.truncate_probability = 0.01  # rows cut to a random length
+        new.execution.logits_chunk = 2048  # tokens of a device whose logits are held at once
+    elif kind in ("pair", "contextual", "triplet"):
+        new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
+        new.temperature = 0.02
+        # A batch is groups of examples, each packed into its own rows.
+        new.batch.group_size = 128  # examples (documents, in a contextual stage)
+        new.batch.groups = 128  # best a multiple of the processes: each builds whole groups
+        new.batch.rows_per_group = 32
+        new.batch.spans = 32  # embeddings a row, at most
+        new.batch.segments = 32  # texts a row, at most
+    else:
+        raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet")
+    if kind in ("pair", "contextual"):
+        new.margin = 0.1  # of the false-negative mask
+    if kind == "contextual":
+        new.alpha = 0.2  # weight of the in-document loss against the in-batch one
+        new.beta = (0.2, 0.5)  # weight of the document-level loss: from, to, on a cosine
+        new.batch.max_chunks = 16  # of a document
+        new.batch.max_queries_per_document = 4
+    if kind == "triplet":
+        new.temperature = 0.03
+        new.batch.num_negatives = 4  # a query, at most
+    return _changed(new, changes)
+
+
+def mining(**changes) -> ConfigDict:
+    """Hard negatives for the queries of a task, as a task of their own: a curriculum names it like a mixture."""
+    new = ConfigDict()
+    new.checkpoint = ""  # that ranks
+    new.step = 0  # of a stage that has not finished; 0 = its last
+    new.task = ""  # whose documents are ranked for its queries
+    new.precision = "int8"  # of the vectors: training compares int8
+    new.queries = 0  # at most; 0 = all
+    new.num_negatives = 4  # a query, at most
+    new.rank_window = (0, 100)  # ranks lo..hi-1 are candidates, 0 = best; the paper does not say
+    new.margin = 0.05  # below the positive's cosine; the paper does not say
+    return _changed(new, changes)
+
+
+def merge(**changes) -> ConfigDict:
+    """The slerp of two checkpoints."""
+    new = ConfigDict()
+    new.of = ("", "")
+    new.ratio = 0.5  # of the way from the first to the second; the paper does not say
+    new.sweep = ()  # ratios tried on development sets
+    new.sweep_on = ()  # those sets, SET/SPLIT
+    return _changed(new, changes)
+
+
+def export(**changes) -> ConfigDict:
+    """A model folder WORKDIR/export/NAME."""
+    new = ConfigDict()
+    new.checkpoint = ""
+    new.contextual = False  # whether the product is the contextual model: the card and the class in other programs
+    new.max_length = 32768  # longest text in tokens, 0 = no limit
+    return _changed(new, changes)
+
+
+def evaluation(**changes) -> ConfigDict:
+    """Retrieval figures of checkpoints on a set, at every precision."""
+    new = ConfigDict()
+    new.data = ""  # SET/SPLIT of the data's evaluation sets
+    new.alone = False  # whether chunks of a document are encoded by themselves
+    new.checkpoints = ()
+    new.bm25 = True  # the lexical baseline as well
+    return _changed(new, changes)
+
+
+def shrink(config: ConfigDict) -> None:
+    """`runlocal`: two steps of every stage with a few examples each, on a little of this machine's Python sources."""
+    config.data.update(
+        gin_file="configs/data/python_docs.gin", gin_bindings=("evaluation.max_queries = 50",), vocab_size=512, limit=60
+    )
+    contrastive = dict(groups=2, length=128, spans=8, segments=8)
+    batches = {
+        "diffusion": dict(rows=4, length=128),
+        "pair": contrastive | dict(group_size=8, rows_per_group=8),
+        "contextual": dict(group_size=2, groups=2, rows_per_group=6, length=512, spans=32, segments=32, max_chunks=8),
+        "triplet": contrastive | dict(group_size=8, rows_per_group=16, num_negatives=2),
+    }
+    for each in config.stages.values():
+        each.curriculum = tuple((2, mixture) for _, mixture in each.curriculum)
+        each.execution.log_every = 1
+        each.batch.update(batches[each.kind])
+        if each.kind != "diffusion":
+            each.matryoshka = (8, 32)
+    for each in config.merges.values():
+        each.sweep = each.sweep and (each.ratio,)
+
+
+def _changed(new: ConfigDict, changes: dict) -> ConfigDict:
+    new.lock()
+    new.update(changes)
+    return new.unlock()

@@ -1,0 +1,598 @@
+"""The stage graph of a config, walked in order; what is complete is skipped.
+
+    prepare ─ stages, each behind its parent and what is mined for it ─ merges ─ evaluations ─ exports ─ report
+
+A node that is no stage leaves steps/NAME.json with its result, its seconds and what the result depends on. When that has changed the node
+is done again; a stage whose config has changed is refused.
+"""
+
+import functools
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from embed import config as configs
+from embed import mining, paths, runs, tokenizers
+from embed.checkpoints import export, model_folder, training_state
+from embed.checkpoints.names import TOKENIZER_FILES
+from embed.checkpoints.provenance import made_with
+from embed.data.store import Writer, read_header
+from embed.evaluation import baselines, report, retrieval
+from embed.inference import denoise, load
+from embed.inference.index import Index
+from embed.models import transformer
+from embed.rows import content_ids
+from embed.runs import Checkpoint, Run
+from embed.training import loop, stages
+from embed.training.metrics import FILE, MetricsWriter, progress_bar, read_metrics
+from embed.training.step import make_step
+
+PRECISIONS = ("float32", "int8", "binary")
+HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
+console = Console(soft_wrap=True)
+
+
+def say(sentence: str) -> None:
+    """A line for whoever watches, by process 0."""
+    if jax.process_index() == 0:
+        console.print(sentence, highlight=False)
+
+
+# --- what a node does -------------------------------------------------------------------------------------------------
+
+
+def prepare(run: Run) -> dict:
+    """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later."""
+    done = (run.data / "info.json").exists()
+    missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
+    if missing and not done:
+        raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
+    from embed.preparation.prepare import prepare as prepare_data
+
+    data, tokenizer = run.config.data, None
+    if data.tokenizer:
+        folder = model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
+        tokenizer = tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
+    with runs.hold(run.data):
+        prepare_data(
+            run.data, gin_file=configs.find(data.gin_file), gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
+            split_identifiers=data.split_identifiers, seed=run.config.seed, limit=data.limit or None, tokenizer=tokenizer,
+        )  # fmt: skip
+    return paths.read_json(run.data / "info.json")
+
+
+def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: str = "") -> dict:
+    """Train stage `name` from what its config names, or continue it; other arguments as `embed train`'s.
+
+    What is mined for it is mined first. Its folder belongs to the config of its first checkpoint; until there is one, any
+    config may use it.
+    """
+    if name not in run.config.stages:
+        raise ValueError(f"config.stage={name!r} must be one of {', '.join(run.config.stages)}")
+    for task in mined_tasks(run.config, name):
+        mine(run, task)
+    stage, folder, steps = run.config.stages[name], run.folder(name), run.steps(name)
+    identity = run.identity(name)
+    if run.is_complete(name, identity):
+        training_state.finish(folder / "checkpoints", steps, stage.execution.milestone_every)
+        say(f"{name} is complete: {folder}, step {steps}")
+        return {"steps": steps}
+    phases = run.phases(name)
+    stores = {task: run.store(task) for _, rates in phases for task in rates}
+    separator = run.tokenizer.separator_id if run.config.data.separator else None
+    model, mesh, shift = stages.stage_model(stage.kind, run.model), run.mesh, identity.get("left_shift", False)
+    step = make_step(
+        stage, model, mesh, steps=steps, seed=run.config.seed, mask_id=run.tokenizer.mask_id, left_shift=shift
+    )
+    loader = stages.make_loader(stage, stores, phases, seed=run.config.seed, separator_id=separator, mesh=mesh)
+
+    def initial_params(shardings):
+        params = run.checkpoint(stage.init, stage.init_step).params(shardings)
+        return params if "head" in shardings else transformer.encoder_only(model, params)[1]
+
+    evaluate_params = None
+    if stage.execution.evaluate_every:
+        data = evaluation_set(run, stage.execution.evaluate_on)
+        evaluate_params = functools.partial(hook, run, Checkpoint(name, {}, model, None), data)
+    with runs.hold(folder), progress_bar(name, steps) as update:
+        runs.write_json(folder / "config.json", identity)
+        runs.write_json(folder / "run.json", made_with() | {"parent": identity["parent"], "mesh": dict(mesh.shape)})
+        if jax.process_index() == 0:
+            run.tokenizer.save(folder / "tokenizer")
+        loop.train(
+            folder,
+            step=step,
+            loader=loader,
+            initial_params=initial_params,
+            evaluate=evaluate_params,
+            read_timeout=run.config.execution.read_timeout or None,
+            profile_steps=profile_steps,
+            writer=functools.partial(MetricsWriter, wandb=wandb),
+            progress=update,
+            warn=lambda sentence: console.print(f"embed: warning: {sentence}", markup=False, highlight=False),
+        )
+    return {"steps": steps}
+
+
+def hook(run: Run, checkpoint: Checkpoint, data: retrieval.RetrievalSet, params) -> float:
+    """nDCG@10 in int8 of parameters in training, on all devices and in all processes at once: none waits for another."""
+    encoder = run.encoder(checkpoint, params=params)
+    return retrieval.evaluate_retrieval(encoder, data, (HOOK_PRECISION,))[HOOK_PRECISION][HOOK_METRIC]
+
+
+def mine(run: Run, name: str) -> dict:
+    """Hard negatives of config.mining.NAME, out of a checkpoint, as a store of this run: mining/NAME."""
+    config, target = run.config.mining[name], run.store_path(name)
+    if config.task in run.config.mining or config.task not in _tasks(run):
+        raise ValueError(f"config.mining.{name}.task={config.task!r} must be one of {', '.join(_tasks(run))}")
+    checkpoint = run.checkpoint(config.checkpoint, config.step)
+    inputs = {
+        "mining": {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "step")},
+        "checkpoint": checkpoint.identity,
+        "data": read_header(run.store_path(config.task))["digest"],
+    }
+    inputs = json.loads(json.dumps(inputs))
+    if (target / "info.json").exists():
+        info = read_header(target)["info"]
+        if found := list(configs.differences(_portable(info["inputs"]), _portable(inputs))):
+            named = "; ".join(f"{key} was {was!r}, now {now!r}" for key, was, now in found)
+            raise ValueError(f"{target} was mined otherwise: {named}. Remove it, or use another name")
+        return info["mined"]
+    with runs.hold(target):
+        store = run.store(config.task)
+        examples = store.read(np.arange(len(store)))
+        encoder = run.encoder(checkpoint)
+        queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
+        ids = content_ids(queries)
+        # Stores are shuffled: the first so many are a fair sample. All examples that ask the same come along, or their
+        # documents would be taken for negatives.
+        rows = np.flatnonzero(np.isin(ids, ids[: config.queries or None]))
+        encode = functools.partial(encoder.encode_tokens, precision=config.precision)
+        chosen, counts = mining.mine(
+            encode([queries[i] for i in rows]), encode(documents), rows, num_negatives=config.num_negatives,
+            rank_window=tuple(config.rank_window), margin=config.margin, query_ids=ids[rows],
+            document_ids=content_ids(documents), mesh=run.mesh,
+        )  # fmt: skip
+        mined = {"documents": len(examples), **counts}
+        if jax.process_index() == 0:
+            _write_mined(target, examples, rows, chosen, {"task": name, "inputs": inputs, "mined": mined})
+    return mined
+
+
+def _write_mined(target, examples, rows, chosen, info: dict) -> None:
+    writer, none = Writer(target, ["query", "document", "negatives", "negative_lengths"]), np.zeros(0, np.int32)
+    for i, row in zip(rows, chosen):
+        negatives = [examples[j]["document"] for j in row if j >= 0]
+        writer.append(
+            {
+                "query": examples[i]["query"],
+                "document": examples[i]["document"],
+                "negatives": np.concatenate(negatives) if negatives else none,
+                "negative_lengths": np.array([len(n) for n in negatives], np.int32),
+            }
+        )
+    writer.close(info)
+
+
+def evaluation_set(run: Run, name: str) -> retrieval.RetrievalSet:
+    """SET/SPLIT of the prepared data."""
+    return retrieval.read_set(run.data / "evaluation" / name)
+
+
+def ranking(run: Run, checkpoint: str, evaluation: str):
+    """What `evaluate` found: {precision: best corpus rows of each query, int32 [Q, DEPTH]} as .npz."""
+    return run.workdir / "rankings" / checkpoint.replace(" ", "_").replace("/", "_") / f"{evaluation}.npz"
+
+
+def evaluate(run: Run, name: str) -> dict:
+    """Retrieval of a checkpoint in every evaluation that names it, at every precision; rankings/ keeps what it found."""
+    encoder = run.encoder(run.checkpoint(name))
+    figures = {}
+    for evaluation, config in run.config.evaluations.items():
+        if name not in config.checkpoints:
+            continue
+        data = evaluation_set(run, config.data)
+        rankings = retrieval.rank(encoder, data, PRECISIONS, alone=config.alone)
+        if jax.process_index() == 0:
+            buffer = io.BytesIO()
+            np.savez(buffer, **rankings)
+            paths.write(ranking(run, name, evaluation), buffer.getvalue())
+        figures[evaluation] = {p: retrieval.score(found, data) for p, found in rankings.items()}
+    return figures
+
+
+def evaluate_baselines(run: Run) -> dict:
+    """BM25, and BM25 fused by reciprocal rank with the checkpoints of config.report.fuse."""
+    rows: dict[str, dict] = {"BM25": {}}
+    for evaluation, config in run.config.evaluations.items():
+        if not config.bm25:
+            continue
+        data = evaluation_set(run, config.data)
+        words = baselines.bm25(data, context=not config.alone)
+        rows["BM25"][evaluation] = {"float32": retrieval.score(words, data)}
+        for name in run.config.report.fuse:
+            with ranking(run, name, evaluation).open("rb") as file:
+                found = dict(np.load(io.BytesIO(file.read())))
+            rows.setdefault(f"BM25 + {name}", {})[evaluation] = {
+                precision: retrieval.score(baselines.reciprocal_rank_fusion(words, each), data)
+                for precision, each in found.items()
+            }
+    return {name: row for name, row in rows.items() if row}
+
+
+def denoising(run: Run, name: str) -> dict:
+    """How well a diffusion stage denoises held-out text, and one text while it is denoised."""
+    checkpoint, mask_id, length = run.checkpoint(name), run.tokenizer.mask_id, run.config.stages[name].batch.length
+    params, model = checkpoint.params(), checkpoint.model
+    options = dict(mask_id=mask_id, left_shift=checkpoint.left_shift)
+    held_out = next((config.data for config in run.config.evaluations.values()), "functions/test")
+    flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, held_out).corpus[:512]))
+    windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
+    levels = denoise.elbo_and_accuracy(params, model, windows, **options)
+    text = windows[0][: length // 2].copy()
+    hidden = np.random.default_rng(run.config.seed).random(len(text)) < run.config.report.mask_fraction
+    hidden[0] = False
+    original = run.tokenizer.decode(text)
+    text[hidden] = mask_id
+    states = denoise.denoise(
+        params, model, text, tokens_per_step=run.config.report.tokens_per_step, length=length, **options
+    )
+    shown = sorted({0, len(states) // 2, len(states) - 1})
+    return {
+        "elbo": levels.pop("elbo")["nll"],
+        "diffusion": [{"t": float(t), **figures} for t, figures in levels.items()],
+        "denoising": [{"step": k, "text": show_masked(run.tokenizer, states[k])} for k in shown]
+        + [{"step": "original", "text": original}],
+    }
+
+
+def show_masked(tokenizer, tokens: np.ndarray) -> str:
+    """Decoded text with an underscore for each masked token."""
+    pieces, start = [], 0
+    for i in [*np.flatnonzero(tokens == tokenizer.mask_id), len(tokens)]:
+        if i > start:
+            pieces.append(tokenizer.decode(tokens[start:i]))
+        if i < len(tokens):
+            pieces.append("_")
+        start = i + 1
+    return " ".join(pieces)
+
+
+def merge_sweep(run: Run, name: str) -> dict:
+    """nDCG@10 of a merge at each ratio of its sweep, on development sets."""
+    config = run.config.merges[name]
+    a, b = (run.checkpoint(part) for part in config.of)
+    sets = {data.partition("/")[0]: evaluation_set(run, data) for data in config.sweep_on}
+    sweep = []
+    for ratio in config.sweep:
+        encoder = run.encoder(runs.merged(name, a, b, ratio))
+        figures = {
+            title: retrieval.evaluate_retrieval(encoder, data, ("float32",))["float32"]["ndcg@10"]
+            for title, data in sets.items()
+        }
+        sweep.append({"ratio": ratio, **figures})
+    return {"slerp_ratio": config.ratio, "slerp_sweep": sweep}
+
+
+def export_model(run: Run, checkpoint: str, folder, *, step: int = 0, format: str = "", tanh: bool = False):
+    """Write a checkpoint of a run as a model folder, as its entry in config.exports says, if it has one."""
+    found = run.checkpoint(checkpoint, step)
+    entry = next((e for e in run.config.exports.values() if e.checkpoint == checkpoint), None)
+    figures = run.workdir / "steps" / f"evaluate {checkpoint}.json"
+    source = {"figures": paths.read_json(figures)["result"]} if not step and figures.exists() else {}
+    return write_model(
+        found, run.tokenizer, folder, shardings=run.shardings, format=format, tanh=tanh,
+        separator=run.config.data.separator, max_length=entry.max_length if entry else 0,
+        contextual=entry.contextual if entry else found.config.get("stage", {}).get("kind") == "contextual",
+        provenance=source | run.config.card.to_dict() | {"lineage": runs.lineage(found)},
+    )  # fmt: skip
+
+
+def export_source(
+    source: str, folder, *, step: int = 0, contextual: bool = False, format: str = "", tanh: bool = False
+):
+    """Write a model folder, hub id or stage folder as a model folder, or in another format."""
+    found = runs.find(source, step)
+    settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
+    return write_model(
+        found, found.load_tokenizer(), folder, shardings=runs.over_all_devices, format=format, tanh=tanh,
+        provenance=found.provenance | {"lineage": runs.lineage(found)}, **settings | found.settings,
+    )  # fmt: skip
+
+
+def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
+    """Write the slerp of two models or stage folders, each with the step of a stage, as a model folder."""
+    first, second = runs.find(*a), runs.find(*b)
+    found = runs.merged(f"{a[0]} and {b[0]}", first, second, ratio)
+    settings = {"separator": bool(found.separator), "max_length": None, "contextual": False}
+    for name in ("separator", "max_length"):
+        left, right = (x.settings.get(name, settings[name]) for x in (first, second))
+        if left != right:
+            raise ValueError(f"{name} is {left} in {a[0]} and {right} in {b[0]}: they embed differently")
+        settings[name] = left
+    return write_model(
+        found, first.load_tokenizer(), folder, shardings=runs.over_all_devices, provenance={"lineage": runs.lineage(found)},
+        **settings,
+    )  # fmt: skip
+
+
+def write_model(
+    checkpoint: Checkpoint, tokenizer, folder, *, shardings: Callable, separator: bool, max_length: int | None,
+    contextual: bool, provenance: Mapping, format: str = "", tanh: bool = False,
+):  # fmt: skip
+    """Write any checkpoint as a model folder; its parameters pass through shards over all devices."""
+    model = transformer.encoder_only(checkpoint.model, {})[0]
+    embedding = {
+        "matryoshka": list(checkpoint.matryoshka), "separator": separator, "contextual": contextual,
+        "max_length": max_length or None,
+    }  # fmt: skip
+    said = {"checkpoint": checkpoint.name, "identity": checkpoint.identity} | dict(provenance) | made_with()
+    params = transformer.encoder_only(checkpoint.model, checkpoint.params(shardings(model)))[1]
+    return export.write(folder, params, model, tokenizer, embedding=embedding, provenance=said, format=format, tanh=tanh)
+
+
+def worked_search(run: Run) -> dict:
+    """One query against the texts of an evaluation set, with an exported model."""
+    data = evaluation_set(run, next(config.data for config in run.config.evaluations.values() if config.alone))
+    encoder, precision = load(run.workdir / "export" / run.config.report.search), "int8"
+    index = Index(encoder.encode(data.corpus, precision=precision), precision)
+    query = data.queries[0]
+    scores, found = index.search(encoder.encode([query], precision=precision), 5)
+    hits = [
+        {"rank": k + 1, "score": float(scores[0, k]), "id": data.corpus_ids[i], "text": " ".join(data.corpus[i].split())[:80]}
+        for k, i in enumerate(found[0])
+    ]
+    return {"query": query, "precision": precision, "hits": hits}
+
+
+# --- the order -----------------------------------------------------------------------------------------------------------
+
+
+class Node(NamedTuple):
+    """One step of a pipeline."""
+
+    name: str
+    kind: str  # prepare, stage, mine, denoise, evaluate, merge, baselines, export or search
+    of: str  # the stage, merge, … it is about
+    work: Callable[[Run], dict]
+
+
+def mined_tasks(config: ConfigDict, stage: str) -> list[str]:
+    """The entries of config.mining that a stage's curriculum names."""
+    named = [m for _, mixture in config.stages[stage].curriculum for m in ([mixture] if isinstance(mixture, str) else mixture)]
+    return sorted({name for name in named if name in config.mining})
+
+
+def order(config: ConfigDict) -> list[str]:
+    """The stages, each behind those that it starts from or is mined by; ValueError where they wait for each other."""
+
+    def parts(checkpoint: str) -> set[str]:
+        of = config.merges[checkpoint].of if checkpoint in config.merges else (checkpoint,)
+        return {name for name in of if name in config.stages}
+
+    waits = {
+        stage: parts(config.stages[stage].init).union(
+            *(parts(config.mining[task].checkpoint) for task in mined_tasks(config, stage))
+        )
+        for stage in config.stages
+    }
+    found: list[str] = []
+    while len(found) < len(waits):
+        ready = [stage for stage in waits if stage not in found and waits[stage] <= set(found)]
+        if not ready:
+            left = {stage: sorted(waits[stage] - set(found)) for stage in waits if stage not in found}
+            raise ValueError(f"these stages wait for each other: {left}")
+        found.append(ready[0])
+    return found
+
+
+def nodes(config: ConfigDict) -> Iterator[Node]:
+    """Every node of a config's graph, in order."""
+
+    def title(verb: str, name: str, group) -> str:
+        return verb if len(group) == 1 else f"{verb} {name}"
+
+    def evaluation(name: str) -> Iterator[Node]:
+        if any(name in e.checkpoints for e in config.evaluations.values()):
+            yield Node(f"evaluate {name}", "evaluate", name, lambda run: evaluate(run, name))
+
+    yield Node("prepare", "prepare", "", prepare)
+    yield from evaluation(runs.RANDOM)
+    mined: set[str] = set()
+    for stage in order(config):
+        for task in mined_tasks(config, stage):
+            if task not in mined:
+                yield Node(title("mine", task, config.mining), "mine", task, functools.partial(mine, name=task))
+            mined.add(task)
+        yield Node(stage, "stage", stage, functools.partial(train_stage, name=stage))
+        if stage == config.report.denoise:
+            yield Node("denoise", "denoise", stage, functools.partial(denoising, name=stage))
+        yield from evaluation(stage)
+    for name, entry in config.merges.items():
+        if entry.sweep:
+            yield Node(title("merge", name, config.merges), "merge", name, functools.partial(merge_sweep, name=name))
+        yield from evaluation(name)
+    known = {runs.RANDOM, *config.stages, *config.merges}
+    others = {name: None for e in config.evaluations.values() for name in e.checkpoints if name not in known}
+    for name in others:
+        yield from evaluation(name)
+    if any(e.bm25 for e in config.evaluations.values()):
+        yield Node("baselines", "baselines", "", evaluate_baselines)
+    if config.exports:
+        yield Node("export", "export", "", export_models)
+    if config.report.search:
+        yield Node("search", "search", config.report.search, worked_search)
+
+
+def export_models(run: Run) -> dict:
+    """Every entry of config.exports as export/NAME."""
+    for name, entry in run.config.exports.items():
+        export_model(run, entry.checkpoint, run.workdir / "export" / name)
+    return {name: entry.checkpoint for name, entry in run.config.exports.items()}
+
+
+def inputs(run: Run, node: Node) -> dict:
+    """What a node's result depends on. A change of it has the node done again."""
+
+    def identity(name: str) -> dict:
+        return run.checkpoint(name).identity
+
+    config, data = run.config, {}
+    if node.kind == "stage":
+        return run.identity(node.of)
+    if node.kind == "mine":
+        entry = config.mining[node.of]
+        data = {"mining": entry.to_dict(), "checkpoint": run.checkpoint(entry.checkpoint, entry.step).identity}
+    elif node.kind == "denoise":
+        data = {"checkpoint": identity(node.of), "report": config.report.to_dict()}
+    elif node.kind == "evaluate":
+        mine = {name: e.to_dict() for name, e in config.evaluations.items() if node.of in e.checkpoints}
+        data = {"evaluations": {n: {k: e[k] for k in ("data", "alone")} for n, e in mine.items()}}
+        data["checkpoint"] = identity(node.of)
+    elif node.kind == "merge":
+        data = {"merge": config.merges[node.of].to_dict(), "of": [identity(name) for name in config.merges[node.of].of]}
+    elif node.kind == "baselines":
+        mine = {name: {k: e[k] for k in ("data", "alone", "bm25")} for name, e in config.evaluations.items()}
+        data = {"evaluations": mine, "fuse": {name: identity(name) for name in config.report.fuse}}
+    elif node.kind == "export":
+        data = {name: [e.to_dict(), identity(e.checkpoint)] for name, e in config.exports.items()} | {"card": config.card.to_dict()}
+    elif node.kind == "search":
+        data = {"export": identity(config.exports[config.report.search].checkpoint)}
+    return json.loads(json.dumps(data | {"prepared": _prepared(run)}))
+
+
+def _prepared(run: Run) -> str:
+    """What tells prepared data from others."""
+    info = run.data / "info.json"
+    return json.dumps(paths.read_json(info)["arguments"], sort_keys=True) if info.exists() else ""
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse a graph that names what it has not: before the first node, not at the last."""
+    runs.check_names(config)
+    order(config)
+    named = set(config.stages) | set(config.merges) | {runs.RANDOM}
+    for where, names in (
+        *((f"merges.{n}.of", m.of) for n, m in config.merges.items()),
+        *((f"exports.{n}.checkpoint", (e.checkpoint,)) for n, e in config.exports.items()),
+        *((f"mining.{n}.checkpoint", (m.checkpoint,)) for n, m in config.mining.items()),
+        *((f"evaluations.{n}.checkpoints", e.checkpoints) for n, e in config.evaluations.items()),
+        ("report.fuse", config.report.fuse),
+    ):
+        for name in names:
+            if name not in named and not _elsewhere(name):
+                raise ValueError(f"config.{where} names {name!r}; there are {', '.join(sorted(named))}")
+    for field, group in (("denoise", config.stages), ("search", config.exports)):
+        if (name := config.report[field]) and name not in group:
+            raise ValueError(f"config.report.{field}={name!r} must be one of {', '.join(group)}")
+
+
+def _elsewhere(name: str) -> bool:
+    return runs.is_stage(name) or model_folder.is_model(name) or bool(model_folder.HUB_ID.fullmatch(name))
+
+
+def walk(run: Run) -> dict:
+    """Every node that is not yet complete, then the report; returns what results.json holds."""
+    check(run.config)
+    results, seconds, sources = {}, {}, []
+    with runs.hold(run.workdir / "pipeline"):
+        for node in nodes(run.config):
+            file = run.workdir / "steps" / f"{node.name}.json"
+            saved = paths.read_json(file) if file.exists() else None
+            if node.kind == "stage":
+                done = saved is not None and run.is_complete(node.of, run.identity(node.of))
+            elif node.kind == "prepare":
+                done = saved is not None and (run.data / "info.json").exists()
+                if done:
+                    node.work(run)  # which refuses data of another config
+            else:
+                done = saved is not None and _portable(saved["inputs"]) == _portable(inputs(run, node))
+            if not done:
+                say(f"[bold]{node.name}[/bold]")
+                start = time.perf_counter()
+                result = node.work(run)
+                saved = {
+                    "result": result, "seconds": time.perf_counter() - start, "inputs": inputs(run, node),
+                    **made_with(),
+                }  # fmt: skip
+                runs.write_json(file, saved)
+            results[node.name], seconds[node.name] = saved["result"], round(saved["seconds"], 1)
+            sources.append({key: saved[key] for key in ("commit", "versions", "device")})
+        total = _total(run, results, seconds, sources)
+        if jax.process_index() == 0:
+            _report(run, total)
+    return total
+
+
+def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
+    found = list(nodes(run.config))
+
+    def of(kind: str) -> dict:
+        return {node.of: results[node.name] for node in found if node.kind == kind}
+
+    data = dict(results["prepare"])
+    for task, counts in of("mine").items():
+        several = f"mined ({task})" if len(of("mine")) > 1 else "mined"
+        data |= {f"{several}: {name}": count for name, count in counts.items()}
+    total = {
+        "command": f"embed pipeline --config={run.config_path}",
+        "machine": machine(),
+        # Of the first step; "commits" tells whether a run was continued by another state of the code.
+        **sources[0],
+        "commits": sorted({source["commit"] for source in sources}),
+        "checkpoints": of("evaluate") | results.get("baselines", {}),
+    }
+    for part in ("denoise", "merge"):
+        for result in of(part).values():
+            total |= result
+    if "search" in results:
+        total["search"] = results["search"]
+    logged = {stage: read_metrics(run.folder(stage) / FILE) for stage in of("stage")}
+    return total | {
+        "seconds": seconds,
+        "seconds_per_step": {stage: rows[-1]["seconds_per_step"] for stage, rows in logged.items() if rows},
+        "data": data,
+    }
+
+
+def _report(run: Run, total: dict) -> None:
+    paths.write_json(run.workdir / "results.json", total)
+    if total["checkpoints"]:
+        metrics = {node.of: run.folder(node.of) / FILE for node in nodes(run.config) if node.kind == "stage"}
+        with tempfile.TemporaryDirectory() as folder:
+            report.write_report(folder, total, metrics)
+            for name, file in paths.files(folder).items():
+                paths.copy_file(file, run.workdir / name)
+        console.print(report.render_table(total))
+    if search := total.get("search"):
+        console.print(f"[bold]embed search[/bold]: {search['query']}")
+        for hit in search["hits"]:
+            console.print(f"  {hit['rank']}  {hit['score']:.3f}  {hit['id']}", markup=False, highlight=False)
+    exported = ", ".join(str(run.workdir / "export" / name) for name in run.config.exports)
+    told = f"{sum(total['seconds'].values()):.0f} s in all. Report: {run.workdir / 'report.md'}"
+    console.print(told + (f"; models: {exported}" if exported else ""))
+
+
+def machine() -> str:
+    """What this computes on, in words."""
+    device = jax.devices()[0]
+    return f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} CPU cores, {os.uname().machine}"
+
+
+def _portable(found):
+    """Without the folders, which tell where something lies and not what it is."""
+    return json.loads(json.dumps(found), object_hook=lambda x: {k: v for k, v in x.items() if k != "folder"})
+
+
+def _tasks(run: Run) -> list[str]:
+    return sorted({task for rates in run.mixtures.values() for task in rates})

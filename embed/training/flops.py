@@ -1,0 +1,161 @@
+"""What a step computes and moves, by formula, and what chips do at their peak.
+
+Model FLOPs are those of a forward pass three times, since each product has two in its gradient; nothing that is computed
+again counts. There are two conventions:
+
+    segments   tokens that are not padding, each attending to its own segment: what the objective asks for
+    full rows  every place of every row, attending to all of its row: what a kernel without block sparsity computes
+
+They agree where each row is one segment without padding.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from embed.models import sharding, transformer
+from embed.objectives import masked_diffusion
+from embed.training.stages import abstract_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip: bfloat16 FLOP/s, HBM bytes and bytes/s, bytes/s over all links and between slices."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+    network: float  # the data-centre network, a chip's share
+
+
+# cloud.google.com/tpu/docs: v4, v5e, v5p, v6e.
+CHIPS = {
+    "v4": Chip(275e12, 32e9, 1.228e12, 300e9, 6.25e9),
+    "v5e": Chip(197e12, 16e9, 0.819e12, 200e9, 3.125e9),
+    "v5p": Chip(459e12, 95e9, 2.765e12, 600e9, 6.25e9),
+    "v6e": Chip(918e12, 32e9, 1.640e12, 448e9, 12.5e9),
+}
+
+# jax's names of devices -> dense bfloat16 FLOP/s of one: of the chips above, and of NVIDIA's data sheets (without sparsity).
+PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def device_peak() -> float | None:
+    """bfloat16 FLOP/s of one of this process's devices, None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    names = [name for name in PEAK_FLOPS if kind == name or (kind.startswith("NVIDIA") and kind.startswith(name))]
+    return PEAK_FLOPS[names[0]] if names else None
+
+
+def tokens(stage) -> int:
+    """Tokens of a global batch, padding included."""
+    rows, length = abstract_batch(stage)["tokens"][0]
+    return rows * length
+
+
+def forward_flops(
+    stage, model: transformer.TransformerConfig, tokens: float | None = None, squares: float | None = None
+) -> dict[str, float]:
+    """FLOPs of one forward pass of the global batch, by part.
+
+    layers       2 · tokens · (matrix parameters of a layer) · layers
+    attention    4 · squares · heads · head_dim · layers            both directions
+    logits       2 · tokens / 2 · vocabulary · width                diffusion: half of the tokens are masked, on average
+    similarity   2 · queries · (documents it is compared with) · prefix, over the prefixes     contrastive: all there is room for
+
+    `tokens` are those that are not padding, `squares` the sum of the squared lengths of the segments; without them, those of
+    full rows.
+    """
+    D, H, K, d, F = (
+        model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.intermediate_size,
+    )  # fmt: skip
+    shapes = {name: shape for name, (shape, _) in abstract_batch(stage).items()}
+    rows, length = shapes["tokens"]
+    tokens = rows * length if tokens is None else tokens
+    squares = rows * length**2 if squares is None else squares
+    flops = {
+        "layers": 2.0 * tokens * model.num_layers * (D * d * (2 * H + 2 * K) + 3 * D * F),
+        "attention": 4.0 * squares * H * d * model.num_layers,
+    }
+    if stage.kind == "diffusion":
+        return flops | {"logits": 2.0 * tokens / 2 * model.vocab_size * D}
+    queries = shapes["query_slots"][0]
+    others = {
+        "pair": 2 * queries,
+        "triplet": queries + math.prod(shapes.get("negative_slots", (0,))),
+        "contextual": shapes.get("chunk_slots", (0,))[0] + 2 * queries,
+    }[stage.kind]
+    return flops | {"similarity": 2.0 * queries * others * sum(stage.matryoshka)}
+
+
+def model_flops(
+    stage, model: transformer.TransformerConfig, tokens: float | None = None, squares: float | None = None
+) -> float:
+    """FLOPs of a step over all chips; `tokens` and `squares` as of `forward_flops`."""
+    return 3 * sum(forward_flops(stage, model, tokens, squares).values())
+
+
+def passes(stage, model: transformer.TransformerConfig) -> int:
+    """How often the layers are computed, in forward passes: three, and what the backward pass computes again.
+
+    A sum over rows, as the diffusion loss is, has each microbatch's gradient at once.
+    """
+    return 3 + (model.remat == "full") + (stage.execution.microbatches > 1 and stage.kind != "diffusion")
+
+
+def capacity(stage, mesh) -> float:
+    """The share of a diffusion batch's tokens whose logits there is room for, on every device."""
+    batch = stage.batch
+    return masked_diffusion.capacity(
+        batch.rows, batch.length, sharding.batch_shards(mesh), stage.execution.microbatches
+    )
+
+
+def hardware_flops(stage, model: transformer.TransformerConfig, mesh) -> float:
+    """FLOPs that a step over all chips computes: whole rows, layers again as `passes` says, all logits with room, once.
+
+    The similarities of each prefix are computed again in the backward pass.
+    """
+    parts = forward_flops(stage, model)
+    total = passes(stage, model) * (parts["layers"] + parts["attention"]) + 4 * parts.get("similarity", 0)
+    if stage.kind == "diffusion":
+        total += 3 * parts["logits"] * 2 * capacity(stage, mesh)
+    return total
+
+
+def hbm_bytes(stage, model: transformer.TransformerConfig, mesh) -> float:
+    """Bytes a chip moves between memory and core in a step, estimated.
+
+    Weights once a pass in the compute dtype (a fsdp mesh gathers them), the optimizer's seven float32 passes over its
+    shard (read parameter, gradient and two moments, write three), and of each layer and token the widths that leave a
+    fusion: about 6 of the residual stream, 4 of the heads, 3 of the MLP. Logits are written and read twice in float32, their
+    gradient is written and read twice; each chunk of them reads the table twice, and reads and writes its gradient.
+    """
+    size = jnp.dtype(model.dtype).itemsize
+    total, _ = transformer.count_params(transformer.abstract_params(model))
+    own = tokens(stage) / sharding.batch_shards(mesh)
+    width = 6 * model.hidden_size + 4 * model.num_heads * model.head_dim + 3 * model.intermediate_size
+    times = passes(stage, model)
+    activations = times * own * model.num_layers * width * size / mesh.shape["tensor"]
+    weights = times * stage.execution.microbatches * total * size / mesh.shape["tensor"]
+    logits = 0.0
+    if stage.kind == "diffusion":
+        masked, table = capacity(stage, mesh) * own, model.vocab_size * model.hidden_size
+        chunks = max(stage.execution.microbatches, masked / stage.execution.logits_chunk)
+        logits = masked * model.vocab_size * 3 * (4 + size) + chunks * table * 2 * (4 + size)
+    return activations + weights + logits + 7 * 4 * total / (mesh.shape["fsdp"] * mesh.shape["tensor"])

@@ -1,0 +1,122 @@
+"""The training step of a stage over a mesh: shardings and the jitted function, for the loop, the planner and the benchmarks."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from embed.models import sharding, transformer
+from embed.training import stages
+from embed.training.optimizer import make_optimizer, wsd_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What `make_step` built. Called with (params, optimizer state, batch, k) it gives (params, optimizer state, metrics).
+
+    The call donates parameters and state; k counts from 0.
+    """
+
+    stage: ConfigDict
+    model: transformer.TransformerConfig  # of this stage: see `stages.stage_model`
+    mesh: Mesh
+    steps: int
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    abstract_params: dict  # shapes, dtypes and shardings
+    abstract_state: optax.OptState  # the same
+    function: Callable  # jitted; its caller sets the mesh
+
+    def __call__(self, params, state, batch: dict, k):
+        with jax.set_mesh(self.mesh):  # attention kernels ask for it
+            return self.function(params, state, batch, k)
+
+    @property
+    def params_sharding(self) -> dict:
+        return _shardings(self.abstract_params)
+
+    def random_params(self, key: jax.Array) -> dict:
+        """Parameters at random, in their shards."""
+        init = jax.jit(transformer.init, static_argnums=0, out_shardings=self.params_sharding)
+        return init(self.model, key)
+
+    def init(self, params) -> optax.OptState:
+        """The optimizer's state of the first step, in its shards."""
+        return jax.jit(self.optimizer.init, out_shardings=_shardings(self.abstract_state))(params)
+
+    def put(self, batch: dict, loader=None) -> dict:
+        """Arrays of a loader's batch, without its stats, as global arrays; without `loader` the batch is a whole one."""
+        own, units = ((0,), 1) if loader is None else (loader.own, loader.units)
+        return sharding.put_batch(self.mesh, batch, own, units)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step for the stage's whole batch, from shapes alone, to be compiled for devices that need not be here."""
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh, shape[0]))
+            for name, (shape, dtype) in stages.abstract_batch(self.stage).items()
+        }
+        k = jax.ShapeDtypeStruct((), jnp.int32)
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(self.abstract_params, self.abstract_state, batch, k)
+
+
+def make_step(
+    stage, model: transformer.TransformerConfig, mesh: Mesh, *, steps: int, seed: int, mask_id: int,
+    left_shift: bool = False, loss: Callable | None = None,
+) -> Step:  # fmt: skip
+    """The step of a stage's config with `steps` steps in all; `loss` takes the place of the stage's own.
+
+    ValueError where the mesh leaves too many of the parameters whole (`sharding.check_sharded`).
+    """
+    model = stages.stage_model(stage.kind, model)
+    settings = stage.optimizer
+    schedule = wsd_schedule(settings.learning_rate, steps, settings.warmup, settings.decay)
+    optimizer = make_optimizer(settings, schedule)
+    params = transformer.abstract_params(model)
+    params_sharding = sharding.parameter_shardings(mesh, params)
+    sharding.check_sharded(mesh, params, params_sharding)
+    state = jax.eval_shape(optimizer.init, params)
+    state_sharding = sharding.state_shardings(mesh, state, params_sharding)
+    loss = loss or stages.make_loss(stage, model, mask_id, left_shift)
+    function = jax.jit(
+        make_train_step(loss, optimizer, seed, steps),
+        donate_argnums=(0, 1),
+        out_shardings=(params_sharding, state_sharding, None),
+    )
+    return Step(
+        stage=stage, model=model, mesh=mesh, steps=steps, schedule=schedule, optimizer=optimizer, function=function,
+        abstract_params=sharding.with_sharding(params, params_sharding),
+        abstract_state=sharding.with_sharding(state, state_sharding),
+    )  # fmt: skip
+
+
+def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, seed: int, steps: int) -> Callable:
+    """(params, optimizer state, batch, k) -> (params, optimizer state, metrics), to be jitted with donation.
+
+    A step whose loss or gradient is not finite changes no parameter and no moment; `skipped` is 1. Counts go on, so that
+    the learning rate stays a function of k.
+    """
+
+    def train_step(params, optimizer_state, batch, k):
+        key = jax.random.fold_in(jax.random.key(seed), k)
+        (value, extra), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, key, k / steps)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, new_state = optimizer.update(gradients, optimizer_state, params)
+        new_params = optax.apply_updates(params, updates)
+
+        def keep(new, old):
+            return jnp.where(finite | (new.ndim == 0), new, old)
+
+        params, optimizer_state = jax.tree.map(keep, (new_params, new_state), (params, optimizer_state))
+        return params, optimizer_state, {"loss": value, "gradient_norm": norm, "skipped": 1 - finite, **extra}
+
+    return train_step
+
+
+def _shardings(abstract):
+    return jax.tree.map(lambda x: x.sharding, abstract)

@@ -1,0 +1,102 @@
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from embed import config as configs
+from embed.models import transformer
+from embed.training import flops, loop
+
+MODEL = transformer.TransformerConfig(
+    vocab_size=100, hidden_size=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=5, intermediate_size=7
+)
+DIFFUSION = ConfigDict(
+    dict(kind="diffusion", batch=dict(rows=2, length=6), execution=dict(microbatches=1, logits_chunk=4))
+)
+PAIR = ConfigDict(
+    dict(
+        kind="pair", matryoshka=(2, 8), batch=dict(groups=1, rows_per_group=2, group_size=3, length=6),
+        execution=dict(microbatches=1),
+    )
+)  # fmt: skip
+WHOLE = types.SimpleNamespace(own=[0], units=1)
+MESH = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
+
+
+def sizes(segment_ids, loader=WHOLE):
+    ids = np.array(segment_ids, np.int32)
+    found = loop._sizes({"segment_ids": ids, "tokens": ids}, loader)
+    return found["tokens"], found["squares"]
+
+
+def counted_by_hand(lengths) -> float:
+    """Three forward passes of MODEL's layers: every product of every token, every pair of tokens of a segment."""
+    weights = 8 * 4 * 5 + 2 * 8 * 2 * 5 + 4 * 5 * 8 + 3 * 8 * 7  # query, key and value, output, MLP
+    total = 0
+    for n in lengths:
+        for _ in range(n):
+            total += 2 * weights * 3
+            for _ in range(n):
+                total += (2 * 5 + 2 * 5) * 4 * 3  # score and mixed value of each head and layer
+    return 3 * total
+
+
+def test_mfu_counts_tokens_and_pairs_of_tokens_inside_segments():
+    batch = [[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 0]]  # five segments, two tokens of padding
+    lengths = (3, 2, 1, 4)
+    assert sizes(batch) == (10, 9 + 4 + 1 + 16)
+    layers = counted_by_hand(lengths)
+    assert flops.model_flops(DIFFUSION, MODEL, *sizes(batch)) == layers + 3 * 2 * 10 / 2 * 100 * 8  # half are masked
+    assert flops.model_flops(PAIR, MODEL, *sizes(batch)) == layers + 3 * 2 * 3 * 6 * (2 + 8)
+    whole = flops.model_flops(DIFFUSION, MODEL)
+    assert whole == counted_by_hand([6, 6]) + 3 * 2 * 12 / 2 * 100 * 8
+    assert flops.model_flops(DIFFUSION, MODEL, *sizes(batch)) < whole
+
+
+@pytest.mark.parametrize("stage", [DIFFUSION, PAIR])
+def test_both_conventions_agree_where_a_row_is_one_full_segment(stage):
+    assert flops.model_flops(stage, MODEL, *sizes(np.ones((2, 6)))) == flops.model_flops(stage, MODEL)
+
+
+def test_a_process_counts_for_the_others():
+    """Of four units it has two: its sums stand for half of the batch."""
+    half = types.SimpleNamespace(own=[0, 3], units=4)
+    assert sizes([[1, 1, 2], [1, 0, 0]], half) == (2 * 4, 2 * (4 + 1 + 1))
+
+
+def test_what_is_computed_again_is_in_the_hardware_flops_alone():
+    full = dataclasses.replace(MODEL, remat="full")
+    parts = flops.forward_flops(DIFFUSION, MODEL)
+    # One row a device may be masked entirely, so its logits have room for all.
+    assert flops.hardware_flops(DIFFUSION, MODEL, MESH) == pytest.approx(
+        flops.model_flops(DIFFUSION, MODEL) + 3 * parts["logits"]
+    )
+    again = flops.hardware_flops(DIFFUSION, full, MESH) - flops.hardware_flops(DIFFUSION, MODEL, MESH)
+    assert again == pytest.approx(parts["layers"] + parts["attention"])
+    cached = ConfigDict(PAIR.to_dict() | {"execution": {"microbatches": 2}})
+    assert [flops.passes(s, m) for s in (PAIR, cached) for m in (MODEL, full)] == [3, 4, 4, 5]
+    assert flops.model_flops(DIFFUSION, full) == flops.model_flops(DIFFUSION, MODEL)
+
+
+def test_a_device_that_jax_names_has_a_peak_and_an_unknown_one_none(monkeypatch):
+    def named(kind):
+        monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+        return flops.device_peak()
+
+    assert named("TPU v5p") == 459e12 and named("NVIDIA H100 80GB HBM3") == 989e12 and named("TPU v99") is None
+
+
+def test_flops_are_those_that_the_compiler_counts_in_an_unrolled_forward_pass():
+    model = transformer.make_config("micro", 512, unroll=2)
+    stage = configs.load("configs/quickstart.py:runlocal").stages.pair
+    length, rows = stage.batch.length, stage.batch.groups * stage.batch.rows_per_group
+    array = jax.ShapeDtypeStruct((rows, length), np.int32)
+    forward = jax.jit(lambda p, t, s, q: transformer.apply(model, p, t, s, q))
+    compiled = forward.lower(transformer.abstract_params(model), array, array, array).compile()
+    ours = flops.forward_flops(stage, model)
+    counted = compiled.cost_analysis()["flops"]
+    # The compiler counts the element-wise operations as well.
+    assert 0.75 * counted < ours["layers"] + ours["attention"] < counted
