@@ -99,6 +99,36 @@ def test_a_hugging_face_tokenizer_adds_no_special_tokens(huggingface, tmp_path):
     assert tokenizers.load(tmp_path / "copy").digest == tokenizer.digest
 
 
+def test_a_digest_knows_the_tokens_of_texts_and_nothing_of_how_a_file_is_written(huggingface, tmp_path):
+    digest = tokenizers.load(huggingface).digest
+    file = huggingface / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    same = {**dict(reversed(fields.items())), "post_processor": None, "padding": None, "truncation": None}
+    file.write_text(json.dumps(same, indent=4))
+    assert tokenizers.load(huggingface).digest == digest
+    fields["pre_tokenizer"] = None
+    file.write_text(json.dumps(fields))
+    assert tokenizers.load(huggingface).digest != digest
+
+
+def test_what_is_saved_for_transformers_is_the_same_tokenizer(huggingface, split, tmp_path):
+    for i, tokenizer in enumerate((tokenizers.load(huggingface), split)):
+        (tmp_path / str(i)).mkdir()
+        tokenizer.save_for_transformers(tmp_path / str(i), 512)
+        again = tokenizers.load(tmp_path / str(i))
+        for name in ("digest", "mask_id", "separator_id", "vocab_size"):
+            assert getattr(again, name) == getattr(tokenizer, name)
+
+
+def test_tokenizers_are_saved_to_and_loaded_from_a_bucket(bucket, huggingface, split):
+    for i, tokenizer in enumerate((tokenizers.load(huggingface), split)):
+        tokenizer.save(f"{bucket}/tokenizers/{i}")
+        again = tokenizers.load(f"{bucket}/tokenizers/{i}")
+        assert (again.digest, again.mask_id, again.separator_id) == (tokenizer.digest, tokenizer.mask_id, tokenizer.separator_id)
+    with pytest.raises(FileNotFoundError, match="no tokenizer in gs://"):
+        tokenizers.load(f"{bucket}/tokenizers/nowhere")
+
+
 def config(folder, **fields):
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
 

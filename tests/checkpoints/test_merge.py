@@ -1,9 +1,19 @@
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import safetensors.numpy
+import small
 
+from embed.checkpoints import model_folder
 from embed.checkpoints.merge import slerp
+from embed.cli import main
 
 
 def tensors(shape=(4, 3), seed=0, dtype=np.float32):
@@ -90,3 +100,117 @@ def test_mismatched_trees_are_an_error():
         slerp({"x": a}, {"y": b}, 0.5)
     with pytest.raises(ValueError, match=r"\(4, 3\).*\(3, 4\)"):
         slerp({"x": a}, {"x": b.T}, 0.5)
+
+
+def test_a_stacked_array_under_layers_has_one_angle_a_layer():
+    a, b = tensors((3, 4, 5))
+    stacked = slerp({"layers": {"query": a}, "norm": a}, {"layers": {"query": b}, "norm": b}, 0.3)
+    for i in range(3):
+        np.testing.assert_allclose(stacked["layers"]["query"][i], slerp(a[i], b[i], 0.3), rtol=1e-6)
+    np.testing.assert_array_equal(stacked["norm"], slerp(a, b, 0.3))
+    assert np.abs(stacked["layers"]["query"] - stacked["norm"]).max() > 1e-3  # one angle for all would be another
+
+
+# Model folders
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parents")
+    return [small.write_model(folder / name, small.random_params(small.config(), i)) for i, name in enumerate("ab")]
+
+
+def merge(a, b, output, *more):
+    return main(["merge", f"--a={a}", f"--b={b}", f"--output={output}", *more])
+
+
+def test_merging_folders_equals_merging_their_files_tensor_by_tensor(parents, tmp_path):
+    """As a program would that knows safetensors and nothing of our parameter tree, in float64."""
+    assert merge(*parents, tmp_path / "m", "--ratio=0.3") == 0
+    a, b, got = (safetensors.numpy.load_file(f / "model.safetensors") for f in (*parents, tmp_path / "m"))
+    assert got.keys() == a.keys()
+    for name, x in got.items():
+        want = reference.slerp(a[name].astype(np.float64), b[name].astype(np.float64), 0.3)
+        np.testing.assert_allclose(x, want, rtol=1e-6, atol=1e-6 * np.abs(want).max(), err_msg=name)
+
+
+def test_a_merged_folder_says_what_it_was_made_of(parents, tmp_path):
+    assert merge(*parents, tmp_path / "m", "--ratio=0.25", "--tanh") == 0
+    model = model_folder.open_model(tmp_path / "m")
+    digests = [model_folder.open_model(folder).digest for folder in parents]
+    assert model.provenance["merge"] == {"of": [str(p) for p in parents], "ratio": 0.25}
+    assert [parent["digest"] for parent in model.provenance["parents"]] == digests
+    assert model.embedding == small.EMBEDDING | {"tanh": True}
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert f"0.25 of the way from {parents[0]} to {parents[1]}" in card and digests[1] in card
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_merged_model_is_contextual_only_if_both_are(both, parents, tmp_path):
+    for name, contextual in (("x", True), ("y", both)):
+        small.write_model(tmp_path / name, embedding={"contextual": contextual})
+    assert merge(tmp_path / "x", tmp_path / "y", tmp_path / "m") == 0
+    assert model_folder.open_model(tmp_path / "m").embedding["contextual"] is both
+
+
+def test_models_that_embed_differently_are_not_merged(parents, tmp_path, capsys):
+    other = small.write_model(tmp_path / "other", embedding={"matryoshka": [32], "max_length": 9})
+    assert merge(parents[0], other, tmp_path / "m") == 2
+    said = capsys.readouterr().err
+    assert "matryoshka is [8, 32] in" in said and "max_length is None in" in said
+    config = small.transformer.make_config("micro", small.config().vocab_size, num_layers=3)
+    deeper = small.write_model(tmp_path / "deeper", small.random_params(config), config)
+    assert merge(parents[0], deeper, tmp_path / "m") == 2
+    assert "num_layers=3" in capsys.readouterr().err
+    words = small.transformer.make_config("micro", 700)
+    bpe = model_folder.tokenizers.load(small.write_bpe(tmp_path, small.sentences(100)))
+    tokens = small.write_model(tmp_path / "tokens", small.random_params(words), words, bpe)
+    assert merge(parents[0], tokens, tmp_path / "m") == 2
+    assert "different tokenizers" in capsys.readouterr().err
+    causal = small.make_causal(small.write_model(tmp_path / "causal"), small.params())
+    assert merge(parents[0], causal, tmp_path / "m") == 2
+    assert "is a causal language model" in capsys.readouterr().err
+    assert merge(*parents, tmp_path / "m", "--ratio=2") == 2
+    assert "--ratio=2.0 must be between 0 and 1" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+# Forced host devices must be set before jax starts.
+SHARDED = """
+    import json, sys
+    import jax, numpy as np, small
+    from embed.checkpoints import merge, names
+    from embed.cli import main
+    from embed.models import sharding
+    from embed.models.transformer import abstract_params
+
+    a, b, output = sys.argv[1:]
+    config = small.config()
+    trees = [small.random_params(config, seed) for seed in (0, 1)]
+    want = names.flatten(merge.slerp(*trees, 0.3))
+    shardings = sharding.parameter_shardings(sharding.make_mesh(data=1, fsdp=4, tensor=2), abstract_params(config))
+    x, y = (jax.tree.map(jax.device_put, tree, shardings) for tree in trees)
+    merged = merge.merge_params(x, y, 0.3, shardings)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(x))  # its memory holds the result
+    for name, leaf in names.flatten(merged).items():
+        assert leaf.sharding == names.flatten(shardings)[name]
+        np.testing.assert_allclose(leaf, want[name], rtol=1e-6, atol=1e-7)
+    assert not merged["layers"]["gate"].sharding.is_fully_replicated
+    assert jax.device_count() == 8
+    assert main(["merge", f"--a={a}", f"--b={b}", "--ratio=0.3", f"--output={output}"]) == 0
+"""
+
+
+def test_merging_over_eight_devices_equals_merging_on_one(parents, tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    here = Path(__file__).parents[1]
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"
+    }  # fmt: skip
+    command = [sys.executable, "-c", textwrap.dedent(SHARDED), *map(str, parents), str(tmp_path / "eight")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert merge(*parents, tmp_path / "one", "--ratio=0.3") == 0
+    one, eight = (safetensors.numpy.load_file(tmp_path / name / "model.safetensors") for name in ("one", "eight"))
+    for name, x in one.items():
+        np.testing.assert_allclose(eight[name], x, rtol=1e-6, atol=1e-7)
