@@ -206,13 +206,14 @@ class Encoder:
             bar.update(len(members))
 
         waiting = None  # the batch on the device, while the next one is packed
-        with bar, jax.set_mesh(self.mesh), distributed.peers():  # attention kernels ask for the mesh
+        with bar, distributed.peers():
             for members, where, shape, num_rows in _batches(segments, batch_tokens, shards):
                 packed = place([segments[i] for i in members], where, shape, num_rows)
                 rows = packed.rows
                 if self.mesh.size > 1:  # every process has packed them all and puts its part
                     rows = sharding.put_batch(self.mesh, rows._asdict()).values()
-                spans = _pooled(self.params, *rows, config=self.config, num_spans=shape.spans)
+                with jax.set_mesh(self.mesh):  # attention kernels ask for it
+                    spans = _pooled(self.params, *rows, config=self.config, num_spans=shape.spans)
                 if waiting:
                     store(*waiting)
                 waiting = members, packed, spans

@@ -1,0 +1,207 @@
+"""What one device computes, eight devices and two processes compute as well.
+
+With rows sharded over devices each device runs the program of one, on fewer or as many rows; float32 may differ in the last
+bit where a matrix product of another height adds in another order. int8 and bits are rounded after that, so a number that
+lies that close to a boundary might come out one level away; none of those here does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+import small
+
+from embed import cli, distributed
+from embed.checkpoints import export
+from embed.cli.common import run
+
+ROOT = Path(__file__).parent.parent.parent
+TEXTS = small.sentences(150, seed=5, longest=90)
+VERBS = {
+    "encode": ["--corpus={folder}/corpus.jsonl", "--precision=int8", "--output=encode"],
+    "evaluate": ["--data={folder}", "--output=evaluate"],
+    "mine": ["--data={folder}", "--num_negatives=3", "--margin=-2", "--output=mine"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a retrieval set, and what the verbs write with the one device of this process: FOLDER/one/VERB."""
+    folder = tmp_path_factory.mktemp("devices")
+    embedding = {"matryoshka": [8, 32], "separator": True, "max_length": None}
+    export.export(
+        folder / "model", small.params(), small.config(), small.tokenizer(), embedding=embedding, provenance={}
+    )
+    rows = {
+        "corpus": [{"_id": f"c{i}", "text": text, "document": i // 3, "chunk": i % 3} for i, text in enumerate(TEXTS)],
+        "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(small.sentences(40, seed=6, longest=9))],
+        "qrels": [{"query-id": f"q{i}", "corpus-id": f"c{7 * i % 150}", "score": 1} for i in range(40)],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert jax.device_count() == 1
+    (folder / "one").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder / "one")
+        for verb in VERBS:
+            assert cli.main(arguments(verb, folder)) == 0
+    return folder
+
+
+def arguments(verb, folder):
+    return [verb, f"--model={folder}/model", *(a.format(folder=folder) for a in VERBS[verb])]
+
+
+def assert_same_files(one, other):
+    assert sorted(path.name for path in other.iterdir()) == sorted(VERBS)
+    for verb in VERBS:
+        assert (other / verb).read_bytes() == (one / verb).read_bytes(), verb
+
+
+EIGHT = textwrap.dedent(
+    """
+    import dataclasses, os, sys
+    folder, tests, *commands = sys.argv[1:]
+    sys.path.insert(0, tests)
+    import jax, numpy as np, small
+    from embed import cli, inference, mining
+    from embed.inference import index
+    from embed.models import sharding
+
+    devices = jax.devices()
+    assert len(devices) == 8
+    texts, rng = small.sentences(700, seed=1, longest=90) + ["a list of a list " * 40], np.random.default_rng(0)
+    documents = [texts[i : i + 3] for i in range(0, 90, 3)]
+
+    def encoder(mesh=None, params=small.params(), config=small.config()):
+        return inference.Encoder(params, config, small.tokenizer(), mesh=mesh)
+
+    def assert_close(a, b):  # in 1e-6 of a vector's length
+        assert (np.abs(a - b).max(-1) <= 1e-6 * np.linalg.norm(b, axis=-1)).all()
+
+    one_device = sharding.make_mesh(devices=devices[:1])
+    one, eight = encoder(one_device), encoder()
+    assert eight.mesh.size == 8 and all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(eight.params))
+    for precision in inference.PRECISIONS:
+        for a, b in (
+            (one.encode(texts, precision=precision), eight.encode(texts, precision=precision)),
+            (one.encode(texts[:3], precision=precision), eight.encode(texts[:3], precision=precision)),
+            *zip(one.encode_documents(documents, precision=precision), eight.encode_documents(documents, precision=precision)),
+        ):
+            if precision == "float32":
+                assert_close(b, a)
+            else:
+                np.testing.assert_array_equal(b, a, strict=True)
+    assert_close(eight.encode(texts, batch_tokens=1), one.encode(texts))
+
+    # Parameters as training has them: they stay where they lie, in the dtype of the computation.
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params = jax.tree.map(jax.device_put, small.params(), sharding.parameter_shardings(mesh, small.params()))
+    sharded = encoder(mesh, params)
+    for dtype in ("float32", "bfloat16"):
+        held = encoder(mesh, params, dataclasses.replace(small.config(), dtype=dtype)).params
+        for x, y in zip(jax.tree.leaves(held), jax.tree.leaves(params), strict=True):
+            assert x.dtype == dtype and x.sharding == y.sharding
+    assert not sharded.params["layers"]["gate"].sharding.is_fully_replicated
+    assert_close(sharded.encode(texts), one.encode(texts))
+    assert_close(encoder(one_device, params).encode(texts[:9]), one.encode(texts[:9]))  # from a mesh to another
+
+    # Blocks of queries, the last of them short; documents that are equal.
+    queries, vectors = rng.normal(size=(61, 16)).astype(np.float32), rng.normal(size=(90, 16)).astype(np.float32)
+    vectors[40:50] = vectors[:10]
+    mining.BLOCK = index.BLOCK_QUERIES = 4
+    index.BLOCK_VECTORS = 32
+
+    def mine(mesh):
+        return mining.mine(queries, vectors, np.arange(61), num_negatives=5, rank_window=(2, 30), margin=0.1, mesh=mesh)
+
+    (a, a_counts), (b, b_counts) = mine(one_device), mine(None)
+    np.testing.assert_array_equal(b, a, strict=True)
+    assert a_counts == b_counts and (a >= 0).any()
+    stored = {p: (inference.quantize(queries, p), inference.Index(inference.quantize(vectors, p), p)) for p in inference.PRECISIONS}
+    with_eight = {p: i.search(q, 50) for p, (q, i) in stored.items()}
+    jax.local_devices = lambda: devices[:1]
+    for precision, (q, i) in stored.items():
+        for x, y in zip(i.search(q, 50), with_eight[precision]):
+            np.testing.assert_array_equal(y, x, strict=True)
+
+    os.chdir(folder)
+    for command in commands:
+        assert cli.main(command.split()) == 0
+    """
+)
+
+
+def test_eight_devices_give_what_one_gives(folder):
+    (folder / "eight").mkdir()
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    commands = [" ".join(arguments(verb, folder)) for verb in VERBS]
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT, folder / "eight", ROOT / "tests", *commands],
+        env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_files(folder / "one", folder / "eight")
+
+
+def test_two_processes_write_the_files_of_one_and_the_second_writes_and_prints_nothing(folder, tmp_path):
+    embed = tmp_path / "embed"  # each process works in a folder of its own
+    embed.write_text(
+        f'#!/bin/sh\nfor last; do :; done\ncd {tmp_path}/process-${{last#--process_id=}}\nexec {sys.executable} -m embed.cli "$@"\n'
+    )
+    embed.chmod(0o755)
+    for k in (0, 1):
+        (tmp_path / f"process-{k}").mkdir()
+    for verb in VERBS:
+        done = subprocess.run(
+            ["bash", ROOT / "launch" / "local.sh", "2", "--", *arguments(verb, folder)], capture_output=True, text=True,
+            env={**os.environ, "EMBED": str(embed), "LOGS": str(tmp_path / "logs")},
+        )  # fmt: skip
+        said = [(tmp_path / "logs" / f"process-{k}.log").read_text() for k in (0, 1)]
+        assert done.returncode == 0, said
+        words = "float32" if verb == "evaluate" else f"written to {verb}"
+        assert words in said[0] and words not in said[1] and "encode:" not in said[1], said
+    assert_same_files(folder / "one", tmp_path / "process-0")
+    assert not list((tmp_path / "process-1").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--coordinator=h:1"], "--coordinator and --process_id need --num_processes"),
+        (["--distributed", "--num_processes=2"], "leave out --num_processes"),
+        (["--num_processes=2", "--process_id=1"], "--num_processes=2 needs --coordinator=HOST:PORT"),
+        (["--num_processes=2", "--coordinator=h:1", "--process_id=2"], "--process_id from 0 to 1, not h:1 and 2"),
+        (["--distributed"], "--distributed finds no TPU, GKE or Slurm job around this process"),
+    ],
+)
+def test_processes_that_cannot_be_joined_are_one_sentence(folder, tmp_path, monkeypatch, capsys, given, sentence):
+    monkeypatch.setattr(jax.distributed, "initialize", _no_job)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*arguments("encode", folder), *given]) == 2
+    assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def _no_job(*_, **__):
+    raise ValueError("coordinator_address should be defined.")
+
+
+def test_what_a_lost_process_makes_the_others_raise_says_try_again(monkeypatch):
+    with pytest.raises(ValueError, match="Gloo"), distributed.peers():  # alone, it is an error like others
+        raise ValueError("Gloo all-reduce failed")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(distributed.PeerLostError, match="process 0 of 2 cannot go on: Gloo all-reduce failed. ") as lost:
+        with distributed.peers():
+            raise ValueError("Gloo all-reduce failed\nmore")
+    assert lost.value.exit_code == 75
+
+
+def test_no_process_ends_before_all_have_come_to_the_end(monkeypatch):
+    met = []
+    monkeypatch.setattr(distributed, "meet", lambda: met.append("meet"))
+    assert run(lambda argv: met.append("written") or 0) == 0 and met == ["written", "meet"]
