@@ -302,11 +302,13 @@ def export_source(
     source: str, folder, *, step: int = 0, contextual: bool = False, format: str = "", tanh: bool = False
 ):
     """Write a model folder, hub id or stage folder as a model folder, or in another format."""
+    if paths.path(source) == paths.path(folder):
+        raise ValueError(f"{folder} is the model itself; choose another folder")
     found = runs.find(source, step)
     settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
     return write_model(
         found, found.load_tokenizer(), folder, shardings=runs.over_all_devices, format=format, tanh=tanh,
-        provenance=found.provenance | origin(found), **settings | found.settings,
+        provenance=origin(found), **settings | found.settings,
     )  # fmt: skip
 
 
@@ -328,11 +330,11 @@ def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
 
 def origin(checkpoint: Checkpoint) -> dict:
     """What a card tells of where a checkpoint comes from."""
+    if checkpoint.provenance or checkpoint.settings:  # a model folder, which tells of itself
+        return checkpoint.provenance | {"source": checkpoint.identity}
     found = {"checkpoint": checkpoint.name, "identity": checkpoint.identity, "lineage": runs.lineage(checkpoint)}
     if checkpoint.of:
         found["merge"] = {"of": list(checkpoint.of), "ratio": checkpoint.identity["ratio"]}
-    if checkpoint.settings or checkpoint.left_shift and not checkpoint.config:  # a model folder
-        found["source"] = checkpoint.identity
     return found
 
 
