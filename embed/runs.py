@@ -86,7 +86,13 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
+        """Of the prepared data."""
+        self._check_prepared()
         return tokenizers.load(self.data / "tokenizer")
+
+    def _check_prepared(self) -> None:
+        if not (self.data / "mixtures.json").exists():
+            raise FileNotFoundError(f"{self.data} holds no prepared data; run `embed prepare` with this config and workdir")
 
     @cached_property
     def model(self) -> transformer.TransformerConfig:
@@ -109,10 +115,8 @@ class Run:
     @cached_property
     def mixtures(self) -> dict[str, dict[str, float]]:
         """{mixture: {task: rate}} of the prepared data."""
-        file = self.data / "mixtures.json"
-        if not file.exists():
-            raise FileNotFoundError(f"{self.data} holds no prepared data; run `embed prepare` with this config and workdir")
-        return paths.read_json(file)
+        self._check_prepared()
+        return paths.read_json(self.data / "mixtures.json")
 
     def folder(self, stage: str):
         """The folder of a stage of this run."""
