@@ -451,6 +451,11 @@ def hold(folder) -> Iterator[None]:
         yield
 
 
+def agreed(flag: bool) -> bool:
+    """The flag of process 0: what one process sees in a folder another may see a moment later."""
+    return bool(multihost_utils.broadcast_one_to_all(flag)) if jax.process_count() > 1 else flag
+
+
 def write_json(file, value) -> None:
     """`paths.write_json`, by process 0 alone."""
     if jax.process_index() == 0:
