@@ -70,8 +70,8 @@ def keep_freed_memory() -> bool:
 
 
 def check_output(path: str | None) -> None:
-    """Refuse a file that could not be written, before the work rather than behind it."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    """Refuse a file that could not be written, before the work rather than behind it. In a bucket none is missing a folder."""
+    if path and "://" not in path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise FileNotFoundError(f"--output={path} must be a file in a folder that exists")
 
 

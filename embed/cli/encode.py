@@ -6,7 +6,7 @@ import sys
 import numpy as np
 from rich.console import Console
 
-from embed import inference
+from embed import inference, paths
 from embed.cli import common
 from embed.inference.index import Corpus, read_corpus
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if not common.is_first():
         return 0
-    with open(args.output, "wb") as file:
+    with paths.path(args.output).open("wb") as file:
         np.save(file, vectors, allow_pickle=False)
     Console().print(f"{vectors.dtype}{list(vectors.shape)} written to {args.output}", highlight=False, markup=False)
     return 0

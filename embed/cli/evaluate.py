@@ -1,9 +1,7 @@
 """Retrieval figures of an exported model on a retrieval set: what the report shows, for a model and data of your own."""
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11,7 +9,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from embed import inference
+    from embed import inference, paths
     from embed.cli import common
     from embed.evaluation import retrieval
 
@@ -35,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(precision, *(f"{value:.4f}" for value in row.values()))
     Console().print(table)
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(figures, indent=2) + "\n")
+        paths.write_json(arguments.output, figures)
     return 0
 
 

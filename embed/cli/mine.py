@@ -10,7 +10,7 @@ import sys
 import numpy as np
 from rich.console import Console
 
-from embed import inference
+from embed import inference, paths
 from embed.cli import common
 from embed.evaluation.retrieval import embed_set, read_set
 from embed.mining import mine
@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     if not common.is_first():
         return 0
-    with open(args.output, "w", encoding="utf-8") as file:
+    with paths.path(args.output).open("wb") as file:
         for row, positive, found in zip(query_rows, positives, negatives):
             ids = [data.corpus_ids[i] for i in found if i >= 0]
             line = {"query-id": data.query_ids[row], "corpus-id": data.corpus_ids[positive], "negatives": ids}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
     counted = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     Console().print(f"{counted}; written to {args.output}", highlight=False, markup=False)
     return 0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from embed import paths
 from embed.checkpoints.export import replace_folder
 from embed.inference.encoder import PRECISIONS, Encoder
 
@@ -150,21 +151,21 @@ def read_jsonl(path) -> list[tuple[str, dict]]:
 
     `where` names the file and the line, for further errors.
     """
-    path = Path(path)
-    if not path.is_file():
+    file = paths.path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"no file {path}: expected JSON lines")
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line)  # UTF-8
             except ValueError as error:
                 raise ValueError(f"{where}: invalid JSON ({error})") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected an object, got {line.strip()!r:.60}")
+                raise ValueError(f"{where}: expected an object, got {line.strip().decode()!r:.60}")
             rows.append((where, row))
     return rows
 
