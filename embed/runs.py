@@ -201,8 +201,9 @@ class Run:
         if parent.tokenizer:
             mine = tokenizer_identity(self.tokenizer)
             problems += [
-                f"the run's tokenizer has {name} {left}, the checkpoint's {right}"
-                for name, left, right in configs.differences(mine, parent.tokenizer)
+                f"the run's tokenizer has {name} {mine[name]}, the checkpoint's {value}"
+                for name, value in parent.tokenizer.items()
+                if mine[name] != value
             ]
         if problems:
             raise ValueError(f"stage {stage} cannot start from {parent.name}: " + "; ".join(problems))
