@@ -318,7 +318,8 @@ def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
     """Write the slerp of two models or stage folders, each with the step of a stage, as a model folder."""
     first, second = runs.find(*a), runs.find(*b)
     found = runs.merged(f"{a[0]} and {b[0]}", first, second, ratio)
-    settings = {"separator": bool(found.separator), "max_length": None, "contextual": False}
+    contextual = all(x.settings.get("contextual", False) for x in (first, second))
+    settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
     for name in ("separator", "max_length"):
         left, right = (x.settings.get(name, settings[name]) for x in (first, second))
         if left != right:
@@ -345,6 +346,7 @@ def write_model(
     contextual: bool, provenance: Mapping, format: str = "", tanh: bool = False,
 ):  # fmt: skip
     """Write any checkpoint as a model folder; its parameters pass through shards over all devices."""
+    export.check_replaceable(folder)
     model = transformer.encoder_only(checkpoint.model, {})[0]
     embedding = {
         "matryoshka": list(checkpoint.matryoshka), "separator": separator, "contextual": contextual,

@@ -23,7 +23,6 @@ from embed import paths
 from embed.checkpoints import model_config, names, onnx, settings
 from embed.checkpoints.card import model_card
 from embed.checkpoints.provenance import made_with
-from embed.checkpoints.settings import check_replaceable
 from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
 
 FORMATS = ("", "pplx", "onnx")
@@ -49,7 +48,7 @@ def write(
     config, params = encoder_only(config, params)
     embedding = {**embedding, "tanh": tanh}
     _check(folder, params, config, tokenizer, embedding, format)
-    _on_first_process(lambda: check_replaceable(folder))
+    check_replaceable(folder)
     provenance = made_with() | dict(provenance)
     if format == "onnx":
         params, stream = jax.tree.map(names.fetch, params), iter(())
@@ -76,6 +75,11 @@ def write(
 
     _on_first_process(write_all, stream)
     return paths.path(folder)
+
+
+def check_replaceable(folder) -> None:
+    """ValueError unless an export may be written to `folder`: for before the work. All processes call it, process 0 looks."""
+    _on_first_process(lambda: settings.check_replaceable(folder))
 
 
 def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -> None:

@@ -1,4 +1,4 @@
-"""Exports in sentence-transformers, transformers and onnxruntime against `embed.inference`."""
+"""The model folder in sentence-transformers, transformers and onnxruntime against `embed.inference`."""
 
 import importlib
 import json
@@ -14,12 +14,10 @@ import transformers
 from random_models import TEXTS
 from sentence_transformers.base.modules import Transformer
 
-from embed import inference, tokenizers
-from embed.checkpoints import huggingface, onnx
-from embed.checkpoints.card import model_card
+from embed import cli, inference, tokenizers
+from embed.checkpoints import onnx
 from embed.models import transformer
 
-EMBEDDING = {"matryoshka": [16, 32], "separator": True, "max_length": None}
 # What SentencePiece takes for text and transformers' class for a symbol is no text here.
 SAMPLES = [*small.sentences(6, seed=5), *TEXTS]
 
@@ -47,14 +45,7 @@ def encoder(model):
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
-    return huggingface.write(
-        tmp_path_factory.mktemp("st") / "m",
-        *model,
-        layout="sentence-transformers",
-        embedding=EMBEDDING,
-        provenance={},
-        card="# m\n",
-    )
+    return small.write_model(tmp_path_factory.mktemp("st") / "m", *model)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -65,6 +56,30 @@ def test_sentence_transformers_gives_our_vectors_without_remote_code(attention, 
     np.testing.assert_allclose(theirs.encode(SAMPLES), encoder.encode(SAMPLES), atol=1e-4, rtol=0)
     one_by_one = np.stack([theirs.encode(text) for text in SAMPLES])
     np.testing.assert_allclose(one_by_one, encoder.encode(SAMPLES), atol=1e-4, rtol=0)
+
+
+def test_with_tanh_sentence_transformers_and_ours_both_give_tanh_of_the_vectors(model, encoder, tmp_path):
+    folder = small.write_model(tmp_path / "m", *model, tanh=True)
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    want = np.tanh(encoder.encode(SAMPLES))
+    assert np.abs(want - encoder.encode(SAMPLES)).max() > 0.1
+    ours = inference.load(folder)
+    np.testing.assert_allclose(theirs.encode(SAMPLES), want, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours.encode(SAMPLES), want, atol=1e-6, rtol=0)
+    for precision in ("int8", "ubinary"):
+        np.testing.assert_array_equal(
+            ours.encode(SAMPLES, precision=precision), encoder.encode(SAMPLES, precision=precision)
+        )
+    rounded = np.round(127 * theirs.encode(SAMPLES)).astype(np.int8)
+    assert (rounded == encoder.encode(SAMPLES, precision="int8")).mean() >= 0.999
+
+
+def test_pplx_and_back_is_the_same_model(model, encoder, folder, tmp_path):
+    assert cli.main(["export", f"--model={folder}", "--format=pplx", f"--output={tmp_path / 'pplx'}"]) == 0
+    assert cli.main(["export", f"--model={tmp_path / 'pplx'}", f"--output={tmp_path / 'back'}"]) == 0
+    for name in ("model.safetensors", "config.json", "modules.json", "1_Pooling/config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    np.testing.assert_array_equal(inference.load(tmp_path / "pplx").encode(SAMPLES), encoder.encode(SAMPLES))
 
 
 def test_it_stays_so_after_sentence_transformers_saves_it(folder, encoder, tmp_path):
@@ -94,9 +109,21 @@ def test_the_transformer_module_is_named_by_a_path_that_releases_before_6_do_not
     assert importlib.import_module(first["type"].rpartition(".")[0]).Transformer is Transformer
 
 
+@pytest.mark.parametrize("contextual", [False, True])
+def test_the_programs_on_the_card_run(contextual, model, encoder, tmp_path):
+    folder = small.write_model(tmp_path / "m", *model, embedding={"contextual": contextual})
+    card = (folder / "README.md").read_text().replace("FOLDER", str(folder))
+    programs = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert len(programs) == (1 if contextual else 2)
+    for program in programs:
+        names = {}
+        exec(program, names)
+        assert np.shape(names["chunks" if contextual else "vectors"]) == (2, 32)
+
+
 def test_the_program_on_the_onnx_card_runs(model, encoder, tmp_path):
-    card = model_card(model[1], EMBEDDING, {}, layout="onnx").replace("FOLDER", str(tmp_path / "m"))
-    onnx.write(tmp_path / "m", *model, embedding=EMBEDDING, provenance={}, card=card)
+    folder = small.write_model(tmp_path / "m", *model, format="onnx")
+    card = (folder / "README.md").read_text().replace("FOLDER", str(folder))
     (program,) = re.findall(r"```python\n(.*?)```", card, re.S)
     names = {}
     exec(program, names)
@@ -104,7 +131,7 @@ def test_the_program_on_the_onnx_card_runs(model, encoder, tmp_path):
 
 
 def test_onnxruntime_gives_our_vectors_in_every_precision(model, encoder, tmp_path):
-    path = onnx.write(tmp_path / "m", *model, embedding=EMBEDDING, provenance={}, card="")
+    path = small.write_model(tmp_path / "m", *model, format="onnx")
     session = onnxruntime.InferenceSession(path / onnx.FILE)
     assert (path / "onnx" / onnx.DATA).stat().st_size > 10_000
     tokens = encoder.tokenizer.encode(SAMPLES)

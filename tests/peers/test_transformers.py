@@ -9,9 +9,8 @@ import torch
 import transformers
 from random_models import TEXTS, hidden_states, random_qwen3, save
 
-from embed import inference, tokenizers
-from embed.checkpoints import huggingface
-from embed.cli import main
+from embed import inference
+from embed.checkpoints import model_folder, names
 from embed.models import transformer
 from embed.rows import RowShape, dense, pack
 
@@ -47,7 +46,7 @@ def folder(model, tokenizer_folder, tmp_path_factory):
 
 
 def test_hidden_states_of_1_to_2048_tokens_packed_equal_padded_ones(model, folder):
-    checkpoint = huggingface.open_checkpoint(folder)
+    checkpoint = model_folder.open_model(folder)
     assert len(set(checkpoint.tensors.values())) > 1  # several files
     rng = np.random.default_rng(0)
     sequences = [rng.integers(0, 640, n) for n in LENGTHS]
@@ -59,7 +58,7 @@ def test_hidden_states_of_1_to_2048_tokens_packed_equal_padded_ones(model, folde
 
 
 def test_8192_tokens_equal_the_reference(model, folder):
-    checkpoint = huggingface.open_checkpoint(folder)
+    checkpoint = model_folder.open_model(folder)
     sequence = np.random.default_rng(1).integers(0, 640, 8192)
     (ours,), (theirs,) = (
         packed_states(checkpoint.config, checkpoint.params(), [sequence], 8192),
@@ -81,7 +80,7 @@ def test_texts_of_many_languages_have_the_vectors_of_the_reference(model, folder
 
 def test_a_causal_reference_would_fail(folder):
     """The negative control: with the causal mask the states are others by far."""
-    checkpoint = huggingface.open_checkpoint(folder)
+    checkpoint = model_folder.open_model(folder)
     sequence = np.random.default_rng(2).integers(0, 640, 40)
     (ours,) = packed_states(checkpoint.config, checkpoint.params(), [sequence], 64)
     (theirs,) = hidden_states(random_qwen3(is_causal=True), [sequence])
@@ -93,10 +92,10 @@ def test_a_causal_checkpoint_comes_back_bit_for_bit_and_its_head_gives_the_refer
     tied, tokenizer_folder, tmp_path
 ):
     model = random_qwen3(transformers.Qwen3ForCausalLM, tie_word_embeddings=tied, is_causal=True)
-    checkpoint = huggingface.open_checkpoint(save(model, tokenizer_folder, tmp_path, max_shard_size="200KB"))
+    checkpoint = model_folder.open_model(save(model, tokenizer_folder, tmp_path, max_shard_size="200KB"))
     assert checkpoint.causal and checkpoint.config.tied is tied
     params = checkpoint.params()
-    back = dict(huggingface.tensors(params, prefix="model."))
+    back = dict(names.tensors(params, prefix="model."))
     want = {n: x.numpy() for n, x in model.state_dict().items() if not (tied and n == "lm_head.weight")}
     assert back.keys() == want.keys()
     for name, x in back.items():
@@ -144,7 +143,7 @@ def test_the_real_0p6b_shape_equals_the_reference(tokenizer_folder, tmp_path):
     # In float64: at this depth its own float32 rounds 1 of these 8,192 entries to another int8 level.
     theirs = hidden_states(model.double(), rows)
     del model
-    checkpoint = huggingface.open_checkpoint(folder)
+    checkpoint = model_folder.open_model(folder)
     assert checkpoint.config == transformer.make_config("0.6b", 151936)
     ours = packed_states(checkpoint.config, checkpoint.params(), rows, 128)
     for x, y in zip(ours, theirs):
@@ -155,16 +154,14 @@ def test_the_real_0p6b_shape_equals_the_reference(tokenizer_folder, tmp_path):
 @pytest.mark.parametrize("size, count", [("0.6b", 310), ("4b", 398)])
 def test_names_and_shapes_of_the_real_sizes_are_those_of_transformers(size, count):
     config = transformer.make_config(size, 151936)
-    fields = {theirs: getattr(config, ours) for ours, theirs in huggingface.FIELDS.items()}
+    fields = {theirs: getattr(config, ours) for ours, theirs in names.FIELDS.items()}
     with torch.device("meta"):
         model = transformers.Qwen3Model(transformers.Qwen3Config(**fields))
     theirs = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    assert dict(huggingface._their_shapes(config, "")) == theirs and len(theirs) == count
+    assert names.shapes(config) == theirs and len(theirs) == count
 
 
-def test_the_mask_of_a_converted_checkpoint_is_a_token_that_no_text_yields(tokenizer_folder, tmp_path):
+def test_the_mask_of_somebody_else_s_tokenizer_is_a_token_that_no_text_yields(tokenizer_folder, tmp_path):
     model = random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True)
-    source = save(model, tokenizer_folder, tmp_path / "source")
-    assert main(["convert", str(source), str(tmp_path / "converted")]) == 0
-    tokenizer = tokenizers.load(tmp_path / "converted" / "tokenizer")
+    tokenizer = model_folder.open_model(save(model, tokenizer_folder, tmp_path / "source")).tokenizer()
     assert tokenizer.mask_id == tokenizer.vocab_size > max(map(max, tokenizer.encode(TEXTS)))
