@@ -129,7 +129,7 @@ def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind
     died = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
     saved = training_state.steps(f"{bucket}/lost/pair/checkpoints")[-1]
-    assert set(range(1, saved + 1)) <= set(losses(f"{bucket}/lost", "pair")) and saved >= 2
+    assert set(range(1, saved + 1)) <= set(losses(f"{bucket}/lost", "pair")) and saved >= 1
     # Its lease is still there: another run is refused, the one that a launcher names goes on.
     with pytest.raises(paths.BusyError, match="is in use by process"), runs.hold(f"{bucket}/lost/pair"):
         pass
