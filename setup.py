@@ -8,7 +8,8 @@ setup(
     description="Diffusion-pretrained text embeddings in JAX: training, export and inference",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["embed", "embed.*"]),
+    packages=[*find_packages(include=["embed", "embed.*"]), "configs"],
+    package_data={"configs": ["data/*.gin"]},
     entry_points={"console_scripts": ["embed = embed.cli:main"]},
     install_requires=[
         "absl-py",

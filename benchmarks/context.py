@@ -11,8 +11,10 @@ import argparse
 
 import numpy as np
 
-from embed import inference, pipeline
+from embed import inference
+from embed.checkpoints.provenance import made_with
 from embed.evaluation import retrieval
+from embed.graph import machine
 from embed.inference.index import Index
 
 HEADER = 0.75  # of 0.25, 0.5, 0.75, 1 and 1.5 the best in the first run
@@ -42,9 +44,9 @@ def main() -> None:
     for corpus in (alone, context, alone + HEADER * first):
         _, ranking = Index(corpus, "float32").search(queries, 10)
         scores.append(retrieval.ndcg(ranking, data.relevant, 10))
-    source = pipeline.provenance()
+    source = made_with()
     print(f"python benchmarks/context.py: {arguments.model}, {arguments.data}; commit {source['commit']},")
-    print(f"{pipeline.machine()}, jax {source['versions']['jax']}\n")
+    print(f"{machine()}, jax {source['versions']['jax']}\n")
     print("| chunk's place | queries | alone | in context | alone + header |\n|---|---|---|---|---|")
     for name, chosen in groups:
         print(f"| {name} | {chosen.sum()} | " + " | ".join(f"{s[chosen].mean():.3f}" for s in scores) + " |")

@@ -12,7 +12,8 @@ import json
 import time
 from pathlib import Path
 
-from embed import config, pipeline
+from embed import config, graph, paths, runs
+from embed.checkpoints.provenance import made_with
 from embed.evaluation import retrieval
 
 
@@ -27,25 +28,26 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
 def run_variant(arguments, name: str, overrides: list[str]) -> dict:
     """Train and evaluate one variant in a workdir of its own, which borrows data and starting checkpoints."""
     folder = Path(arguments.workdir) / name.replace(" ", "_")
-    run = pipeline.Run(config.load(arguments.config, overrides), folder)
+    run = runs.Run(config.load(arguments.config, overrides), folder)
     if (done := folder / "lever.json").exists():
         return json.loads(done.read_text())
     stage = run.config.stages[arguments.stage]
-    for borrowed in filter(None, ("data", stage.init)):
-        if not (folder / borrowed).exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    for borrowed in ("data", stage.init if stage.init in run.config.stages else ""):
+        if borrowed and not (folder / borrowed).exists():
             (folder / borrowed).symlink_to((Path(arguments.source) / borrowed).absolute())
     start = time.perf_counter()
-    steps = pipeline.train_stage(run, arguments.stage)["steps"]
+    steps = graph.train_stage(run, arguments.stage)["steps"]
     seconds = time.perf_counter() - start
-    encoder = run.encoder(run.params(arguments.stage))
+    encoder = run.encoder(run.checkpoint(arguments.stage))
     figures = {}
     for benchmark in ("functions", "contextual"):
         for split in ("development", "test"):
-            data = pipeline.evaluation_set(run, benchmark, split)
+            data = graph.evaluation_set(run, f"{benchmark}/{split}")
             scores = retrieval.evaluate_retrieval(encoder, data, ("int8",))
             figures[f"{benchmark} {split}"] = scores["int8"]["ndcg@10"]
     row = {"name": name, "steps": steps, "seconds": seconds, **figures}
-    pipeline.write_json(done, row)
+    paths.write_json(done, row)
     return row
 
 
@@ -58,10 +60,10 @@ def main() -> None:
     parser.add_argument("variants", nargs="+", help='"name: key=value key=value"')
     arguments = parser.parse_args()
     rows = [run_variant(arguments, *parse_variant(variant)) for variant in arguments.variants]
-    source = pipeline.provenance()
+    source = made_with()
     versions = ", ".join(f"{name} {version}" for name, version in source["versions"].items())
     print(f"python benchmarks/levers.py --config={arguments.config} --stage={arguments.stage}, int8 nDCG@10;")
-    print(f"commit {source['commit']}, {pipeline.machine()}, {versions}\n")
+    print(f"commit {source['commit']}, {graph.machine()}, {versions}\n")
     heads = list(rows[0])
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for row in rows:

@@ -17,9 +17,10 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-from embed import pipeline
-from embed.checkpoints import huggingface
-from embed.cli.convert import main as run_convert
+from embed.checkpoints import model_folder, names
+from embed.checkpoints.provenance import made_with
+from embed.cli.export import main as run_export
+from embed.graph import machine
 from embed.models import transformer
 
 LENGTHS = (8192, 32768)
@@ -31,16 +32,16 @@ def write_checkpoint(folder: Path, size: str, files: int) -> None:
     words.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
     config = transformer.make_config(size, 151936)
-    shapes = dict(huggingface._their_shapes(config, "model."))
-    rng, names, where = np.random.default_rng(0), list(shapes), {}
+    shapes = names.shapes(config, "model.")
+    rng, tensors, where = np.random.default_rng(0), list(shapes), {}
     for i in range(files):
-        part = names[i::files]
+        part = tensors[i::files]
         file = f"model-{i + 1:05d}-of-{files:05d}.safetensors"
         arrays = {n: rng.random(shapes[n], np.float32).astype(ml_dtypes.bfloat16) for n in part}
         safetensors.numpy.save_file(arrays, folder / file)
         where |= dict.fromkeys(part, file)
-    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": where}))
-    fields = {theirs: getattr(config, ours) for ours, theirs in huggingface.FIELDS.items()}
+    (folder / names.INDEX).write_text(json.dumps({"weight_map": where}))
+    fields = {theirs: getattr(config, ours) for ours, theirs in names.FIELDS.items()}
     fields |= {"model_type": "qwen3", "rope_theta": config.rope_theta, "tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(fields))
 
@@ -53,18 +54,18 @@ def peak() -> float:
 
 def load(folder: str, dtype: str) -> float:
     """Peak while a checkpoint is loaded, in GB, less what the process held before."""
-    checkpoint = huggingface.open_checkpoint(folder)
+    checkpoint = model_folder.open_model(folder)
     before = peak()
     params = checkpoint.params(dtype=dtype)
     assert params["norm"].is_ready()
     return peak() - before
 
 
-def convert(folder: str, dtype: str) -> float:
-    """Peak of `embed convert`, which loads and writes, in GB, less what the process held before."""
+def export(folder: str) -> float:
+    """Peak of `embed export`, which loads and writes in float32, in GB, less what the process held before."""
     before = peak()
     with tempfile.TemporaryDirectory() as scratch:
-        assert run_convert([folder, f"{scratch}/out", f"--dtype={dtype}"]) == 0
+        assert run_export([f"--model={folder}", f"--output={scratch}/out"]) == 0
     return peak() - before
 
 
@@ -96,25 +97,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         what, *rest = arguments.measure
-        print({"load": load, "convert": convert, "encode": encode}[what](*rest))
+        print({"load": load, "export": export, "encode": encode}[what](*rest))
         return
-    source = pipeline.provenance()
-    print(
-        f"python benchmarks/memory.py; commit {source['commit']}, {pipeline.machine()}, jax {source['versions']['jax']}\n"
-    )
+    source = made_with()
+    print(f"python benchmarks/memory.py; commit {source['commit']}, {machine()}, jax {source['versions']['jax']}\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_checkpoint(folder, "0.6b", arguments.files)
         largest = max(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-        print("0.6B from bfloat16 files, GB; load is Checkpoint.params, convert is the verb with its writing:\n")
+        print("0.6B from bfloat16 files, GB; load is ModelFolder.params, export is the verb with its writing:\n")
         print(
             "| | parameters | model | largest file | peak above the process before | peak − model, in largest files |"
         )
         print("|---|---|---|---|---|---|")
         for dtype, width in (("float32", 4), ("bfloat16", 2)):
             model = 596_049_920 * width / 1e9
-            for what in ("load", "convert"):
-                used = measure(what, scratch, dtype)
+            for what in ("load", "export") if dtype == "float32" else ("load",):
+                used = measure(what, scratch, *([dtype] if what == "load" else []))
                 excess = (used - model) / largest
                 print(f"| {what} | {dtype} | {model:.2f} | {largest:.2f} | {used:.2f} | {excess:.2f} |", flush=True)
     print("\nEncoding one text with the tiny width, float32, GB:\n\n| tokens | whole process, peak |\n|---|---|")

@@ -9,8 +9,10 @@ import argparse
 
 import numpy as np
 
-from embed import inference, pipeline
+from embed import inference
+from embed.checkpoints.provenance import made_with
 from embed.evaluation import retrieval
+from embed.graph import machine
 from embed.inference.index import Index
 
 
@@ -26,9 +28,9 @@ def main() -> None:
         "tanh": ("float32", lambda v: np.tanh(v)),
         "int8": ("int8", lambda v: inference.quantize(v, "int8")),
     }
-    source = pipeline.provenance()
+    source = made_with()
     print(f"python benchmarks/precision.py: {arguments.model}, {arguments.data}; commit {source['commit']},")
-    print(f"{pipeline.machine()}, jax {source['versions']['jax']}\n")
+    print(f"{machine()}, jax {source['versions']['jax']}\n")
     largest, share = np.abs(documents).max(), (np.abs(documents) > 1).mean()
     print(f"|v| of documents: mean {np.abs(documents).mean():.3f}, largest {largest:.2f}, above 1 {share:.2%}\n")
     print("| " + " | ".join(variants) + " |\n|" + "---|" * len(variants))

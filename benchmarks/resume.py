@@ -18,17 +18,26 @@ from pathlib import Path
 STEPS = (100, 50_000)
 
 
+def one_device_step(run, name: str, steps: int):
+    """The training step of a stage on one device."""
+    import jax
+
+    from embed.models import sharding
+    from embed.training.step import make_step
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return make_step(run.config.stages[name], run.model, mesh, steps=steps, seed=0, mask_id=run.tokenizer.mask_id)
+
+
 def prepare(run, name: str, folder: Path, step: int) -> None:
     """A checkpoint of random parameters at `step`, and the metrics of the steps before."""
     import jax
 
     from embed.checkpoints import training_state
-    from embed.training.optimizer import make_optimizer, wsd_schedule
 
-    optimizer = run.config.stages[name].optimizer
-    schedule = wsd_schedule(optimizer.learning_rate, step + 1, optimizer.warmup, optimizer.decay)
-    params = run.params("random init")
-    state = jax.jit(make_optimizer(optimizer, schedule).init)(params)
+    made = one_device_step(run, name, step + 1)
+    params = made.random_params(jax.random.key(0))
+    state = made.init(params)
     with training_state.open_manager(folder / "checkpoints", save_every=1, keep=1) as manager:
         training_state.save(manager, step, params, state)
     rows = ({"step": k, "loss": 1.0, "gradient_norm": 1.0, "skipped": 0.0} for k in range(10, step + 1, 10))
@@ -37,23 +46,17 @@ def prepare(run, name: str, folder: Path, step: int) -> None:
 
 def resume(run, name: str, folder: Path, step: int) -> dict[str, float]:
     """Seconds until the loader's first batch, and until the step is done and saved."""
-    import jax
-
-    from embed.models import sharding, transformer
     from embed.training import loop, stages
 
     begun = time.perf_counter()
-    stage = run.config.stages[name]
-    phases = [(n, run.mixtures[mixture]) for n, mixture in stage.curriculum]
+    stage, phases = run.config.stages[name], run.phases(name)
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     loader = stages.make_loader(stage, stores, phases, seed=0, separator_id=run.tokenizer.separator_id)
     loader.batch(step)
     batch = time.perf_counter() - begun
     loop.train(
-        folder, stage=stage, loss=stages.make_loss(stage, run.model, run.tokenizer.mask_id), loader=loader,
-        steps=step + 1, initial_params=lambda shardings: sys.exit("the checkpoint was not found"),
-        abstract_params=transformer.abstract_params(run.model), seed=0,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        folder, step=one_device_step(run, name, step + 1), loader=loader,
+        initial_params=lambda shardings: sys.exit("the checkpoint was not found"),
     )  # fmt: skip
     return {"batch": batch, "whole": time.perf_counter() - begun}
 
@@ -66,18 +69,19 @@ def main() -> None:
     parser.add_argument("--resume", nargs=2, metavar=("FOLDER", "STEP"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
-    from embed import config, pipeline
+    from embed import config
+    from embed.checkpoints.provenance import made_with
+    from embed.graph import machine
+    from embed.runs import Run
 
-    run = pipeline.Run(config.load(arguments.config), arguments.workdir, arguments.config)
+    run = Run(config.load(arguments.config), arguments.workdir, arguments.config)
     if arguments.resume:
         folder, step = arguments.resume
         print(json.dumps(resume(run, arguments.stage, Path(folder), int(step))))
         return
-    source = pipeline.provenance()
+    source = made_with()
     command = f"python benchmarks/resume.py --config={arguments.config} --workdir={arguments.workdir} --stage={arguments.stage}"
-    print(
-        f"{command}:\ncommit {source['commit']}, {pipeline.machine()}, jax {source['versions']['jax']}; medians of three\n"
-    )
+    print(f"{command}:\ncommit {source['commit']}, {machine()}, jax {source['versions']['jax']}; medians of three\n")
     print("| continued at step | first batch, s | to the end of the first step, s |\n|---:|---:|---:|")
     for step in STEPS:
         found = []

@@ -26,18 +26,18 @@ ROWS_AT_ONCE = {"0.6b": 16, "4b": 4}  # of a chip; more are microbatches
 def plan_row(size: str, topology: str, slices: int) -> dict:
     """The planner's figures of one step."""
     from embed import config as configs
-    from embed.models.transformer import TransformerConfig
+    from embed.models import transformer
     from embed.training import plan
 
     _, chips = plan.parse_topology(topology)
     chips *= slices
-    config = configs.load(f"configs/qwen3.py:size={size},stage=diffusion")
+    config = configs.load(f"configs/pplx_embed.py:size={size},stage=diffusion")
     stage = config.stages.diffusion
     microbatches = max(1, stage.batch.rows // (chips * ROWS_AT_ONCE[size]))
-    with stage.unlocked():
-        stage.microbatches = microbatches
-    axes = config.mesh.to_dict() | {"data": max(slices, chips // MOST_SHARDS)}
-    found = plan.make_plan(stage, TransformerConfig(**config.model.to_dict()), topology, axes, slices=slices)
+    stage.execution.microbatches = microbatches
+    axes = config.execution.mesh.to_dict() | {"data": max(slices, chips // MOST_SHARDS)}
+    model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
+    found = plan.make_plan(stage, model, topology, axes, slices=slices)
     kept = ("chips", "model_flops", "memory", "collectives", "bounds", "peak", "fits")
     row = {name: getattr(found, name) for name in kept}
     return row | {
@@ -109,9 +109,9 @@ def main() -> None:
             if arguments.rows and not found:
                 with arguments.rows.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-    from embed import pipeline
+    from embed.checkpoints.provenance import made_with
 
-    source = pipeline.provenance()
+    source = made_with()
     print(f"python benchmarks/scaling.py: commit {source['commit']}, jax {source['versions']['jax']}\n\n{table(rows)}")
     if arguments.plot:
         plot(rows, arguments.plot)

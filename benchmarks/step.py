@@ -3,7 +3,7 @@
     python benchmarks/step.py --config=configs/quickstart.py --workdir=runs/quickstart [--stages pair] [--trace=FOLDER]
 
 Needs a workdir with prepared data. Prints for each stage the seconds of the loss, of its gradient and of the whole step
-(the fastest of --repeats runs), with the products' arithmetic and the rate at which it was done; `matmul` is what one
+(the fastest of --repeats runs), with the arithmetic of its products (`flops.hardware_flops`) and the rate at which it was done; `matmul` is what one
 2048³ product reaches. --trace writes a jax.profiler trace of three steps of each stage, for TensorBoard or Perfetto.
 """
 
@@ -15,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from embed import config, pipeline
+from embed import config
+from embed.checkpoints.provenance import made_with
 from embed.cli.common import keep_freed_memory
+from embed.graph import machine
 from embed.models import sharding, transformer
-from embed.training import loop, optimizer, stages
+from embed.runs import Run
+from embed.training import flops, stages
+from embed.training.step import make_step
 
 VARIANTS = {
     "as configured": {},
@@ -38,52 +42,34 @@ def fastest(function, repeats: int) -> float:
     return min(seconds)
 
 
-def flops(stage, model: transformer.TransformerConfig, rows: int, length: int) -> float:
-    """Arithmetic of the matrix products of one step: forward and twice that backward, 2 a multiply-add.
-
-    Attention is counted over whole rows, as it is computed here; the diffusion stage adds the vocabulary product,
-    forward twice because its logits are recomputed.
-    """
-    c, tokens = model, rows * length
-    heads = c.num_heads * c.head_dim
-    layer = c.hidden_size * (2 * heads + 2 * c.num_kv_heads * c.head_dim + 3 * c.intermediate_size)
-    total = 3 * c.num_layers * 2 * tokens * (layer + 2 * length * heads)
-    if stage.kind == "diffusion":
-        total += 4 * 2 * tokens * c.vocab_size * c.hidden_size
-    return total
-
-
-def measure(
-    run: pipeline.Run, name: str, model: transformer.TransformerConfig, repeats: int, trace: str
-) -> list[float]:
+def measure(run: Run, name: str, model: transformer.TransformerConfig, repeats: int, trace: str) -> list[float]:
     """[GFLOP, seconds of the loss, of the gradient, of the step] of a stage under `model`."""
     stage = run.config.stages[name]
-    phases = [(steps, run.mixtures[mixture]) for steps, mixture in stage.curriculum]
+    phases = run.phases(name)
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     loader = stages.make_loader(stage, stores, phases, seed=0, separator_id=run.tokenizer.separator_id)
     batch = loader.batch(0)
     batch.pop("stats")
-    batch = sharding.put_batch(sharding.make_mesh(), batch)
-    loss = stages.make_loss(stage, model, run.tokenizer.mask_id)
-    params = transformer.init(model, jax.random.key(0))
-    tx = optimizer.make_optimizer(stage.optimizer, lambda step: 1e-4)
-    state, key = jax.jit(tx.init)(params), jax.random.key(0)
+    step = make_step(stage, model, sharding.make_mesh(), steps=100, seed=0, mask_id=run.tokenizer.mask_id)
+    batch = step.put(batch)
+    loss = stages.make_loss(stage, step.model, run.tokenizer.mask_id)
+    params, key = step.random_params(jax.random.key(0)), jax.random.key(0)
     value = jax.jit(lambda params: loss(params, batch, key, 0.5)[0])
     gradient = jax.jit(jax.grad(lambda params: loss(params, batch, key, 0.5)[0]))
-    step = jax.jit(loop.make_train_step(loss, tx, 0, 100), donate_argnums=(0, 1))
-    held = [jax.tree.map(jnp.copy, params), state]
+    held = [jax.tree.map(jnp.copy, params), step.init(params)]
 
     def whole():
         held[0], held[1], metrics = step(held[0], held[1], batch, 1)
         return metrics
 
-    seconds = [fastest(lambda: value(params), repeats), fastest(lambda: gradient(params), repeats)]
+    with jax.set_mesh(step.mesh):
+        seconds = [fastest(lambda: value(params), repeats), fastest(lambda: gradient(params), repeats)]
     seconds.append(fastest(whole, repeats))
     if trace:
         with jax.profiler.trace(f"{trace}/{name}"):
             for _ in range(3):
                 jax.block_until_ready(whole())
-    return [flops(stage, model, *batch["tokens"].shape) / 1e9, *seconds]
+    return [flops.hardware_flops(stage, step.model, step.mesh) / 1e9, *seconds]
 
 
 def main() -> None:
@@ -98,10 +84,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     kept = not arguments.returned_memory and keep_freed_memory()
-    run = pipeline.Run(config.load(arguments.config), arguments.workdir, arguments.config)
-    source = pipeline.provenance()
+    run = Run(config.load(arguments.config), arguments.workdir, arguments.config)
+    source = made_with()
     print(f"python benchmarks/step.py --config={arguments.config} --workdir={arguments.workdir}:")
-    print(f"commit {source['commit']}, {pipeline.machine()},")
+    print(f"commit {source['commit']}, {machine()},")
     print(", ".join(f"{name} {version}" for name, version in source["versions"].items()), end="")
     print(f"; freed memory {'kept' if kept else 'returned to the kernel'}\n")
     a = jnp.asarray(np.random.default_rng(0).normal(size=(2048, 2048)), jnp.float32)

@@ -38,12 +38,12 @@ DIFFERENCES = """\
 
 def open_run(arguments):
     """(run, stage, its loader, its schedule)."""
-    from embed import config, pipeline
+    from embed import config
+    from embed.runs import Run
     from embed.training import optimizer, stages
 
-    run = pipeline.Run(config.load(arguments.config), arguments.workdir, arguments.config)
-    stage = run.config.stages.pair
-    phases = [(steps, run.mixtures[mixture]) for steps, mixture in stage.curriculum]
+    run = Run(config.load(arguments.config), arguments.workdir, arguments.config)
+    stage, phases = run.config.stages.pair, run.phases("pair")
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     loader = stages.make_loader(stage, stores, phases, seed=0, separator_id=run.tokenizer.separator_id)
     settings = stage.optimizer
@@ -64,41 +64,30 @@ def points(arguments) -> list[int]:
 def train_embed(arguments, as_configured: bool = False) -> list:
     import jax
 
-    from embed import pipeline
+    from embed import graph
     from embed.evaluation import retrieval
     from embed.models import sharding
-    from embed.training import loop, optimizer, stages
+    from embed.training.step import make_step
 
-    run, stage, loader, schedule = open_run(arguments)
+    run, stage, loader, _ = open_run(arguments)
     if not as_configured:
-        with stage.unlocked():
-            stage.matryoshka, stage.margin = (run.model.hidden_size,), 2.0  # no cosine is more than 2 above another
-    functions = pipeline.evaluation_set(run, "functions")
-    tx = optimizer.make_optimizer(stage.optimizer, schedule)
-    loss = stages.make_loss(stage, run.model, run.tokenizer.mask_id)
-    params = run.params("random init")
+        stage.matryoshka, stage.margin = (run.model.hidden_size,), 2.0  # no cosine is more than 2 above another
+    functions, start = graph.evaluation_set(run, "functions/test"), run.checkpoint("random init")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    shardings = sharding.parameter_shardings(
-        mesh, params
-    )  # as in the loop: a step that finds them elsewhere compiles twice
-    params = jax.tree.map(jax.device_put, params, shardings)
-    state_shardings = sharding.state_shardings(mesh, jax.eval_shape(tx.init, params), shardings)
-    state = jax.jit(tx.init, out_shardings=state_shardings)(params)
-    step = jax.jit(
-        loop.make_train_step(loss, tx, 0, arguments.steps),
-        donate_argnums=(0, 1), out_shardings=(shardings, state_shardings, None),
-    )  # fmt: skip
+    step = make_step(stage, run.model, mesh, steps=arguments.steps, seed=0, mask_id=run.tokenizer.mask_id)
+    params = start.params(step.params_sharding)
+    state = step.init(params)
     seconds, curve, done, lost = 0.0, [], 0, 0
     for point in points(arguments):
         begun = time.perf_counter()
         for k in range(done, point):
             batch = loader.batch(k)
             lost += batch.pop("stats")["lost"]
-            with jax.set_mesh(mesh):
-                params, state, _ = step(params, state, sharding.put_batch(mesh, batch), k)
+            params, state, _ = step(params, state, step.put(batch), k)
         jax.block_until_ready(params)
         seconds, done = seconds + time.perf_counter() - begun, point
-        figures = retrieval.evaluate_retrieval(run.encoder(params), functions, ("float32",), alone=True)["float32"]
+        encoder = run.encoder(start, params=params)
+        figures = retrieval.evaluate_retrieval(encoder, functions, ("float32",), alone=True)["float32"]
         curve.append((point, seconds, figures["ndcg@10"]))
     if lost:
         raise ValueError(f"{lost} pairs have no tokens on a side, and only embed leaves those out")
@@ -116,13 +105,14 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
     import torch
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from embed import pipeline
+    from embed import graph
     from embed.evaluation import retrieval
     from embed.inference import load
 
     run, stage, loader, schedule = open_run(arguments)
-    functions, spans = pipeline.evaluation_set(run, "functions"), stage.batch.spans
-    pipeline.export_model(run, "random init", folder, "sentence-transformers")
+    functions, spans = graph.evaluation_set(run, "functions/test"), stage.batch.spans
+    graph.export_model(run, "random init", folder)
+    (folder / "embed.json").unlink()  # its digests: the weights are written anew at each evaluation
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu").train()
     loss_function = MultipleNegativesRankingLoss(model, scale=1 / stage.temperature)
     settings = stage.optimizer
@@ -204,9 +194,11 @@ def describe(arguments) -> list[str]:
     """What ran, on what, and what differs."""
     from importlib.metadata import version
 
-    from embed import config, pipeline
+    from embed import config
+    from embed.checkpoints.provenance import made_with
+    from embed.graph import machine
 
-    settings, source = config.load(arguments.config), pipeline.provenance()
+    settings, source = config.load(arguments.config), made_with()
     stage = settings.stages.pair
     names = ("torch", "transformers", "sentence-transformers")
     versions = {"jax": source["versions"]["jax"], **{name: version(name) for name in names}}
@@ -216,7 +208,7 @@ def describe(arguments) -> list[str]:
     )  # fmt: skip
     return [
         f"python {' '.join(sys.argv)}:",
-        f"commit {source['commit']}, {pipeline.machine()},",
+        f"commit {source['commit']}, {machine()},",
         ", ".join(f"{name} {number}" for name, number in versions.items()),
         f"{stage.batch.groups * stage.batch.group_size} pairs a step, {arguments.steps} steps, one run a side: {', then '.join(arguments.order)}\n",
         about,

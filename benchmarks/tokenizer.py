@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from embed import pipeline, tokenizers
+from embed import tokenizers
+from embed.checkpoints.provenance import made_with
+from embed.graph import machine
 
 LINES = 20
 
@@ -48,7 +50,7 @@ def main() -> int:
         if not np.array_equal(ids, theirs.encode_ordinary(unicodedata.normalize("NFC", text)))
     ]  # fmt: skip
     tokens = sum(map(len, got))
-    print(f"python benchmarks/tokenizer.py; commit {pipeline.provenance()['commit']}, {pipeline.machine()}")
+    print(f"python benchmarks/tokenizer.py; commit {made_with()['commit']}, {machine()}")
     print(f"{len(arguments.texts)} files, {len(texts):,} texts, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
     print(f"{len(differing)} texts differ" + "".join(f"\n  {texts[i]!r:.100}" for i in differing[:10]))
     return 1 if differing else 0

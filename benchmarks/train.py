@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                                    CPU: configs/quickstart.py; GPU: diffusion at 0.6B, length 4,096
     python benchmarks/train.py --stages pair:14 --output=FILE     one stage, its batch in 14 parts (gradient caching)
-    python benchmarks/train.py --config=configs/qwen3.py:size=0.6b --stages diffusion:4 pair:8 --rows=8 --groups=4
+    python benchmarks/train.py --config=configs/pplx_embed.py:size=0.6b --stages diffusion:4 pair:8 --rows=8 --groups=4
 
 Both sides run the stage of the config on the same random texts, of one length: ours packs them into rows as the loader does,
 PyTorch (transformers' Qwen3, scaled-dot-product attention, fused AdamW, torch.compile on a GPU) gets them as a batch without
@@ -14,6 +14,7 @@ differ by more than the steps of one. Needs no data, TensorFlow or seqio; withou
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -36,7 +37,7 @@ DEFAULTS = {  # of a platform; 98 rows of the quickstart's pair stage are 7 part
     "cpu": dict(
         config="configs/quickstart.py", stages=["diffusion", "pair", "pair:7", "contextual", "triplet"], rows=0
     ),
-    "gpu": dict(config="configs/qwen3.py:size=0.6b", stages=["diffusion:4"], rows=8),
+    "gpu": dict(config="configs/pplx_embed.py:size=0.6b", stages=["diffusion:4"], rows=8),
 }
 
 
@@ -77,33 +78,27 @@ def random_texts(stage, vocabulary: int) -> dict[str, np.ndarray]:
     return {name: rng.integers(5, vocabulary - 1, shape).astype(np.int32) for name, shape in shapes.items()}
 
 
-def specification(arguments, wanted: str) -> tuple[dict, dict, dict]:
-    """(stage and model as plain values, the texts, each side's FLOPs of a step) of `STAGE` or `STAGE:MICROBATCHES`."""
+def specification(arguments, wanted: str) -> tuple[dict, dict, float]:
+    """(stage and model as plain values, the texts, model FLOPs of a step) of `STAGE` or `STAGE:MICROBATCHES`."""
     from embed import config as configs
-    from embed.models.transformer import TransformerConfig
-    from embed.training import plan
+    from embed.models import transformer
+    from embed.training import flops, stages
 
     config = configs.load(arguments.config, arguments.overrides)
     name, _, microbatches = wanted.partition(":")
     stage = config.stages[name]
-    with stage.unlocked():
-        stage.microbatches = int(microbatches or stage.microbatches)
-        size = "rows" if stage.kind == "diffusion" else "groups"
-        stage.batch[size] = getattr(arguments, size) or stage.batch[size]
-    dtype = "float32" if arguments.platform == "cpu" else "bfloat16"
-    vocabulary = config.model.vocab_size or config.data.vocab_size
-    model = config.model.to_dict() | {"vocab_size": vocabulary, "dtype": dtype}
-    texts = random_texts(stage, vocabulary)
-
-    # PyTorch's passes have no padding, attend within shorter rows, and make the logits of masked tokens alone: half of them.
-    flops = plan.forward_flops(stage, TransformerConfig(**model))
-    slots, tokens = plan.tokens(stage), sum(x.size for x in texts.values())
+    stage.execution.microbatches = int(microbatches or stage.execution.microbatches)
+    size = "rows" if stage.kind == "diffusion" else "groups"
+    stage.batch[size] = getattr(arguments, size) or stage.batch[size]
+    config.model.dtype = "float32" if arguments.platform == "cpu" else "bfloat16"
+    model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
+    model = stages.stage_model(stage.kind, model)
+    texts = random_texts(stage, model.vocab_size)
+    # Each text is a segment; the chunks of a document are one together.
     lengths = [(x.size, x[0].size if stage.kind == "contextual" and name == "documents" else x.shape[-1]) for name, x in texts.items()]  # fmt: skip
-    attended = sum(size * length for size, length in lengths) / (slots * stage.batch.length)
-    logits = 0.5 / stage.logits_capacity if stage.kind == "diffusion" else 0
-    share = {"layers": tokens / slots, "attention": attended, "logits": logits, "similarity": 1.0}
-    theirs = 3 * sum(share[part] * n for part, n in flops.items())
-    return {"stage": stage.to_dict(), "model": model}, texts, dict(zip(SIDES, (3 * sum(flops.values()), theirs)))
+    tokens, squares = (sum(size * length**power for size, length in lengths) for power in (0, 1))
+    given = {"stage": stage.to_dict(), "model": dataclasses.asdict(model)}
+    return given, texts, flops.model_flops(stage, model, tokens, squares)
 
 
 def timed(step, steps: int) -> list[float]:
@@ -173,28 +168,20 @@ def measure_embed(stage, model: dict, texts: dict[str, np.ndarray], steps: int) 
     import jax
 
     from embed.models import sharding, transformer
-    from embed.training import loop, optimizer, stages
+    from embed.training.step import make_step
 
     libraries = resident()
     model = transformer.TransformerConfig(**model)
     batch = make_batch(stage, texts)
     fill = float((batch["segment_ids"] > 0).mean())
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    loss = stages.make_loss(stage, model, mask_id=model.vocab_size - 1)
-    tx = optimizer.make_optimizer(stage.optimizer, lambda step: 1e-4)
-    abstract = transformer.abstract_params(model)
-    where = sharding.parameter_shardings(mesh, abstract)
-    where_state = sharding.state_shardings(mesh, jax.eval_shape(tx.init, abstract), where)
-    params = jax.jit(transformer.init, static_argnums=0, out_shardings=where)(model, jax.random.key(0))
-    state, batch = jax.jit(tx.init, out_shardings=where_state)(params), sharding.put_batch(mesh, batch)
-    train_step = jax.jit(
-        loop.make_train_step(loss, tx, 0, 100), donate_argnums=(0, 1), out_shardings=(where, where_state, None)
-    )
+    train_step = make_step(stage, model, mesh, steps=100, seed=0, mask_id=model.vocab_size - 1)
+    params = train_step.random_params(jax.random.key(0))
+    state, batch = train_step.init(params), train_step.put(batch)
 
     def step(k):
         nonlocal params, state
-        with jax.set_mesh(mesh):
-            params, state, metrics = train_step(params, state, batch, k)
+        params, state, metrics = train_step(params, state, batch, k)
         jax.block_until_ready((params, metrics))
 
     seconds = timed(step, steps)
@@ -283,7 +270,7 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
         unit = (torch.rand(1, device=device) + torch.randperm(len(rows), device=device) / len(rows)) % 1
         t = (1e-3 + (1 - 1e-3) * unit)[:, None]
         masked, total = torch.rand(rows.shape, device=device) < t, 0
-        for part in torch.arange(len(rows), device=device).chunk(stage.microbatches):
+        for part in torch.arange(len(rows), device=device).chunk(stage.execution.microbatches):
             m, x = masked[part], rows[part]
             h = hidden(x.masked_fill(m, model["vocab_size"] - 1))[m]
             with low():
@@ -317,12 +304,12 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
         rows = {name: x.flatten(0, -2) for name, x in ids.items()}
         if stage.kind == "contextual":  # late chunking: a document is one row
             pieces["documents"], rows["documents"] = ids["documents"].shape[1], ids["documents"].flatten(1)
-        if stage.microbatches == 1:
+        if stage.execution.microbatches == 1:
             loss = objective({name: mean(rows[name], pieces[name]) for name in rows})
             loss.backward()
             return loss.detach()
         # GradCache: all vectors without a graph, their gradients, then each part again with one.
-        parts = {name: rows[name].chunk(stage.microbatches) for name in rows}
+        parts = {name: rows[name].chunk(stage.execution.microbatches) for name in rows}
         with torch.no_grad():
             vectors = {name: torch.cat([mean(part, pieces[name]) for part in parts[name]]) for name in rows}
         for x in vectors.values():
@@ -330,7 +317,7 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
         loss = objective(vectors)
         loss.backward()
         for name, x in vectors.items():
-            for part, gradient in zip(parts[name], x.grad.chunk(stage.microbatches)):
+            for part, gradient in zip(parts[name], x.grad.chunk(stage.execution.microbatches)):
                 mean(part, pieces[name]).backward(gradient)
         return loss.detach()
 
@@ -376,22 +363,23 @@ def about() -> dict:
     import jax
     import jax.numpy as jnp
 
-    from embed import pipeline
-    from embed.training import plan
+    from embed.checkpoints.provenance import made_with
+    from embed.graph import machine
+    from embed.training import flops
 
-    source = pipeline.provenance()
+    source = made_with()
     for name in ("torch", "transformers"):
         try:
             source["versions"][name] = version(name)
         except PackageNotFoundError:
             source["versions"][name] = "not installed"
-    peak, whose = plan.device_peak(), "published"
+    peak, whose = flops.device_peak(), "published"
     if peak is None:
         a, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
         seconds = timed(lambda _: product(a, a).block_until_ready(), 8)
         peak, whose = 2 * 2048**3 / min(seconds), "the fastest of 8 products of 2048 x 2048 matrices here, by jax"
     return source | {
-        "machine": pipeline.machine(),
+        "machine": machine(),
         "peak": peak,
         "whose": whose,
         "platform": jax.default_backend(),
@@ -423,7 +411,7 @@ def run_child(side: str, folder: str, steps: int) -> None:
 def measure_stage(arguments, wanted: str, peak: float) -> list[str]:
     """The table's line of each side for a stage."""
     given, texts, flops = specification(arguments, wanted)
-    parts = given["stage"]["microbatches"]
+    parts = given["stage"]["execution"]["microbatches"]
     label = given["stage"]["kind"] + (f", {parts} parts" if parts > 1 else "")
     runs, said = {side: [] for side in SIDES}, {}
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
@@ -450,7 +438,7 @@ def measure_stage(arguments, wanted: str, peak: float) -> list[str]:
         cells = [
             label, side, f"{tokens:,}", f"{one['fill']:.0%}",
             f"{medians[side]:.3f} ({min(of_processes):.3f}–{max(of_processes):.3f})", f"{tokens / medians[side]:,.0f}",
-            f"{flops[side] / medians[side] / peak:.1%}", f"{one['memory'] / 1e9:.2f}", libraries, ratio,
+            f"{flops / medians[side] / peak:.1%}", f"{one['memory'] / 1e9:.2f}", libraries, ratio,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -494,7 +482,7 @@ def main() -> None:
     say(
         f"config {arguments.config}; load average before {load(os.getloadavg()[0])}; {arguments.rounds} processes of {arguments.steps} steps, one side after the other: seconds are the median (fastest–slowest process)"
     )
-    say(f"MFU: three forward passes by formula, ours with its padding, over {source['peak'] / 1e12:.3g} TFLOP/s ({source['whose']})")  # fmt: skip
+    say(f"MFU: three forward passes by formula, inside segments and without padding, for both, over {source['peak'] / 1e12:.3g} TFLOP/s ({source['whose']})")  # fmt: skip
     if arguments.platform == "cpu":
         say(
             "memory: the most that a process has had, compilation included; both sides with malloc keeping freed memory"

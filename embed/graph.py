@@ -55,6 +55,8 @@ def prepare(run: Run) -> dict:
     """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later."""
     done = (run.data / "info.json").exists()
     missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
+    if jax.process_count() > 1 and not done:
+        raise FileNotFoundError(f"{run.data} holds no prepared data: run `embed prepare` with this config, in one process, first")
     if missing and not done:
         raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
     run.check_sources()
@@ -302,11 +304,13 @@ def export_source(
     source: str, folder, *, step: int = 0, contextual: bool = False, format: str = "", tanh: bool = False
 ):
     """Write a model folder, hub id or stage folder as a model folder, or in another format."""
+    if paths.path(source) == paths.path(folder):
+        raise ValueError(f"{folder} is the model itself; choose another folder")
     found = runs.find(source, step)
     settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
     return write_model(
         found, found.load_tokenizer(), folder, shardings=runs.over_all_devices, format=format, tanh=tanh,
-        provenance=found.provenance | origin(found), **settings | found.settings,
+        provenance=origin(found), **settings | found.settings,
     )  # fmt: skip
 
 
@@ -329,11 +333,11 @@ def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
 
 def origin(checkpoint: Checkpoint) -> dict:
     """What a card tells of where a checkpoint comes from."""
+    if checkpoint.provenance or checkpoint.settings:  # a model folder, which tells of itself
+        return checkpoint.provenance | {"source": checkpoint.identity}
     found = {"checkpoint": checkpoint.name, "identity": checkpoint.identity, "lineage": runs.lineage(checkpoint)}
     if checkpoint.of:
         found["merge"] = {"of": list(checkpoint.of), "ratio": checkpoint.identity["ratio"]}
-    if checkpoint.settings or checkpoint.left_shift and not checkpoint.config:  # a model folder
-        found["source"] = checkpoint.identity
     return found
 
 
@@ -513,6 +517,18 @@ def _elsewhere(name: str) -> bool:
     return runs.is_stage(name) or model_folder.is_model(name) or bool(model_folder.HUB_ID.fullmatch(name))
 
 
+def is_done(run: Run, node: Node, saved: Mapping | None) -> bool:
+    """Whether a node need not be worked: `saved` is its steps/NAME.json, None if there is none."""
+    if saved is None:
+        return False
+    if node.kind == "prepare":
+        prepare(run)  # which refuses data of another config
+        return True
+    if node.kind == "stage":
+        return run.is_complete(node.of, run.identity(node.of))
+    return _portable(saved["inputs"]) == _portable(inputs(run, node))
+
+
 def walk(run: Run) -> dict:
     """Every node that is not yet complete, then the report; returns what results.json holds."""
     check(run.config)
@@ -521,22 +537,12 @@ def walk(run: Run) -> dict:
         for node in nodes(run.config):
             file = run.workdir / "steps" / f"{node.name}.json"
             saved = paths.read_json(file) if file.exists() else None
-            if node.kind == "stage":
-                done = saved is not None and run.is_complete(node.of, run.identity(node.of))
-            elif node.kind == "prepare":
-                done = saved is not None and (run.data / "info.json").exists()
-                if done:
-                    node.work(run)  # which refuses data of another config
-            else:
-                done = saved is not None and _portable(saved["inputs"]) == _portable(inputs(run, node))
-            if not done:
+            if not runs.agreed(is_done(run, node, saved)):
                 say(node.name)
                 start = time.perf_counter()
                 result = node.work(run)
-                saved = {
-                    "result": result, "seconds": time.perf_counter() - start, "inputs": inputs(run, node),
-                    **made_with(),
-                }  # fmt: skip
+                taken = time.perf_counter() - start
+                saved = {"result": result, "seconds": taken, "inputs": inputs(run, node), **made_with()}
                 runs.write_json(file, saved)
             results[node.name], seconds[node.name] = saved["result"], round(saved["seconds"], 1)
             sources.append({key: saved[key] for key in ("commit", "versions", "device")})

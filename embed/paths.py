@@ -13,6 +13,7 @@ import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,6 +190,8 @@ def lock(folder) -> Iterator[None]:
     held = FileLock(folder.with_name(f".{folder.name}.lock"))  # beside it: the folder itself may be replaced
     try:
         held.acquire(timeout=0)
+    except NotImplementedError:
+        warnings.warn(f"{folder.parent} has no file locks: nothing keeps two commands from writing {folder.name}", stacklevel=3)
     except Timeout:
         raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
     try:

@@ -86,7 +86,13 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
+        """Of the prepared data."""
+        self._check_prepared()
         return tokenizers.load(self.data / "tokenizer")
+
+    def _check_prepared(self) -> None:
+        if not (self.data / "mixtures.json").exists():
+            raise FileNotFoundError(f"{self.data} holds no prepared data; run `embed prepare` with this config and workdir")
 
     @cached_property
     def model(self) -> transformer.TransformerConfig:
@@ -109,10 +115,8 @@ class Run:
     @cached_property
     def mixtures(self) -> dict[str, dict[str, float]]:
         """{mixture: {task: rate}} of the prepared data."""
-        file = self.data / "mixtures.json"
-        if not file.exists():
-            raise FileNotFoundError(f"{self.data} holds no prepared data; run `embed prepare` with this config and workdir")
-        return paths.read_json(file)
+        self._check_prepared()
+        return paths.read_json(self.data / "mixtures.json")
 
     def folder(self, stage: str):
         """The folder of a stage of this run."""
@@ -197,8 +201,9 @@ class Run:
         if parent.tokenizer:
             mine = tokenizer_identity(self.tokenizer)
             problems += [
-                f"the run's tokenizer has {name} {left}, the checkpoint's {right}"
-                for name, left, right in configs.differences(mine, parent.tokenizer)
+                f"the run's tokenizer has {name} {mine[name]}, the checkpoint's {value}"
+                for name, value in parent.tokenizer.items()
+                if mine[name] != value
             ]
         if problems:
             raise ValueError(f"stage {stage} cannot start from {parent.name}: " + "; ".join(problems))
@@ -445,6 +450,11 @@ def hold(folder) -> Iterator[None]:
         if error:
             raise error
         yield
+
+
+def agreed(flag: bool) -> bool:
+    """The flag of process 0: what one process sees in a folder another may see a moment later."""
+    return bool(multihost_utils.broadcast_one_to_all(flag)) if jax.process_count() > 1 else flag
 
 
 def write_json(file, value) -> None:

@@ -50,6 +50,7 @@ def bucket():
             patch.setenv("STORAGE_EMULATOR_HOST", url)
             patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
             patch.setenv("EPATH_USE_TF", "false")
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks for credentials at each call
             yield "gs://embed-tests"
     finally:
         process.kill()

@@ -11,7 +11,9 @@ import safetensors.numpy
 import sentencepiece
 import tokenizers as hf
 
+from embed import paths
 from embed.checkpoints import export, names
+from embed.data.store import Writer
 from embed.inference import Encoder
 from embed.models import transformer
 from embed.tokenizers import SentencePieceTokenizer
@@ -46,6 +48,54 @@ def config() -> transformer.TransformerConfig:
 def params() -> dict:
     """Weights of `config`, drawn by NumPy: compiling `transformer.init` takes longer than these tests."""
     return random_params(config())
+
+
+def write_data(folder) -> None:
+    """Prepared data of two tasks and one evaluation set, as `embed prepare` leaves them; the folder may lie in a bucket."""
+    folder, texts = paths.path(folder), sentences(60)
+    tokenizer().save(folder / "tokenizer")
+    columns = {"text": ["tokens"], "pairs": ["query", "document"]}
+    for task, sides in columns.items():
+        writer = Writer(folder / "tasks" / task, sides)
+        for i, text in enumerate(texts):
+            tokens = tokenizer().encode([text, sentences(1, seed=i, longest=6)[0]])
+            writer.append(dict(zip(sides, tokens[::-1] if len(sides) > 1 else tokens)))
+        writer.close({"task": task})
+    paths.write_json(folder / "mixtures.json", {"diffusion": {"text": 1.0}, "pairs": {"pairs": 1.0}})
+    rows = {
+        "corpus": [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts[:20])],
+        "queries": [{"_id": f"q{i}", "text": text.split()[0]} for i, text in enumerate(texts[:5])],
+        "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(5)],
+    }
+    for name, lines in rows.items():
+        paths.write(folder / "evaluation" / "set" / "test" / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    paths.write_json(folder / "info.json", {"arguments": "small"})
+
+
+# Two stages over `write_data`, in seconds.
+GRAPH = """
+from configs import base
+from embed.models.transformer import SIZES
+
+def get_config(arg=""):
+    config = base.get_config()
+    config.stage = arg
+    config.model.update(SIZES["micro"])
+    config.model.update(rope_theta=1e4, dtype="float32")
+    config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none")
+    config.stages.diffusion = base.stage("diffusion", curriculum=((6, "diffusion"),), batch=dict(rows=8, length=64))
+    rows = dict(group_size=8, groups=2, rows_per_group=8, length=64, spans=8, segments=8)
+    pair = dict(matryoshka=(8, 32), batch=rows)
+    config.stages.pair = base.stage("pair", init="diffusion", curriculum=((6, "pairs"),), **pair)
+    config.mining.hard = base.mining(checkpoint="pair", task="pairs", rank_window=(0, 20))
+    config.stages.triplet = base.stage("triplet", init="pair", curriculum=((6, "hard"),), **pair)
+    for stage in config.stages.values():
+        stage.execution.update(log_every=1, checkpoint_every=2)
+    config.merges.merged = base.merge(of=("pair", "triplet"))
+    config.exports.model = base.export(checkpoint="merged", max_length=0)
+    config.evaluations.words = base.evaluation(data="set/test", alone=True, checkpoints=("pair", "merged"), bm25=False)
+    return config
+"""
 
 
 def write_bpe(folder: Path, texts) -> Path:

@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from embed import config
 
+ROOT = Path(__file__).parent.parent
 QUICKSTART = "configs/quickstart.py"
 
 
@@ -36,7 +39,7 @@ def test_wrong_keys_and_values_are_errors_that_name_what_is_allowed(path, overri
 
 
 def test_a_missing_config_file_is_named():
-    with pytest.raises(FileNotFoundError, match="configs/nowhere.py"):
+    with pytest.raises(FileNotFoundError, match="no file configs/nowhere.py in"):
         config.load("configs/nowhere.py")
 
 
@@ -51,8 +54,57 @@ def test_the_config_is_locked():
         config.load(QUICKSTART).nonsense = 1
 
 
-def test_first_difference_names_the_key_and_both_values():
-    a, b = {"x": {"y": 1, "z": 2}}, {"x": {"y": 1, "z": 3}}
-    assert config.first_difference(a, b) == "x.z: 2, 3"
-    assert config.first_difference(a, a) is None
-    assert config.first_difference({"k": 1}, {}) == "k: 1, '<absent>'"
+def test_differences_name_every_key_with_both_values():
+    a, b = {"x": {"y": 1, "z": 2}, "k": 1}, {"x": {"y": 1, "z": 3}}
+    assert list(config.differences(a, b)) == [("k", 1, "absent"), ("x.z", 2, 3)]
+    assert list(config.differences(a, a)) == []
+
+
+def test_shipped_configs_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    here = config.load(QUICKSTART)
+    monkeypatch.chdir(tmp_path)
+    assert config.load(QUICKSTART) == here
+    assert config.find(here.data.gin_file).is_absolute()
+    with pytest.raises(FileNotFoundError, match="no file configs/nowhere.gin in"):
+        config.find("configs/nowhere.gin")
+
+
+SHIPPED = ("quickstart", "laptop", "pplx_embed")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("arg", ["", ":runlocal"])
+def test_every_field_of_a_shipped_config_stands_in_base(name, arg):
+    from configs import base
+
+    shipped, made = config.load(f"configs/{name}.py{arg}"), {
+        "stages": base.stage, "mining": base.mining, "merges": base.merge, "exports": base.export,
+        "evaluations": base.evaluation,
+    }  # fmt: skip
+    for part, make in made.items():
+        for entry in shipped[part].values():
+            fresh = make(entry.kind) if part == "stages" else make()
+            assert dict(config._leaves(entry)).keys() == dict(config._leaves(fresh)).keys()
+    rest = {key for key, _ in config._leaves(shipped) if key.partition(".")[0] not in made}
+    assert rest == {key for key, _ in config._leaves(base.get_config())}
+
+
+def test_a_field_that_base_does_not_have_is_refused_and_so_is_a_kind():
+    from configs import base
+
+    with pytest.raises(KeyError, match="temprature"):
+        base.stage("pair", temprature=0.1)
+    with pytest.raises(ValueError, match="stage kind 'pairs' must be one of diffusion, pair, contextual, triplet"):
+        base.stage("pairs")
+
+
+def test_no_shipped_config_imports_another_but_base():
+    for name in SHIPPED:
+        assert "from configs import base\n" in (text := (ROOT / "configs" / f"{name}.py").read_text())
+        assert text.count("from configs") == 1
+
+
+def test_the_curriculum_of_the_paper_goes_from_english_over_cross_lingual_to_all_languages():
+    pair = config.load("configs/pplx_embed.py").stages.pair
+    assert [mixture for _, mixture in pair.curriculum] == ["pairs_english", "pairs_cross_lingual", "pairs_multilingual"]
+    assert sum(steps for steps, _ in pair.curriculum) == 50_000

@@ -590,14 +590,15 @@ def test_kill_9_in_mid_stage_then_the_same_command_gives_the_losses_of_an_unbrok
     assert sorted(_losses(killed)) == list(range(1, 10))
 
 
-def test_two_local_processes_train_mine_and_export_what_one_does(shared, tmp_path):
+def test_two_local_processes_train_mine_evaluate_and_export_what_one_does(shared, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     embed = tmp_path / "embed"
     embed.write_text(f'#!/bin/sh\nexec {sys.executable} -m embed.cli "$@"\n')
     embed.chmod(0o755)
     launch = ["env", f"EMBED={embed}", "bash", "launch/local.sh", "2", "--"]
     hard = ["--config.stages.triplet.init=diffusion", "--config.mining.hard_negatives.checkpoint=diffusion"]
-    # The second stage starts from the checkpoint of the first, and has its negatives mined by it.
+    hard += [f"--config.stages.triplet.execution.{x}" for x in ("evaluate_every=1", "evaluate_on=functions/development")]
+    # The second stage starts from the checkpoint of the first, has its negatives mined by it, and is evaluated as it goes.
     for stage in ("diffusion", "triplet"):
         launched = _train(two, shared, *hard, stage=stage, command=[*launch, "train"])
         assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[-2000:]
@@ -608,6 +609,9 @@ def test_two_local_processes_train_mine_and_export_what_one_does(shared, tmp_pat
     np.testing.assert_allclose(*([x[s] for s in range(1, 10)] for x in losses), rtol=1e-5)
     # Sums in another order may round an embedding to the next of int8's levels.
     np.testing.assert_allclose(*(list(_losses(folder, "triplet").values()) for folder in (two, one)), rtol=2e-3)
+    figures = [[row["evaluation"] for row in read_metrics(folder / "triplet" / "metrics.jsonl")] for folder in (two, one)]
+    assert len(figures[0]) == 2
+    np.testing.assert_allclose(*figures, atol=0.02)  # a rank or two of fifty queries
     output = ["export", f"--config={CONFIG}", shared, "--checkpoint=triplet", *hard, STEPS]
     command = [*launch, *output, f"--workdir={two}", f"--output={tmp_path / 'export-two'}"]
     exported = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)

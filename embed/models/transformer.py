@@ -218,7 +218,9 @@ class Transformer(nnx.Module):
 
 @functools.lru_cache
 def _abstract(config: TransformerConfig):
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    # Without the mesh that is in context now: what is cached serves other callers.
+    return graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
 
 def abstract_params(config: TransformerConfig) -> dict:

@@ -319,31 +319,29 @@ def test_the_verb_writes_a_model_that_exists_in_every_format(tmp_path, capsys):
 
 
 def test_a_card_says_what_is_known_and_that_the_rest_is_unknown():
-    stage = {"stages": {"pair": {"init": "", "objective": "pair", "curriculum": [(400, "pairs")]}}}
+    pair = {"folder": "gs://b/run/pair", "step": 400, "digest": "0123"}
+    rows = [
+        {**pair, "name": "pair", "kind": "pair", "phases": [[300, {"a": 1.0, "b": 2.0}], [100, {"a": 1.0}]], "parent": {"random init": 7}},
+        {"name": "triplet", "kind": "triplet", "phases": [[50, {"hard": 1.0}]], "step": 50, "digest": "4567", "parent": pair},
+    ]
     provenance = {
-        "checkpoint": "merged", "stage": stage, "commit": "abc", "languages": ["en"], "license": "mit",
+        "checkpoint": "merged", "lineage": rows, "commit": "abc", "languages": ["en"], "license": "mit",
         "merge": {"of": ["contextual", "triplet"], "ratio": 0.8},
-        "parents": [{"name": "triplet", "folder": "gs://b/run/triplet", "step": 400, "digest": "0123"}],
         "figures": {"functions": {"int8": {"ndcg@10": 0.4567}}},
-        "source": {"path": "someone/model", "revision": "v2", "digest": "123"},
+        "source": {"folder": "someone/model", "step": 0, "digest": "123"},
     }  # fmt: skip
     embedding = small.EMBEDDING | {"tanh": False}
     card = model_card(small.config(), embedding, provenance)
     head = card.split("---\n")[1]
     assert head.splitlines()[:4] == ["language:", '- "en"', 'license: "mit"', "library_name: sentence-transformers"]
-    for part in ("| pair | pair | random init | 400 of pairs |", "0.8 of the way from contextual to triplet", "8, 32",
-                 "| functions | int8 | 0.457 |", "| triplet | gs://b/run/triplet | 400 | 0123 |",
-                 "Made from someone/model at revision v2 (sha256 123).", "SentenceTransformer(\"FOLDER\")"):  # fmt: skip
+    for part in ("| pair | pair | 300 of a and b, 100 of a | 400 | 0123 | random init, seed 7 |", "8, 32",
+                 "| triplet | triplet | 50 of hard | 50 | 4567 | gs://b/run/pair, step 400 (0123) |",
+                 "0.8 of the way from contextual to triplet", "| functions | int8 | 0.457 |",
+                 "Made from someone/model (sha256 123).", "SentenceTransformer(\"FOLDER\")"):  # fmt: skip
         assert part in card, part
     bare = model_card(small.config(), embedding | {"matryoshka": []}, {}, format="pplx")
     assert "license:" not in bare and "| license | unknown |" in bare and "commit unknown" in bare
     assert "## Training" not in bare and "library_name" not in bare
-
-
-def test_a_card_of_one_stage_needs_no_chain():
-    provenance = {"checkpoint": "pair", "stage": {"objective": "pair", "init": "diffusion", "curriculum": [[4, "p"]]}}
-    card = model_card(small.config(), small.EMBEDDING | {"tanh": False}, provenance)
-    assert "| pair | pair | diffusion | 4 of p |" in card
 
 
 def test_a_card_shows_how_a_contextual_model_is_used_and_what_tanh_means():

@@ -8,7 +8,7 @@ import pytest
 import reference
 
 from embed import rows
-from embed.models import transformer
+from embed.models import sharding, transformer
 from embed.models.pooling import pool_spans
 
 VOCABULARY = 50
@@ -191,3 +191,9 @@ def test_a_config_that_cannot_work_is_an_error(changes, message):
 def test_an_unknown_size_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match="'7b' must be one of 0.6b, 4b, tiny, small, micro"):
         transformer.make_config("7b", 100)
+
+
+def test_the_shapes_of_parameters_lie_on_no_mesh_wherever_they_are_first_asked_for():
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        shapes = transformer.abstract_params(dataclasses.replace(CONFIG, hidden_size=16))
+    assert {x.sharding for x in jax.tree.leaves(shapes)} == {None}

@@ -28,14 +28,28 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """A run of 12 steps with checkpoints at 5, 10 and 12, of which two are kept."""
+    """A run of 12 steps: the parameters of step 12 are left."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     train(folder)
     return folder
 
 
-def load(folder):
-    return training_state.load_params(folder / "checkpoints", transformer.abstract_params(MODEL))
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The same run, ended by its reader after step 11: with the checkpoints of steps 5 and 10."""
+
+    def read(step):
+        if step == 11:
+            raise OSError("the reader fails")
+
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.raises(OSError, match="the reader fails"):
+        train(folder, Loader(read))
+    return folder
+
+
+def load(folder, step=12):
+    return training_state.load_params(folder / "checkpoints", step, transformer.abstract_params(MODEL))
 
 
 def assert_same(a, b):
@@ -56,7 +70,7 @@ def test_twenty_kills_at_random_moments_leave_the_losses_of_an_unbroken_run_bit_
     train(tmp_path / "unbroken", steps=small_run.LIFE)
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
     assert sorted(losses(tmp_path / "killed")) == list(range(1, small_run.LIFE + 1))
-    assert_same(load(tmp_path / "killed"), load(tmp_path / "unbroken"))
+    assert_same(load(tmp_path / "killed", small_run.LIFE), load(tmp_path / "unbroken", small_run.LIFE))
 
 
 def test_sigterm_saves_behind_the_step_and_the_next_run_continues_with_the_same_losses(tmp_path, unbroken):
@@ -109,15 +123,17 @@ def empty_the_metadata(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_an_item, empty_the_metadata])
-def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_continues(tmp_path, unbroken, damage):
-    shutil.copytree(unbroken, tmp_path / "run")
+def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_continues(
+    tmp_path, interrupted, unbroken, damage
+):
+    shutil.copytree(interrupted, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
-    damage(checkpoints / "12")
+    damage(checkpoints / "10")
     warnings, asked = [], []
     final = train(tmp_path / "run", Loader(asked.append), warn=warnings.append)
     (warning,) = warnings
-    assert warning.startswith(f"checkpoint 12 under {checkpoints} is damaged") and "continuing from step 10" in warning
-    assert min(asked) == 10 and (checkpoints / "damaged-12").is_dir()
+    assert warning.startswith(f"checkpoint 10 under {checkpoints} is damaged") and "continuing from step 5" in warning
+    assert min(asked) == 5 and (checkpoints / "damaged-10").is_dir()
     assert losses(tmp_path / "run") == losses(unbroken)
     assert_same(final, load(unbroken))
     assert_same(load(tmp_path / "run"), load(unbroken))
@@ -127,19 +143,27 @@ def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_conti
 def test_parameters_that_are_damaged_start_no_other_stage(tmp_path, unbroken, damage):
     shutil.copytree(unbroken, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "12" / "params")
-    with pytest.raises(training_state.CheckpointError, match="checkpoint 12 under .* cannot be read.*the same command"):
+    with pytest.raises(training_state.CheckpointError, match="checkpoint 12 under .* cannot be read.*train that stage again"):
         load(tmp_path / "run")
 
 
-def test_a_bit_that_the_files_own_checks_do_not_see_is_seen_by_the_checksum(tmp_path, unbroken):
-    shutil.copytree(unbroken, tmp_path / "run")
-    sums = tmp_path / "run" / "checkpoints" / "12" / "checksums"
+def test_a_bit_that_the_files_own_checks_do_not_see_is_seen_by_the_checksum(tmp_path, interrupted):
+    shutil.copytree(interrupted, tmp_path / "run")
+    sums = tmp_path / "run" / "checkpoints" / "10" / "checksums"
     (path,) = (path for path in sums.rglob("*") if path.is_file() and "optimizer" in path.read_text())
-    saved = training_state.checksum(load(unbroken))
+    saved = training_state.checksum(load(interrupted, 10))
     path.write_text(path.read_text().replace(str(int(saved)), str(int(saved) ^ 1)))
     warnings = []
     train(tmp_path / "run", warn=warnings.append)
-    assert "the params of step 12 do not have the checksum" in warnings[0]
+    assert "the params of step 10 do not have the checksum" in warnings[0]
+
+
+def test_a_finished_run_keeps_parameters_alone_and_is_done_when_started_again(tmp_path, unbroken):
+    assert training_state.steps(unbroken / "checkpoints") == [12]
+    assert not (unbroken / "checkpoints" / "12" / "optimizer").exists()
+    asked = []
+    assert_same(train(unbroken, Loader(asked.append)), load(unbroken))
+    assert not asked
 
 
 def test_the_checksum_sees_any_one_bit_and_no_sharding():
@@ -152,13 +176,13 @@ def test_the_checksum_sees_any_one_bit_and_no_sharding():
     assert int(training_state.checksum({"a": tree["a"], "b": tree["count"], "count": tree["b"]})) != value
 
 
-def test_when_no_checkpoint_can_be_read_the_run_ends_and_touches_nothing(tmp_path, unbroken):
-    shutil.copytree(unbroken, tmp_path / "run")
+def test_when_no_checkpoint_can_be_read_the_run_ends_and_touches_nothing(tmp_path, interrupted):
+    shutil.copytree(interrupted, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
-    for step in ("10", "12"):
+    for step in ("5", "10"):
         truncate(checkpoints / step)
     before = sorted(str(path) for path in checkpoints.rglob("*"))
-    with pytest.raises(training_state.CheckpointError, match="no checkpoint under .* can be read; the newest, 12: .*"):
+    with pytest.raises(training_state.CheckpointError, match="no checkpoint under .* can be read; the newest, 10: .*"):
         train(tmp_path / "run")
     assert sorted(str(path) for path in checkpoints.rglob("*")) == before
 
@@ -336,7 +360,7 @@ if what == "unreadable" and process == 1:  # as where one host's disk or network
 
     whole = ocp.StandardCheckpointHandler.restore
     def restore(self, directory, *arguments, **keywords):
-        if "/12/" in str(directory):
+        if "/10/" in str(directory):
             raise OSError("Input/output error")
         return whole(self, directory, *arguments, **keywords)
     ocp.StandardCheckpointHandler.restore = restore
@@ -349,7 +373,7 @@ sys.exit(run(lambda argv: train(folder, Loader(read, own), mesh=mesh, warn=warn)
 def run_processes(folder, count, what="nothing"):
     """[(exit code, stderr)] of so many processes that train together.
 
-    The last gets the signal `what` at step 7; "unreadable": process 1 cannot read checkpoint 12.
+    The last gets the signal `what` at step 7; "unreadable": process 1 cannot read checkpoint 10.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -397,12 +421,14 @@ def test_when_one_process_of_four_dies_the_others_end_and_say_so_and_four_contin
     np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
 
 
-def test_a_checkpoint_that_one_process_of_two_cannot_read_makes_both_continue_from_the_one_before(tmp_path, unbroken):
-    shutil.copytree(unbroken, tmp_path / "run")
+def test_a_checkpoint_that_one_process_of_two_cannot_read_makes_both_continue_from_the_one_before(
+    tmp_path, interrupted, unbroken
+):
+    shutil.copytree(interrupted, tmp_path / "run")
     ended = run_processes(tmp_path / "run", 2, "unreadable")
     assert [code for code, _ in ended] == [0, 0], ended
-    assert (tmp_path / "run" / "checkpoints" / "damaged-12").is_dir()
-    said = [error.partition("checkpoint 12 under ")[2].partition(")")[0] for _, error in ended]
+    assert (tmp_path / "run" / "checkpoints" / "damaged-10").is_dir()
+    said = [error.partition("checkpoint 10 under ")[2].partition(")")[0] for _, error in ended]
     assert "another process could not read it" in said[0] and "Input/output error" in said[1]
     got, whole = losses(tmp_path / "run"), losses(unbroken)
     assert sorted(got) == sorted(whole)

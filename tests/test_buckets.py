@@ -1,0 +1,173 @@
+"""A run whose workdir, data and model folders lie in a bucket: gs://, on a server of this machine."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+
+from embed import cli, config, graph, inference, paths, runs
+from embed.checkpoints import training_state
+from embed.training.metrics import read_metrics
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """The config file of small.GRAPH."""
+    path = tmp_path_factory.mktemp("config") / "graph.py"
+    path.write_text(small.GRAPH)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(bucket):
+    """Prepared data in the bucket."""
+    small.write_data(f"{bucket}/data")
+    return f"--config.data.directory={bucket}/data"
+
+
+def complete(file, workdir, *overrides):
+    """Train every stage of small.GRAPH, evaluate and export the merged checkpoint."""
+    for stage in ("diffusion", "pair", "triplet"):
+        assert cli.main(["train", f"--config={file}:{stage}", f"--workdir={workdir}", *overrides]) == 0
+    run = runs.Run(config.load(str(file), overrides), workdir)
+    graph.evaluate(run, "merged")
+    graph.export_models(run)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def workdir(bucket, data, file):
+    """A complete run in the bucket, on data there."""
+    return complete(file, f"{bucket}/run", data)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, file):
+    """The same run on a disk."""
+    folder = tmp_path_factory.mktemp("local") / "run"
+    small.write_data(folder / "data")
+    return complete(file, folder)
+
+
+def losses(folder, stage):
+    return {row["step"]: row["loss"] for row in read_metrics(paths.path(folder) / stage / "metrics.jsonl")}
+
+
+def test_a_run_in_a_bucket_gives_what_one_on_a_disk_gives(workdir, local):
+    for stage in ("diffusion", "pair", "triplet"):
+        assert losses(workdir, stage) == losses(local, stage) and len(losses(local, stage)) == 6
+        there, here = (paths.path(folder) / stage for folder in (workdir, local))
+        assert training_state.steps(there / "checkpoints") == training_state.steps(here / "checkpoints") == [6]
+        assert training_state.digest(there / "checkpoints", 6) == training_state.digest(here / "checkpoints", 6)
+        assert any(name.startswith("tensorboard/") for name in paths.files(there))
+    rankings = [(paths.path(folder) / "rankings" / "merged" / "words.npz").read_bytes() for folder in (workdir, local)]
+    assert {name: x.tolist() for name, x in np.load(io.BytesIO(rankings[0])).items()} == {
+        name: x.tolist() for name, x in np.load(io.BytesIO(rankings[1])).items()
+    }
+    texts = ["parse the file", "open a list"]
+    vectors = [inference.load(f"{folder}/export/model").encode(texts) for folder in (workdir, local)]
+    np.testing.assert_array_equal(*vectors)
+
+
+def test_a_complete_stage_in_a_bucket_is_not_trained_again(workdir, data, file, capsys):
+    assert cli.main(["train", f"--config={file}:pair", f"--workdir={workdir}", data]) == 0
+    assert f"pair is complete: {workdir}/pair, step 6" in capsys.readouterr().out
+
+
+def test_a_stage_on_a_disk_starts_from_a_stage_and_from_a_model_folder_in_a_bucket(workdir, data, file, tmp_path):
+    for name, init in (("stage", f"{workdir}/pair"), ("model", f"{workdir}/export/model")):
+        arguments = [f"--config={file}:pair", f"--workdir={tmp_path / name}", data, f"--config.stages.pair.init={init}"]
+        assert cli.main(["train", *arguments]) == 0
+        parent = json.loads((tmp_path / name / "pair" / "config.json").read_text())["parent"]
+        assert parent["folder"] == init and parent["digest"]
+
+
+def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
+    corpus = f"{bucket}/corpus.jsonl"
+    paths.write(corpus, "".join(json.dumps({"_id": f"t{i}", "text": t}) + "\n" for i, t in enumerate(small.sentences(9))))
+    model = f"--model={workdir}/export/model"
+    assert cli.main(["encode", model, f"--corpus={corpus}", f"--output={bucket}/vectors.npy"]) == 0
+    assert cli.main(["encode", model, f"--corpus={corpus}", f"--output={tmp_path / 'vectors.npy'}"]) == 0
+    assert paths.path(f"{bucket}/vectors.npy").read_bytes() == (tmp_path / "vectors.npy").read_bytes()
+    assert cli.main(["index", model, f"--corpus={corpus}", f"--output={bucket}/index"]) == 0
+    assert cli.main(["search", model, f"--index={bucket}/index", "--query=parse"]) == 0
+    assert cli.main(["merge", f"--a={workdir}/pair", f"--b={workdir}/triplet", f"--output={bucket}/merged"]) == 0
+    texts = ["parse the file", "open a list"]
+    merged, exported = (inference.load(f"{name}").encode(texts) for name in (f"{bucket}/merged", f"{workdir}/export/model"))
+    np.testing.assert_allclose(merged, exported, atol=1e-6)
+
+
+# Dies by SIGKILL before batch 5, as a host does that is lost.
+KILLED = """
+    import os, signal, sys
+    from embed import cli
+    from embed.data import loader
+    batch = loader.ContrastiveLoader.batch
+    def mortal(self, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(self, step)
+    loader.ContrastiveLoader.batch = mortal
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind_its_checkpoint(workdir, bucket, data, file):
+    arguments = ["train", f"--config={file}:pair", f"--workdir={bucket}/lost", data, f"--config.stages.pair.init={workdir}/diffusion"]
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
+    environment = {**os.environ, "EMBED_RUN_ID": "lost"}
+    died = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
+    saved = training_state.steps(f"{bucket}/lost/pair/checkpoints")[-1]
+    assert set(range(1, saved + 1)) <= set(losses(f"{bucket}/lost", "pair")) and saved >= 2
+    # Its lease is still there: another run is refused, the one that a launcher names goes on.
+    with pytest.raises(paths.BusyError, match="is in use by process"), runs.hold(f"{bucket}/lost/pair"):
+        pass
+    again = subprocess.run([sys.executable, "-m", "embed.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert losses(f"{bucket}/lost", "pair") == losses(workdir, "pair")
+
+
+def test_a_lease_is_given_back_and_ends_by_itself(bucket, monkeypatch):
+    folder = f"{bucket}/leased"
+    for _ in range(2):
+        with paths.lock(folder):
+            with pytest.raises(paths.BusyError, match="is in use by process"), paths.lock(folder):
+                pass
+    paths.write_json(f"{bucket}/.leased.lock", {"host": "gone", "process": 1, "run": "", "time": 0})
+    with paths.lock(folder):
+        pass
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_put_aside(workdir, bucket, data, file):
+    run = runs.Run(config.load(f"{file}:diffusion", [data]), f"{bucket}/damaged")
+    run.config.stages.diffusion.curriculum = ((4, "diffusion"),)
+    graph.train_stage(run, "diffusion")
+    folder = paths.path(f"{bucket}/damaged/diffusion/checkpoints")
+    training_state._put_aside(folder, 4)
+    assert training_state.steps(folder) == [] and any(name.startswith("damaged-4/") for name in paths.files(folder))
+
+
+def test_data_in_a_bucket_are_read_by_range_and_written_whole(bucket):
+    header = paths.read_json(f"{bucket}/data/tasks/pairs/info.json")
+    local = Path(ROOT, "no such folder")
+    assert header["examples"] == 60 and not local.exists()
+    with paths.replace_folder(f"{bucket}/whole", is_ours=lambda folder: True, marker="z.json") as aside:
+        (aside / "a").write_text("1")
+        (aside / "z.json").write_text("{}")
+    with pytest.raises(OSError, match="fails"), paths.replace_folder(
+        f"{bucket}/whole", is_ours=lambda folder: True, marker="z.json"
+    ) as aside:
+        (aside / "b").write_text("2")
+        raise OSError("it fails")
+    assert list(paths.files(f"{bucket}/whole")) == ["a", "z.json"]
