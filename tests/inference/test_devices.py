@@ -17,7 +17,6 @@ import pytest
 import small
 
 from embed import cli, distributed
-from embed.checkpoints import export
 from embed.cli.common import run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,10 +32,7 @@ VERBS = {
 def folder(tmp_path_factory):
     """A model, a retrieval set, and what the verbs write with the one device of this process: FOLDER/one/VERB."""
     folder = tmp_path_factory.mktemp("devices")
-    embedding = {"matryoshka": [8, 32], "separator": True, "max_length": None}
-    export.export(
-        folder / "model", small.params(), small.config(), small.tokenizer(), embedding=embedding, provenance={}
-    )
+    small.write_model(folder / "model")
     rows = {
         "corpus": [{"_id": f"c{i}", "text": text, "document": i // 3, "chunk": i % 3} for i, text in enumerate(TEXTS)],
         "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(small.sentences(40, seed=6, longest=9))],
