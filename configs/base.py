@@ -28,11 +28,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.tied = True  # whether the embedding table is the diffusion stage's output layer as well
     config.model.rope_theta = 1e6
     config.model.norm_eps = 1e-6
-    config.model.dtype = "bfloat16"  # of the compute; float32 on CPU
+    config.model.dtype = "bfloat16"  # of the compute: bfloat16 on accelerators, float32 on CPU
 
     config.data = ConfigDict()
     config.data.directory = ""  # prepared data, which any number of runs may read; "" = WORKDIR/data
-    config.data.gin_file = "configs/data/python_docs.gin"  # what the data are: tasks, mixtures, lengths
+    config.data.gin_file = ""  # what the data are: tasks, mixtures, lengths
     config.data.gin_bindings = ()  # over those of the file
     config.data.tokenizer = ""  # a folder or hub id that has one; "" = a SentencePiece vocabulary is trained
     config.data.mask_id = -1  # of a tokenizer.json: the diffusion mask; -1 = the first id behind the vocabulary
@@ -98,7 +98,7 @@ def stage(kind: str, **changes) -> ConfigDict:
     new.execution.log_every = 10  # steps
     new.execution.checkpoint_every = 500  # steps
     new.execution.keep = 2  # newest checkpoints
-    new.execution.milestone_every = 0  # steps; a checkpoint at a multiple of it is kept for good; 0 = none
+    new.execution.milestone_every = 0  # steps; a checkpoint saved at a multiple of it is kept for good; 0 = none
     new.execution.evaluate_every = 0  # steps; the best checkpoint is kept as well; 0 = never
     new.execution.evaluate_on = ""  # SET/SPLIT of the data's evaluation sets, by nDCG@10 in int8
     new.execution.max_skipped = 10  # steps in a row without a finite loss and gradient, each skipped, before the run ends

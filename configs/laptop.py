@@ -18,6 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stage = arg.stage
     config.model.update(SIZES["small"])
     config.model.update(rope_theta=1e4, dtype="float32")
+    config.data.gin_file = "configs/data/python_docs.gin"
     config.card.languages = ("en",)
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
 

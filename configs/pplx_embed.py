@@ -1,11 +1,11 @@
 """pplx-embed at its sizes, batches, lengths and schedules where they are known (arXiv 2602.11151).
 
     embed plan --config=configs/pplx_embed.py:size=0.6b,stage=diffusion --topology=v6e:8x8
-    embed prepare --config=configs/pplx_embed.py:size=0.6b --workdir=RUN
+    embed prepare --config=configs/pplx_embed.py:size=0.6b --workdir=RUN --config.data.gin_file=MIXTURES.gin
     embed train --config=configs/pplx_embed.py:size=0.6b,stage=diffusion --workdir=RUN
 
 `init` is what the diffusion stage starts from: a model folder or hub id, whose tokenizer the data have. The mixtures are named here
-and bound by a gin file, `--config.data.gin_file=FILE`. What the paper does not say is marked "a choice". `runlocal` is a toy of the same graph, on
+and bound by a gin file of one's own; none is shipped yet. What the paper does not say is marked "a choice". `runlocal` is a toy of the same graph, on
 the Python sources of this machine.
 """
 
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stage = arg.stage
     config.model.update(SIZES[arg.size])
     config.model.vocab_size = 151936
-    config.data.update(gin_file="configs/data/pplx_embed.gin", tokenizer=source)
+    config.data.tokenizer = source
 
     prefixes = (128, 256, 512, 1024) if small else (128, 256, 512, 1024, 2048, 2560)
     config.stages.diffusion = base.stage(

@@ -18,6 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stage = arg.stage
     config.model.update(SIZES["micro" if arg.runlocal else "tiny"])
     config.model.update(rope_theta=1e4, dtype="float32")  # positions up to a thousand
+    config.data.gin_file = "configs/data/python_docs.gin"
     config.card.languages = ("en",)
     # Fast on CPU.
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)

@@ -6,13 +6,15 @@ A node that is no stage leaves steps/NAME.json with its result, its seconds and 
 is done again; a stage whose config has changed is refused.
 """
 
+import contextlib
+import dataclasses
 import functools
 import io
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -52,7 +54,14 @@ def say(sentence: str) -> None:
 
 
 def prepare(run: Run) -> dict:
-    """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later."""
+    """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later.
+
+    Where they are there already, nothing is locked or written: any number of runs may read them.
+    """
+    data, tokenizer = run.config.data, None
+    if not data.gin_file:
+        raise ValueError("config.data.gin_file is empty: name the file that binds the mixtures of this config")
+    gin_file = configs.find(data.gin_file)
     done = (run.data / "info.json").exists()
     missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
     if jax.process_count() > 1 and not done:
@@ -62,13 +71,13 @@ def prepare(run: Run) -> dict:
     run.check_sources()
     from embed.preparation.prepare import prepare as prepare_data
 
-    data, tokenizer = run.config.data, None
     if data.tokenizer:
-        folder = model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
+        bucket = paths.is_bucket(data.tokenizer)
+        folder = data.tokenizer if bucket else model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
         tokenizer = tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
-    with runs.hold(run.data):
+    with contextlib.nullcontext() if done else runs.hold(run.data):
         prepare_data(
-            run.data, gin_file=configs.find(data.gin_file), gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
+            run.data, gin_file=gin_file, gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
             split_identifiers=data.split_identifiers, seed=run.config.seed, limit=data.limit or None, tokenizer=tokenizer,
         )  # fmt: skip
     return paths.read_json(run.data / "info.json")
@@ -82,77 +91,81 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     """
     if name not in run.config.stages:
         raise ValueError(f"config.stage={name!r} must be one of {', '.join(run.config.stages)}")
+    stage, folder, steps = run.config.stages[name], run.folder(name), run.steps(name)
+    check_data(run, [name])
     for task in mined_tasks(run.config, name):
         mine(run, task)
-    stage, folder, steps = run.config.stages[name], run.folder(name), run.steps(name)
-    identity = run.identity(name)
-    if run.is_complete(name, identity):
-        training_state.finish(folder / "checkpoints", steps, stage.execution.milestone_every)
+    if runs.agreed(run.is_complete(name, run.identity(name)) and training_state.is_finished(folder / "checkpoints")):
         say(f"{name} is complete: {folder}, step {steps}")
         return {"steps": steps}
-    phases = run.phases(name)
-    stores = {task: run.store(task) for _, rates in phases for task in rates}
-    separator = run.tokenizer.separator_id if run.config.data.separator else None
-    model, mesh, shift = stages.stage_model(stage.kind, run.model), run.mesh, identity.get("left_shift", False)
-    step = make_step(
-        stage, model, mesh, steps=steps, seed=run.config.seed, mask_id=run.tokenizer.mask_id, left_shift=shift
-    )
-    loader = stages.make_loader(stage, stores, phases, seed=run.config.seed, separator_id=separator, mesh=mesh)
-
-    def initial_params(shardings):
-        params = run.checkpoint(stage.init, stage.init_step).params(shardings)
-        return params if "head" in shardings else transformer.encoder_only(model, params)[1]
-
-    evaluate_params = None
-    if stage.execution.evaluate_every:
-        data = evaluation_set(run, stage.execution.evaluate_on)
-        evaluate_params = functools.partial(hook, run, Checkpoint(name, {}, model, None), data)
-    with runs.hold(folder), progress_bar(name, steps) as update:
+    evaluate_params, execution = None, stage.execution
+    if execution.evaluate_every:
+        data = evaluation_set(run, execution.evaluate_on)
+        evaluate_params = functools.partial(hook, run, name, data)
+    with runs.hold(folder) as check_held, progress_bar(name, steps) as update:
+        identity = run.identity(name)
+        if run.is_complete(name, identity):  # by another process, while this one waited; or its end was interrupted
+            training_state.finish(folder / "checkpoints", execution.evaluate_on)
+            return {"steps": steps}
+        step, loader = _stage_parts(run, name, identity)
         runs.write_json(folder / "config.json", identity)
-        runs.write_json(folder / "run.json", made_with() | {"parent": identity["parent"], "mesh": dict(mesh.shape)})
+        about = {"parent": identity["parent"], "mesh": dict(run.mesh.shape)}
+        runs.write_json(folder / "run.json", made_with() | about)
         if jax.process_index() == 0:
             run.tokenizer.save(folder / "tokenizer")
         loop.train(
             folder,
             step=step,
             loader=loader,
-            initial_params=initial_params,
+            initial_params=functools.partial(_initial_params, run, name),
             evaluate=evaluate_params,
+            check_held=check_held,
             read_timeout=run.config.execution.read_timeout or None,
             profile_steps=profile_steps,
             writer=functools.partial(MetricsWriter, wandb=wandb),
             progress=update,
-            warn=lambda sentence: console.print(f"embed: warning: {sentence}", markup=False, highlight=False),
+            warn=lambda sentence: say(f"embed: warning: {sentence}"),
         )
     return {"steps": steps}
 
 
-def hook(run: Run, checkpoint: Checkpoint, data: retrieval.RetrievalSet, params) -> float:
+def _stage_parts(run: Run, name: str, identity: Mapping):
+    """(Step, loader) of a stage."""
+    stage, phases, mesh = run.config.stages[name], run.phases(name), run.mesh
+    stores = {task: run.store(task) for _, rates in phases for task in rates}
+    separator = run.tokenizer.separator_id if run.config.data.separator else None
+    step = make_step(
+        stage, run.model, mesh, steps=run.steps(name), seed=run.config.seed, mask_id=run.tokenizer.mask_id,
+        left_shift=identity.get("left_shift", False),
+    )  # fmt: skip
+    return step, stages.make_loader(stage, stores, phases, seed=run.config.seed, separator_id=separator, mesh=mesh)
+
+
+def _initial_params(run: Run, name: str, shardings) -> dict:
+    stage = run.config.stages[name]
+    params = run.checkpoint(stage.init, stage.init_step).params(shardings)
+    return params if "head" in shardings else transformer.encoder_only(run.model, params)[1]
+
+
+def hook(run: Run, stage: str, data: retrieval.RetrievalSet, params) -> float:
     """nDCG@10 in int8 of parameters in training, on all devices and in all processes at once: none waits for another."""
-    encoder = run.encoder(checkpoint, params=params)
+    checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage)
+    encoder = run.encoder(checkpoint, params)
     return retrieval.evaluate_retrieval(encoder, data, (HOOK_PRECISION,))[HOOK_PRECISION][HOOK_METRIC]
 
 
 def mine(run: Run, name: str) -> dict:
     """Hard negatives of config.mining.NAME, out of a checkpoint, as a store of this run: mining/NAME."""
-    config, target = run.config.mining[name], run.store_path(name)
-    if config.task in run.config.mining or config.task not in _tasks(run):
-        raise ValueError(f"config.mining.{name}.task={config.task!r} must be one of {', '.join(_tasks(run))}")
-    checkpoint = run.checkpoint(config.checkpoint, config.step)
-    inputs = {
-        "mining": {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "step")},
-        "checkpoint": checkpoint.identity,
-        "data": read_header(run.store_path(config.task))["digest"],
-    }
-    inputs = json.loads(json.dumps(inputs))
-    if (target / "info.json").exists():
-        info = read_header(target)["info"]
-        if found := list(configs.differences(_portable(info["inputs"]), _portable(inputs))):
-            named = "; ".join(f"{key} was {was!r}, now {now!r}" for key, was, now in found)
-            raise ValueError(f"{target} was mined otherwise: {named}. Remove it, or use another name")
-        return info["mined"]
+    target = run.store_path(name)
+    if runs.agreed((target / "info.json").exists()):
+        return _mined(run, name, read_header(target)["info"])
     with runs.hold(target):
-        store = run.store(config.task)
+        if runs.agreed((target / "info.json").exists()):  # by another process, while this one waited
+            return _mined(run, name, read_header(target)["info"])
+        config = run.config.mining[name]
+        checkpoint, store = run.checkpoint(config.checkpoint, config.step), run.store(config.task)
+        if problems := run.tokenizer_problems(checkpoint):
+            raise ValueError(f"config.mining.{name}.checkpoint={config.checkpoint!r} cannot rank these data: {'; '.join(problems)}")
         examples = store.read(np.arange(len(store)))
         encoder = run.encoder(checkpoint)
         queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
@@ -168,8 +181,35 @@ def mine(run: Run, name: str) -> dict:
         )  # fmt: skip
         mined = {"documents": len(examples), **counts}
         if jax.process_index() == 0:
-            _write_mined(target, examples, rows, chosen, {"task": name, "inputs": inputs, "mined": mined})
+            about = {"task": name, "inputs": mining_inputs(run, name), "mined": mined}
+            _write_mined(target, examples, rows, chosen, about)
     return mined
+
+
+def mining_inputs(run: Run, name: str, recorded: Mapping | None = None) -> dict:
+    """What mined negatives depend on. A ranking checkpoint that is gone is what was `recorded`."""
+    config = run.config.mining[name]
+    try:
+        identity = run.checkpoint(config.checkpoint, config.step).identity
+    except FileNotFoundError:
+        if not recorded or not run.names(config.checkpoint, config.step, recorded["checkpoint"]):
+            raise
+        identity = recorded["checkpoint"]
+    found = {
+        "mining": {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "step")},
+        "checkpoint": identity,
+        "data": read_header(run.store_path(config.task))["digest"],
+    }
+    return json.loads(json.dumps(found))
+
+
+def _mined(run: Run, name: str, info: Mapping) -> dict:
+    """The counts of a store that is there; ValueError if it was mined otherwise."""
+    now = mining_inputs(run, name, info["inputs"])
+    if found := list(configs.differences(runs.portable(info["inputs"]), runs.portable(now))):
+        named = "; ".join(f"{key} was {was!r}, now {value!r}" for key, was, value in found)
+        raise ValueError(f"{run.store_path(name)} was mined otherwise: {named}. Remove it, or use another name")
+    return info["mined"]
 
 
 def _write_mined(target, examples, rows, chosen, info: dict) -> None:
@@ -236,7 +276,7 @@ def evaluate_baselines(run: Run) -> dict:
 def denoising(run: Run, name: str) -> dict:
     """How well a diffusion stage denoises held-out text, and one text while it is denoised."""
     checkpoint, mask_id, length = run.checkpoint(name), run.tokenizer.mask_id, run.config.stages[name].batch.length
-    params, model = checkpoint.params(), checkpoint.model
+    params, model = checkpoint.params(run.shardings(checkpoint.model)), checkpoint.model
     options = dict(mask_id=mask_id, left_shift=checkpoint.left_shift)
     flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, run.config.report.texts).corpus[:512]))
     windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
@@ -286,18 +326,23 @@ def merge_sweep(run: Run, name: str) -> dict:
     return {"slerp_ratio": config.ratio, "slerp_sweep": sweep}
 
 
-def export_model(run: Run, checkpoint: str, folder, *, step: int = 0, format: str = "", tanh: bool = False):
-    """Write a checkpoint of a run as a model folder, as its entry in config.exports says, if it has one."""
-    found = run.checkpoint(checkpoint, step)
-    entry = next((e for e in run.config.exports.values() if e.checkpoint == checkpoint), None)
-    figures = run.workdir / "steps" / f"evaluate {checkpoint}.json"
-    source = {"figures": paths.read_json(figures)["result"]} if not step and figures.exists() else {}
-    return write_model(
-        found, run.tokenizer, folder, shardings=run.shardings, format=format, tanh=tanh,
-        separator=run.config.data.separator, max_length=entry.max_length if entry else 0,
-        contextual=entry.contextual if entry else found.config.get("stage", {}).get("kind") == "contextual",
-        provenance=source | run.config.card.to_dict() | origin(found),
-    )  # fmt: skip
+def export_model(
+    run: Run, name: str, folder, *, step: int = 0, entry: ConfigDict | None = None, format: str = "", tanh: bool = False
+):
+    """Write a checkpoint as a model folder; what `entry` of config.exports says of it, or the only one that it has."""
+    export.check_replaceable(folder)
+    found = run.checkpoint(name, step)
+    entries = [e for e in run.config.exports.values() if e.checkpoint == name]
+    if entry is None and len(entries) > 1:
+        both = ", ".join(key for key, e in run.config.exports.items() if e.checkpoint == name)
+        raise ValueError(f"{name} is exported as {both}, each in its own way: `embed pipeline` writes them")
+    if entry := entry or next(iter(entries), None):
+        found = dataclasses.replace(found, contextual=entry.contextual, max_length=entry.max_length or None)
+    said = origin(found) | run.config.card.to_dict()
+    file = run.workdir / "steps" / f"evaluate {name}.json"
+    if file.exists() and runs.portable((saved := paths.read_json(file))["inputs"]["checkpoint"]) == runs.portable(found.identity):
+        said["figures"] = saved["result"]
+    return write_model(found, folder, run.shardings, said, format=format, tanh=tanh)
 
 
 def export_source(
@@ -306,34 +351,22 @@ def export_source(
     """Write a model folder, hub id or stage folder as a model folder, or in another format."""
     if paths.path(source) == paths.path(folder):
         raise ValueError(f"{folder} is the model itself; choose another folder")
+    export.check_replaceable(folder)
     found = runs.find(source, step)
-    settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
-    return write_model(
-        found, found.load_tokenizer(), folder, shardings=runs.over_all_devices, format=format, tanh=tanh,
-        provenance=origin(found), **settings | found.settings,
-    )  # fmt: skip
+    found = dataclasses.replace(found, contextual=found.contextual or contextual)
+    return write_model(found, folder, runs.over_all_devices, origin(found), format=format, tanh=tanh)
 
 
 def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
     """Write the slerp of two models or stage folders, each with the step of a stage, as a model folder."""
-    first, second = runs.find(*a), runs.find(*b)
-    found = runs.merged(f"{a[0]} and {b[0]}", first, second, ratio)
-    contextual = all(x.settings.get("contextual", False) for x in (first, second))
-    settings = {"separator": bool(found.separator), "max_length": None, "contextual": contextual}
-    for name in ("separator", "max_length"):
-        left, right = (x.settings.get(name, settings[name]) for x in (first, second))
-        if left != right:
-            raise ValueError(f"{name} is {left} in {a[0]} and {right} in {b[0]}: they embed differently")
-        settings[name] = left
-    return write_model(
-        found, first.load_tokenizer(), folder, shardings=runs.over_all_devices, provenance=origin(found),
-        **settings,
-    )  # fmt: skip
+    export.check_replaceable(folder)
+    found = runs.merged(f"{a[0]} and {b[0]}", runs.find(*a), runs.find(*b), ratio)
+    return write_model(found, folder, runs.over_all_devices, origin(found))
 
 
 def origin(checkpoint: Checkpoint) -> dict:
     """What a card tells of where a checkpoint comes from."""
-    if checkpoint.provenance or checkpoint.settings:  # a model folder, which tells of itself
+    if checkpoint.provenance is not None:  # a model folder, which tells of itself
         return checkpoint.provenance | {"source": checkpoint.identity}
     found = {"checkpoint": checkpoint.name, "identity": checkpoint.identity, "lineage": runs.lineage(checkpoint)}
     if checkpoint.of:
@@ -342,18 +375,21 @@ def origin(checkpoint: Checkpoint) -> dict:
 
 
 def write_model(
-    checkpoint: Checkpoint, tokenizer, folder, *, shardings: Callable, separator: bool, max_length: int | None,
-    contextual: bool, provenance: Mapping, format: str = "", tanh: bool = False,
-):  # fmt: skip
-    """Write any checkpoint as a model folder; its parameters pass through shards over all devices."""
-    export.check_replaceable(folder)
+    checkpoint: Checkpoint, folder, shardings: Callable, provenance: Mapping, *, format: str = "", tanh: bool = False
+):
+    """Write any checkpoint as a model folder; its parameters pass through `shardings` of its model."""
+    checkpoint.check_encoder()
+    export.check_format(format, tanh or checkpoint.tanh)
     model = transformer.encoder_only(checkpoint.model, {})[0]
     embedding = {
-        "matryoshka": list(checkpoint.matryoshka), "separator": separator, "contextual": contextual,
-        "max_length": max_length or None,
+        "matryoshka": list(checkpoint.matryoshka), "separator": checkpoint.separator,
+        "contextual": checkpoint.contextual, "max_length": checkpoint.max_length,
     }  # fmt: skip
     params = transformer.encoder_only(checkpoint.model, checkpoint.params(shardings(model)))[1]
-    return export.write(folder, params, model, tokenizer, embedding=embedding, provenance=provenance, format=format, tanh=tanh)
+    return export.write(
+        folder, params, model, checkpoint.load_tokenizer(), embedding=embedding, provenance=provenance, format=format,
+        tanh=tanh or checkpoint.tanh,
+    )  # fmt: skip
 
 
 def worked_search(run: Run) -> dict:
@@ -390,14 +426,9 @@ def mined_tasks(config: ConfigDict, stage: str) -> list[str]:
 
 def order(config: ConfigDict) -> list[str]:
     """The stages, each behind those that it starts from or is mined by; ValueError where they wait for each other."""
-
-    def parts(checkpoint: str) -> set[str]:
-        of = config.merges[checkpoint].of if checkpoint in config.merges else (checkpoint,)
-        return {name for name in of if name in config.stages}
-
     waits = {
-        stage: parts(config.stages[stage].init).union(
-            *(parts(config.mining[task].checkpoint) for task in mined_tasks(config, stage))
+        stage: (runs.parents(config, stage) - {stage}).union(
+            *(runs.parents(config, config.mining[task].checkpoint) for task in mined_tasks(config, stage))
         )
         for stage in config.stages
     }
@@ -452,38 +483,48 @@ def nodes(config: ConfigDict) -> Iterator[Node]:
 def export_models(run: Run) -> dict:
     """Every entry of config.exports as export/NAME."""
     for name, entry in run.config.exports.items():
-        export_model(run, entry.checkpoint, run.workdir / "export" / name)
+        export_model(run, entry.checkpoint, run.workdir / "export" / name, entry=entry)
     return {name: entry.checkpoint for name, entry in run.config.exports.items()}
 
 
 def inputs(run: Run, node: Node) -> dict:
     """What a node's result depends on. A change of it has the node done again."""
+    config, report_ = run.config, run.config.report
 
     def identity(name: str) -> dict:
         return run.checkpoint(name).identity
 
-    config, data = run.config, {}
     if node.kind == "stage":
         return run.identity(node.of)
+    found: dict = {"prepared": _prepared(run)}
     if node.kind == "mine":
-        entry = config.mining[node.of]
-        data = {"mining": entry.to_dict(), "checkpoint": run.checkpoint(entry.checkpoint, entry.step).identity}
+        target = run.store_path(node.of)
+        recorded = read_header(target)["info"]["inputs"] if (target / "info.json").exists() else None
+        found |= mining_inputs(run, node.of, recorded)
     elif node.kind == "denoise":
-        data = {"checkpoint": identity(node.of), "report": config.report.to_dict()}
+        found |= {"checkpoint": identity(node.of), "report": [report_.texts, report_.mask_fraction, report_.tokens_per_step]}
     elif node.kind == "evaluate":
-        mine = {name: e.to_dict() for name, e in config.evaluations.items() if node.of in e.checkpoints}
-        data = {"evaluations": {n: {k: e[k] for k in ("data", "alone")} for n, e in mine.items()}}
-        data["checkpoint"] = identity(node.of)
+        mine = {name: [e.data, e.alone] for name, e in config.evaluations.items() if node.of in e.checkpoints}
+        found |= {"evaluations": mine, "checkpoint": identity(node.of)}
     elif node.kind == "merge":
-        data = {"merge": config.merges[node.of].to_dict(), "of": [identity(name) for name in config.merges[node.of].of]}
+        entry = config.merges[node.of]
+        found |= {"merge": entry.to_dict(), "of": [identity(name) for name in entry.of]}
     elif node.kind == "baselines":
-        mine = {name: {k: e[k] for k in ("data", "alone", "bm25")} for name, e in config.evaluations.items()}
-        data = {"evaluations": mine, "fuse": {name: identity(name) for name in config.report.fuse}}
+        mine = {name: [e.data, e.alone, e.bm25] for name, e in config.evaluations.items()}
+        found |= {"evaluations": mine, "fuse": {name: identity(name) for name in report_.fuse}}
     elif node.kind == "export":
-        data = {name: [e.to_dict(), identity(e.checkpoint)] for name, e in config.exports.items()} | {"card": config.card.to_dict()}
+        found |= {"exports": {name: [e.to_dict(), identity(e.checkpoint)] for name, e in config.exports.items()}}
+        found |= {"card": config.card.to_dict(), "separator": config.data.separator, "evaluated": _evaluated(run)}
     elif node.kind == "search":
-        data = {"export": identity(config.exports[config.report.search].checkpoint)}
-    return json.loads(json.dumps(data | {"prepared": _prepared(run)}))
+        entry = config.exports[report_.search]
+        found |= {"export": [entry.to_dict(), identity(entry.checkpoint)], "texts": report_.texts}
+    return json.loads(json.dumps(found))
+
+
+def _evaluated(run: Run) -> dict:
+    """Which figures the cards of config.exports can tell: what each evaluation depended on."""
+    files = {e.checkpoint: run.workdir / "steps" / f"evaluate {e.checkpoint}.json" for e in run.config.exports.values()}
+    return {name: paths.read_json(file)["inputs"] for name, file in files.items() if file.exists()}
 
 
 def _prepared(run: Run) -> str:
@@ -503,14 +544,47 @@ def check(config: ConfigDict) -> None:
         *((f"exports.{n}.checkpoint", (e.checkpoint,)) for n, e in config.exports.items()),
         *((f"mining.{n}.checkpoint", (m.checkpoint,)) for n, m in config.mining.items()),
         *((f"evaluations.{n}.checkpoints", e.checkpoints) for n, e in config.evaluations.items()),
-        ("report.fuse", config.report.fuse),
     ):
         for name in names:
             if name not in named and not _elsewhere(name):
                 raise ValueError(f"config.{where} names {name!r}; there are {', '.join(sorted(named))}")
+    ranked = {name for e in config.evaluations.values() if e.bm25 for name in e.checkpoints}
+    for name in config.report.fuse:
+        if not all(name in e.checkpoints for e in config.evaluations.values() if e.bm25):
+            raise ValueError(f"config.report.fuse names {name!r}, which some evaluation does not rank; ranked are {', '.join(sorted(ranked))}")
     for field, group in (("denoise", config.stages), ("search", config.exports)):
         if (name := config.report[field]) and name not in group:
             raise ValueError(f"config.report.{field}={name!r} must be one of {', '.join(group)}")
+
+
+def check_data(run: Run, names: Iterable[str]) -> None:
+    """Refuse stages that name mixtures, tasks or evaluation sets which the prepared data do not have: before hours of work."""
+    config, tasks = run.config, sorted({task for rates in run.mixtures.values() for task in rates})
+    for name in names:
+        run.phases(name)
+        for entry in mined_tasks(config, name):
+            if entry in run.mixtures:
+                raise ValueError(f"config.mining.{entry}: a mixture of the data has that name too")
+            if config.mining[entry].task not in tasks:
+                raise ValueError(f"config.mining.{entry}.task={config.mining[entry].task!r} must be one of {', '.join(tasks)}")
+        if config.stages[name].execution.evaluate_every:
+            _check_set(run, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
+
+
+def _check_set(run: Run, field: str, name: str) -> None:
+    if not name or not (run.data / "evaluation" / name / "corpus.jsonl").exists():
+        raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT below {run.data / 'evaluation'}")
+
+
+def check_sets(run: Run) -> None:
+    """Refuse evaluations, sweeps and a report over sets that the prepared data do not have."""
+    for name, entry in run.config.evaluations.items():
+        _check_set(run, f"evaluations.{name}.data", entry.data)
+    for name, entry in run.config.merges.items():
+        for data in entry.sweep_on if entry.sweep else ():
+            _check_set(run, f"merges.{name}.sweep_on", data)
+    if run.config.report.denoise or run.config.report.search:
+        _check_set(run, "report.texts", run.config.report.texts)
 
 
 def _elsewhere(name: str) -> bool:
@@ -526,7 +600,9 @@ def is_done(run: Run, node: Node, saved: Mapping | None) -> bool:
         return True
     if node.kind == "stage":
         return run.is_complete(node.of, run.identity(node.of))
-    return _portable(saved["inputs"]) == _portable(inputs(run, node))
+    if node.kind == "export" and not all((run.workdir / "export" / name).exists() for name in run.config.exports):
+        return False
+    return runs.portable(saved["inputs"]) == runs.portable(inputs(run, node))
 
 
 def walk(run: Run) -> dict:
@@ -544,6 +620,9 @@ def walk(run: Run) -> dict:
                 taken = time.perf_counter() - start
                 saved = {"result": result, "seconds": taken, "inputs": inputs(run, node), **made_with()}
                 runs.write_json(file, saved)
+            if node.kind == "prepare":
+                check_data(run, run.config.stages)
+                check_sets(run)
             results[node.name], seconds[node.name] = saved["result"], round(saved["seconds"], 1)
             sources.append({key: saved[key] for key in ("commit", "versions", "device")})
         total = _total(run, results, seconds, sources)
@@ -609,12 +688,3 @@ def machine() -> str:
     """What this computes on, in words."""
     device = jax.devices()[0]
     return f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} CPU cores, {os.uname().machine}"
-
-
-def _portable(found):
-    """Without the folders, which tell where something lies and not what it is."""
-    return json.loads(json.dumps(found), object_hook=lambda x: {k: v for k, v in x.items() if k != "folder"})
-
-
-def _tasks(run: Run) -> list[str]:
-    return sorted({task for rates in run.mixtures.values() for task in rates})

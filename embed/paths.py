@@ -22,12 +22,19 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # or epath would import TensorFl
 from etils import epath  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
+PARTIAL = ".partial"  # in a folder of a bucket whose writing was begun and has not ended
 LEASE_SECONDS = 180.0  # a lease in a bucket that was not renewed for so long is over
 RENEW_SECONDS = 30.0
 
 
 class BusyError(ValueError):
     """Another process holds the folder."""
+
+
+class LeaseLostError(RuntimeError):
+    """Another process took over a folder in a bucket while this one could not renew its lease."""
+
+    exit_code = 75  # the same command tries again
 
 
 def path(name) -> epath.Path:
@@ -95,10 +102,15 @@ def files(folder) -> dict[str, epath.Path]:
     return dict(sorted(found.items()))
 
 
+def is_partial(folder) -> bool:
+    """Whether `replace_folder` was interrupted in a folder of a bucket: what is there is no whole."""
+    return is_bucket(folder) and (path(folder) / PARTIAL).exists()
+
+
 def check_replaceable(folder, is_ours: Callable) -> None:
     """Refuse a folder that `replace_folder` would refuse: for before the work, not behind it."""
     folder = path(folder)
-    if not is_empty(folder) and not is_ours(folder):
+    if not is_empty(folder) and not is_partial(folder) and not is_ours(folder):
         raise ValueError(f"{folder} exists and was not written by this command; remove it or choose another path")
 
 
@@ -107,7 +119,8 @@ def replace_folder(folder, *, is_ours: Callable, marker: str) -> Iterator[Path]:
     """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
 
     What stands there already is replaced only if it is empty or `is_ours(folder)` holds; a block that is interrupted leaves it as
-    it was. A bucket gets the files one by one, the file `marker` first out and last in.
+    it was. A bucket gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where that is
+    interrupted, the folder is `is_partial` and may be replaced.
     """
     check_replaceable(folder, is_ours)
     folder = path(folder)
@@ -115,12 +128,14 @@ def replace_folder(folder, *, is_ours: Callable, marker: str) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="embed-") as aside:
             yield Path(aside)
             old, new = files(folder) if folder.exists() else {}, files(aside)
+            write(folder / PARTIAL, "")
             if marker in old:
                 old.pop(marker).unlink()
             for name in sorted(new, key=lambda name: name == marker):
                 copy_file(new[name], folder / name)
-            for name in old.keys() - new.keys():
+            for name in old.keys() - new.keys() - {PARTIAL}:
                 old[name].unlink()
+            (folder / PARTIAL).unlink()
         return
     folder = Path(os.path.realpath(folder))  # a link stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -175,16 +190,18 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def lock(folder) -> Iterator[None]:
+def lock(folder) -> Iterator[Callable[[], None]]:
     """Hold `folder` for this process; BusyError where another holds it. It is free again when the process ends, however it does.
+
+    Yields a function to be called before something is written: LeaseLostError where the folder is another's by now.
 
     On a disk by flock. In a bucket by a lease that is renewed: one that was left by a process that died ends after
     LEASE_SECONDS, or at once for the run that a launcher named (EMBED_RUN_ID), which starts it again.
     """
     folder = path(folder)
     if is_bucket(folder):
-        with _lease(folder):
-            yield
+        with _lease(folder) as check:
+            yield check
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(folder.with_name(f".{folder.name}.lock"))  # beside it: the folder itself may be replaced
@@ -195,13 +212,13 @@ def lock(folder) -> Iterator[None]:
     except Timeout:
         raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
     try:
-        yield
+        yield lambda: None
     finally:
         held.release()
 
 
 @contextlib.contextmanager
-def _lease(folder) -> Iterator[None]:
+def _lease(folder) -> Iterator[Callable[[], None]]:
     import tensorstore as ts
 
     store, key = ts.KvStore.open(url(folder.parent)).result(), f".{folder.name}.lock"
@@ -229,14 +246,26 @@ def _lease(folder) -> Iterator[None]:
     def renew():
         while not over.wait(RENEW_SECONDS):
             with contextlib.suppress(Exception):  # the next time
-                state["generation"] = put(state["generation"]) or state["generation"]
+                if generation := put(state["generation"]):
+                    state["generation"] = generation
+                    continue
+                found = store.read(key).result()  # another's, or our own, renewed by a request that seemed to fail
+                mine = found.state == "value" and holder.items() <= json.loads(found.value).items()
+                state["generation"] = found.stamp.generation if mine else None
+                if not mine:
+                    return
+
+    def check():
+        if state["generation"] is None:
+            raise LeaseLostError(f"{folder} was taken over by another process while the bucket could not be reached")
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
     try:
-        yield
+        yield check
     finally:
         over.set()
         thread.join()
         with contextlib.suppress(Exception):  # it ends by itself
-            store.write(key, None, if_equal=state["generation"]).result()
+            if state["generation"] is not None:
+                store.write(key, None, if_equal=state["generation"]).result()

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from embed import config as configs
-from embed import inference, paths, tokenizers
+from embed import distributed, inference, paths, tokenizers
 from embed.checkpoints import merge, model_folder, training_state
 from embed.data.store import Store, read_header
 from embed.inference import Encoder
@@ -28,7 +28,7 @@ from embed.models import sharding, transformer
 from embed.training import stages
 
 RANDOM = "random init"
-RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", RANDOM)  # names in a workdir that no stage may have
+RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", RANDOM)  # names in a workdir that no stage may have
 NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")  # of a stage's config: said by parent and phases, or no matter
 # How to compute is the reader's choice; the output layer is the diffusion stage's alone.
 ARCHITECTURE = [
@@ -36,6 +36,10 @@ ARCHITECTURE = [
     for field in dataclasses.fields(transformer.TransformerConfig)
     if field.name not in ("attention", "dtype", "remat", "unroll", "dense_barrier", "tied")
 ]
+
+
+class MissingCheckpointError(FileNotFoundError):
+    """There is no checkpoint where one is named."""
 
 
 class UnfinishedError(ValueError):
@@ -50,15 +54,22 @@ class Checkpoint:
     identity: dict  # folder, step and digest; of a random init its seed; of a merge those of its two parents and the ratio
     model: transformer.TransformerConfig
     load: Callable  # shardings -> parameters
-    tokenizer: dict | None = None  # `tokenizer_identity`; None fits any
+    load_tokenizer: Callable  # () -> its tokenizer
+    tokenizer: dict  # what is known of `tokenizer_identity`
+    separator: bool  # whether a separator stands between the chunks of a document
+    max_length: int | None = None  # tokens of the longest text
+    contextual: bool = False  # whether it is made for chunks in their document
+    tanh: bool = False  # whether its float32 vectors are tanh(v)
+    causal: bool = False  # a language model, no encoder
     left_shift: bool = False  # whether a token is predicted from the state before it
-    separator: bool | None = None  # whether a separator stands between chunks; None: not said
     matryoshka: tuple[int, ...] = ()  # prefixes trained
     of: tuple[str, ...] = ()  # of a merge: the names of the two
-    config: dict = dataclasses.field(default_factory=dict)  # of a stage: its config.json
-    load_tokenizer: Callable | None = None  # of a stage folder or model folder: the tokenizer that stands in it
-    settings: dict = dataclasses.field(default_factory=dict)  # of a model folder: separator, contextual, max_length
-    provenance: dict = dataclasses.field(default_factory=dict)  # of a model folder: what its card tells
+    provenance: dict | None = None  # of a model folder: what its card tells
+
+    def check_encoder(self) -> None:
+        """ValueError for a causal language model, whose vectors mean nothing."""
+        if self.causal:
+            raise ValueError(f"{self.name} is a causal language model, not an encoder: a stage can start from it")
 
     def params(self, shardings=None) -> dict:
         """The parameters, laid out by `shardings`, on the first local device without.
@@ -77,6 +88,7 @@ class Run:
         if str(workdir).startswith("s3://"):
             raise ValueError(f"workdir {workdir} must be a folder or gs://: checkpoints are not written to s3://")
         self.config, self.workdir, self.config_path = config, paths.path(workdir), config_path
+        self._found: dict[tuple[str, int], Checkpoint] = {}
         check_names(config)
 
     @property
@@ -150,14 +162,9 @@ class Run:
         """Of a stage's curriculum."""
         return sum(int(steps) for steps, _ in self.config.stages[stage].curriculum)
 
-    def encoder(self, checkpoint: "Checkpoint", *, params=None, max_length: int = 0) -> Encoder:
-        """A checkpoint as an encoder over all devices; `params` are its parameters where they lie on the run's mesh already."""
-        model = dataclasses.replace(checkpoint.model, tied=True)
-        params = checkpoint.params(self.shardings(model)) if params is None else params
-        return Encoder(
-            transformer.encoder_only(model, params)[1], model, self.tokenizer, separator=self.config.data.separator,
-            max_length=max_length or None, mesh=self.mesh,
-        )  # fmt: skip
+    def encoder(self, checkpoint: "Checkpoint", params=None) -> Encoder:
+        """A checkpoint as an encoder over the run's mesh; `params` are its parameters where they lie there already."""
+        return make_encoder(checkpoint, self.mesh, params)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -169,12 +176,18 @@ class Run:
         if step and (name in (RANDOM, "", *self.config.merges)):
             raise ValueError(f"step {step} of {name or RANDOM}: only a stage has steps")
         if name in (RANDOM, ""):
-            return Checkpoint(RANDOM, {"random init": self.config.seed}, self.model, self._random_params)
+            return Checkpoint(
+                RANDOM, {"random init": self.config.seed}, self.model, self._random_params, lambda: self.tokenizer,
+                tokenizer_identity(self.tokenizer), self.config.data.separator,
+            )  # fmt: skip
         if name in self.config.merges:
             return self._merged(name)
         if name in self.config.stages:
             return stage_checkpoint(self.folder(name), step, self.config.execution, name)
-        return find(name, step, self.config.execution, [RANDOM, *self.config.stages, *self.config.merges])
+        key = name, step
+        if key not in self._found:  # a model folder is read, checked and copied once
+            self._found[key] = find(name, step, self.config.execution, [RANDOM, *self.config.stages, *self.config.merges])
+        return self._found[key]
 
     def _random_params(self, shardings):
         make = jax.jit(transformer.init, static_argnums=0, out_shardings=shardings)
@@ -198,27 +211,30 @@ class Run:
         # An output layer that is not needed is left behind.
         if self.config.stages[stage].kind == "diffusion" and ours.tied != parent.model.tied:
             problems.append(f"config.model.tied is {ours.tied}, the checkpoint's {parent.model.tied}")
-        if parent.tokenizer:
-            mine = tokenizer_identity(self.tokenizer)
-            problems += [
-                f"the run's tokenizer has {name} {mine[name]}, the checkpoint's {value}"
-                for name, value in parent.tokenizer.items()
-                if mine[name] != value
-            ]
+        problems += self.tokenizer_problems(parent)
         if problems:
             raise ValueError(f"stage {stage} cannot start from {parent.name}: " + "; ".join(problems))
+
+    def tokenizer_problems(self, checkpoint: Checkpoint) -> list[str]:
+        """How the tokenizer of the run's data differs from a checkpoint's, as sentences."""
+        mine = tokenizer_identity(self.tokenizer)
+        return [
+            f"the run's tokenizer has {name} {mine[name]}, the checkpoint's {value}"
+            for name, value in checkpoint.tokenizer.items()
+            if mine[name] != value
+        ]
 
     def check_sources(self) -> None:
         """`check_start` as far as it goes before there are data: the model folders and hub ids that stages start from."""
         for name, stage in self.config.stages.items():
             if not stage.init or stage.init in (RANDOM, *self.config.stages, *self.config.merges) or is_stage(stage.init):
                 continue
-            found, model = model_folder.open_model(stage.init), self.config.model
+            theirs, model = model_folder.read_architecture(stage.init), self.config.model
             fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size] + ["tied"] * (stage.kind == "diffusion")
             problems = [
-                f"config.model.{n} is {model[n]!r}, the checkpoint's {getattr(found.config, n)!r}"
+                f"config.model.{n} is {model[n]!r}, the checkpoint's {getattr(theirs, n)!r}"
                 for n in fields
-                if model[n] != getattr(found.config, n)
+                if model[n] != getattr(theirs, n)
             ]
             if problems:
                 raise ValueError(f"stage {name} cannot start from {stage.init}: " + "; ".join(problems))
@@ -228,18 +244,19 @@ class Run:
     def identity(self, stage: str) -> dict:
         """config.json of a stage: what its result depends on.
 
-        A stage that has begun keeps its parent on record when that is gone.
+        A stage that has begun from what the config names keeps that on record when it is gone.
         """
         config, folder = self.config.stages[stage], self.folder(stage)
-        begun = bool(training_state.steps(folder / "checkpoints"))
         try:
             parent = self.checkpoint(config.init, config.init_step)
             self.check_start(stage, parent)
             origin, shifted = parent.identity, parent.left_shift
         except FileNotFoundError:
-            if not begun:
+            if not training_state.steps(folder / "checkpoints"):
                 raise
             recorded = paths.read_json(folder / "config.json")
+            if not self.names(config.init, config.init_step, recorded["parent"]):
+                raise
             origin, shifted = recorded["parent"], recorded.get("left_shift", False)
         phases = self.phases(stage)
         found = {
@@ -249,7 +266,7 @@ class Run:
                 name: getattr(stages.stage_model(config.kind, self.model), name) for name in [*ARCHITECTURE, "tied", "dtype"]
             },
             "seed": self.config.seed,
-            "data": {task: read_header(self.store_path(task))["digest"] for task in sorted({task for _, rates in phases for task in rates})},
+            "data": {task: read_header(self.store_path(task))["digest"] for _, rates in phases for task in rates},
             "tokenizer": tokenizer_identity(self.tokenizer),
             "separator": self.config.data.separator,
             "parent": origin,
@@ -264,6 +281,15 @@ class Run:
         if asked not in ("auto", "True", "False"):
             raise ValueError(f"config.stages.{stage}.left_shift={asked!r} must be auto, True or False")
         return of_parent if asked == "auto" else asked == "True"
+
+    def names(self, name: str, step: int, identity: Mapping) -> bool:
+        """Whether `name` is where the checkpoint of an identity was found, be it there now or not."""
+        if name in self.config.merges:
+            config, parts = self.config.merges[name], identity.get("merge", ())
+            same = len(parts) == 2 and all(self.names(part, 0, one) for part, one in zip(config.of, parts))
+            return same and identity["ratio"] == config.ratio
+        folder = self.folder(name) if name in self.config.stages else name
+        return identity.get("folder") in (str(folder), str(paths.path(folder))) and step in (0, identity["step"])
 
     def is_complete(self, stage: str, identity: Mapping) -> bool:
         """Whether a stage has reached its last step. ValueError where its folder is another config's."""
@@ -286,13 +312,19 @@ def check_names(config: ConfigDict) -> None:
                 raise ValueError(f"config.{part}.{name}: config.{others[0]} has that name too")
     if config.stage and config.stage not in config.stages:
         raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
-    for name in config.stages:
-        seen, current = [name], config.stages[name].init
-        while current in config.stages:
-            if current in seen:
-                raise ValueError(f"config.stages.{name}.init leads back to {current!r}: {' <- '.join([*seen, current])}")
-            seen.append(current)
-            current = config.stages[current].init
+    for name in (*config.stages, *config.merges):
+        parents(config, name)
+
+
+def parents(config: ConfigDict, name: str, seen: tuple[str, ...] = ()) -> set[str]:
+    """The stages that a checkpoint is made of, itself included; ValueError where it leads back to itself."""
+    if name in seen:
+        raise ValueError(f"{name!r} is made of itself: {' <- '.join([*seen, name])}")
+    if name in config.merges:
+        return set().union(*(parents(config, part, (*seen, name)) for part in config.merges[name].of))
+    if name in config.stages:
+        return {name} | parents(config, config.stages[name].init, (*seen, name))
+    return set()
 
 
 def is_stage(folder) -> bool:
@@ -313,18 +345,18 @@ def find(source: str, step: int = 0, execution: Mapping | None = None, others=()
             raise ValueError(f"step {step} of {source}: a model folder has no steps")
         return model_checkpoint(source, execution)
     expected = ", ".join([*others, "a stage folder", "a model folder", "a hub id owner/name"])
-    raise FileNotFoundError(f"{source!r} is no checkpoint: expected one of {expected}")
+    raise MissingCheckpointError(f"{source!r} is no checkpoint: expected one of {expected}")
 
 
 def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint:
     """The checkpoint of `step` in a stage folder, the last one for 0; see `Run.checkpoint`."""
     name, done = name or str(folder), training_state.steps(folder / "checkpoints")
     if not done:
-        raise FileNotFoundError(f"{folder} holds no checkpoint: train stage {name} first")
+        raise MissingCheckpointError(f"{folder} holds no checkpoint: train stage {name} first")
     config = paths.read_json(folder / "config.json")
     total = sum(steps for steps, _ in config["phases"])
     if step and step not in done:
-        raise ValueError(f"{name} has no checkpoint of step {step}; there are {', '.join(map(str, done))}")
+        raise MissingCheckpointError(f"{name} has no checkpoint of step {step}; there are {', '.join(map(str, done))}")
     if not step and total not in done:
         raise UnfinishedError(
             f"{name} has not finished: its last checkpoint is step {done[-1]} of {total}. Train it to the end, or name a step "
@@ -340,48 +372,47 @@ def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint
         return training_state.load_params(folder / "checkpoints", step, abstract)
 
     return Checkpoint(
-        name, {"folder": str(folder), "step": step, "digest": training_state.digest(folder / "checkpoints", step)}, model, load,
-        tokenizer=config["tokenizer"], left_shift=config.get("left_shift", False), separator=config["separator"],
-        matryoshka=tuple(config["stage"].get("matryoshka", ())), config=config,
-        load_tokenizer=lambda: tokenizers.load(folder / "tokenizer"),
+        name, {"folder": str(folder), "step": step, "digest": training_state.digest(folder / "checkpoints", step)}, model,
+        load, lambda: tokenizers.load(folder / "tokenizer"), config["tokenizer"], config["separator"],
+        contextual=config["stage"]["kind"] == "contextual", left_shift=config.get("left_shift", False),
+        matryoshka=tuple(config["stage"].get("matryoshka", ())),
     )  # fmt: skip
 
 
 def model_checkpoint(source: str, execution) -> Checkpoint:
     """A model folder or hub id as a checkpoint; its weights go straight into their shards."""
     found = model_folder.open_model(source)
-    model = transformer.from_config(dataclasses.asdict(found.config), execution)
+    model, how = transformer.from_config(dataclasses.asdict(found.config), execution), found.embedding
     return Checkpoint(
-        source, {"folder": str(source), "step": 0, "digest": found.digest}, model, found.params,
+        source, {"folder": str(source), "step": 0, "digest": found.digest}, model, found.params, found.tokenizer,
         # Which id is the mask is the run's choice where the folder does not say it.
-        tokenizer={"digest": found.tokenizer().digest}, left_shift=found.causal,
-        separator=None if found.causal else found.embedding["separator"], matryoshka=tuple(found.embedding["matryoshka"]),
-        load_tokenizer=found.tokenizer, provenance=found.provenance,
-        settings={} if found.causal else {n: found.embedding[n] for n in ("separator", "contextual", "max_length")},
+        {"digest": found.tokenizer().digest}, separator=how.get("separator", False), max_length=how.get("max_length"),
+        contextual=how.get("contextual", False), tanh=how.get("tanh", False), causal=found.causal, left_shift=found.causal,
+        matryoshka=tuple(how.get("matryoshka", ())), provenance=found.provenance,
     )  # fmt: skip
 
 
 def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
-    """The slerp of two checkpoints, made leaf by leaf: beside the two no third tree is held."""
-    problems = [
-        f"{what} {left!r} and {right!r}"
-        for what, left, right in configs.differences(
-            {**{n: getattr(a.model, n) for n in ARCHITECTURE}, "tokenizer": a.tokenizer},
-            {**{n: getattr(b.model, n) for n in ARCHITECTURE}, "tokenizer": b.tokenizer},
-        )
-    ]
-    if problems:
-        raise ValueError(f"cannot merge {a.name} and {b.name}: " + "; ".join(problems))
+    """The slerp of two checkpoints, made leaf by leaf: beside the two no third tree is held.
+
+    ValueError lists how they differ in what makes vectors.
+    """
+    a.check_encoder(), b.check_encoder()
+    compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in ARCHITECTURE}
+    compared |= {f"tokenizer {n}": (a.tokenizer[n], b.tokenizer[n]) for n in a.tokenizer.keys() & b.tokenizer.keys()}
+    compared |= {n: (getattr(a, n), getattr(b, n)) for n in ("separator", "max_length", "tanh")}
+    if problems := [f"{what} is {left!r} and {right!r}" for what, (left, right) in compared.items() if left != right]:
+        raise ValueError(f"cannot merge {a.name} and {b.name}, which embed differently: " + "; ".join(problems))
 
     def load(shardings):
         left, right = (transformer.encoder_only(x.model, x.params(shardings))[1] for x in (a, b))
         return merge.merge_params(left, right, ratio, shardings or jax.tree.map(lambda x: x.sharding, left))
 
-    model = dataclasses.replace(a.model, tied=True)
-    prefixes = a.matryoshka if a.matryoshka == b.matryoshka else tuple(p for p in a.matryoshka if p in b.matryoshka)
-    return Checkpoint(
-        name, {"merge": [a.identity, b.identity], "ratio": ratio}, model, load, tokenizer=a.tokenizer,
-        separator=a.separator, matryoshka=prefixes, of=(a.name, b.name),
+    return dataclasses.replace(
+        a, name=name, identity={"merge": [a.identity, b.identity], "ratio": ratio}, load=load, of=(a.name, b.name),
+        model=dataclasses.replace(a.model, tied=True), tokenizer=a.tokenizer | b.tokenizer,
+        contextual=a.contextual and b.contextual, left_shift=False, provenance=None,
+        matryoshka=tuple(p for p in a.matryoshka if p in b.matryoshka),
     )  # fmt: skip
 
 
@@ -391,6 +422,22 @@ def over_all_devices(model: transformer.TransformerConfig):
     return sharding.parameter_shardings(mesh, transformer.abstract_params(model))
 
 
+def make_encoder(checkpoint: Checkpoint, mesh, params=None) -> Encoder:
+    """A checkpoint as an encoder over a mesh, with its own tokenizer and settings; ValueError for a causal model.
+
+    `params` are its parameters where they lie on the mesh already.
+    """
+    checkpoint.check_encoder()
+    model = dataclasses.replace(checkpoint.model, tied=True)
+    if params is None:
+        params = checkpoint.params(sharding.parameter_shardings(mesh, transformer.abstract_params(model)))
+    return Encoder(
+        transformer.encoder_only(model, params)[1], model, checkpoint.load_tokenizer(), separator=checkpoint.separator,
+        max_length=checkpoint.max_length, tanh=checkpoint.tanh, matryoshka=checkpoint.matryoshka, mesh=mesh,
+        path=checkpoint.name, digest=checkpoint.identity.get("digest"),
+    )  # fmt: skip
+
+
 def load_encoder(source: str, step: int = 0) -> Encoder:
     """A model folder, hub id or stage folder as an encoder over all devices; see `Run.checkpoint` for `step`."""
     if not is_stage(source):
@@ -398,20 +445,23 @@ def load_encoder(source: str, step: int = 0) -> Encoder:
             raise ValueError(f"step {step} of {source}: only a stage folder has steps")
         return inference.load(source)
     found = stage_checkpoint(paths.path(source), step, None, source)
-    model = dataclasses.replace(found.model, tied=True)
     if jax.default_backend() == "cpu":
-        model = dataclasses.replace(model, dtype="float32")
-    mesh = sharding.make_mesh()
-    params = found.params(sharding.parameter_shardings(mesh, transformer.abstract_params(model)))
-    return Encoder(
-        transformer.encoder_only(model, params)[1], model, found.load_tokenizer(), separator=found.separator, mesh=mesh,
-        matryoshka=found.matryoshka, path=source, digest=found.identity["digest"],
-    )  # fmt: skip
+        found = dataclasses.replace(found, model=dataclasses.replace(found.model, dtype="float32"))
+    return make_encoder(found, sharding.make_mesh(data=1, fsdp=-1))
 
 
 def tokenizer_identity(tokenizer: tokenizers.Tokenizer) -> dict:
     """What tells a tokenizer and its control tokens from others."""
     return {"digest": tokenizer.digest, "mask_id": tokenizer.mask_id, "separator_id": tokenizer.separator_id}
+
+
+def portable(found):
+    """Without the folders of identities, which tell where something lies and not what it is."""
+
+    def without(x: dict) -> dict:
+        return {k: v for k, v in x.items() if k != "folder"} if {"folder", "step", "digest"} <= x.keys() else x
+
+    return json.loads(json.dumps(found), object_hook=without)
 
 
 def check_identity(folder, stage: str, identity: Mapping) -> None:
@@ -420,13 +470,10 @@ def check_identity(folder, stage: str, identity: Mapping) -> None:
     Where its parent lies is no difference: step and digest tell what it is.
     """
 
-    def comparable(found):
-        return json.loads(json.dumps(found), object_hook=lambda x: {k: v for k, v in x.items() if k != "folder"})
-
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} holds checkpoints but no config.json: use another workdir, or remove it")
-    found = list(configs.differences(comparable(paths.read_json(file)), comparable(identity)))
+    found = list(configs.differences(portable(paths.read_json(file)), portable(identity)))
     if found:
         named = "; ".join(
             f"{name.replace('stage.', f'stages.{stage}.', 1) if name.startswith('stage.') else name} was {was!r}, now {now!r}"
@@ -436,20 +483,21 @@ def check_identity(folder, stage: str, identity: Mapping) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder) -> Iterator[None]:
-    """`paths.lock` of process 0, for all processes of the job."""
+def hold(folder) -> Iterator[Callable[[], None]]:
+    """`paths.lock` of process 0, for all processes of the job, which leave the block together."""
     with contextlib.ExitStack() as stack:
-        error = None
+        error, check = None, lambda: None
         if jax.process_index() == 0:
             try:
-                stack.enter_context(paths.lock(folder))
+                check = stack.enter_context(paths.lock(folder))
             except paths.BusyError as caught:
                 error = caught
         if jax.process_count() > 1 and multihost_utils.process_allgather(error is not None).any():
             error = error or paths.BusyError(f"{folder} is in use by another process")
         if error:
             raise error
-        yield
+        yield check
+        distributed.meet()  # what process 0 has written is there for all
 
 
 def agreed(flag: bool) -> bool:

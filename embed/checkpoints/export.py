@@ -11,6 +11,7 @@ It holds no code and no pickle. For other programs: format "pplx" is the layout 
 (configuration.py, modeling.py, st_quantize.py); "onnx" has onnx/model.onnx in the place of weights and modules.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -82,11 +83,18 @@ def check_replaceable(folder) -> None:
     _on_first_process(lambda: settings.check_replaceable(folder))
 
 
-def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -> None:
+def check_format(format: str, tanh: bool) -> None:
+    """ValueError unless `write` knows the format and can write it here: for before the work."""
     if format not in FORMATS:
         raise ValueError(f"format {format!r} must be one of {', '.join(FORMATS[1:])}, or empty for the model folder")
-    if format and embedding["tanh"]:
+    if format and tanh:
         raise ValueError(f"tanh is for the model folder, not for format {format}")
+    if format == "onnx" and not importlib.util.find_spec("onnx"):
+        raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'")
+
+
+def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -> None:
+    check_format(format, embedding["tanh"])
     shapes = {name: x.shape for name, x in names.flatten(params).items()}
     expected = {name: x.shape for name, x in names.flatten(abstract_params(config)).items()}
     problems = [f"parameter {name} is missing" for name in expected.keys() - shapes.keys()]

@@ -70,6 +70,17 @@ def is_model(path) -> bool:
         return False
 
 
+def read_architecture(source) -> TransformerConfig:
+    """The sizes of a model, out of its config.json alone: no weights are downloaded or read."""
+    folder = paths.path(source) if paths.is_bucket(source) else resolve(source, files=[CONFIG])
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{source} has no {CONFIG}")
+    config, problems = model_config.read(paths.read_json(folder / CONFIG))
+    if problems:
+        raise ValueError(f"{source} is not a model that can be read: " + "; ".join(problems))
+    return config
+
+
 def open_model(source, revision: str | None = None) -> "ModelFolder":
     """Check a model and read its config, but no tensor yet.
 
@@ -82,6 +93,8 @@ def open_model(source, revision: str | None = None) -> "ModelFolder":
         if paths.is_bucket(source):
             if revision is not None:
                 raise ValueError(f"revision={revision!r} is for a hub id, {source} is a folder")
+            if paths.is_partial(source):
+                raise ValueError(f"{source} is half an export, which was interrupted: export it again")
             if not paths.path(source).is_dir():
                 raise FileNotFoundError(f"there is no folder {source}: expected a model folder")
             wanted = [*FILES, settings.FILE, settings.CARD]

@@ -9,9 +9,11 @@ a bucket (gs://).
 """
 
 import contextlib
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,6 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from embed import paths
 
-METRIC = "evaluation"  # of the checkpoint that is kept as the best
-
 
 class CheckpointError(OSError):
     """A checkpoint could not be written, or none can be read."""
@@ -30,26 +30,38 @@ class CheckpointError(OSError):
     exit_code = 1
 
 
+@dataclasses.dataclass
+class _Policy(policies.PreservationPolicy):
+    """Keeps the newest, milestones, and the best of those that were evaluated on one set."""
+
+    newest: int
+    evaluated_on: str
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        best = max(checkpoints, key=lambda info: _figure(info.metrics, self.evaluated_on), default=None)
+        if best is not None and _figure(best.metrics, self.evaluated_on) == -math.inf:
+            best = None
+        newest = {info.step for info in checkpoints[-self.newest :]}
+        return [info.step in newest or info is best or (info.metrics or {}).get("milestone", False) for info in checkpoints]
+
+
+def _figure(metrics, evaluated_on: str) -> float:
+    return metrics["figure"] if metrics and metrics.get("evaluated_on") == evaluated_on else -math.inf
+
+
 @contextlib.contextmanager
-def open_manager(folder, *, save_every: int, keep: int, milestone_every: int = 0) -> Iterator[ocp.CheckpointManager]:
+def open_manager(folder, *, save_every: int, keep: int, evaluated_on: str = "") -> Iterator[ocp.CheckpointManager]:
     """A manager that saves every `save_every` steps and finishes each save by a rename (in a bucket by a marker).
 
-    Kept are the newest `keep`, those at multiples of `milestone_every`, and the best of those saved with a metric. Saves that were
+    Kept are the newest `keep`, milestones, and the best of those saved with a figure of the set `evaluated_on`. Saves that were
     begun are finished at the end; CheckpointError if one fails, unless another error ended the work.
     """
-
-    def metric(metrics) -> float:
-        return metrics[METRIC]
-
-    kept = [policies.LatestN(keep), policies.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False)]
-    if milestone_every:
-        kept.append(policies.EveryNSteps(milestone_every))
     manager = ocp.CheckpointManager(
         paths.path(folder),
         options=ocp.CheckpointManagerOptions(
             save_interval_steps=save_every,
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=metric,  # or metrics would not be read again
+            preservation_policy=_Policy(keep, evaluated_on),
+            best_fn=lambda metrics: _figure(metrics, evaluated_on),  # or metrics would not be read again
             enable_async_checkpointing=True,
             create=True,
             cleanup_tmp_directories=True,  # what a killed save left
@@ -75,28 +87,27 @@ def checksum(tree) -> jax.Array:
     return total
 
 
-def save(manager: ocp.CheckpointManager, step: int, params, optimizer_state=None, metric: float | None = None) -> None:
+def save(
+    manager: ocp.CheckpointManager, step: int, params, optimizer_state=None, *, figure: float | None = None,
+    evaluated_on: str = "", milestone: bool = False,
+) -> None:  # fmt: skip
     """Begin to save under `step`, which is newer than all before; without `optimizer_state` the parameters alone.
 
-    The one with the highest `metric` is kept. CheckpointError as of `check`.
+    `figure` is what they reached on the set `evaluated_on`; a `milestone` stays for good. CheckpointError as of `check`.
     """
     items = {"params": params} | ({"optimizer": optimizer_state} if optimizer_state is not None else {})
     sums = {name: int(checksum(tree)) for name, tree in items.items()}
     saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    about = {"milestone": milestone} | ({} if figure is None else {"figure": figure, "evaluated_on": evaluated_on})
     with _written(manager):
         manager.save(
-            step,
-            args=ocp.args.Composite(**saved, checksums=ocp.args.JsonSave(sums)),
-            metrics={METRIC: -math.inf if metric is None else metric},
-            force=True,
+            step, args=ocp.args.Composite(**saved, checksums=ocp.args.JsonSave(sums)), metrics=about, force=True
         )
 
 
-def best(manager: ocp.CheckpointManager) -> tuple[int, float] | None:
-    """(step, metric) of the best checkpoint, None where none has a metric."""
-    step = manager.best_step()
-    metrics = manager.metrics(step) if step is not None else None
-    return (step, metrics[METRIC]) if metrics and metrics[METRIC] > -math.inf else None
+def best(manager: ocp.CheckpointManager, evaluated_on: str) -> float:
+    """The highest figure that a checkpoint has on a set, -inf where none has one."""
+    return max((_figure(manager.metrics(step), evaluated_on) for step in manager.all_steps()), default=-math.inf)
 
 
 def check(manager: ocp.CheckpointManager) -> None:
@@ -190,18 +201,28 @@ def _put_aside(folder, step: int) -> None:
     (folder / str(step)).rmtree()
 
 
-def finish(folder, final: int, milestone_every: int = 0) -> None:
-    """Leave the parameters of step `final`, of milestones and of the best checkpoint: a finished stage trains no more."""
+def finish(folder, evaluated_on: str = "") -> None:
+    """Leave the parameters of the last checkpoint, of milestones and of the best one: a finished stage trains no more."""
     folder = paths.path(folder)
-    with open_manager(folder, save_every=1, keep=1) as manager:
-        found = best(manager)
-    keep = {final, found and found[0]} | {step for step in steps(folder) if milestone_every and not step % milestone_every}
+    with open_manager(folder, save_every=1, keep=1, evaluated_on=evaluated_on) as manager:
+        infos = [_Info(step, manager.metrics(step)) for step in sorted(manager.all_steps())]
+    keep = dict(zip((info.step for info in infos), _Policy(1, evaluated_on).should_preserve(infos, context=None)))
     if jax.process_index() == 0:
-        for step in steps(folder):
-            gone = folder / str(step) / "optimizer" if step in keep else folder / str(step)
+        for step, kept in keep.items():
+            gone = folder / str(step) / "optimizer" if kept else folder / str(step)
             if gone.exists():
                 gone.rmtree() if paths.is_bucket(gone) else shutil.rmtree(gone)
     _anywhere(False)  # wait for process 0
+
+
+class _Info(NamedTuple):
+    step: int
+    metrics: dict | None
+
+
+def is_finished(folder) -> bool:
+    """Whether `finish` has nothing left to do with a folder whose stage has reached its last step."""
+    return not any((paths.path(folder) / str(step) / "optimizer").exists() for step in steps(folder))
 
 
 def _anywhere(flag: bool) -> bool:

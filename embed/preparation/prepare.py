@@ -149,7 +149,7 @@ def prepare(
             )
         console.print(f"data: {directory} is complete")
         return
-    if not paths.is_empty(directory):
+    if not (paths.is_empty(directory) or paths.is_partial(directory)):
         raise ValueError(f"{directory} exists and holds no prepared data (no info.json); choose another directory")
 
     with paths.replace_folder(directory, is_ours=lambda folder: False, marker="info.json") as partial:

@@ -73,6 +73,7 @@ def train(
     loader,
     initial_params: Callable,
     evaluate: Callable | None = None,
+    check_held: Callable = lambda: None,
     read_timeout: float | None = None,
     peak: float | None = None,
     profile_steps: range = range(0),
@@ -84,7 +85,7 @@ def train(
 
     `initial_params(shardings)` makes the starting parameters, called only when there is no checkpoint. Every `evaluate_every`
     steps and at the end all processes call `evaluate(params)`, whose figure goes into the row as `evaluation`; the checkpoint with the
-    highest is kept. A batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
+    highest is kept. `check_held()` raises where the folder is another's by now. A batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
     known. `profile_steps` are traced. `writer(folder, start)` makes a MetricsWriter, `progress(k, row)` is told of each logged
     step, `warn(sentence)` of what went wrong and was mended, or was left out.
 
@@ -97,8 +98,7 @@ def train(
     with (
         on_sigterm() as asked_to_end,
         training_state.open_manager(
-            checkpoints, save_every=execution.checkpoint_every, keep=execution.keep,
-            milestone_every=execution.milestone_every,
+            checkpoints, save_every=execution.checkpoint_every, keep=execution.keep, evaluated_on=execution.evaluate_on
         ) as manager,
     ):  # fmt: skip
         start, params, state = training_state.restore_newest(
@@ -107,7 +107,7 @@ def train(
         if not start:
             params = initial_params(step.params_sharding)
             state = step.init(params)
-        best = (training_state.best(manager) or (0, -np.inf))[1]
+        best = training_state.best(manager, execution.evaluate_on)
 
         output = writer(folder, start) if jax.process_index() == 0 else None
         log = _Log(output, step, progress, warn, start, peak or flops.device_peak())
@@ -133,15 +133,18 @@ def train(
                 jax.profiler.stop_trace()
             training_state.check(manager)
             if saving:
+                check_held()
                 best = figure if better else best
-                # What has finished trains no more, and needs no optimizer's state.
-                training_state.save(manager, k + 1, params, None if k + 1 == steps else state, figure if better else None)
+                training_state.save(
+                    manager, k + 1, params, None if k + 1 == steps else state,  # what has finished trains no more
+                    figure=figure if better else None, evaluated_on=execution.evaluate_on, milestone=bool(milestone),
+                )  # fmt: skip
             if ending:
                 break
         log.close()
     if start < steps and k + 1 < steps:
         raise PreemptedError(f"SIGTERM: saved at step {k + 1} of {steps}; the same command continues")
-    training_state.finish(checkpoints, steps, execution.milestone_every)
+    training_state.finish(checkpoints, execution.evaluate_on)
     return params
 
 

@@ -28,7 +28,7 @@ STAGE = ConfigDict(
         kind="diffusion",
         batch=dict(rows=4, length=16),
         execution=dict(
-            microbatches=1, logits_chunk=8, log_every=1, checkpoint_every=5, keep=2, milestone_every=0, evaluate_every=0,
+            microbatches=1, logits_chunk=8, log_every=1, checkpoint_every=5, keep=2, milestone_every=0, evaluate_every=0, evaluate_on="",
             max_skipped=0,
         ),
         optimizer=dict(
