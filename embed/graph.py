@@ -2,8 +2,8 @@
 
     prepare ─ stages, each behind its parent and what is mined for it ─ merges ─ evaluations ─ exports ─ report
 
-A node that is no stage leaves steps/NAME.json with its result, its seconds and what the result depends on. When that has changed the node
-is done again; a stage whose config has changed is refused.
+Every node leaves steps/NAME.json with its result, its seconds and what the result depends on. When that has changed, an evaluation, a merge or an
+export is done again; a stage or mined negatives whose config has changed are refused.
 """
 
 import contextlib

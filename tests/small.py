@@ -129,7 +129,7 @@ def write_model(folder, params_=None, config_=None, tokenizer_=None, *, embeddin
         folder, params() if params_ is None else params_, config_ or config(), tokenizer_ or tokenizer(),
         embedding={**EMBEDDING, **dict(embedding)}, provenance=dict(provenance), **how,
     )  # fmt: skip
-    return Path(folder)
+    return folder if paths.is_bucket(folder) else Path(folder)
 
 
 def foreign(folder: Path) -> Path:

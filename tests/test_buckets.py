@@ -149,13 +149,29 @@ def test_a_lease_is_given_back_and_ends_by_itself(bucket, monkeypatch):
         pass
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_put_aside(workdir, bucket, data, file):
-    run = runs.Run(config.load(f"{file}:diffusion", [data]), f"{bucket}/damaged")
-    run.config.stages.diffusion.curriculum = ((4, "diffusion"),)
-    graph.train_stage(run, "diffusion")
-    folder = paths.path(f"{bucket}/damaged/diffusion/checkpoints")
-    training_state._put_aside(folder, 4)
-    assert training_state.steps(folder) == [] and any(name.startswith("damaged-4/") for name in paths.files(folder))
+def test_a_damaged_checkpoint_in_a_bucket_is_put_aside_for_the_one_before(bucket, tmp_path):
+    folder, warnings = f"{bucket}/damaged", []
+    params, state = {"norm": np.arange(4.0)}, {"count": np.int32(3)}
+    with training_state.open_manager(folder, save_every=1, keep=2) as manager:
+        for step in (1, 2):
+            training_state.save(manager, step, params, state)
+    for name, file in paths.files(f"{folder}/2").items():
+        if "/d/" in name:  # the arrays
+            file.write_bytes(file.read_bytes()[:-4])
+    with training_state.open_manager(folder, save_every=1, keep=2) as manager:
+        step, found, _ = training_state.restore_newest(manager, params, state, warnings.append)
+    assert step == 1 and np.array_equal(found["norm"], params["norm"]) and "checkpoint 2 under" in warnings[0]
+    assert training_state.steps(folder) == [1] and any(name.startswith("damaged-2/") for name in paths.files(folder))
+
+
+def test_a_lease_that_another_took_over_is_noticed_before_anything_is_written(bucket, monkeypatch):
+    monkeypatch.setattr(paths, "RENEW_SECONDS", 0.01)
+    with paths.lock(f"{bucket}/taken") as check:
+        check()
+        paths.write_json(f"{bucket}/.taken.lock", {"host": "other", "process": 1, "run": "", "time": 0})
+        with pytest.raises(paths.LeaseLostError, match="was taken over by another process"):
+            while True:
+                check()
 
 
 def test_data_in_a_bucket_are_read_by_range_and_written_whole(bucket):
@@ -171,3 +187,16 @@ def test_data_in_a_bucket_are_read_by_range_and_written_whole(bucket):
         (aside / "b").write_text("2")
         raise OSError("it fails")
     assert list(paths.files(f"{bucket}/whole")) == ["a", "z.json"]
+
+
+def test_an_export_that_was_killed_on_its_way_to_a_bucket_is_refused_and_written_again(workdir, bucket, monkeypatch):
+    def fail(source, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(paths, "copy_file", fail)
+        small.write_model(f"{bucket}/killed")
+    with pytest.raises(ValueError, match="is half an export, which was interrupted: export it again"):
+        inference.load(f"{bucket}/killed")
+    small.write_model(f"{bucket}/killed")
+    assert inference.load(f"{bucket}/killed").encode(["parse"]).shape == (1, 32)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,11 @@ def test_the_curriculum_of_the_paper_goes_from_english_over_cross_lingual_to_all
     pair = config.load("configs/pplx_embed.py").stages.pair
     assert [mixture for _, mixture in pair.curriculum] == ["pairs_english", "pairs_cross_lingual", "pairs_multilingual"]
     assert sum(steps for steps, _ in pair.curriculum) == 50_000
+
+
+def test_every_override_that_the_docs_show_is_a_field():
+    known = {key for name in SHIPPED for key, _ in config._leaves(config.load(f"configs/{name}.py"))}
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").iterdir()]
+    shown = {(page.name, key) for page in pages for key in re.findall(r"--config\.([\w.]+)=", page.read_text())}
+    # "--config.key.key=value" tells of the form
+    assert len(shown) > 5 and {(page, key) for page, key in shown if key not in known | {"key.key", "key"}} == set()

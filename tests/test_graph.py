@@ -327,7 +327,9 @@ def test_an_export_of_a_run_starts_a_stage_of_another(workdir, shared, tmp_path)
 
 def test_stages_that_wait_for_each_other_are_refused(tmp_path, capsys):
     for overrides, sentence in (
-        (["--config.stages.diffusion.init=pair"], "leads back to"),
+        (["--config.stages.diffusion.init=pair"], "is made of itself"),
+        (["--config.merges.merged.of=('merged', 'pair')"], "'merged' is made of itself: merged <- merged"),
+        (["--config.report.fuse=('pear',)"], "config.report.fuse names 'pear', which some evaluation does not rank"),
         (["--config.mining.hard_negatives.checkpoint=merged"], "wait for each other"),
         (["--config.exports.embed.checkpoint=merge"], "config.exports.embed.checkpoint names 'merge'; there are contextual, "),
         (["--config.stages.contextual.init=pear"], "config.stages.contextual.init names 'pear'; there are contextual, "),
@@ -335,6 +337,62 @@ def test_stages_that_wait_for_each_other_are_refused(tmp_path, capsys):
         assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *overrides]) == 2
         assert sentence in said(capsys)
     assert not (tmp_path / "run" / "steps").exists()
+
+
+def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(workdir, shared, tmp_path, capsys):
+    for overrides, sentence in (
+        (["--config.stages.triplet.curriculum=((2, 'hard'),)"], "stage triplet: no mixture 'hard'; there are "),
+        (["--config.mining.hard_negatives.task=summaries"], "config.mining.hard_negatives.task='summaries' must be one of"),
+        (["--config.evaluations.functions.data=functions/tset"], "config.evaluations.functions.data='functions/tset' must be"),
+        (["--config.merges.merged.sweep_on=('functions',)"], "config.merges.merged.sweep_on='functions' must be"),
+        (["--config.report.texts="], "config.report.texts='' must be"),
+        (
+            ["--config.stages.pair.execution.evaluate_every=2", "--config.stages.pair.execution.evaluate_on=none/test"],
+            "config.stages.pair.execution.evaluate_on='none/test' must be",
+        ),
+    ):
+        assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", shared, *overrides]) == 2
+        assert sentence in said(capsys)
+    assert not (tmp_path / "run" / "diffusion").exists()
+
+
+def test_a_checkpoint_with_another_tokenizer_keeps_it_where_it_is_evaluated_and_mines_nothing(workdir, shared, tmp_path):
+    other = small.write_model(tmp_path / "other")
+    run = make_run(tmp_path / "run", shared, f"--config.mining.hard_negatives.checkpoint={other}")
+    encoder, texts = run.encoder(run.checkpoint(str(other))), ["parse the file"]
+    np.testing.assert_allclose(encoder.encode(texts), inference.load(other).encode(texts), atol=1e-6)
+    with pytest.raises(ValueError, match="cannot rank these data: the run's tokenizer has digest"):
+        graph.mine(run, "hard_negatives")
+    exported = graph.export_model(run, str(other), tmp_path / "again")
+    assert tokenizers.load(exported).digest == small.tokenizer().digest
+
+
+def test_a_causal_model_is_refused_as_an_encoder_and_may_start_a_stage(workdir, shared, tmp_path):
+    causal = small.make_causal(small.write_model(tmp_path / "causal"), small.params())
+    run = make_run(tmp_path / "run", shared)
+    found = run.checkpoint(str(causal))
+    for work in (lambda: run.encoder(found), lambda: graph.export_model(run, str(causal), tmp_path / "no")):
+        with pytest.raises(ValueError, match="is a causal language model, not an encoder: a stage can start from it"):
+            work()
+    assert found.left_shift and not (tmp_path / "no").exists()
+
+
+def test_two_exports_of_one_checkpoint_each_have_their_own_settings(workdir, shared, tmp_path):
+    run = make_run(workdir, shared)
+    with run.config.unlocked():
+        run.config.exports = {
+            "short": run.config.exports["embed"].copy_and_resolve_references(),
+            "chunks": run.config.exports["embed"].copy_and_resolve_references(),
+        }
+        run.config.exports.short.max_length, run.config.exports.chunks.contextual = 7, True
+        run.workdir = tmp_path
+        for stage in run.config.stages:
+            (tmp_path / stage).symlink_to(workdir / stage)
+    graph.export_models(run)
+    about = {name: json.loads((tmp_path / "export" / name / "embed.json").read_text())["embedding"] for name in ("short", "chunks")}
+    assert [about[n]["max_length"] for n in about] == [7, None] and [about[n]["contextual"] for n in about] == [False, True]
+    with pytest.raises(ValueError, match="merged is exported as chunks, short, each in its own way"):
+        graph.export_model(run, "merged", tmp_path / "which")
 
 
 # --- what identifies a stage ----------------------------------------------------------------------------------------
@@ -456,10 +514,37 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_pa
     assert "pair has no checkpoint of step 7; there are 2" in said(capsys)
 
 
-def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone(workdir, shared, tmp_path, capsys):
-    shutil.copytree(workdir / "contextual", tmp_path / "run" / "contextual")
-    assert cli.main(["train", f"--config={CONFIG},stage=contextual", f"--workdir={tmp_path / 'run'}", shared]) == 0
+def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone_and_not_from_another_name(workdir, shared, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(workdir / "contextual", folder / "contextual")
+    identity = json.loads((folder / "contextual" / "config.json").read_text())
+    identity["parent"]["folder"] = str(folder / "pair")
+    (folder / "contextual" / "config.json").write_text(json.dumps(identity))
+    arguments = ["train", f"--config={CONFIG},stage=contextual", f"--workdir={folder}", shared]
+    assert cli.main(arguments) == 0
     assert "contextual is complete" in capsys.readouterr().out
+    for wrong in ("--config.stages.contextual.init=triplet", "--config.stages.contextual.init_step=1"):
+        assert cli.main([*arguments, wrong]) == 2
+        assert "holds no checkpoint: train stage" in said(capsys)
+    # The same where only the step that was named is gone.
+    shutil.copytree(workdir / "pair", folder / "pair")
+    identity["parent"]["step"] = 1
+    (folder / "contextual" / "config.json").write_text(json.dumps(identity))
+    assert cli.main([*arguments, "--config.stages.contextual.init_step=1"]) == 0
+    assert "contextual is complete" in capsys.readouterr().out
+
+
+def test_mined_negatives_serve_when_the_checkpoint_that_mined_them_is_gone(workdir, shared, tmp_path, capsys):
+    folder = tmp_path / "run"
+    for name in ("triplet", "mining"):
+        shutil.copytree(workdir / name, folder / name)
+    for file in ("triplet/config.json", "mining/hard_negatives/info.json"):
+        (folder / file).write_text((folder / file).read_text().replace(str(workdir), str(folder)))
+    assert cli.main(["train", f"--config={CONFIG},stage=triplet", f"--workdir={folder}", shared]) == 0
+    assert "triplet is complete" in capsys.readouterr().out
+    window = "--config.mining.hard_negatives.rank_window=(1,9)"
+    assert cli.main(["train", f"--config={CONFIG},stage=triplet", f"--workdir={folder}", shared, window]) == 2
+    assert "was mined otherwise: mining.rank_window was [5, 50], now [1, 9]" in said(capsys)
 
 
 # --- the evaluation in the loop, milestones -------------------------------------------------------------------------
@@ -475,6 +560,9 @@ def test_the_best_checkpoint_by_held_out_retrieval_and_milestones_are_kept(share
     assert list(figures) == [3, 6, 9, 10]
     best = max(figures, key=lambda step: (figures[step], -step))
     checkpoints = tmp_path / "run" / "pair" / "checkpoints"
+    assert training_state.steps(checkpoints) == sorted({best, 4, 8, 10})
+    # Milestones stay whatever a later start says.
+    assert cli.main(["train", *arguments[:4], "--config.stages.pair.curriculum=((10, 'pairs'),)"]) == 0
     assert training_state.steps(checkpoints) == sorted({best, 4, 8, 10})
     encoder = runs.load_encoder(str(tmp_path / "run" / "pair"), best if best != 10 else 0)
     data = retrieval.read_set(Path(shared.partition("=")[2]) / "evaluation" / "functions" / "development")

@@ -182,7 +182,7 @@ def describe(plan: Plan, stage, model, steps: int, mfu: float, dollars: float | 
         f"tokens; compiled in {plan.compile_seconds:.0f} s",
         "",
         f"{'fits' if plan.fits else 'does not fit'}: {plan.peak / 1e9:.2f} of {chip.memory / 1e9:.0f} GB a chip, "
-        f"{abs(spare):.2f} GB {'to spare' if plan.fits else 'too many'}",
+        f"{abs(spare):.2f} GB {'to spare' if plan.fits else 'over'}",
         *(f"  {size / 1e9:8.3f} GB  {kind}" for kind, size in plan.memory.items()),
         "",
         f"model FLOPs a step: {plan.model_flops * plan.chips:.3e} (three forward passes over whole rows: padding and attention "
