@@ -46,7 +46,7 @@ def test_a_non_finite_loss_stops_the_run_and_reaches_no_checkpoint(tmp_path):
         train(tmp_path, Loader(), loss=loss)
     with training_state.open_manager(tmp_path / "checkpoints", save_every=5, keep=2) as manager:
         assert manager.latest_step() == 5
-    params = training_state.load_params(tmp_path / "checkpoints", transformer.abstract_params(MODEL))
+    params = training_state.load_params(tmp_path / "checkpoints", 5, transformer.abstract_params(MODEL))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
@@ -60,7 +60,8 @@ def test_a_non_finite_gradient_stops_the_run_and_reaches_no_checkpoint(tmp_path)
 
     with pytest.raises(loop.NonFiniteLossError, match="gradient_norm of step 7 is (nan|inf)"):
         train(tmp_path, Loader(), loss=loss, stage={"checkpoint_every": 1})
-    params = training_state.load_params(tmp_path / "checkpoints", transformer.abstract_params(MODEL))
+    newest = training_state.steps(tmp_path / "checkpoints")[-1]
+    params = training_state.load_params(tmp_path / "checkpoints", newest, transformer.abstract_params(MODEL))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
@@ -110,11 +111,12 @@ def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
 
 def test_restored_parameters_are_the_final_ones(tmp_path):
     final = train(tmp_path, Loader(), steps=3)
-    restored = training_state.load_params(tmp_path / "checkpoints", transformer.abstract_params(MODEL))
+    restored = training_state.load_params(tmp_path / "checkpoints", 3, transformer.abstract_params(MODEL))
     for x, y in zip(jax.tree.leaves(final), jax.tree.leaves(restored)):
         np.testing.assert_array_equal(x, y)
 
 
 def test_missing_checkpoints_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoints at .*nothing"):
-        training_state.load_params(tmp_path / "nothing", transformer.abstract_params(MODEL))
+    assert training_state.steps(tmp_path / "nothing") == []
+    with pytest.raises(training_state.CheckpointError, match="checkpoint 1 under .*nothing cannot be read"):
+        training_state.load_params(tmp_path / "nothing", 1, transformer.abstract_params(MODEL))

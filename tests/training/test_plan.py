@@ -73,7 +73,7 @@ def test_a_plan_says_what_binds_it_and_whether_it_fits():
     model = transformer.make_config("micro", 512)
     text = plan.describe(found, config.stages.pair, model, 100, 0.5, 2.0)
     assert text.startswith("4 chips in 2 slices, ")
-    assert "does not fit: 33.00 of 32 GB a chip, 1.00 GB too many" in text
+    assert "does not fit: 33.00 of 32 GB a chip, 1.00 GB over" in text
     assert "three forward passes over whole rows: padding and attention between segments included" in text
     assert "least step time: 2.000 s, bound by HBM" in text and "dollars at 2.0 a chip hour" in text
     assert dataclasses.replace(found, memory={"parameters": 1e9}).fits
