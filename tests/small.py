@@ -50,15 +50,15 @@ def params() -> dict:
     return random_params(config())
 
 
-def write_data(folder) -> None:
+def write_data(folder, tokenizer_=None) -> None:
     """Prepared data of two tasks and one evaluation set, as `embed prepare` leaves them; the folder may lie in a bucket."""
-    folder, texts = paths.path(folder), sentences(60)
-    tokenizer().save(folder / "tokenizer")
+    folder, texts, words = paths.path(folder), sentences(60), tokenizer_ or tokenizer()
+    words.save(folder / "tokenizer")
     columns = {"text": ["tokens"], "pairs": ["query", "document"]}
     for task, sides in columns.items():
         writer = Writer(folder / "tasks" / task, sides)
         for i, text in enumerate(texts):
-            tokens = tokenizer().encode([text, sentences(1, seed=i, longest=6)[0]])
+            tokens = words.encode([text, sentences(1, seed=i, longest=6)[0]])
             writer.append(dict(zip(sides, tokens[::-1] if len(sides) > 1 else tokens)))
         writer.close({"task": task})
     paths.write_json(folder / "mixtures.json", {"diffusion": {"text": 1.0}, "pairs": {"pairs": 1.0}})

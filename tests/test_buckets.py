@@ -107,9 +107,11 @@ def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     np.testing.assert_allclose(merged, exported, atol=1e-6)
 
 
-# Dies by SIGKILL before batch 5, as a host does that is lost.
+# Trains without TensorFlow and dies by SIGKILL before batch 5, as a host does that is lost.
 KILLED = """
     import os, signal, sys
+    for name in ("tensorflow", "tensorflow_datasets", "seqio", "gin"):
+        sys.modules[name] = None
     from embed import cli
     from embed.data import loader
     batch = loader.ContrastiveLoader.batch

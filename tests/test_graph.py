@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import nbformat
@@ -278,44 +277,47 @@ def test_a_stage_starts_from_a_stage_folder_of_another_run(own_graph, workdir, s
 
 
 FROM_THE_HUB = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
+import sys
 from embed import cli
-sys.exit(cli.main(sys.argv[2:]))
+wrong, right = sys.argv[1:-2], sys.argv[1:]
+sys.exit(10 * (cli.main(wrong) != 2) + cli.main(right))
 """
 
 
 def test_a_stage_starts_from_a_hub_id_with_its_own_tokenizer(tmp_path):
-    """In processes of their own: huggingface_hub reads its environment when it is imported."""
-    untied = transformer.make_config("micro", 640, tied=False)
+    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    untied = transformer.make_config("micro", 640, tied=False, rope_theta=1e4)
     params = small.random_params(untied)
     tokenizer = tokenizers.load(small.write_bpe(tmp_path, small.sentences(100)))
-    source = small.write_model(tmp_path / "source", params, untied, tokenizer)
-    small.make_causal(source, params)
-    snapshot = tmp_path / "cache" / "models--Qwen--Micro" / "snapshots" / "abc"
-    snapshot.parent.mkdir(parents=True)
-    shutil.copytree(source, snapshot)
-    (tmp_path / "cache" / "models--Qwen--Micro" / "refs").mkdir()
-    (tmp_path / "cache" / "models--Qwen--Micro" / "refs" / "main").write_text("abc")
+    source = small.make_causal(small.write_model(tmp_path / "source", params, untied, tokenizer), params)
+    cached = tmp_path / "cache" / "models--Qwen--Micro"
+    shutil.copytree(source, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    run = tmp_path / "run"
+    small.write_data(run / "data", tokenizer)
+    (tmp_path / "graph.py").write_text(small.GRAPH)
+    arguments = ["train", f"--config={tmp_path / 'graph.py'}:diffusion", f"--workdir={run}"]
+    arguments += ["--config.stages.diffusion.init=Qwen/Micro", "--config.stages.diffusion.curriculum=((2, 'diffusion'),)"]
     environment = {**ENVIRONMENT, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-
-    def embed(verb, *more):
-        arguments = [f"--config={CONFIG},stage=diffusion", f"--workdir={tmp_path / 'run'}", "--config.model.rope_theta=1e6"]
-        arguments += ["--config.data.tokenizer=Qwen/Micro", "--config.stages.diffusion.init=Qwen/Micro"]
-        command = [sys.executable, "-c", FROM_THE_HUB, str(ROOT / "tests"), verb, *arguments, *more]
-        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-
-    wrong = embed("prepare", "--config.model.vocab_size=700")
-    assert wrong.returncode == 2 and not (tmp_path / "run").exists()  # before anything is written
-    assert "config.model.vocab_size is 700, the checkpoint's 640; config.model.tied is True" in wrong.stderr
-    for verb in ("prepare", "train"):
-        done = embed(verb, "--config.model.vocab_size=640", "--config.model.tied=False")
-        assert done.returncode == 0, done.stderr[-3000:]
-    identity = json.loads((tmp_path / "run" / "diffusion" / "config.json").read_text())
+    command = [sys.executable, "-c", FROM_THE_HUB, *arguments, "--config.model.vocab_size=640", "--config.model.tied=False"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "config.model.tied is True, the checkpoint's False" in done.stderr
+    identity = json.loads((run / "diffusion" / "config.json").read_text())
     assert identity["left_shift"] and identity["parent"]["folder"] == "Qwen/Micro"  # its source was causal
-    after = runs.find(str(tmp_path / "run" / "diffusion")).params()
+    after = runs.find(str(run / "diffusion")).params()
     change = np.abs(np.asarray(after["head"]) - params["head"])
     assert 0 < change.max() < 0.02  # two steps away from what it started from
+
+
+def test_what_a_stage_starts_from_is_compared_before_data_are_made(tmp_path, capsys):
+    untied = transformer.make_config("micro", 640, tied=False)
+    causal = small.make_causal(small.write_model(tmp_path / "source", small.random_params(untied), untied), small.random_params(untied))
+    arguments = ["prepare", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", f"--config.stages.diffusion.init={causal}"]
+    assert cli.main([*arguments, "--config.model.vocab_size=700", "--config.model.rope_theta=1e6"]) == 2
+    assert "config.model.vocab_size is 700, the checkpoint's 640; config.model.tied is True, the checkpoint's False" in said(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_export_of_a_run_starts_a_stage_of_another(workdir, shared, tmp_path):
@@ -631,79 +633,48 @@ def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
 
 
-# --- processes: killed, and several ---------------------------------------------------------------------------------
-
-STEPS = "--config.stages.diffusion.curriculum=((9, 'diffusion'),)"
-SAVING = "--config.stages.diffusion.execution.checkpoint_every=4"
-
-# Trains as `embed train` does, without TensorFlow, and dies by SIGKILL before batch KILL_AT.
-KILLED = textwrap.dedent(
-    """
-    import os, signal, sys
-    for name in ("tensorflow", "tensorflow_datasets", "seqio", "gin"):
-        sys.modules[name] = None
-    from embed import cli
-    from embed.data import loader
-    batch = loader.DiffusionLoader.batch
-    def mortal(self, step):
-        if step == int(os.environ["KILL_AT"]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return batch(self, step)
-    loader.DiffusionLoader.batch = mortal
-    sys.exit(cli.main(sys.argv[1:]))
-    """
-)
+# --- several processes ----------------------------------------------------------------------------------------------
 
 
-def _train(folder, *arguments, stage="diffusion", kill_at=-1, command=None):
-    command = command or [sys.executable, "-c", KILLED, "train"]
-    arguments = [f"--config={CONFIG},stage={stage}", f"--workdir={folder}", STEPS, SAVING, *arguments]
-    environment = {**ENVIRONMENT, "KILL_AT": str(kill_at)}
-    return subprocess.run([*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-
-
-def _losses(folder, stage="diffusion"):
-    return {row["step"]: row["loss"] for row in read_metrics(folder / stage / "metrics.jsonl")}
-
-
-def test_kill_9_in_mid_stage_then_the_same_command_gives_the_losses_of_an_unbroken_run(shared, tmp_path):
-    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    done = _train(unbroken, shared)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert _train(killed, shared, kill_at=8).returncode == -9
-    assert len(_losses(killed)) < 9
-    again = _train(killed, shared)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert _losses(killed) == _losses(unbroken)
-    assert sorted(_losses(killed)) == list(range(1, 10))
-
-
-def test_two_local_processes_train_mine_evaluate_and_export_what_one_does(shared, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_two_local_processes_train_mine_evaluate_and_export_what_one_does(tmp_path):
+    file, one, two = tmp_path / "graph.py", tmp_path / "one", tmp_path / "two"
+    file.write_text(small.GRAPH)
+    small.write_data(tmp_path / "data")
     embed = tmp_path / "embed"
     embed.write_text(f'#!/bin/sh\nexec {sys.executable} -m embed.cli "$@"\n')
     embed.chmod(0o755)
-    launch = ["env", f"EMBED={embed}", "bash", "launch/local.sh", "2", "--"]
-    hard = ["--config.stages.triplet.init=diffusion", "--config.mining.hard_negatives.checkpoint=diffusion"]
-    hard += [f"--config.stages.triplet.execution.{x}" for x in ("evaluate_every=1", "evaluate_on=functions/development")]
+    shared = [f"--config.data.directory={tmp_path / 'data'}", "--config.stages.triplet.init=diffusion"]
+    shared += ["--config.mining.hard.checkpoint=diffusion", "--config.stages.triplet.execution.evaluate_every=3"]
+    shared += ["--config.stages.triplet.execution.evaluate_on=set/test"]
+
+    def both(verb, stage="", *more):
+        """The verb in this process and, in turn, in two that a launcher starts."""
+        for folder in (one, two):
+            arguments = [verb, f"--config={file}:{stage}", f"--workdir={folder}", *shared]
+            arguments += [each.format(folder=folder) for each in more]
+            if folder == one:
+                assert cli.main(arguments) == 0
+                continue
+            command = ["bash", "launch/local.sh", "2", "--", *arguments]
+            environment = {**ENVIRONMENT, "EMBED": str(embed)}
+            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
     # The second stage starts from the checkpoint of the first, has its negatives mined by it, and is evaluated as it goes.
-    for stage in ("diffusion", "triplet"):
-        launched = _train(two, shared, *hard, stage=stage, command=[*launch, "train"])
-        assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[-2000:]
-        done = _train(one, shared, *hard, stage=stage)
-        assert done.returncode == 0, done.stderr[-2000:]
-    losses = [_losses(folder) for folder in (two, one)]
-    assert sorted(losses[0]) == sorted(losses[1]) == list(range(1, 10))
-    np.testing.assert_allclose(*([x[s] for s in range(1, 10)] for x in losses), rtol=1e-5)
+    both("train", "diffusion")
+    both("train", "triplet")
+    both("export", "", "--checkpoint=triplet", "--output={folder}/model")
+
+    def column(name, stage):
+        return [[row[name] for row in read_metrics(folder / stage / "metrics.jsonl") if name in row] for folder in (one, two)]
+
+    assert [len(x) for x in column("loss", "diffusion")] == [6, 6]
+    np.testing.assert_allclose(*column("loss", "diffusion"), rtol=1e-5)
     # Sums in another order may round an embedding to the next of int8's levels.
-    np.testing.assert_allclose(*(list(_losses(folder, "triplet").values()) for folder in (two, one)), rtol=2e-3)
-    figures = [[row["evaluation"] for row in read_metrics(folder / "triplet" / "metrics.jsonl")] for folder in (two, one)]
-    assert len(figures[0]) == 2
-    np.testing.assert_allclose(*figures, atol=0.02)  # a rank or two of fifty queries
-    output = ["export", f"--config={CONFIG}", shared, "--checkpoint=triplet", *hard, STEPS]
-    command = [*launch, *output, f"--workdir={two}", f"--output={tmp_path / 'export-two'}"]
-    exported = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
-    assert exported.returncode == 0, exported.stdout[-2000:] + exported.stderr[-2000:]
-    assert cli.main([*output, f"--workdir={one}", f"--output={tmp_path / 'export-one'}"]) == 0
-    vectors = [inference.load(tmp_path / f"export-{name}").encode(["a text", "def f(x): return x"]) for name in ("one", "two")]
-    np.testing.assert_allclose(*vectors, atol=1e-4)
+    np.testing.assert_allclose(*column("loss", "triplet"), rtol=2e-3)
+    assert [len(x) for x in column("evaluation", "triplet")] == [2, 2]
+    np.testing.assert_allclose(*column("evaluation", "triplet"), atol=0.1)  # a rank of five queries
+    counts = [json.loads((folder / "mining" / "hard" / "info.json").read_text())["info"]["mined"] for folder in (one, two)]
+    assert counts[0] == counts[1]
+    vectors = [inference.load(folder / "model").encode(small.sentences(4)) for folder in (one, two)]
+    np.testing.assert_allclose(*vectors, atol=1e-3)
