@@ -10,6 +10,9 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Tests compile much and compute little: without LLVM's optimizations they take half the time. XLA's own stay on.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
 # Many tests, and the processes that they start, compile the same small programs. Worker processes inherit the folder.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 if own := CACHE not in os.environ:

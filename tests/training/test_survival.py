@@ -406,7 +406,7 @@ def test_a_sigterm_to_one_process_ends_all_behind_the_same_step_and_they_continu
     np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
 
 
-def test_when_one_process_of_four_dies_the_others_end_and_say_so_and_four_continue_with_the_losses_of_one(
+def test_when_one_process_of_four_dies_the_others_end_and_say_so_and_two_continue_with_the_losses_of_one(
     tmp_path, unbroken
 ):
     ended = run_processes(tmp_path / "run", 4, "SIGKILL")
@@ -414,8 +414,8 @@ def test_when_one_process_of_four_dies_the_others_end_and_say_so_and_four_contin
     for code, error in ended[:3]:
         assert code in (75, -signal.SIGABRT), error[-2000:]  # ours, or the one of jax's coordination service
         assert "Another process ended or the network failed" in error or "another task died" in error
-    again = run_processes(tmp_path / "run", 4)
-    assert [code for code, _ in again] == [0] * 4, again
+    again = run_processes(tmp_path / "run", 2)
+    assert [code for code, _ in again] == [0, 0], again
     got, whole = losses(tmp_path / "run"), losses(unbroken)
     assert sorted(got) == sorted(whole)
     np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
