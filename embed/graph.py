@@ -379,7 +379,7 @@ def write_model(
 ):
     """Write any checkpoint as a model folder; its parameters pass through `shardings` of its model."""
     checkpoint.check_encoder()
-    export.check_format(format, tanh or checkpoint.tanh)
+    export.check_format(format, tanh)
     model = transformer.encoder_only(checkpoint.model, {})[0]
     embedding = {
         "matryoshka": list(checkpoint.matryoshka), "separator": checkpoint.separator,
@@ -388,7 +388,7 @@ def write_model(
     params = transformer.encoder_only(checkpoint.model, checkpoint.params(shardings(model)))[1]
     return export.write(
         folder, params, model, checkpoint.load_tokenizer(), embedding=embedding, provenance=provenance, format=format,
-        tanh=tanh or checkpoint.tanh,
+        tanh=tanh,
     )  # fmt: skip
 
 

@@ -246,14 +246,11 @@ def _lease(folder) -> Iterator[Callable[[], None]]:
     def renew():
         while not over.wait(RENEW_SECONDS):
             with contextlib.suppress(Exception):  # the next time
-                if generation := put(state["generation"]):
-                    state["generation"] = generation
-                    continue
-                found = store.read(key).result()  # another's, or our own, renewed by a request that seemed to fail
-                mine = found.state == "value" and holder.items() <= json.loads(found.value).items()
-                state["generation"] = found.stamp.generation if mine else None
-                if not mine:
+                found = store.read(key).result()
+                if found.state != "value" or not holder.items() <= json.loads(found.value).items():
+                    state["generation"] = None  # another's
                     return
+                state["generation"] = put(found.stamp.generation) or state["generation"]
 
     def check():
         if state["generation"] is None:

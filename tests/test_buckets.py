@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -153,7 +154,7 @@ def test_a_lease_is_given_back_and_ends_by_itself(bucket, monkeypatch):
 
 def test_a_damaged_checkpoint_in_a_bucket_is_put_aside_for_the_one_before(bucket, tmp_path):
     folder, warnings = f"{bucket}/damaged", []
-    params, state = {"norm": np.arange(4.0)}, {"count": np.int32(3)}
+    params, state = {"norm": jnp.arange(4.0)}, {"count": jnp.int32(3)}
     with training_state.open_manager(folder, save_every=1, keep=2) as manager:
         for step in (1, 2):
             training_state.save(manager, step, params, state)

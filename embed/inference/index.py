@@ -109,9 +109,9 @@ class Index:
     @classmethod
     def load(cls, folder) -> "Index":
         """The index that `save` wrote."""
-        folder = paths.path(folder)
+        name, folder = folder, paths.path(folder)
         if not (folder / INFO).is_file() or not (folder / VECTORS).is_file():
-            raise FileNotFoundError(f"no index at {folder}: expected a folder with {INFO} and {VECTORS}")
+            raise FileNotFoundError(f"no index at {name}: expected a folder with {INFO} and {VECTORS}")
         try:
             info = json.loads((folder / INFO).read_text())
             version = info["format"], info["format_version"]
@@ -150,12 +150,12 @@ def read_jsonl(path) -> list[tuple[str, dict]]:
 
     `where` names the file and the line, for further errors.
     """
-    path = paths.path(path)
-    if not path.is_file():
+    file = paths.path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"no file {path}: expected JSON lines")
     rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
             line = line.decode("utf-8")
             if not line.strip():
                 continue
