@@ -27,12 +27,12 @@ def packed_states(config, params, sequences, length):
 
 
 def assert_same_vectors(ours, theirs):
-    """float vectors [N, D]: cosine ≥ 0.999999, and as good as equal once rounded to int8."""
+    """float vectors [N, D]: cosine ≥ 0.999999, and the same int8 levels but where float32 cannot tell which is nearer."""
     cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
     assert cosine.min() >= 0.999999
-    int8 = np.round(127 * np.tanh(theirs.astype(np.float64))).astype(np.int8)
-    equal = inference.quantize(ours, "int8") == int8
-    assert equal.mean() >= 0.9999, equal.mean()
+    exact = 127 * np.tanh(theirs.astype(np.float64))
+    assert np.abs(inference.quantize(ours, "int8") - exact).max() <= 0.5 + 1e-3
+    assert (inference.quantize(ours, "int8") == np.round(exact)).mean() >= 0.999
 
 
 @pytest.fixture(scope="module")
