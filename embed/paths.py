@@ -48,10 +48,15 @@ def is_bucket(name) -> bool:
     return "://" in os.fspath(name)
 
 
-def url(name) -> str:
-    """A folder as TensorStore names it, with a slash at its end."""
+def kvstore(name) -> str | dict:
+    """A folder as TensorStore names it: a URL; for s3:// with AWS_ENDPOINT_URL, another server than Amazon's, its spec."""
     found = path(name)
-    return (os.fspath(found) if is_bucket(found) else Path(found).as_uri()).rstrip("/") + "/"
+    url = (os.fspath(found) if is_bucket(found) else Path(found).as_uri()).rstrip("/") + "/"
+    if url.startswith("s3://") and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
+        bucket, _, folder = url.removeprefix("s3://").partition("/")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        return {"driver": "s3", "bucket": bucket, "path": folder, "endpoint": endpoint, "aws_region": region}
+    return url
 
 
 def write(file, content: str | bytes) -> None:
@@ -221,7 +226,7 @@ def lock(folder) -> Iterator[Callable[[], None]]:
 def _lease(folder) -> Iterator[Callable[[], None]]:
     import tensorstore as ts
 
-    store, key = ts.KvStore.open(url(folder.parent)).result(), f".{folder.name}.lock"
+    store, key = ts.KvStore.open(kvstore(folder.parent)).result(), f".{folder.name}.lock"
     holder = {"host": socket.gethostname(), "process": os.getpid(), "run": os.environ.get("EMBED_RUN_ID", "")}
 
     def put(generation) -> bytes | None:

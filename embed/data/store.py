@@ -29,8 +29,8 @@ class Writer:
         """Raises FileExistsError where a complete store stands already; an unfinished one is replaced."""
         if not columns:
             raise ValueError("a store needs at least one column")
-        self._path = paths.url(path)
-        self._kvstore = ts.KvStore.open(self._path).result()
+        self._path = paths.path(path)
+        self._kvstore = ts.KvStore.open(paths.kvstore(path)).result()
         if self._kvstore.read("info.json").result().state == "value":
             raise FileExistsError(f"{path} is a complete store already")
         self._kvstore.delete_range(ts.KvStore.KeyRange()).result()
@@ -111,7 +111,7 @@ class Store:
     def __init__(self, path: str | Path):
         """Raises FileNotFoundError where there is no complete store, ValueError where it is damaged."""
         self._name = str(path)
-        self._path = paths.url(path)
+        self._path = paths.path(path)
         context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
         header = read_header(path)
         self.columns: list[str] = header["columns"]
@@ -198,7 +198,7 @@ class Store:
 
 def read_header(path: str | Path) -> dict:
     """info.json of a store: columns, examples, digest, info. Errors as `Store`'s."""
-    found = ts.KvStore.open(paths.url(path)).result().read("info.json").result()
+    found = ts.KvStore.open(paths.kvstore(path)).result().read("info.json").result()
     if found.state != "value":
         raise FileNotFoundError(f"{path} is not a prepared store: it has no info.json (missing, or never finished)")
     try:
@@ -208,10 +208,10 @@ def read_header(path: str | Path) -> dict:
         raise ValueError(f"{path}/info.json is damaged: {error!r}") from None
 
 
-def _create(path: str, name: str, dtype, size: int) -> ts.TensorStore:
+def _create(path, name: str, dtype, size: int) -> ts.TensorStore:
     spec = {
         "driver": "zarr3",
-        "kvstore": f"{path}{name}/",
+        "kvstore": paths.kvstore(path / name),
         "metadata": {
             "shape": [size],
             "data_type": np.dtype(dtype).name,
@@ -224,5 +224,6 @@ def _create(path: str, name: str, dtype, size: int) -> ts.TensorStore:
     return ts.open(spec).result()
 
 
-def _open(path: str, name: str, context: ts.Context) -> ts.TensorStore:
-    return ts.open({"driver": "zarr3", "kvstore": f"{path}{name}/"}, context=context, open=True, read=True).result()
+def _open(path, name: str, context: ts.Context) -> ts.TensorStore:
+    spec = {"driver": "zarr3", "kvstore": paths.kvstore(path / name)}
+    return ts.open(spec, context=context, open=True, read=True).result()
