@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from embed import config, graph, paths, runs
+from embed import config, graph, nodes, paths, runs
 from embed.checkpoints.provenance import made_with
 from embed.evaluation import retrieval
 
@@ -37,13 +37,13 @@ def run_variant(arguments, name: str, overrides: list[str]) -> dict:
         if borrowed and not (folder / borrowed).exists():
             (folder / borrowed).symlink_to((Path(arguments.source) / borrowed).absolute())
     start = time.perf_counter()
-    steps = graph.train_stage(run, arguments.stage)["steps"]
+    steps = nodes.train_stage(run, arguments.stage)["steps"]
     seconds = time.perf_counter() - start
     encoder = run.encoder(run.checkpoint(arguments.stage))
     figures = {}
     for benchmark in ("functions", "contextual"):
         for split in ("development", "test"):
-            data = graph.evaluation_set(run, f"{benchmark}/{split}")
+            data = nodes.evaluation_set(run, f"{benchmark}/{split}")
             scores = retrieval.evaluate_retrieval(encoder, data, ("int8",))
             figures[f"{benchmark} {split}"] = scores["int8"]["ndcg@10"]
     row = {"name": name, "steps": steps, "seconds": seconds, **figures}

@@ -64,7 +64,7 @@ def points(arguments) -> list[int]:
 def train_embed(arguments, as_configured: bool = False) -> list:
     import jax
 
-    from embed import graph
+    from embed import nodes
     from embed.evaluation import retrieval
     from embed.models import sharding
     from embed.training.step import make_step
@@ -72,7 +72,7 @@ def train_embed(arguments, as_configured: bool = False) -> list:
     run, stage, loader, _ = open_run(arguments)
     if not as_configured:
         stage.matryoshka, stage.margin = (run.model.hidden_size,), 2.0  # no cosine is more than 2 above another
-    functions, start = graph.evaluation_set(run, "functions/test"), run.checkpoint("random init")
+    functions, start = nodes.evaluation_set(run, "functions/test"), run.checkpoint("random init")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     step = make_step(stage, run.model, mesh, steps=arguments.steps, seed=0, mask_id=run.tokenizer.mask_id)
     params = start.params(step.params_sharding)
@@ -105,13 +105,13 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
     import torch
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-    from embed import graph
+    from embed import exports, nodes
     from embed.evaluation import retrieval
     from embed.inference import load
 
     run, stage, loader, schedule = open_run(arguments)
-    functions, spans = graph.evaluation_set(run, "functions/test"), stage.batch.spans
-    graph.export_model(run, "random init", folder)
+    functions, spans = nodes.evaluation_set(run, "functions/test"), stage.batch.spans
+    exports.export_model(run, "random init", folder)
     (folder / "embed.json").unlink()  # its digests: the weights are written anew at each evaluation
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu").train()
     loss_function = MultipleNegativesRankingLoss(model, scale=1 / stage.temperature)

@@ -49,18 +49,21 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def peers() -> Iterator[None]:
-    """What computing together raises when another process is gone, as PeerLostError; around calls of the runtime alone."""
+def peers(at: str = "", then: str = "the same command starts again", but: tuple = ()) -> Iterator[None]:
+    """What computing together raises when another process is gone, as PeerLostError; around calls of the runtime alone.
+
+    The error says where (`at`) and what happens `then`; errors of the kinds `but` are not the runtime's.
+    """
     import jax
 
     try:
         yield
     except (RuntimeError, ValueError) as error:  # of the runtime; Gloo's come as ValueError
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or isinstance(error, but):
             raise
         raise PeerLostError(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on: {str(error).splitlines()[0]}. Another "
-            "process ended or the network failed, see their logs; the same command starts again"
+            f"process {jax.process_index()} of {jax.process_count()} cannot go on{at}: {str(error).splitlines()[0]}. Another "
+            f"process ended or the network failed, see their logs; {then}"
         ) from error
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small
 
-from embed import cli, config, graph, inference, paths, runs
+from embed import cli, config, exports, inference, nodes, paths, runs
 from embed.checkpoints import training_state
 from embed.training.metrics import read_metrics
 
@@ -41,8 +41,8 @@ def complete(file, workdir, *overrides):
     for stage in ("diffusion", "pair", "triplet"):
         assert cli.main(["train", f"--config={file}:{stage}", f"--workdir={workdir}", *overrides]) == 0
     run = runs.Run(config.load(str(file), overrides), workdir)
-    graph.evaluate(run, "merged")
-    graph.export_models(run)
+    nodes.evaluate(run, "merged")
+    exports.export_models(run)
     return workdir
 
 

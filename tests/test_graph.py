@@ -14,7 +14,7 @@ import pytest
 import small
 from nbclient import NotebookClient
 
-from embed import cli, config, graph, inference, runs, tokenizers
+from embed import cli, config, exports, graph, inference, nodes, runs, tokenizers
 from embed.checkpoints import training_state
 from embed.evaluation import retrieval
 from embed.models import transformer
@@ -61,7 +61,7 @@ def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, sh
     run = make_run(tmp_path / "run", shared, path=f"configs/{path}:runlocal")
     assert run.config.data.gin_file == config.load(CONFIG).data.gin_file, "data of its own: prepare them here"
     for name in graph.order(run.config):
-        assert graph.train_stage(run, name) == {"steps": 2}
+        assert nodes.train_stage(run, name) == {"steps": 2}
         assert all(np.isfinite(row["loss"]) for row in read_metrics(run.folder(name) / "metrics.jsonl"))
     mined = {entry.name for entry in (run.workdir / "mining").iterdir() if not entry.name.startswith(".")}
     assert mined == set(run.config.mining)
@@ -94,7 +94,7 @@ def test_kept_rankings_score_what_the_table_says(workdir):
     run = make_run(workdir)
     figures = json.loads((workdir / "results.json").read_text())["checkpoints"]["contextual"]
     for name, evaluation in run.config.evaluations.items():
-        data, rankings = graph.evaluation_set(run, evaluation.data), np.load(graph.ranking(run, "contextual", name))
+        data, rankings = nodes.evaluation_set(run, evaluation.data), np.load(nodes.ranking(run, "contextual", name))
         assert {p: retrieval.score(rankings[p], data) for p in rankings} == figures[name]
 
 
@@ -163,7 +163,7 @@ def test_merging_two_exports_or_two_stage_folders_gives_the_pipelines_merged_mod
     run, texts = make_run(workdir), ["read a file", "a tree of arrays"]
     wanted = inference.load(workdir / "export" / "embed").encode(texts)
     for name in ("contextual", "triplet"):
-        graph.export_model(run, name, tmp_path / name)
+        exports.export_model(run, name, tmp_path / name)
     for source in (tmp_path, workdir):
         output = tmp_path / f"merged of {source.name}"
         arguments = [f"--a={source}/contextual", f"--b={source}/triplet", "--ratio=0.8", f"--output={output}"]
@@ -364,8 +364,8 @@ def test_a_checkpoint_with_another_tokenizer_keeps_it_where_it_is_evaluated_and_
     encoder, texts = run.encoder(run.checkpoint(str(other))), ["parse the file"]
     np.testing.assert_allclose(encoder.encode(texts), inference.load(other).encode(texts), atol=1e-6)
     with pytest.raises(ValueError, match="cannot rank these data: the run's tokenizer has digest"):
-        graph.mine(run, "hard_negatives")
-    exported = graph.export_model(run, str(other), tmp_path / "again")
+        nodes.mine(run, "hard_negatives")
+    exported = exports.export_model(run, str(other), tmp_path / "again")
     assert tokenizers.load(exported).digest == small.tokenizer().digest
 
 
@@ -373,9 +373,9 @@ def test_a_causal_model_is_refused_as_an_encoder_and_may_start_a_stage(workdir, 
     causal = small.make_causal(small.write_model(tmp_path / "causal"), small.params())
     run = make_run(tmp_path / "run", shared)
     found = run.checkpoint(str(causal))
-    for work in (lambda: run.encoder(found), lambda: graph.export_model(run, str(causal), tmp_path / "no")):
+    for attempt in (lambda: run.encoder(found), lambda: exports.export_model(run, str(causal), tmp_path / "no")):
         with pytest.raises(ValueError, match="is a causal language model, not an encoder: a stage can start from it"):
-            work()
+            attempt()
     assert found.left_shift and not (tmp_path / "no").exists()
 
 
@@ -390,11 +390,11 @@ def test_two_exports_of_one_checkpoint_each_have_their_own_settings(workdir, sha
         run.workdir = tmp_path
         for stage in run.config.stages:
             (tmp_path / stage).symlink_to(workdir / stage)
-    graph.export_models(run)
+    exports.export_models(run)
     about = {name: json.loads((tmp_path / "export" / name / "embed.json").read_text())["embedding"] for name in ("short", "chunks")}
     assert [about[n]["max_length"] for n in about] == [7, None] and [about[n]["contextual"] for n in about] == [False, True]
     with pytest.raises(ValueError, match="merged is exported as chunks, short, each in its own way"):
-        graph.export_model(run, "merged", tmp_path / "which")
+        exports.export_model(run, "merged", tmp_path / "which")
 
 
 # --- what identifies a stage ----------------------------------------------------------------------------------------
@@ -636,7 +636,7 @@ def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_local_processes_train_mine_evaluate_and_export_what_one_does(tmp_path):
+def test_two_local_processes_train_mine_evaluate_export_and_merge_what_one_does(tmp_path):
     file, one, two = tmp_path / "graph.py", tmp_path / "one", tmp_path / "two"
     file.write_text(small.GRAPH)
     small.write_data(tmp_path / "data")
@@ -647,11 +647,11 @@ def test_two_local_processes_train_mine_evaluate_and_export_what_one_does(tmp_pa
     shared += ["--config.mining.hard.checkpoint=diffusion", "--config.stages.triplet.execution.evaluate_every=3"]
     shared += ["--config.stages.triplet.execution.evaluate_on=set/test"]
 
-    def both(verb, stage="", *more):
+    def both(verb, *more, stage=None):
         """The verb in this process and, in turn, in two that a launcher starts."""
         for folder in (one, two):
-            arguments = [verb, f"--config={file}:{stage}", f"--workdir={folder}", *shared]
-            arguments += [each.format(folder=folder) for each in more]
+            of_run = [f"--config={file}:{stage}", f"--workdir={folder}", *shared] if stage is not None else []
+            arguments = [verb, *of_run, *(each.format(folder=folder) for each in more)]
             if folder == one:
                 assert cli.main(arguments) == 0
                 continue
@@ -661,9 +661,10 @@ def test_two_local_processes_train_mine_evaluate_and_export_what_one_does(tmp_pa
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     # The second stage starts from the checkpoint of the first, has its negatives mined by it, and is evaluated as it goes.
-    both("train", "diffusion")
-    both("train", "triplet")
-    both("export", "", "--checkpoint=triplet", "--output={folder}/model")
+    both("train", stage="diffusion")
+    both("train", stage="triplet")
+    both("export", "--checkpoint=triplet", "--output={folder}/model", stage="")
+    both("merge", "--a={folder}/diffusion", "--b={folder}/triplet", "--output={folder}/merged")
 
     def column(name, stage):
         return [[row[name] for row in read_metrics(folder / stage / "metrics.jsonl") if name in row] for folder in (one, two)]
@@ -676,5 +677,6 @@ def test_two_local_processes_train_mine_evaluate_and_export_what_one_does(tmp_pa
     np.testing.assert_allclose(*column("evaluation", "triplet"), atol=0.1)  # a rank of five queries
     counts = [json.loads((folder / "mining" / "hard" / "info.json").read_text())["info"]["mined"] for folder in (one, two)]
     assert counts[0] == counts[1]
-    vectors = [inference.load(folder / "model").encode(small.sentences(4)) for folder in (one, two)]
-    np.testing.assert_allclose(*vectors, atol=1e-3)
+    for model in ("model", "merged"):
+        vectors = [inference.load(folder / model).encode(small.sentences(4)) for folder in (one, two)]
+        np.testing.assert_allclose(*vectors, atol=1e-3)

@@ -12,6 +12,7 @@ ROOT = Path(embed.__file__).parent
 FLOORS = [
     {"cli"},
     {"graph"},
+    {"nodes", "exports"},
     {"runs", "evaluation"},
     {"inference", "training", "mining", "preparation"},
     {"checkpoints", "data"},

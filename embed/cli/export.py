@@ -23,16 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
         parser.error("needs either --config, --workdir and --checkpoint, or --model alone")
     common.join(arguments, saves_at_sigterm=False)
-    from embed import config, graph, runs
+    from embed import config, exports, nodes, runs
 
     options = dict(step=arguments.step, format=arguments.format, tanh=arguments.tanh)
     if arguments.model:
-        path = graph.export_source(arguments.model, arguments.output, contextual=arguments.contextual, **options)
+        path = exports.export_source(arguments.model, arguments.output, contextual=arguments.contextual, **options)
     else:
         resolved = config.load(arguments.config, overrides)
         run = runs.Run(resolved, arguments.workdir, arguments.config)
-        path = graph.export_model(run, arguments.checkpoint, arguments.output, **options)
-    graph.say(str(path))
+        path = exports.export_model(run, arguments.checkpoint, arguments.output, **options)
+    nodes.say(str(path))
     return 0
 
 

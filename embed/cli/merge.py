@@ -20,10 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= arguments.ratio <= 1:
         raise ValueError(f"--ratio={arguments.ratio} must be between 0 and 1")
     common.join(arguments, saves_at_sigterm=False)
-    from embed import graph
+    from embed import exports, nodes
 
     a, b = (arguments.a, arguments.step_a), (arguments.b, arguments.step_b)
-    graph.say(str(graph.merge_sources(a, b, arguments.ratio, arguments.output)))
+    nodes.say(str(exports.merge_sources(a, b, arguments.ratio, arguments.output)))
     return 0
 
 

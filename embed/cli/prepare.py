@@ -11,9 +11,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("embed prepare", description=__doc__)
     common.add_config_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
-    from embed import graph, runs
+    from embed import nodes, runs
 
-    graph.prepare(runs.Run(config, arguments.workdir, arguments.config))
+    nodes.prepare(runs.Run(config, arguments.workdir, arguments.config))
     return 0
 
 

@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     common.join(arguments, saves_at_sigterm=False)
     import numpy as np
 
-    from embed import graph, runs
+    from embed import nodes, runs
     from embed.inference import denoise
 
     run = runs.Run(config, arguments.workdir, arguments.config)
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         tokens_per_step=arguments.tokens_per_step, left_shift=checkpoint.left_shift, length=-(-len(tokens) // 64) * 64,
     )  # fmt: skip
     for k, state in enumerate(states):
-        graph.say(f"{k:3} {graph.show_masked(tokenizer, state)}")
+        nodes.say(f"{k:3} {nodes.show_masked(tokenizer, state)}")
     return 0
 
 

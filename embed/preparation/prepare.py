@@ -32,6 +32,7 @@ import rich.progress
 import rich.table
 
 from embed import paths, tokenizers
+from embed.config import differences
 from embed.data import store
 from embed.preparation import evaluation_sets, sources, vocabulary
 
@@ -141,10 +142,10 @@ def prepare(
     console = rich.console.Console(stderr=True)
     if (directory / "info.json").exists():
         found = paths.read_json(directory / "info.json")["arguments"]
-        if differing := _differing(found, arguments):
+        if differing := list(differences(found, arguments)):
             raise ValueError(
                 f"{directory} was prepared with other arguments: "
-                + "; ".join(f"{name} was {was!r}, now {now!r}" for name, was, now in differing)
+                + "; ".join(f"{name.removeprefix('gin.')} was {was!r}, now {now!r}" for name, was, now in differing)
                 + "; choose another directory or remove it"
             )
         console.print(f"data: {directory} is complete")
@@ -412,17 +413,6 @@ def _nearest(name: str, valid) -> str:
 
 
 # --- reporting --------------------------------------------------------------------------------------------------------
-
-
-def _differing(was: Mapping, now: Mapping, prefix: str = "") -> list[tuple]:
-    rows = []
-    for key in sorted(set(was) | set(now)):
-        a, b = was.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            rows += _differing(a, b, f"{prefix}{key}.")
-        elif a != b:
-            rows.append((f"{prefix}{key}".removeprefix("gin."), a, b))
-    return rows
 
 
 def _print(console, info: Mapping) -> None:

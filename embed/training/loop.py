@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from embed import paths
+from embed import distributed, paths
 from embed.checkpoints import training_state
 from embed.data.loader import prefetch
-from embed.distributed import PeerLostError
 from embed.training import flops
 from embed.training.metrics import MetricsWriter
 from embed.training.step import Step
@@ -51,19 +50,11 @@ def on_sigterm() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def peers(step: int) -> Iterator[None]:
-    """What a step of several processes raises when one of them is gone, as PeerLostError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:  # of the runtime; Gloo's come as ValueError
-        if jax.process_count() == 1 or isinstance(error, NonFiniteLossError):
-            raise
-        raise PeerLostError(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on at step {step}: "
-            f"{str(error).splitlines()[0]}. Another process ended or the network failed, see their logs; the same "
-            "commands continue from the last checkpoint"
-        ) from error
+def peers(step: int):
+    """`distributed.peers` around a step."""
+    return distributed.peers(
+        f" at step {step}", "the same commands continue from the last checkpoint", but=(NonFiniteLossError,)
+    )
 
 
 def train(

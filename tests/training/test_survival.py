@@ -17,6 +17,7 @@ import small_run
 from small_run import MODEL, Loader, losses, train
 
 from embed.checkpoints import training_state
+from embed.distributed import PeerLostError
 from embed.models import transformer
 from embed.objectives import masked_diffusion
 from embed.training import flops, loop, stages
@@ -322,7 +323,7 @@ sys.exit(run(lambda argv: train(Path(tempfile.mkdtemp()) / "run", Loader(stall),
 def test_what_a_lost_process_makes_the_others_raise_names_the_step_and_what_to_do(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(
-        loop.PeerLostError, match="process 0 of 4 cannot go on at step 9: Gloo all-reduce failed"
+        PeerLostError, match="process 0 of 4 cannot go on at step 9: Gloo all-reduce failed"
     ) as lost:
         with loop.peers(9):
             raise ValueError("Gloo all-reduce failed: Connection reset by peer\nmore")

@@ -1,0 +1,364 @@
+"""What the nodes of a graph do: prepare, train, mine, evaluate, denoise, sweep a merge, search."""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from embed import config as configs
+from embed import mining, paths, runs, tokenizers
+from embed.checkpoints import model_folder, training_state
+from embed.checkpoints.names import TOKENIZER_FILES
+from embed.checkpoints.provenance import made_with
+from embed.data.store import Writer, read_header
+from embed.evaluation import baselines, retrieval
+from embed.inference import denoise, load
+from embed.inference.index import Index
+from embed.models import transformer
+from embed.rows import content_ids
+from embed.runs import Run
+from embed.training import loop, stages
+from embed.training.metrics import MetricsWriter, progress_bar
+from embed.training.step import make_step
+
+PRECISIONS = ("float32", "int8", "binary")
+HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
+console = Console(soft_wrap=True)
+
+
+
+def say(sentence: str) -> None:
+    """A line for whoever watches, by process 0."""
+    if jax.process_index() == 0:
+        console.print(sentence, markup=False, highlight=False)
+
+
+def prepare(run: Run) -> dict:
+    """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later.
+
+    Where they are there already, nothing is locked or written: any number of runs may read them.
+    """
+    data, tokenizer = run.config.data, None
+    if not data.gin_file:
+        raise ValueError("config.data.gin_file is empty: name the file that binds the mixtures of this config")
+    gin_file = configs.find(data.gin_file)
+    done = (run.data / "info.json").exists()
+    missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
+    if jax.process_count() > 1 and not done:
+        raise FileNotFoundError(f"{run.data} holds no prepared data: run `embed prepare` with this config, in one process, first")
+    if missing and not done:
+        raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
+    run.check_sources()
+    from embed.preparation.prepare import prepare as prepare_data
+
+    if data.tokenizer:
+        bucket = paths.is_bucket(data.tokenizer)
+        folder = data.tokenizer if bucket else model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
+        tokenizer = tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
+    with contextlib.nullcontext() if done else runs.hold(run.data):
+        prepare_data(
+            run.data, gin_file=gin_file, gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
+            split_identifiers=data.split_identifiers, seed=run.config.seed, limit=data.limit or None, tokenizer=tokenizer,
+        )  # fmt: skip
+    return paths.read_json(run.data / "info.json")
+
+
+def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: str = "") -> dict:
+    """Train stage `name` from what its config names, or continue it; other arguments as `embed train`'s.
+
+    What is mined for it is mined first. Its folder belongs to the config of its first checkpoint; until there is one, any
+    config may use it.
+    """
+    if name not in run.config.stages:
+        raise ValueError(f"config.stage={name!r} must be one of {', '.join(run.config.stages)}")
+    stage, folder, steps = run.config.stages[name], run.folder(name), run.steps(name)
+    check_data(run, [name])
+    for task in mined_tasks(run.config, name):
+        mine(run, task)
+    if runs.agreed(run.is_complete(name, run.identity(name)) and training_state.is_finished(folder / "checkpoints")):
+        say(f"{name} is complete: {folder}, step {steps}")
+        return {"steps": steps}
+    evaluate_params, execution = None, stage.execution
+    if execution.evaluate_every:
+        data = evaluation_set(run, execution.evaluate_on)
+        evaluate_params = functools.partial(hook, run, name, data)
+    with runs.hold(folder) as check_held, progress_bar(name, steps) as update:
+        identity = run.identity(name)
+        if run.is_complete(name, identity):  # by another process, while this one waited; or its end was interrupted
+            training_state.finish(folder / "checkpoints", execution.evaluate_on)
+            return {"steps": steps}
+        step, loader = _stage_parts(run, name, identity)
+        runs.write_json(folder / "config.json", identity)
+        about = {"parent": identity["parent"], "mesh": dict(run.mesh.shape)}
+        runs.write_json(folder / "run.json", made_with() | about)
+        if jax.process_index() == 0:
+            run.tokenizer.save(folder / "tokenizer")
+        loop.train(
+            folder,
+            step=step,
+            loader=loader,
+            initial_params=functools.partial(_initial_params, run, name),
+            evaluate=evaluate_params,
+            check_held=check_held,
+            read_timeout=run.config.execution.read_timeout or None,
+            profile_steps=profile_steps,
+            writer=functools.partial(MetricsWriter, wandb=wandb),
+            progress=update,
+            warn=lambda sentence: say(f"embed: warning: {sentence}"),
+        )
+    return {"steps": steps}
+
+
+def _stage_parts(run: Run, name: str, identity: Mapping):
+    """(Step, loader) of a stage."""
+    stage, phases, mesh = run.config.stages[name], run.phases(name), run.mesh
+    stores = {task: run.store(task) for _, rates in phases for task in rates}
+    separator = run.tokenizer.separator_id if run.config.data.separator else None
+    step = make_step(
+        stage, run.model, mesh, steps=run.steps(name), seed=run.config.seed, mask_id=run.tokenizer.mask_id,
+        left_shift=identity.get("left_shift", False),
+    )  # fmt: skip
+    return step, stages.make_loader(stage, stores, phases, seed=run.config.seed, separator_id=separator, mesh=mesh)
+
+
+def _initial_params(run: Run, name: str, shardings) -> dict:
+    stage = run.config.stages[name]
+    params = run.checkpoint(stage.init, stage.init_step).params(shardings)
+    return params if "head" in shardings else transformer.encoder_only(run.model, params)[1]
+
+
+def hook(run: Run, stage: str, data: retrieval.RetrievalSet, params) -> float:
+    """nDCG@10 in int8 of parameters in training, on all devices and in all processes at once: none waits for another."""
+    checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage)
+    encoder = run.encoder(checkpoint, params)
+    return retrieval.evaluate_retrieval(encoder, data, (HOOK_PRECISION,))[HOOK_PRECISION][HOOK_METRIC]
+
+
+def mine(run: Run, name: str) -> dict:
+    """Hard negatives of config.mining.NAME, out of a checkpoint, as a store of this run: mining/NAME."""
+    target = run.store_path(name)
+    if runs.agreed((target / "info.json").exists()):
+        return _mined(run, name, read_header(target)["info"])
+    with runs.hold(target):
+        if runs.agreed((target / "info.json").exists()):  # by another process, while this one waited
+            return _mined(run, name, read_header(target)["info"])
+        config = run.config.mining[name]
+        checkpoint, store = run.checkpoint(config.checkpoint, config.step), run.store(config.task)
+        if problems := run.tokenizer_problems(checkpoint):
+            raise ValueError(f"config.mining.{name}.checkpoint={config.checkpoint!r} cannot rank these data: {'; '.join(problems)}")
+        examples = store.read(np.arange(len(store)))
+        encoder = run.encoder(checkpoint)
+        queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
+        ids = content_ids(queries)
+        # Stores are shuffled: the first so many are a fair sample. All examples that ask the same come along, or their
+        # documents would be taken for negatives.
+        rows = np.flatnonzero(np.isin(ids, ids[: config.queries or None]))
+        encode = functools.partial(encoder.encode_tokens, precision=config.precision)
+        chosen, counts = mining.mine(
+            encode([queries[i] for i in rows]), encode(documents), rows, num_negatives=config.num_negatives,
+            rank_window=tuple(config.rank_window), margin=config.margin, query_ids=ids[rows],
+            document_ids=content_ids(documents), mesh=run.mesh,
+        )  # fmt: skip
+        mined = {"documents": len(examples), **counts}
+        if jax.process_index() == 0:
+            about = {"task": name, "inputs": mining_inputs(run, name), "mined": mined}
+            _write_mined(target, examples, rows, chosen, about)
+    return mined
+
+
+def mining_inputs(run: Run, name: str, recorded: Mapping | None = None) -> dict:
+    """What mined negatives depend on. A ranking checkpoint that is gone is what was `recorded`."""
+    config = run.config.mining[name]
+    try:
+        identity = run.checkpoint(config.checkpoint, config.step).identity
+    except FileNotFoundError:
+        if not recorded or not run.names(config.checkpoint, config.step, recorded["checkpoint"]):
+            raise
+        identity = recorded["checkpoint"]
+    found = {
+        "mining": {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "step")},
+        "checkpoint": identity,
+        "data": read_header(run.store_path(config.task))["digest"],
+    }
+    return json.loads(json.dumps(found))
+
+
+def _mined(run: Run, name: str, info: Mapping) -> dict:
+    """The counts of a store that is there; ValueError if it was mined otherwise."""
+    now = mining_inputs(run, name, info["inputs"])
+    if found := list(configs.differences(runs.portable(info["inputs"]), runs.portable(now))):
+        named = "; ".join(f"{key} was {was!r}, now {value!r}" for key, was, value in found)
+        raise ValueError(f"{run.store_path(name)} was mined otherwise: {named}. Remove it, or use another name")
+    return info["mined"]
+
+
+def _write_mined(target, examples, rows, chosen, info: dict) -> None:
+    writer, none = Writer(target, ["query", "document", "negatives", "negative_lengths"]), np.zeros(0, np.int32)
+    for i, row in zip(rows, chosen):
+        negatives = [examples[j]["document"] for j in row if j >= 0]
+        writer.append(
+            {
+                "query": examples[i]["query"],
+                "document": examples[i]["document"],
+                "negatives": np.concatenate(negatives) if negatives else none,
+                "negative_lengths": np.array([len(n) for n in negatives], np.int32),
+            }
+        )
+    writer.close(info)
+
+
+def evaluation_set(run: Run, name: str) -> retrieval.RetrievalSet:
+    """SET/SPLIT of the prepared data."""
+    return retrieval.read_set(run.data / "evaluation" / name)
+
+
+def ranking(run: Run, checkpoint: str, evaluation: str):
+    """What `evaluate` found: {precision: best corpus rows of each query, int32 [Q, DEPTH]} as .npz."""
+    return run.workdir / "rankings" / checkpoint.replace(" ", "_").replace("/", "_") / f"{evaluation}.npz"
+
+
+def evaluate(run: Run, name: str) -> dict:
+    """Retrieval of a checkpoint in every evaluation that names it, at every precision; rankings/ keeps what it found."""
+    encoder = run.encoder(run.checkpoint(name))
+    figures = {}
+    for evaluation, config in run.config.evaluations.items():
+        if name not in config.checkpoints:
+            continue
+        data = evaluation_set(run, config.data)
+        rankings = retrieval.rank(encoder, data, PRECISIONS, alone=config.alone)
+        if jax.process_index() == 0:
+            buffer = io.BytesIO()
+            np.savez(buffer, **rankings)
+            paths.write(ranking(run, name, evaluation), buffer.getvalue())
+        figures[evaluation] = {p: retrieval.score(found, data) for p, found in rankings.items()}
+    return figures
+
+
+def evaluate_baselines(run: Run) -> dict:
+    """BM25, and BM25 fused by reciprocal rank with the checkpoints of config.report.fuse."""
+    rows: dict[str, dict] = {"BM25": {}}
+    for evaluation, config in run.config.evaluations.items():
+        if not config.bm25:
+            continue
+        data = evaluation_set(run, config.data)
+        words = baselines.bm25(data, context=not config.alone)
+        rows["BM25"][evaluation] = {"float32": retrieval.score(words, data)}
+        for name in run.config.report.fuse:
+            with ranking(run, name, evaluation).open("rb") as file:
+                found = dict(np.load(io.BytesIO(file.read())))
+            rows.setdefault(f"BM25 + {name}", {})[evaluation] = {
+                precision: retrieval.score(baselines.reciprocal_rank_fusion(words, each), data)
+                for precision, each in found.items()
+            }
+    return {name: row for name, row in rows.items() if row}
+
+
+def denoising(run: Run, name: str) -> dict:
+    """How well a diffusion stage denoises held-out text, and one text while it is denoised."""
+    checkpoint, mask_id, length = run.checkpoint(name), run.tokenizer.mask_id, run.config.stages[name].batch.length
+    params, model = checkpoint.params(run.shardings(checkpoint.model)), checkpoint.model
+    options = dict(mask_id=mask_id, left_shift=checkpoint.left_shift)
+    flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, run.config.report.texts).corpus[:512]))
+    windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
+    levels = denoise.elbo_and_accuracy(params, model, windows, **options)
+    text = windows[0][: length // 2].copy()
+    hidden = np.random.default_rng(run.config.seed).random(len(text)) < run.config.report.mask_fraction
+    hidden[0] = False
+    original = run.tokenizer.decode(text)
+    text[hidden] = mask_id
+    states = denoise.denoise(
+        params, model, text, tokens_per_step=run.config.report.tokens_per_step, length=length, **options
+    )
+    shown = sorted({0, len(states) // 2, len(states) - 1})
+    return {
+        "elbo": levels.pop("elbo")["nll"],
+        "diffusion": [{"t": float(t), **figures} for t, figures in levels.items()],
+        "denoising": [{"step": k, "text": show_masked(run.tokenizer, states[k])} for k in shown]
+        + [{"step": "original", "text": original}],
+    }
+
+
+def show_masked(tokenizer, tokens: np.ndarray) -> str:
+    """Decoded text with an underscore for each masked token."""
+    pieces, start = [], 0
+    for i in [*np.flatnonzero(tokens == tokenizer.mask_id), len(tokens)]:
+        if i > start:
+            pieces.append(tokenizer.decode(tokens[start:i]))
+        if i < len(tokens):
+            pieces.append("_")
+        start = i + 1
+    return " ".join(pieces)
+
+
+def merge_sweep(run: Run, name: str) -> dict:
+    """nDCG@10 of a merge at each ratio of its sweep, on development sets."""
+    config = run.config.merges[name]
+    a, b = (run.checkpoint(part) for part in config.of)
+    sets = {data.partition("/")[0]: evaluation_set(run, data) for data in config.sweep_on}
+    sweep = []
+    for ratio in config.sweep:
+        encoder = run.encoder(runs.merged(name, a, b, ratio))
+        figures = {
+            title: retrieval.evaluate_retrieval(encoder, data, ("float32",))["float32"]["ndcg@10"]
+            for title, data in sets.items()
+        }
+        sweep.append({"ratio": ratio, **figures})
+    return {"slerp_ratio": config.ratio, "slerp_sweep": sweep}
+
+
+def worked_search(run: Run) -> dict:
+    """One query against the texts of an evaluation set, with an exported model."""
+    data = evaluation_set(run, run.config.report.texts)
+    encoder, precision = load(run.workdir / "export" / run.config.report.search), "int8"
+    index = Index(encoder.encode(data.corpus, precision=precision), precision)
+    query = data.queries[0]
+    scores, found = index.search(encoder.encode([query], precision=precision), 5)
+    hits = [
+        {"rank": k + 1, "score": float(scores[0, k]), "id": data.corpus_ids[i], "text": " ".join(data.corpus[i].split())[:80]}
+        for k, i in enumerate(found[0])
+    ]
+    return {"query": query, "precision": precision, "hits": hits}
+
+
+def mined_tasks(config: ConfigDict, stage: str) -> list[str]:
+    """The entries of config.mining that a stage's curriculum names."""
+    named = [m for _, mixture in config.stages[stage].curriculum for m in ([mixture] if isinstance(mixture, str) else mixture)]
+    return sorted({name for name in named if name in config.mining})
+
+
+def check_data(run: Run, names: Iterable[str]) -> None:
+    """Refuse stages that name mixtures, tasks or evaluation sets which the prepared data do not have: before hours of work."""
+    config, tasks = run.config, sorted({task for rates in run.mixtures.values() for task in rates})
+    for name in names:
+        run.phases(name)
+        for entry in mined_tasks(config, name):
+            if entry in run.mixtures:
+                raise ValueError(f"config.mining.{entry}: a mixture of the data has that name too")
+            if config.mining[entry].task not in tasks:
+                raise ValueError(f"config.mining.{entry}.task={config.mining[entry].task!r} must be one of {', '.join(tasks)}")
+        if config.stages[name].execution.evaluate_every:
+            _check_set(run, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
+
+
+def _check_set(run: Run, field: str, name: str) -> None:
+    if not name or not (run.data / "evaluation" / name / "corpus.jsonl").exists():
+        raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT below {run.data / 'evaluation'}")
+
+
+def check_sets(run: Run) -> None:
+    """Refuse evaluations, sweeps and a report over sets that the prepared data do not have."""
+    for name, entry in run.config.evaluations.items():
+        _check_set(run, f"evaluations.{name}.data", entry.data)
+    for name, entry in run.config.merges.items():
+        for data in entry.sweep_on if entry.sweep else ():
+            _check_set(run, f"merges.{name}.sweep_on", data)
+    if run.config.report.denoise or run.config.report.search:
+        _check_set(run, "report.texts", run.config.report.texts)
