@@ -23,6 +23,7 @@ test-tpu: $(VENV)-tpu/installed
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 clean:
 	rm -rf $(VENV) $(VENV)-tpu

@@ -49,6 +49,7 @@ setup(
             "moto[server,s3]",
             "nbclient",
             "nbformat",
+            "onnx",
             "pytest",
             "pytest-xdist",
             "pyyaml",

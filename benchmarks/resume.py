@@ -55,9 +55,11 @@ def resume(run, name: str, folder: Path, step: int) -> dict[str, float]:
     loader.batch(step)
     batch = time.perf_counter() - begun
     loop.train(
-        folder, step=one_device_step(run, name, step + 1), loader=loader,
+        folder,
+        step=one_device_step(run, name, step + 1),
+        loader=loader,
         initial_params=lambda shardings: sys.exit("the checkpoint was not found"),
-    )  # fmt: skip
+    )
     return {"batch": batch, "whole": time.perf_counter() - begun}
 
 

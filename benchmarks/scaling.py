@@ -17,8 +17,12 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 # (topology, slices): the last is 1,024 chips again, in two slices joined by the data-centre network.
 TOPOLOGIES = (
-    ("v5p:2x2x2", 1), ("v5p:2x4x4", 1), ("v5p:4x4x8", 1), ("v5p:8x8x16", 1), ("v5p:8x8x8", 2),
-)  # fmt: skip
+    ("v5p:2x2x2", 1),
+    ("v5p:2x4x4", 1),
+    ("v5p:4x4x8", 1),
+    ("v5p:8x8x16", 1),
+    ("v5p:8x8x8", 2),
+)
 MOST_SHARDS = 512  # of the parameters: 2,560, the width of the 4B model, is no multiple of 1,024
 ROWS_AT_ONCE = {"0.6b": 16, "4b": 4}  # of a chip; more are microbatches
 
@@ -54,7 +58,7 @@ def table(rows: list[dict]) -> str:
     lines = [
         "| size | topology | chips | microbatches | memory, GB | sent, GB | compute, s | HBM, s | interconnect, s | network, s | bound | of peak, at most |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
-    ]  # fmt: skip
+    ]
     for row in rows:
         bounds = row["bounds"]
         bound = max(bounds, key=bounds.get)

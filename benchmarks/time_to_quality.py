@@ -203,9 +203,12 @@ def describe(arguments) -> list[str]:
     names = ("torch", "transformers", "sentence-transformers")
     versions = {"jax": source["versions"]["jax"], **{name: version(name) for name in names}}
     about = DIFFERENCES.format(
-        rows=stage.batch.groups * stage.batch.rows_per_group, length=stage.batch.length, margin=stage.margin,
-        prefixes=" and ".join(map(str, stage.matryoshka)), dimensions=settings.model.hidden_size,
-    )  # fmt: skip
+        rows=stage.batch.groups * stage.batch.rows_per_group,
+        length=stage.batch.length,
+        margin=stage.margin,
+        prefixes=" and ".join(map(str, stage.matryoshka)),
+        dimensions=settings.model.hidden_size,
+    )
     return [
         f"python {' '.join(sys.argv)}:",
         f"commit {source['commit']}, {machine()},",

@@ -46,9 +46,10 @@ def main() -> int:
     got = ours.encode(texts)
     seconds = time.perf_counter() - start
     differing = [
-        i for i, (text, ids) in enumerate(zip(texts, got))
+        i
+        for i, (text, ids) in enumerate(zip(texts, got))
         if not np.array_equal(ids, theirs.encode_ordinary(unicodedata.normalize("NFC", text)))
-    ]  # fmt: skip
+    ]
     tokens = sum(map(len, got))
     print(f"python benchmarks/tokenizer.py; commit {made_with()['commit']}, {machine()}")
     print(f"{len(arguments.texts)} files, {len(texts):,} texts, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")

@@ -95,7 +95,10 @@ def specification(arguments, wanted: str) -> tuple[dict, dict, float]:
     model = stages.stage_model(stage.kind, model)
     texts = random_texts(stage, model.vocab_size)
     # Each text is a segment; the chunks of a document are one together.
-    lengths = [(x.size, x[0].size if stage.kind == "contextual" and name == "documents" else x.shape[-1]) for name, x in texts.items()]  # fmt: skip
+    lengths = [
+        (x.size, x[0].size if stage.kind == "contextual" and name == "documents" else x.shape[-1])
+        for name, x in texts.items()
+    ]
     tokens, squares = (sum(size * length**power for size, length in lengths) for power in (0, 1))
     given = {"stage": stage.to_dict(), "model": dataclasses.asdict(model)}
     return given, texts, flops.model_flops(stage, model, tokens, squares)
@@ -140,12 +143,18 @@ class Texts:
 
         if self.contextual:
             return {
-                "document": documents.reshape(-1), "chunk_lengths": lengths(documents), "queries": queries.reshape(-1),
-                "query_lengths": lengths(queries), "positives": np.arange(len(queries)) % len(documents),
-            }  # fmt: skip
+                "document": documents.reshape(-1),
+                "chunk_lengths": lengths(documents),
+                "queries": queries.reshape(-1),
+                "query_lengths": lengths(queries),
+                "positives": np.arange(len(queries)) % len(documents),
+            }
         return {
-            "query": queries, "document": documents, "negatives": negatives.reshape(-1), "negative_lengths": lengths(negatives)
-        }  # fmt: skip
+            "query": queries,
+            "document": documents,
+            "negatives": negatives.reshape(-1),
+            "negative_lengths": lengths(negatives),
+        }
 
 
 def make_batch(stage, texts: dict[str, np.ndarray]) -> dict:
@@ -200,11 +209,18 @@ def pytorch_model(model: dict, device: str):
 
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        vocab_size=model["vocab_size"], hidden_size=model["hidden_size"], num_hidden_layers=model["num_layers"],
-        num_attention_heads=model["num_heads"], num_key_value_heads=model["num_kv_heads"], head_dim=model["head_dim"],
-        intermediate_size=model["intermediate_size"], is_causal=False, use_cache=False, attn_implementation="sdpa",
+        vocab_size=model["vocab_size"],
+        hidden_size=model["hidden_size"],
+        num_hidden_layers=model["num_layers"],
+        num_attention_heads=model["num_heads"],
+        num_key_value_heads=model["num_kv_heads"],
+        head_dim=model["head_dim"],
+        intermediate_size=model["intermediate_size"],
+        is_causal=False,
+        use_cache=False,
+        attn_implementation="sdpa",
         rope_parameters={"rope_type": "default", "rope_theta": model["rope_theta"]},
-    )  # fmt: skip
+    )
     network = transformers.Qwen3Model(config).to(device).train()
     if model["remat"] != "none":
         network.gradient_checkpointing_enable()
@@ -297,7 +313,9 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
             others = int8(tables["documents"].mean(1))  # chunks are of one length
         vectors = pooled["queries"], pooled["documents"], others
         prefixes = stage.matryoshka
-        return sum(pytorch_contrast(stage, *(x if x is None else x[:, :p] for x in vectors)) for p in prefixes) / len(prefixes)  # fmt: skip
+        return sum(pytorch_contrast(stage, *(x if x is None else x[:, :p] for x in vectors)) for p in prefixes) / len(
+            prefixes
+        )
 
     def contrastive():
         pieces = {name: 1 for name in ids}
@@ -333,9 +351,13 @@ def measure_pytorch(stage, model: dict, texts: dict[str, np.ndarray], steps: int
     network = pytorch_model(model, device)
     loss = pytorch_loss(stage, model, network, texts, device)
     adamw = torch.optim.AdamW(
-        network.parameters(), lr=1e-4, betas=(settings.b1, settings.b2), eps=settings.eps,
-        weight_decay=settings.weight_decay, fused=True,
-    )  # fmt: skip
+        network.parameters(),
+        lr=1e-4,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
 
     def step(k):
         value = loss()
@@ -426,7 +448,9 @@ def measure_stage(arguments, wanted: str, peak: float) -> list[str]:
                 except ValueError as error:
                     said[side] = f"failed: {str(error)[:150]}"
     tokens, lines = sum(x.size for x in texts.values()), []
-    medians = {side: statistics.median(s for one in runs[side] for s in one["seconds"]) for side in SIDES if side not in said}  # fmt: skip
+    medians = {
+        side: statistics.median(s for one in runs[side] for s in one["seconds"]) for side in SIDES if side not in said
+    }
     for side in SIDES:
         if side in said:
             lines.append(f"| {label} | {side} | {said[side]}" + " |" * 8)
@@ -436,10 +460,17 @@ def measure_stage(arguments, wanted: str, peak: float) -> list[str]:
         libraries = f"{one['libraries'] / 1e9:.2f}" if "libraries" in one else ""
         ratio = f"{medians['PyTorch'] / medians[side]:.2f}" if "PyTorch" in medians else ""
         cells = [
-            label, side, f"{tokens:,}", f"{one['fill']:.0%}",
-            f"{medians[side]:.3f} ({min(of_processes):.3f}–{max(of_processes):.3f})", f"{tokens / medians[side]:,.0f}",
-            f"{flops / medians[side] / peak:.1%}", f"{one['memory'] / 1e9:.2f}", libraries, ratio,
-        ]  # fmt: skip
+            label,
+            side,
+            f"{tokens:,}",
+            f"{one['fill']:.0%}",
+            f"{medians[side]:.3f} ({min(of_processes):.3f}–{max(of_processes):.3f})",
+            f"{tokens / medians[side]:,.0f}",
+            f"{flops / medians[side] / peak:.1%}",
+            f"{one['memory'] / 1e9:.2f}",
+            libraries,
+            ratio,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -482,13 +513,17 @@ def main() -> None:
     say(
         f"config {arguments.config}; load average before {load(os.getloadavg()[0])}; {arguments.rounds} processes of {arguments.steps} steps, one side after the other: seconds are the median (fastest–slowest process)"
     )
-    say(f"MFU: three forward passes by formula, inside segments and without padding, for both, over {source['peak'] / 1e12:.3g} TFLOP/s ({source['whose']})")  # fmt: skip
+    say(
+        f"MFU: three forward passes by formula, inside segments and without padding, for both, over {source['peak'] / 1e12:.3g} TFLOP/s ({source['whose']})"
+    )
     if arguments.platform == "cpu":
         say(
             "memory: the most that a process has had, compilation included; both sides with malloc keeping freed memory"
         )
     say("")
-    say("| stage | program | tokens a step | fill | seconds | tokens/s | MFU | peak memory, GB | of it libraries | tokens/s to PyTorch's |")  # fmt: skip
+    say(
+        "| stage | program | tokens a step | fill | seconds | tokens/s | MFU | peak memory, GB | of it libraries | tokens/s to PyTorch's |"
+    )
     say("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for wanted in arguments.stages:
         for line in measure_stage(arguments, wanted, source["peak"]):

@@ -101,7 +101,9 @@ def stage(kind: str, **changes) -> ConfigDict:
     new.execution.milestone_every = 0  # steps; a checkpoint saved at a multiple of it is kept for good; 0 = none
     new.execution.evaluate_every = 0  # steps; the best checkpoint is kept as well; 0 = never
     new.execution.evaluate_on = ""  # SET/SPLIT of the data's evaluation sets, by nDCG@10 in int8
-    new.execution.max_skipped = 10  # steps in a row without a finite loss and gradient, each skipped, before the run ends
+    new.execution.max_skipped = (
+        10  # steps in a row without a finite loss and gradient, each skipped, before the run ends
+    )
 
     if kind == "diffusion":
         new.left_shift = "auto"  # predict a token from the state before it: True, False, auto = as its source did

@@ -71,9 +71,11 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
     config.merges.merged = base.merge(
-        of=("contextual", "triplet"), ratio=0.8, sweep=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+        of=("contextual", "triplet"),
+        ratio=0.8,
+        sweep=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
         sweep_on=("functions/development", "contextual/development"),
-    )  # fmt: skip
+    )
     config.exports["embed"] = base.export(checkpoint="merged", max_length=0)
     config.exports["embed-context"] = base.export(checkpoint="contextual", contextual=True, max_length=0)
     models = ("random init", "diffusion", "pair", "contextual", "triplet", "merged")

@@ -42,7 +42,9 @@ def find(name: str) -> Path:
     for file in (Path(name), shipped):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"no file {name} in {Path.cwd()}, nor among those that ship in {Path(__file__).parents[1] / 'configs'}")
+    raise FileNotFoundError(
+        f"no file {name} in {Path.cwd()}, nor among those that ship in {Path(__file__).parents[1] / 'configs'}"
+    )
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:

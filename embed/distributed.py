@@ -14,9 +14,12 @@ class PeerLostError(RuntimeError):
 
 
 def join(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
     saves_at_sigterm: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Join the other processes, before anything is computed.
 
     `coordinator` is host:port of process 0. Without arguments the job (TPU, GKE, Slurm) says who they are; ValueError where
@@ -27,9 +30,7 @@ def join(
 
     jax.config.update("jax_enable_preemption_service", saves_at_sigterm)
     try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )  # fmt: skip
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ValueError(f"--distributed finds no TPU, GKE or Slurm job around this process: {error}") from error
     except RuntimeError as error:  # the others are not there yet, or no more

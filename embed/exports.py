@@ -25,7 +25,9 @@ def export_model(
         found = dataclasses.replace(found, contextual=entry.contextual, max_length=entry.max_length or None)
     said = origin(found) | run.config.card.to_dict()
     file = run.workdir / "steps" / f"evaluate {name}.json"
-    if file.exists() and runs.portable((saved := paths.read_json(file))["inputs"]["checkpoint"]) == runs.portable(found.identity):
+    if file.exists() and runs.portable((saved := paths.read_json(file))["inputs"]["checkpoint"]) == runs.portable(
+        found.identity
+    ):
         said["figures"] = saved["result"]
     return write_model(found, folder, run.shardings, said, format=format, tanh=tanh)
 
@@ -74,11 +76,19 @@ def write_model(
     export.check_format(format, tanh)
     model = transformer.encoder_only(checkpoint.model, {})[0]
     embedding = {
-        "matryoshka": list(checkpoint.matryoshka), "separator": checkpoint.separator,
-        "contextual": checkpoint.contextual, "max_length": checkpoint.max_length,
-    }  # fmt: skip
+        "matryoshka": list(checkpoint.matryoshka),
+        "separator": checkpoint.separator,
+        "contextual": checkpoint.contextual,
+        "max_length": checkpoint.max_length,
+    }
     params = transformer.encoder_only(checkpoint.model, checkpoint.params(shardings(model)))[1]
     return export.write(
-        folder, params, model, checkpoint.load_tokenizer(), embedding=embedding, provenance=provenance, format=format,
+        folder,
+        params,
+        model,
+        checkpoint.load_tokenizer(),
+        embedding=embedding,
+        provenance=provenance,
+        format=format,
         tanh=tanh,
-    )  # fmt: skip
+    )

@@ -77,7 +77,9 @@ def make_nodes(config: ConfigDict) -> Iterator[Node]:
         yield from evaluation(stage)
     for name, entry in config.merges.items():
         if entry.sweep:
-            yield Node(title("merge", name, config.merges), "merge", name, functools.partial(nodes.merge_sweep, name=name))
+            yield Node(
+                title("merge", name, config.merges), "merge", name, functools.partial(nodes.merge_sweep, name=name)
+            )
         yield from evaluation(name)
     known = {runs.RANDOM, *config.stages, *config.merges}
     others = {name: None for e in config.evaluations.values() for name in e.checkpoints if name not in known}
@@ -106,7 +108,10 @@ def inputs(run: Run, node: Node) -> dict:
         recorded = read_header(target)["info"]["inputs"] if (target / "info.json").exists() else None
         found |= nodes.mining_inputs(run, node.of, recorded)
     elif node.kind == "denoise":
-        found |= {"checkpoint": identity(node.of), "report": [report_.texts, report_.mask_fraction, report_.tokens_per_step]}
+        found |= {
+            "checkpoint": identity(node.of),
+            "report": [report_.texts, report_.mask_fraction, report_.tokens_per_step],
+        }
     elif node.kind == "evaluate":
         mine = {name: [e.data, e.alone] for name, e in config.evaluations.items() if node.of in e.checkpoints}
         found |= {"evaluations": mine, "checkpoint": identity(node.of)}
@@ -155,7 +160,9 @@ def check(config: ConfigDict) -> None:
     ranked = {name for e in config.evaluations.values() if e.bm25 for name in e.checkpoints}
     for name in config.report.fuse:
         if not all(name in e.checkpoints for e in config.evaluations.values() if e.bm25):
-            raise ValueError(f"config.report.fuse names {name!r}, which some evaluation does not rank; ranked are {', '.join(sorted(ranked))}")
+            raise ValueError(
+                f"config.report.fuse names {name!r}, which some evaluation does not rank; ranked are {', '.join(sorted(ranked))}"
+            )
     for field, group in (("denoise", config.stages), ("search", config.exports)):
         if (name := config.report[field]) and name not in group:
             raise ValueError(f"config.report.{field}={name!r} must be one of {', '.join(group)}")

@@ -52,9 +52,10 @@ def mine(
     query_ids = np.arange(len(queries)) if query_ids is None else np.asarray(query_ids)
     document_ids = np.arange(len(documents)) if document_ids is None else np.asarray(document_ids)
     for name, got, want in (
-        ("positives", positives, len(queries)), ("query_ids", query_ids, len(queries)),
+        ("positives", positives, len(queries)),
+        ("query_ids", query_ids, len(queries)),
         ("document_ids", document_ids, len(documents)),
-    ):  # fmt: skip
+    ):
         if got.shape != (want,):
             raise ValueError(f"{name} has shape {list(got.shape)}, expected [{want}]")
     if len(positives) and not (0 <= positives.min() and positives.max() < len(documents)):
@@ -74,8 +75,9 @@ def mine(
     negatives = np.full((len(queries), num_negatives), -1, np.int32)
     counts = dict.fromkeys(
         ("queries", "negatives", "short", "none", "small_window")
-        + ("removed_positive", "removed_margin", "removed_duplicate"), 0
-    )  # fmt: skip
+        + ("removed_positive", "removed_margin", "removed_duplicate"),
+        0,
+    )
     counts["queries"] = len(queries)
     mesh = sharding.make_mesh() if mesh is None else mesh
     for start, scores, ranked, own in _ranked(queries, documents, positives, high, list(mesh.devices.flat)):
@@ -129,7 +131,9 @@ def _gather(negatives: np.ndarray, counts: dict[str, int], mesh) -> tuple[np.nda
     rows = multihost_utils.process_allgather(np.pad(own, ((0, most - len(own)), (0, 0))))
     for process, part in enumerate(rows):
         negatives[owner == process] = part[: (owner == process).sum()]
-    parts = multihost_utils.process_allgather(np.array(list(counts.values()), np.int64).view(np.int32))  # jax has no int64
+    parts = multihost_utils.process_allgather(
+        np.array(list(counts.values()), np.int64).view(np.int32)
+    )  # jax has no int64
     sums = np.ascontiguousarray(parts).view(np.int64).sum(0).tolist()
     return negatives, dict(zip(counts, sums)) | {"queries": counts["queries"]}
 

@@ -34,7 +34,6 @@ HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the trai
 console = Console(soft_wrap=True)
 
 
-
 def say(sentence: str) -> None:
     """A line for whoever watches, by process 0."""
     if jax.process_index() == 0:
@@ -53,7 +52,9 @@ def prepare(run: Run) -> dict:
     done = (run.data / "info.json").exists()
     missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
     if jax.process_count() > 1 and not done:
-        raise FileNotFoundError(f"{run.data} holds no prepared data: run `embed prepare` with this config, in one process, first")
+        raise FileNotFoundError(
+            f"{run.data} holds no prepared data: run `embed prepare` with this config, in one process, first"
+        )
     if missing and not done:
         raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
     run.check_sources()
@@ -65,9 +66,15 @@ def prepare(run: Run) -> dict:
         tokenizer = tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
     with contextlib.nullcontext() if done else runs.hold(run.data):
         prepare_data(
-            run.data, gin_file=gin_file, gin_bindings=tuple(data.gin_bindings), vocab_size=data.vocab_size,
-            split_identifiers=data.split_identifiers, seed=run.config.seed, limit=data.limit or None, tokenizer=tokenizer,
-        )  # fmt: skip
+            run.data,
+            gin_file=gin_file,
+            gin_bindings=tuple(data.gin_bindings),
+            vocab_size=data.vocab_size,
+            split_identifiers=data.split_identifiers,
+            seed=run.config.seed,
+            limit=data.limit or None,
+            tokenizer=tokenizer,
+        )
     return paths.read_json(run.data / "info.json")
 
 
@@ -123,9 +130,14 @@ def _stage_parts(run: Run, name: str, identity: Mapping):
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     separator = run.tokenizer.separator_id if run.config.data.separator else None
     step = make_step(
-        stage, run.model, mesh, steps=run.steps(name), seed=run.config.seed, mask_id=run.tokenizer.mask_id,
+        stage,
+        run.model,
+        mesh,
+        steps=run.steps(name),
+        seed=run.config.seed,
+        mask_id=run.tokenizer.mask_id,
         left_shift=identity.get("left_shift", False),
-    )  # fmt: skip
+    )
     return step, stages.make_loader(stage, stores, phases, seed=run.config.seed, separator_id=separator, mesh=mesh)
 
 
@@ -153,7 +165,9 @@ def mine(run: Run, name: str) -> dict:
         config = run.config.mining[name]
         checkpoint, store = run.checkpoint(config.checkpoint, config.step), run.store(config.task)
         if problems := run.tokenizer_problems(checkpoint):
-            raise ValueError(f"config.mining.{name}.checkpoint={config.checkpoint!r} cannot rank these data: {'; '.join(problems)}")
+            raise ValueError(
+                f"config.mining.{name}.checkpoint={config.checkpoint!r} cannot rank these data: {'; '.join(problems)}"
+            )
         examples = store.read(np.arange(len(store)))
         encoder = run.encoder(checkpoint)
         queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
@@ -163,10 +177,16 @@ def mine(run: Run, name: str) -> dict:
         rows = np.flatnonzero(np.isin(ids, ids[: config.queries or None]))
         encode = functools.partial(encoder.encode_tokens, precision=config.precision)
         chosen, counts = mining.mine(
-            encode([queries[i] for i in rows]), encode(documents), rows, num_negatives=config.num_negatives,
-            rank_window=tuple(config.rank_window), margin=config.margin, query_ids=ids[rows],
-            document_ids=content_ids(documents), mesh=run.mesh,
-        )  # fmt: skip
+            encode([queries[i] for i in rows]),
+            encode(documents),
+            rows,
+            num_negatives=config.num_negatives,
+            rank_window=tuple(config.rank_window),
+            margin=config.margin,
+            query_ids=ids[rows],
+            document_ids=content_ids(documents),
+            mesh=run.mesh,
+        )
         mined = {"documents": len(examples), **counts}
         if jax.process_index() == 0:
             about = {"task": name, "inputs": mining_inputs(run, name), "mined": mined}
@@ -322,7 +342,12 @@ def worked_search(run: Run) -> dict:
     query = data.queries[0]
     scores, found = index.search(encoder.encode([query], precision=precision), 5)
     hits = [
-        {"rank": k + 1, "score": float(scores[0, k]), "id": data.corpus_ids[i], "text": " ".join(data.corpus[i].split())[:80]}
+        {
+            "rank": k + 1,
+            "score": float(scores[0, k]),
+            "id": data.corpus_ids[i],
+            "text": " ".join(data.corpus[i].split())[:80],
+        }
         for k, i in enumerate(found[0])
     ]
     return {"query": query, "precision": precision, "hits": hits}
@@ -330,7 +355,11 @@ def worked_search(run: Run) -> dict:
 
 def mined_tasks(config: ConfigDict, stage: str) -> list[str]:
     """The entries of config.mining that a stage's curriculum names."""
-    named = [m for _, mixture in config.stages[stage].curriculum for m in ([mixture] if isinstance(mixture, str) else mixture)]
+    named = [
+        m
+        for _, mixture in config.stages[stage].curriculum
+        for m in ([mixture] if isinstance(mixture, str) else mixture)
+    ]
     return sorted({name for name in named if name in config.mining})
 
 
@@ -343,7 +372,9 @@ def check_data(run: Run, names: Iterable[str]) -> None:
             if entry in run.mixtures:
                 raise ValueError(f"config.mining.{entry}: a mixture of the data has that name too")
             if config.mining[entry].task not in tasks:
-                raise ValueError(f"config.mining.{entry}.task={config.mining[entry].task!r} must be one of {', '.join(tasks)}")
+                raise ValueError(
+                    f"config.mining.{entry}.task={config.mining[entry].task!r} must be one of {', '.join(tasks)}"
+                )
         if config.stages[name].execution.evaluate_every:
             _check_set(run, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
 

@@ -213,7 +213,9 @@ def lock(folder) -> Iterator[Callable[[], None]]:
     try:
         held.acquire(timeout=0)
     except NotImplementedError:
-        warnings.warn(f"{folder.parent} has no file locks: nothing keeps two commands from writing {folder.name}", stacklevel=3)
+        warnings.warn(
+            f"{folder.parent} has no file locks: nothing keeps two commands from writing {folder.name}", stacklevel=3
+        )
     except Timeout:
         raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
     try:

@@ -28,8 +28,22 @@ from embed.models import sharding, transformer
 from embed.training import stages
 
 RANDOM = "random init"
-RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", RANDOM)  # names in a workdir that no stage may have
-NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")  # of a stage's config: said by parent and phases, or no matter
+RESERVED = (
+    "data",
+    "mining",
+    "export",
+    "rankings",
+    "steps",
+    "plots",
+    "pipeline",
+    RANDOM,
+)  # names in a workdir that no stage may have
+NOT_IDENTITY = (
+    "init",
+    "init_step",
+    "curriculum",
+    "execution",
+)  # of a stage's config: said by parent and phases, or no matter
 # How to compute is the reader's choice; the output layer is the diffusion stage's alone.
 ARCHITECTURE = [
     field.name
@@ -51,7 +65,9 @@ class Checkpoint:
     """Parameters that something starts from, and what identifies them."""
 
     name: str  # as the config or the command line has it
-    identity: dict  # folder, step and digest; of a random init its seed; of a merge those of its two parents and the ratio
+    identity: (
+        dict  # folder, step and digest; of a random init its seed; of a merge those of its two parents and the ratio
+    )
     model: transformer.TransformerConfig
     load: Callable  # shardings -> parameters
     load_tokenizer: Callable  # () -> its tokenizer
@@ -104,7 +120,9 @@ class Run:
 
     def _check_prepared(self) -> None:
         if not (self.data / "mixtures.json").exists():
-            raise FileNotFoundError(f"{self.data} holds no prepared data; run `embed prepare` with this config and workdir")
+            raise FileNotFoundError(
+                f"{self.data} holds no prepared data; run `embed prepare` with this config and workdir"
+            )
 
     @cached_property
     def model(self) -> transformer.TransformerConfig:
@@ -177,16 +195,23 @@ class Run:
             raise ValueError(f"step {step} of {name or RANDOM}: only a stage has steps")
         if name in (RANDOM, ""):
             return Checkpoint(
-                RANDOM, {"random init": self.config.seed}, self.model, self._random_params, lambda: self.tokenizer,
-                tokenizer_identity(self.tokenizer), self.config.data.separator,
-            )  # fmt: skip
+                RANDOM,
+                {"random init": self.config.seed},
+                self.model,
+                self._random_params,
+                lambda: self.tokenizer,
+                tokenizer_identity(self.tokenizer),
+                self.config.data.separator,
+            )
         if name in self.config.merges:
             return self._merged(name)
         if name in self.config.stages:
             return stage_checkpoint(self.folder(name), step, self.config.execution, name)
         key = name, step
         if key not in self._found:  # a model folder is read, checked and copied once
-            self._found[key] = find(name, step, self.config.execution, [RANDOM, *self.config.stages, *self.config.merges])
+            self._found[key] = find(
+                name, step, self.config.execution, [RANDOM, *self.config.stages, *self.config.merges]
+            )
         return self._found[key]
 
     def _random_params(self, shardings):
@@ -227,10 +252,16 @@ class Run:
     def check_sources(self) -> None:
         """`check_start` as far as it goes before there are data: the model folders and hub ids that stages start from."""
         for name, stage in self.config.stages.items():
-            if not stage.init or stage.init in (RANDOM, *self.config.stages, *self.config.merges) or is_stage(stage.init):
+            if (
+                not stage.init
+                or stage.init in (RANDOM, *self.config.stages, *self.config.merges)
+                or is_stage(stage.init)
+            ):
                 continue
             theirs, model = model_folder.read_architecture(stage.init), self.config.model
-            fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size] + ["tied"] * (stage.kind == "diffusion")
+            fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size] + ["tied"] * (
+                stage.kind == "diffusion"
+            )
             problems = [
                 f"config.model.{n} is {model[n]!r}, the checkpoint's {getattr(theirs, n)!r}"
                 for n in fields
@@ -263,7 +294,8 @@ class Run:
             "stage": {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY},
             "phases": phases,
             "model": {
-                name: getattr(stages.stage_model(config.kind, self.model), name) for name in [*ARCHITECTURE, "tied", "dtype"]
+                name: getattr(stages.stage_model(config.kind, self.model), name)
+                for name in [*ARCHITECTURE, "tied", "dtype"]
             },
             "seed": self.config.seed,
             "data": {task: read_header(self.store_path(task))["digest"] for _, rates in phases for task in rates},
@@ -307,7 +339,9 @@ def check_names(config: ConfigDict) -> None:
         for name in names:
             others = [p for p in groups if p != part and name in groups[p]]
             if name in RESERVED or "/" in name or name.startswith("."):
-                raise ValueError(f"config.{part}.{name}: the name must have no slash and be none of {', '.join(RESERVED)}")
+                raise ValueError(
+                    f"config.{part}.{name}: the name must have no slash and be none of {', '.join(RESERVED)}"
+                )
             if others:
                 raise ValueError(f"config.{part}.{name}: config.{others[0]} has that name too")
     if config.stage and config.stage not in config.stages:
@@ -372,11 +406,17 @@ def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint
         return training_state.load_params(folder / "checkpoints", step, abstract)
 
     return Checkpoint(
-        name, {"folder": str(folder), "step": step, "digest": training_state.digest(folder / "checkpoints", step)}, model,
-        load, lambda: tokenizers.load(folder / "tokenizer"), config["tokenizer"], config["separator"],
-        contextual=config["stage"]["kind"] == "contextual", left_shift=config.get("left_shift", False),
+        name,
+        {"folder": str(folder), "step": step, "digest": training_state.digest(folder / "checkpoints", step)},
+        model,
+        load,
+        lambda: tokenizers.load(folder / "tokenizer"),
+        config["tokenizer"],
+        config["separator"],
+        contextual=config["stage"]["kind"] == "contextual",
+        left_shift=config.get("left_shift", False),
         matryoshka=tuple(config["stage"].get("matryoshka", ())),
-    )  # fmt: skip
+    )
 
 
 def model_checkpoint(source: str, execution) -> Checkpoint:
@@ -384,12 +424,22 @@ def model_checkpoint(source: str, execution) -> Checkpoint:
     found = model_folder.open_model(source)
     model, how = transformer.from_config(dataclasses.asdict(found.config), execution), found.embedding
     return Checkpoint(
-        source, {"folder": str(source), "step": 0, "digest": found.digest}, model, found.params, found.tokenizer,
+        source,
+        {"folder": str(source), "step": 0, "digest": found.digest},
+        model,
+        found.params,
+        found.tokenizer,
         # Which id is the mask is the run's choice where the folder does not say it.
-        {"digest": found.tokenizer().digest}, separator=how.get("separator", False), max_length=how.get("max_length"),
-        contextual=how.get("contextual", False), tanh=how.get("tanh", False), causal=found.causal, left_shift=found.causal,
-        matryoshka=tuple(how.get("matryoshka", ())), provenance=found.provenance,
-    )  # fmt: skip
+        {"digest": found.tokenizer().digest},
+        separator=how.get("separator", False),
+        max_length=how.get("max_length"),
+        contextual=how.get("contextual", False),
+        tanh=how.get("tanh", False),
+        causal=found.causal,
+        left_shift=found.causal,
+        matryoshka=tuple(how.get("matryoshka", ())),
+        provenance=found.provenance,
+    )
 
 
 def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
@@ -409,11 +459,18 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
         return merge.merge_params(left, right, ratio, shardings or jax.tree.map(lambda x: x.sharding, left))
 
     return dataclasses.replace(
-        a, name=name, identity={"merge": [a.identity, b.identity], "ratio": ratio}, load=load, of=(a.name, b.name),
-        model=dataclasses.replace(a.model, tied=True), tokenizer=a.tokenizer | b.tokenizer,
-        contextual=a.contextual and b.contextual, left_shift=False, provenance=None,
+        a,
+        name=name,
+        identity={"merge": [a.identity, b.identity], "ratio": ratio},
+        load=load,
+        of=(a.name, b.name),
+        model=dataclasses.replace(a.model, tied=True),
+        tokenizer=a.tokenizer | b.tokenizer,
+        contextual=a.contextual and b.contextual,
+        left_shift=False,
+        provenance=None,
         matryoshka=tuple(p for p in a.matryoshka if p in b.matryoshka),
-    )  # fmt: skip
+    )
 
 
 def over_all_devices(model: transformer.TransformerConfig):
@@ -432,10 +489,17 @@ def make_encoder(checkpoint: Checkpoint, mesh, params=None) -> Encoder:
     if params is None:
         params = checkpoint.params(sharding.parameter_shardings(mesh, transformer.abstract_params(model)))
     return Encoder(
-        transformer.encoder_only(model, params)[1], model, checkpoint.load_tokenizer(), separator=checkpoint.separator,
-        max_length=checkpoint.max_length, tanh=checkpoint.tanh, matryoshka=checkpoint.matryoshka, mesh=mesh,
-        path=checkpoint.name, digest=checkpoint.identity.get("digest"),
-    )  # fmt: skip
+        transformer.encoder_only(model, params)[1],
+        model,
+        checkpoint.load_tokenizer(),
+        separator=checkpoint.separator,
+        max_length=checkpoint.max_length,
+        tanh=checkpoint.tanh,
+        matryoshka=checkpoint.matryoshka,
+        mesh=mesh,
+        path=checkpoint.name,
+        digest=checkpoint.identity.get("digest"),
+    )
 
 
 def load_encoder(source: str, step: int = 0) -> Encoder:
@@ -479,7 +543,9 @@ def check_identity(folder, stage: str, identity: Mapping) -> None:
             f"{name.replace('stage.', f'stages.{stage}.', 1) if name.startswith('stage.') else name} was {was!r}, now {now!r}"
             for name, was, now in found
         )
-        raise ValueError(f"{folder} was trained with another config: {named}. Use its config, another workdir or another name")
+        raise ValueError(
+            f"{folder} was trained with another config: {named}. Use its config, another workdir or another name"
+        )
 
 
 @contextlib.contextmanager
@@ -527,9 +593,14 @@ def lineage(checkpoint: Checkpoint) -> list[dict]:
         config = paths.read_json(paths.path(folder) / "config.json")
         visit(config["parent"])
         row = {
-            "name": name or paths.path(folder).name, "folder": folder, "kind": config["stage"]["kind"],
-            "phases": config["phases"], "step": identity["step"], "digest": identity["digest"], "parent": config["parent"],
-        }  # fmt: skip
+            "name": name or paths.path(folder).name,
+            "folder": folder,
+            "kind": config["stage"]["kind"],
+            "phases": config["phases"],
+            "step": identity["step"],
+            "digest": identity["digest"],
+            "parent": config["parent"],
+        }
         if row["folder"] not in [other["folder"] for other in found]:
             found.append(row)
 

@@ -87,11 +87,18 @@ class SentencePieceTokenizer:
         piece = self._processor.id_to_piece
         pad, unknown = piece(self._processor.pad_id()), piece(self._processor.unk_id())
         _write_config(
-            folder, tokenizer_class="BertGenerationTokenizer", model_max_length=max_length or NO_LIMIT,
+            folder,
+            tokenizer_class="BertGenerationTokenizer",
+            model_max_length=max_length or NO_LIMIT,
             # Every symbol that the class has must be a piece that exists, or it is given an id beyond the table.
-            pad_token=pad, bos_token=pad, eos_token=pad, unk_token=unknown, sep_token=piece(self.separator_id),
-            mask_id=self.mask_id, separator_id=self.separator_id,
-        )  # fmt: skip
+            pad_token=pad,
+            bos_token=pad,
+            eos_token=pad,
+            unk_token=unknown,
+            sep_token=piece(self.separator_id),
+            mask_id=self.mask_id,
+            separator_id=self.separator_id,
+        )
 
 
 class HuggingFaceTokenizer:
@@ -145,9 +152,14 @@ class HuggingFaceTokenizer:
         Path(folder, HUGGINGFACE_FILE).write_text(json.dumps(model, ensure_ascii=False), encoding="utf-8")
         separator = self._tokenizer.id_to_token(self.separator_id)
         _write_config(
-            folder, tokenizer_class="PreTrainedTokenizerFast", model_max_length=max_length or NO_LIMIT,
-            pad_token=separator, sep_token=separator, mask_id=self.mask_id, separator_id=self.separator_id,
-        )  # fmt: skip
+            folder,
+            tokenizer_class="PreTrainedTokenizerFast",
+            model_max_length=max_length or NO_LIMIT,
+            pad_token=separator,
+            sep_token=separator,
+            mask_id=self.mask_id,
+            separator_id=self.separator_id,
+        )
 
 
 def load(folder: str | os.PathLike, *, mask_id: int | None = None) -> Tokenizer:

@@ -63,9 +63,17 @@ def pair_loss(queries, documents, *, temperature, margin=0.1, query_ids=None, do
 
 
 def triplet_loss(
-    queries, documents, negatives, *, temperature, query_ids=None, document_ids=None, negative_ids=None,
-    valid=None, negative_valid=None,
-):  # fmt: skip
+    queries,
+    documents,
+    negatives,
+    *,
+    temperature,
+    query_ids=None,
+    document_ids=None,
+    negative_ids=None,
+    valid=None,
+    negative_valid=None,
+):
     n, num_negatives, dim = negatives.shape
     to_documents = cosines(queries, documents)
     to_negatives = cosines(queries, negatives.reshape(-1, dim)).reshape(n, n, num_negatives)
@@ -92,9 +100,21 @@ def triplet_loss(
 
 
 def contextual_loss(
-    queries, chunks, documents, *, positive, chunk_document, temperature, beta, alpha=0.2, margin=0.1,
-    query_ids=None, chunk_ids=None, valid=None, chunk_valid=None,
-):  # fmt: skip
+    queries,
+    chunks,
+    documents,
+    *,
+    positive,
+    chunk_document,
+    temperature,
+    beta,
+    alpha=0.2,
+    margin=0.1,
+    query_ids=None,
+    chunk_ids=None,
+    valid=None,
+    chunk_valid=None,
+):
     def chunk_there(c):
         return chunk_valid is None or chunk_valid[c]
 

@@ -32,10 +32,20 @@ def sentences(count: int, seed: int = 0, longest: int = 40) -> list[str]:
 def tokenizer() -> SentencePieceTokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(200)), model_writer=model, model_type="unigram", vocab_size=120,
-        hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, pad_piece="<pad>", unk_piece="<unk>",
-        control_symbols=["<mask>", "<sep>"], minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(sentences(200)),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=120,
+        hard_vocab_limit=False,
+        pad_id=0,
+        unk_id=1,
+        bos_id=-1,
+        eos_id=-1,
+        pad_piece="<pad>",
+        unk_piece="<unk>",
+        control_symbols=["<mask>", "<sep>"],
+        minloglevel=2,
+    )
     return SentencePieceTokenizer(model.getvalue())
 
 
@@ -68,7 +78,9 @@ def write_data(folder, tokenizer_=None) -> None:
         "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{i}", "score": 1} for i in range(5)],
     }
     for name, lines in rows.items():
-        paths.write(folder / "evaluation" / "set" / "test" / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        paths.write(
+            folder / "evaluation" / "set" / "test" / f"{name}.jsonl", "".join(json.dumps(x) + "\n" for x in lines)
+        )
     paths.write_json(folder / "info.json", {"arguments": "small"})
 
 
@@ -126,9 +138,14 @@ def random_params(config: transformer.TransformerConfig, seed: int = 0) -> dict:
 def write_model(folder, params_=None, config_=None, tokenizer_=None, *, embedding=(), provenance=(), **how) -> Path:
     """`export.write` of the small model, or of another; `embedding` replaces single settings of EMBEDDING."""
     export.write(
-        folder, params() if params_ is None else params_, config_ or config(), tokenizer_ or tokenizer(),
-        embedding={**EMBEDDING, **dict(embedding)}, provenance=dict(provenance), **how,
-    )  # fmt: skip
+        folder,
+        params() if params_ is None else params_,
+        config_ or config(),
+        tokenizer_ or tokenizer(),
+        embedding={**EMBEDDING, **dict(embedding)},
+        provenance=dict(provenance),
+        **how,
+    )
     return folder if paths.is_bucket(folder) else Path(folder)
 
 
@@ -150,9 +167,11 @@ def make_causal(folder: Path, params: dict) -> Path:
         where |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     edit_config(
-        folder, is_causal=None, use_bidirectional_attention=None,
+        folder,
+        is_causal=None,
+        use_bidirectional_attention=None,
         tie_word_embeddings="lm_head.weight" not in arrays,
-    )  # fmt: skip
+    )
     return folder
 
 

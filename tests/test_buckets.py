@@ -95,7 +95,9 @@ def test_a_stage_on_a_disk_starts_from_a_stage_and_from_a_model_folder_in_a_buck
 
 def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     corpus = f"{bucket}/corpus.jsonl"
-    paths.write(corpus, "".join(json.dumps({"_id": f"t{i}", "text": t}) + "\n" for i, t in enumerate(small.sentences(9))))
+    paths.write(
+        corpus, "".join(json.dumps({"_id": f"t{i}", "text": t}) + "\n" for i, t in enumerate(small.sentences(9)))
+    )
     model = f"--model={workdir}/export/model"
     assert cli.main(["encode", model, f"--corpus={corpus}", f"--output={bucket}/vectors.npy"]) == 0
     assert cli.main(["encode", model, f"--corpus={corpus}", f"--output={tmp_path / 'vectors.npy'}"]) == 0
@@ -104,7 +106,9 @@ def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     assert cli.main(["search", model, f"--index={bucket}/index", "--query=parse"]) == 0
     assert cli.main(["merge", f"--a={workdir}/pair", f"--b={workdir}/triplet", f"--output={bucket}/merged"]) == 0
     texts = ["parse the file", "open a list"]
-    merged, exported = (inference.load(f"{name}").encode(texts) for name in (f"{bucket}/merged", f"{workdir}/export/model"))
+    merged, exported = (
+        inference.load(f"{name}").encode(texts) for name in (f"{bucket}/merged", f"{workdir}/export/model")
+    )
     np.testing.assert_allclose(merged, exported, atol=1e-6)
 
 
@@ -125,8 +129,16 @@ KILLED = """
 """
 
 
-def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind_its_checkpoint(workdir, bucket, data, file):
-    arguments = ["train", f"--config={file}:pair", f"--workdir={bucket}/lost", data, f"--config.stages.pair.init={workdir}/diffusion"]
+def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind_its_checkpoint(
+    workdir, bucket, data, file
+):
+    arguments = [
+        "train",
+        f"--config={file}:pair",
+        f"--workdir={bucket}/lost",
+        data,
+        f"--config.stages.pair.init={workdir}/diffusion",
+    ]
     command = [sys.executable, "-c", textwrap.dedent(KILLED), *arguments]
     environment = {**os.environ, "EMBED_RUN_ID": "lost"}
     died = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -136,7 +148,9 @@ def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind
     # Its lease is still there: another run is refused, the one that a launcher names goes on.
     with pytest.raises(paths.BusyError, match="is in use by process"), runs.hold(f"{bucket}/lost/pair"):
         pass
-    again = subprocess.run([sys.executable, "-m", "embed.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    again = subprocess.run(
+        [sys.executable, "-m", "embed.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     assert losses(f"{bucket}/lost", "pair") == losses(workdir, "pair")
 
@@ -184,9 +198,10 @@ def test_data_in_a_bucket_are_read_by_range_and_written_whole(bucket):
     with paths.replace_folder(f"{bucket}/whole", is_ours=lambda folder: True, marker="z.json") as aside:
         (aside / "a").write_text("1")
         (aside / "z.json").write_text("{}")
-    with pytest.raises(OSError, match="fails"), paths.replace_folder(
-        f"{bucket}/whole", is_ours=lambda folder: True, marker="z.json"
-    ) as aside:
+    with (
+        pytest.raises(OSError, match="fails"),
+        paths.replace_folder(f"{bucket}/whole", is_ours=lambda folder: True, marker="z.json") as aside,
+    ):
         (aside / "b").write_text("2")
         raise OSError("it fails")
     assert list(paths.files(f"{bucket}/whole")) == ["a", "z.json"]

@@ -78,10 +78,16 @@ SHIPPED = ("quickstart", "laptop", "pplx_embed")
 def test_every_field_of_a_shipped_config_stands_in_base(name, arg):
     from configs import base
 
-    shipped, made = config.load(f"configs/{name}.py{arg}"), {
-        "stages": base.stage, "mining": base.mining, "merges": base.merge, "exports": base.export,
-        "evaluations": base.evaluation,
-    }  # fmt: skip
+    shipped, made = (
+        config.load(f"configs/{name}.py{arg}"),
+        {
+            "stages": base.stage,
+            "mining": base.mining,
+            "merges": base.merge,
+            "exports": base.export,
+            "evaluations": base.evaluation,
+        },
+    )
     for part, make in made.items():
         for entry in shipped[part].values():
             fresh = make(entry.kind) if part == "stages" else make()

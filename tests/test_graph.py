@@ -100,7 +100,14 @@ def test_kept_rankings_score_what_the_table_says(workdir):
 
 def test_report_shows_the_table_and_its_plots_exist(workdir):
     text = (workdir / "report.md").read_text()
-    for part in ("BM25 + merged", "plots/loss.png", "plots/ndcg.png", "ELBO", "slerp ratio", "each chunk encoded by itself"):
+    for part in (
+        "BM25 + merged",
+        "plots/loss.png",
+        "plots/ndcg.png",
+        "ELBO",
+        "slerp ratio",
+        "each chunk encoded by itself",
+    ):
         assert part in text
     for plot in ("loss", "ndcg", "slerp"):
         assert (workdir / "plots" / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"
@@ -235,7 +242,11 @@ def own_graph(workdir, tmp_path_factory):
     """(config file, workdir) of a complete run of a graph of one's own, on the data of the first run."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.py").write_text(GRAPH)
-    arguments = [f"--config={folder / 'own.py'}", f"--workdir={folder / 'run'}", f"--config.data.directory={workdir / 'data'}"]
+    arguments = [
+        f"--config={folder / 'own.py'}",
+        f"--workdir={folder / 'run'}",
+        f"--config.data.directory={workdir / 'data'}",
+    ]
     assert cli.main(["pipeline", *arguments]) == 0
     return folder / "own.py", folder / "run"
 
@@ -245,7 +256,9 @@ def test_a_graph_of_ones_own_runs_in_the_order_of_its_parents(own_graph):
     results = json.loads((folder / "results.json").read_text())
     assert graph.order(config.load(str(file))) == ["first", "second", "hard", "chunks"]
     assert list(results["checkpoints"]) == ["second", "between"] and not (folder / "data").exists()
-    parents = {n: json.loads((folder / n / "config.json").read_text())["parent"] for n in ("first", "second", "hard", "chunks")}
+    parents = {
+        n: json.loads((folder / n / "config.json").read_text())["parent"] for n in ("first", "second", "hard", "chunks")
+    }
     assert parents["first"] == {"random init": 0}
     assert [Path(parents[n]["folder"]).name for n in ("second", "hard", "chunks")] == ["first", "second", "hard"]
     assert inference.load(folder / "export" / "product").encode(["a text"]).shape == (1, 32)
@@ -256,8 +269,9 @@ def test_each_mined_task_has_its_own_window_size_and_precision_and_the_stage_dra
     run = make_run(folder, f"--config.data.directory={workdir / 'data'}", path=str(file))
     infos = {name: run.store(name).info for name in run.config.mining}
     assert {name: info["inputs"]["mining"]["precision"] for name, info in infos.items()} == {
-        "hard_summaries": "int8", "hard_classes": "float32",
-    }  # fmt: skip
+        "hard_summaries": "int8",
+        "hard_classes": "float32",
+    }
     assert infos["hard_classes"]["inputs"]["mining"]["rank_window"] == [1, 40]
     assert all(info["mined"]["queries"] >= 1 for info in infos.values())
     assert all(info["inputs"]["checkpoint"] == run.checkpoint("second").identity for info in infos.values())
@@ -298,9 +312,19 @@ def test_a_stage_starts_from_a_hub_id_with_its_own_tokenizer(tmp_path):
     small.write_data(run / "data", tokenizer)
     (tmp_path / "graph.py").write_text(small.GRAPH)
     arguments = ["train", f"--config={tmp_path / 'graph.py'}:diffusion", f"--workdir={run}"]
-    arguments += ["--config.stages.diffusion.init=Qwen/Micro", "--config.stages.diffusion.curriculum=((2, 'diffusion'),)"]
+    arguments += [
+        "--config.stages.diffusion.init=Qwen/Micro",
+        "--config.stages.diffusion.curriculum=((2, 'diffusion'),)",
+    ]
     environment = {**ENVIRONMENT, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", FROM_THE_HUB, *arguments, "--config.model.vocab_size=640", "--config.model.tied=False"]
+    command = [
+        sys.executable,
+        "-c",
+        FROM_THE_HUB,
+        *arguments,
+        "--config.model.vocab_size=640",
+        "--config.model.tied=False",
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "config.model.tied is True, the checkpoint's False" in done.stderr
@@ -313,10 +337,20 @@ def test_a_stage_starts_from_a_hub_id_with_its_own_tokenizer(tmp_path):
 
 def test_what_a_stage_starts_from_is_compared_before_data_are_made(tmp_path, capsys):
     untied = transformer.make_config("micro", 640, tied=False)
-    causal = small.make_causal(small.write_model(tmp_path / "source", small.random_params(untied), untied), small.random_params(untied))
-    arguments = ["prepare", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", f"--config.stages.diffusion.init={causal}"]
+    causal = small.make_causal(
+        small.write_model(tmp_path / "source", small.random_params(untied), untied), small.random_params(untied)
+    )
+    arguments = [
+        "prepare",
+        f"--config={CONFIG}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.stages.diffusion.init={causal}",
+    ]
     assert cli.main([*arguments, "--config.model.vocab_size=700", "--config.model.rope_theta=1e6"]) == 2
-    assert "config.model.vocab_size is 700, the checkpoint's 640; config.model.tied is True, the checkpoint's False" in said(capsys)
+    assert (
+        "config.model.vocab_size is 700, the checkpoint's 640; config.model.tied is True, the checkpoint's False"
+        in said(capsys)
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -333,8 +367,14 @@ def test_stages_that_wait_for_each_other_are_refused(tmp_path, capsys):
         (["--config.merges.merged.of=('merged', 'pair')"], "'merged' is made of itself: merged <- merged"),
         (["--config.report.fuse=('pear',)"], "config.report.fuse names 'pear', which some evaluation does not rank"),
         (["--config.mining.hard_negatives.checkpoint=merged"], "wait for each other"),
-        (["--config.exports.embed.checkpoint=merge"], "config.exports.embed.checkpoint names 'merge'; there are contextual, "),
-        (["--config.stages.contextual.init=pear"], "config.stages.contextual.init names 'pear'; there are contextual, "),
+        (
+            ["--config.exports.embed.checkpoint=merge"],
+            "config.exports.embed.checkpoint names 'merge'; there are contextual, ",
+        ),
+        (
+            ["--config.stages.contextual.init=pear"],
+            "config.stages.contextual.init names 'pear'; there are contextual, ",
+        ),
     ):
         assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *overrides]) == 2
         assert sentence in said(capsys)
@@ -344,8 +384,14 @@ def test_stages_that_wait_for_each_other_are_refused(tmp_path, capsys):
 def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(workdir, shared, tmp_path, capsys):
     for overrides, sentence in (
         (["--config.stages.triplet.curriculum=((2, 'hard'),)"], "stage triplet: no mixture 'hard'; there are "),
-        (["--config.mining.hard_negatives.task=summaries"], "config.mining.hard_negatives.task='summaries' must be one of"),
-        (["--config.evaluations.functions.data=functions/tset"], "config.evaluations.functions.data='functions/tset' must be"),
+        (
+            ["--config.mining.hard_negatives.task=summaries"],
+            "config.mining.hard_negatives.task='summaries' must be one of",
+        ),
+        (
+            ["--config.evaluations.functions.data=functions/tset"],
+            "config.evaluations.functions.data='functions/tset' must be",
+        ),
         (["--config.merges.merged.sweep_on=('functions',)"], "config.merges.merged.sweep_on='functions' must be"),
         (["--config.report.texts="], "config.report.texts='' must be"),
         (
@@ -358,7 +404,9 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
     assert not (tmp_path / "run" / "diffusion").exists()
 
 
-def test_a_checkpoint_with_another_tokenizer_keeps_it_where_it_is_evaluated_and_mines_nothing(workdir, shared, tmp_path):
+def test_a_checkpoint_with_another_tokenizer_keeps_it_where_it_is_evaluated_and_mines_nothing(
+    workdir, shared, tmp_path
+):
     other = small.write_model(tmp_path / "other")
     run = make_run(tmp_path / "run", shared, f"--config.mining.hard_negatives.checkpoint={other}")
     encoder, texts = run.encoder(run.checkpoint(str(other))), ["parse the file"]
@@ -391,8 +439,14 @@ def test_two_exports_of_one_checkpoint_each_have_their_own_settings(workdir, sha
         for stage in run.config.stages:
             (tmp_path / stage).symlink_to(workdir / stage)
     exports.export_models(run)
-    about = {name: json.loads((tmp_path / "export" / name / "embed.json").read_text())["embedding"] for name in ("short", "chunks")}
-    assert [about[n]["max_length"] for n in about] == [7, None] and [about[n]["contextual"] for n in about] == [False, True]
+    about = {
+        name: json.loads((tmp_path / "export" / name / "embed.json").read_text())["embedding"]
+        for name in ("short", "chunks")
+    }
+    assert [about[n]["max_length"] for n in about] == [7, None] and [about[n]["contextual"] for n in about] == [
+        False,
+        True,
+    ]
     with pytest.raises(ValueError, match="merged is exported as chunks, short, each in its own way"):
         exports.export_model(run, "merged", tmp_path / "which")
 
@@ -415,7 +469,11 @@ def test_a_changed_field_that_matters_is_named_with_both_values(trained, capsys)
     overrides = ["--config.seed=1", "--config.stages.diffusion.optimizer.clip=2.0", "--config.model.rope_theta=2e4"]
     assert cli.main(["train", *arguments, *overrides]) == 2
     sentence = said(capsys)
-    for part in ("seed was 0, now 1", "stages.diffusion.optimizer.clip was 1.0, now 2.0", "model.rope_theta was 10000.0, now 20000.0"):
+    for part in (
+        "seed was 0, now 1",
+        "stages.diffusion.optimizer.clip was 1.0, now 2.0",
+        "model.rope_theta was 10000.0, now 20000.0",
+    ):
         assert part in sentence
     assert sorted(path.stat().st_mtime_ns for path in folder.rglob("*")) == before
 
@@ -423,12 +481,19 @@ def test_a_changed_field_that_matters_is_named_with_both_values(trained, capsys)
 def test_what_cannot_change_a_result_may_differ_at_every_start(trained, capsys):
     arguments, _ = trained
     overrides = [
-        "--config.execution.mesh.fsdp=-1", "--config.execution.mesh.data=1", "--config.execution.remat=full",
-        "--config.execution.unroll=1", "--config.execution.attention=xla", "--config.stages.diffusion.execution.microbatches=2",
-        "--config.stages.diffusion.execution.logits_chunk=64", "--config.stages.diffusion.execution.log_every=3",
-        "--config.stages.diffusion.execution.checkpoint_every=7", "--config.card.license=mit",
-        "--config.stages.pair.temperature=0.5", "--config.data.gin_file=elsewhere.gin",
-    ]  # fmt: skip
+        "--config.execution.mesh.fsdp=-1",
+        "--config.execution.mesh.data=1",
+        "--config.execution.remat=full",
+        "--config.execution.unroll=1",
+        "--config.execution.attention=xla",
+        "--config.stages.diffusion.execution.microbatches=2",
+        "--config.stages.diffusion.execution.logits_chunk=64",
+        "--config.stages.diffusion.execution.log_every=3",
+        "--config.stages.diffusion.execution.checkpoint_every=7",
+        "--config.card.license=mit",
+        "--config.stages.pair.temperature=0.5",
+        "--config.data.gin_file=elsewhere.gin",
+    ]
     assert cli.main(["train", *arguments, *overrides]) == 0
     assert "diffusion is complete" in capsys.readouterr().out
 
@@ -445,7 +510,10 @@ def test_a_comment_in_a_gin_file_changes_nothing_and_another_binding_is_refused(
 
 def test_a_command_that_fails_before_its_first_checkpoint_claims_no_folder(workdir, shared, tmp_path, capsys):
     arguments = [f"--config={CONFIG},stage=diffusion", f"--workdir={tmp_path / 'run'}", shared]
-    diverging = ["--config.stages.diffusion.optimizer.learning_rate=1e38", "--config.stages.diffusion.execution.max_skipped=0"]
+    diverging = [
+        "--config.stages.diffusion.optimizer.learning_rate=1e38",
+        "--config.stages.diffusion.execution.max_skipped=0",
+    ]
     failing = ["--config.stages.diffusion.batch.rows=3", "--config.stages.diffusion.execution.microbatches=2"]
     assert cli.main(["train", *arguments, *failing, *diverging]) == 2
     said(capsys)
@@ -478,7 +546,9 @@ def unfinished(workdir, shared, tmp_path):
     return folder
 
 
-def test_an_unfinished_parent_is_refused_by_every_verb_unless_its_step_is_named(unfinished, workdir, shared, tmp_path, capsys):
+def test_an_unfinished_parent_is_refused_by_every_verb_unless_its_step_is_named(
+    unfinished, workdir, shared, tmp_path, capsys
+):
     run = [f"--workdir={unfinished}", shared]
     sets, stage = workdir / "data" / "evaluation" / "functions" / "test", unfinished / "pair"
     negatives = "--config.stages.triplet.curriculum=((2, 'hard_negatives'),)"
@@ -489,18 +559,21 @@ def test_an_unfinished_parent_is_refused_by_every_verb_unless_its_step_is_named(
             ["--config.mining.hard_negatives.step=1"],
         ),
         "export": (
-            ["export", f"--config={CONFIG}", *run, "--checkpoint=pair", f"--output={tmp_path / 'export'}"], ["--step=1"],
+            ["export", f"--config={CONFIG}", *run, "--checkpoint=pair", f"--output={tmp_path / 'export'}"],
+            ["--step=1"],
         ),
         "export a folder": (["export", f"--model={stage}", f"--output={tmp_path / 'other'}"], ["--step=1"]),
         "mine": (["mine", f"--model={stage}", f"--data={sets}", f"--output={tmp_path / 'mined'}"], ["--step=1"]),
         "evaluate": (["evaluate", f"--model={stage}", f"--data={sets}"], ["--step=1"]),
         "merge": (
-            ["merge", f"--a={stage}", f"--b={unfinished / 'diffusion'}", f"--output={tmp_path / 'merged'}"], ["--step_a=1"],
+            ["merge", f"--a={stage}", f"--b={unfinished / 'diffusion'}", f"--output={tmp_path / 'merged'}"],
+            ["--step_a=1"],
         ),
         "sample": (
-            ["sample", f"--config={CONFIG}", *run, "--checkpoint=pair", "--text=a <mask>"], ["--step=1"],
+            ["sample", f"--config={CONFIG}", *run, "--checkpoint=pair", "--text=a <mask>"],
+            ["--step=1"],
         ),
-    }  # fmt: skip
+    }
     for name, (refused, allowed) in verbs.items():
         assert cli.main(refused) == 2, name
         assert "has not finished: its last checkpoint is step 1 of 2" in said(capsys), name
@@ -511,12 +584,20 @@ def test_an_unfinished_parent_is_refused_by_every_verb_unless_its_step_is_named(
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_path, capsys):
-    arguments = ["export", f"--config={CONFIG}", f"--workdir={workdir}", "--checkpoint=pair", f"--output={tmp_path / 'x'}"]
+    arguments = [
+        "export",
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        "--checkpoint=pair",
+        f"--output={tmp_path / 'x'}",
+    ]
     assert cli.main([*arguments, "--step=7"]) == 2
     assert "pair has no checkpoint of step 7; there are 2" in said(capsys)
 
 
-def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone_and_not_from_another_name(workdir, shared, tmp_path, capsys):
+def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone_and_not_from_another_name(
+    workdir, shared, tmp_path, capsys
+):
     folder = tmp_path / "run"
     shutil.copytree(workdir / "contextual", folder / "contextual")
     identity = json.loads((folder / "contextual" / "config.json").read_text())
@@ -568,7 +649,9 @@ def test_the_best_checkpoint_by_held_out_retrieval_and_milestones_are_kept(share
     assert training_state.steps(checkpoints) == sorted({best, 4, 8, 10})
     encoder = runs.load_encoder(str(tmp_path / "run" / "pair"), best if best != 10 else 0)
     data = retrieval.read_set(Path(shared.partition("=")[2]) / "evaluation" / "functions" / "development")
-    assert retrieval.evaluate_retrieval(encoder, data, ("int8",))["int8"]["ndcg@10"] == pytest.approx(figures[best], abs=1e-6)
+    assert retrieval.evaluate_retrieval(encoder, data, ("int8",))["int8"]["ndcg@10"] == pytest.approx(
+        figures[best], abs=1e-6
+    )
 
 
 # --- bad input: one sentence, exit code 2 ---------------------------------------------------------------------------
@@ -628,7 +711,12 @@ def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
         ("vocabulary.charcters = 5", "'vocabulary.charcters'; the nearest valid one is 'vocabulary.characters'"),
         ("some_scope/vocabulary.characters = 5", "'some_scope/vocabulary.characters' is used by nothing"),
     ):
-        arguments = ["prepare", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", f"--config.data.gin_bindings=({binding!r},)"]
+        arguments = [
+            "prepare",
+            f"--config={CONFIG}",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.data.gin_bindings=({binding!r},)",
+        ]
         assert cli.main(arguments) == 2
         assert sentence in capsys.readouterr().err
 
@@ -667,7 +755,10 @@ def test_two_local_processes_train_mine_evaluate_export_and_merge_what_one_does(
     both("merge", "--a={folder}/diffusion", "--b={folder}/triplet", "--output={folder}/merged")
 
     def column(name, stage):
-        return [[row[name] for row in read_metrics(folder / stage / "metrics.jsonl") if name in row] for folder in (one, two)]
+        return [
+            [row[name] for row in read_metrics(folder / stage / "metrics.jsonl") if name in row]
+            for folder in (one, two)
+        ]
 
     assert [len(x) for x in column("loss", "diffusion")] == [6, 6]
     np.testing.assert_allclose(*column("loss", "diffusion"), rtol=1e-5)
@@ -675,7 +766,9 @@ def test_two_local_processes_train_mine_evaluate_export_and_merge_what_one_does(
     np.testing.assert_allclose(*column("loss", "triplet"), rtol=2e-3)
     assert [len(x) for x in column("evaluation", "triplet")] == [2, 2]
     np.testing.assert_allclose(*column("evaluation", "triplet"), atol=0.1)  # a rank of five queries
-    counts = [json.loads((folder / "mining" / "hard" / "info.json").read_text())["info"]["mined"] for folder in (one, two)]
+    counts = [
+        json.loads((folder / "mining" / "hard" / "info.json").read_text())["info"]["mined"] for folder in (one, two)
+    ]
     assert counts[0] == counts[1]
     for model in ("model", "merged"):
         vectors = [inference.load(folder / model).encode(small.sentences(4)) for folder in (one, two)]

@@ -49,9 +49,13 @@ def launch(tmp_path):
             environment.pop(name, None)
         environment |= more
         done = subprocess.run(
-            ["bash", LAUNCH / script, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment,
+            ["bash", LAUNCH / script, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         return done, [json.loads(line) for line in calls.read_text().splitlines()]
 
     return run
@@ -83,10 +87,26 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("gke.sh", ["submit", *GKE, "--topology=4", *TRAIN], "--topology=4 must be AxB or AxBxC"),
         ("gke.sh", ["submit", *GKE, "--", "evaluate", "--model=m", "--output=o"], "--output=o must be --output=gs://"),
         ("gke.sh", ["submit", *GKE, "--", "search", "--model=m"], "need --workdir=gs://BUCKET/NAME or --output=gs://"),
-        ("tpu.sh", ["submit", *TPU, *TRAIN[:3], "--workdir=runs/a"], "--workdir=runs/a must be --workdir=gs://BUCKET/NAME"),
-        ("tpu.sh", ["submit", *TPU, *TRAIN[:3], "--workdir", "gs://b/a"], "--workdir must be --workdir=gs://BUCKET/NAME"),
-        ("tpu.sh", ["submit", *TPU, *TRAIN[:3], "--workdir=gs://b/"], "--workdir=gs://b/ must be --workdir=gs://BUCKET"),
-        ("tpu.sh", ["submit", *TPU, "--", *TRAIN[2:]], "behind -- stands a verb of embed, not '--config=c.py:stage=pair'"),
+        (
+            "tpu.sh",
+            ["submit", *TPU, *TRAIN[:3], "--workdir=runs/a"],
+            "--workdir=runs/a must be --workdir=gs://BUCKET/NAME",
+        ),
+        (
+            "tpu.sh",
+            ["submit", *TPU, *TRAIN[:3], "--workdir", "gs://b/a"],
+            "--workdir must be --workdir=gs://BUCKET/NAME",
+        ),
+        (
+            "tpu.sh",
+            ["submit", *TPU, *TRAIN[:3], "--workdir=gs://b/"],
+            "--workdir=gs://b/ must be --workdir=gs://BUCKET",
+        ),
+        (
+            "tpu.sh",
+            ["submit", *TPU, "--", *TRAIN[2:]],
+            "behind -- stands a verb of embed, not '--config=c.py:stage=pair'",
+        ),
         ("tpu.sh", ["submit", *TPU, "--", "prepare", *TRAIN[2:]], "not 'prepare'"),  # one process
         ("slurm.sh", ["submit", "--nodes=2", *TRAIN], "--gpus=VALUE is missing"),
         ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", *TRAIN], "nowhere to log: set LOGS"),
@@ -97,7 +117,7 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("local.sh", ["2", "--"], "behind -- stands a verb of embed, not ''"),
         ("local.sh", ["2", "--", "train", "--config=c.py", "--colour"], "embed train needs --workdir="),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, script, arguments, sentence):
     done, called = launch(script, *arguments)
     assert done.returncode == 2 and sentence in done.stderr and not called
@@ -107,7 +127,9 @@ def test_the_verbs_are_those_that_join_others(launch):
     named = launch("local.sh", "2", "--", "x")[0].stderr.partition("there are: ")[2].splitlines()[0].split()
     takes = "add_distributed_arguments(parser)"
     assert named == [verb for verb in cli.verbs() if takes in (ROOT / "embed" / "cli" / f"{verb}.py").read_text()]
-    assert {"train", "pipeline", "mine", "encode", "index", "search", "evaluate", "merge", "export", "sample"} <= {*named}
+    assert {"train", "pipeline", "mine", "encode", "index", "search", "evaluate", "merge", "export", "sample"} <= {
+        *named
+    }
 
 
 def test_local_prints_one_command_a_process(launch):
@@ -173,10 +195,13 @@ def _local(folder, *arguments, start_new_session=False, **environment):
     workdir = folder / "a run"
     defaults = {"ZERO": "", "ONE": "", "GRACE": "70", "EMBED_RUN_ID": "named", "LOG": f"{workdir}.logs/process-0.log"}
     return subprocess.Popen(
-        ["bash", LAUNCH / "local.sh", "2", "--", *(arguments or [*TRAIN[1:3], "--workdir", workdir])], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=start_new_session,
+        ["bash", LAUNCH / "local.sh", "2", "--", *(arguments or [*TRAIN[1:3], "--workdir", workdir])],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=start_new_session,
         env={**os.environ, "TMPDIR": str(folder), "EMBED": str(embed), **defaults, **environment},
-    )  # fmt: skip
+    )
 
 
 def _commit():
@@ -257,8 +282,9 @@ def test_gke_renders_one_job_a_slice_and_one_pod_a_host(launch):
     assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (8, 8, 0)  # 32 chips, four a host
     pod = spec["template"]["spec"]
     assert pod["nodeSelector"] == {
-        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "4x8",
-    }  # fmt: skip
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
+        "cloud.google.com/gke-tpu-topology": "4x8",
+    }
     (container,) = pod["containers"]
     assert container["command"] == ["embed", "train", "--distributed", *TRAIN[2:]]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
@@ -323,9 +349,17 @@ def test_slurm_submits_one_process_a_gpu_that_goes_back_to_the_queue(launch, tmp
     assert srun in script and "export EMBED_RUN_ID=one EMBED_COMMIT=" in script
     # The script itself, with a srun that ends so; a job that has never been back in the queue has no count.
     for code, restarts, requeued in (
-        (0, None, False), (1, None, False), (2, None, False), (130, None, False), (75, None, True), (134, None, True),
-        (137, None, True), (143, None, True), (143, 99, True), (143, 100, False),
-    ):  # fmt: skip
+        (0, None, False),
+        (1, None, False),
+        (2, None, False),
+        (130, None, False),
+        (75, None, True),
+        (134, None, True),
+        (137, None, True),
+        (143, None, True),
+        (143, 99, True),
+        (143, 100, False),
+    ):
         program = script.replace(srun, f"(exit {code})\n")
         done, called = _run_batch(program, tmp_path, restarts)
         assert done.returncode == code and bool(called) == requeued

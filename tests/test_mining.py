@@ -26,9 +26,15 @@ def test_negatives_are_the_best_ranked_documents_without_the_positive():
     negatives, counts = run()
     assert negatives.tolist() == [[0, 2, 3]] and negatives.dtype == np.int32
     assert counts == {
-        "queries": 1, "negatives": 3, "short": 0, "none": 0, "small_window": 0,
-        "removed_positive": 0, "removed_margin": 0, "removed_duplicate": 0,
-    }  # fmt: skip
+        "queries": 1,
+        "negatives": 3,
+        "short": 0,
+        "none": 0,
+        "small_window": 0,
+        "removed_positive": 0,
+        "removed_margin": 0,
+        "removed_duplicate": 0,
+    }
 
 
 def test_the_window_counts_ranks_from_zero_with_the_positive_and_without_its_end():
@@ -84,9 +90,15 @@ def test_why_queries_got_too_few_is_counted_over_those_queries_alone():
     # At 180°: documents 6 5 4 3 2: the positive, 5, 4, 3 (repeats 4), 2: enough.
     assert negatives.tolist() == [[3, -1, -1], [5, 4, 2]]
     assert counts == {
-        "queries": 2, "negatives": 4, "short": 1, "none": 0, "small_window": 0,
-        "removed_positive": 1, "removed_margin": 2, "removed_duplicate": 1,
-    }  # fmt: skip
+        "queries": 2,
+        "negatives": 4,
+        "short": 1,
+        "none": 0,
+        "small_window": 0,
+        "removed_positive": 1,
+        "removed_margin": 2,
+        "removed_duplicate": 1,
+    }
 
 
 def test_a_window_smaller_than_the_wish_and_a_query_with_nothing_are_counted():

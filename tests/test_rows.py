@@ -98,9 +98,10 @@ def test_a_group_that_does_not_fit_is_cut_to_the_largest_cap_that_does(seed):
     shape, num_rows = RowShape(32, 6, 6), int(rng.integers(4, 14))
     ones = np.ones(20, int)
     caps = [
-        c for c in range(1, shape.length + 1)
+        c
+        for c in range(1, shape.length + 1)
         if plain_first_fit_decreasing(np.minimum(lengths, c), ones, shape, num_rows) is not None
-    ]  # fmt: skip
+    ]
     packed, segments, cuts = rows.pack_group([rows.dense(t) for t in texts(lengths)], shape, num_rows)
     assert len(packed.rows.tokens) == num_rows
     assert cuts == (lengths > max(caps)).sum()

@@ -124,7 +124,11 @@ def test_tokenizers_are_saved_to_and_loaded_from_a_bucket(bucket, huggingface, s
     for i, tokenizer in enumerate((tokenizers.load(huggingface), split)):
         tokenizer.save(f"{bucket}/tokenizers/{i}")
         again = tokenizers.load(f"{bucket}/tokenizers/{i}")
-        assert (again.digest, again.mask_id, again.separator_id) == (tokenizer.digest, tokenizer.mask_id, tokenizer.separator_id)
+        assert (again.digest, again.mask_id, again.separator_id) == (
+            tokenizer.digest,
+            tokenizer.mask_id,
+            tokenizer.separator_id,
+        )
     with pytest.raises(FileNotFoundError, match="no tokenizer in gs://"):
         tokenizers.load(f"{bucket}/tokenizers/nowhere")
 

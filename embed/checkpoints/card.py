@@ -72,13 +72,27 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         head.append(f"license: {json.dumps(license)}")
     if not format:
         head.append("library_name: sentence-transformers")
-    head += ["pipeline_tag: feature-extraction", "tags:", "- embed", "- feature-extraction", "- sentence-similarity", "---"]
-    usage = {"pplx": PPLX, "onnx": ONNX}.get(format) or (CONTEXTUAL if embedding["contextual"] else DENSE) + "\n" + PEERS
+    head += [
+        "pipeline_tag: feature-extraction",
+        "tags:",
+        "- embed",
+        "- feature-extraction",
+        "- sentence-similarity",
+        "---",
+    ]
+    usage = {"pplx": PPLX, "onnx": ONNX}.get(format) or (
+        CONTEXTUAL if embedding["contextual"] else DENSE
+    ) + "\n" + PEERS
     lines = [
-        *head, "", "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings", "",
+        *head,
+        "",
+        "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings",
+        "",
         f"A bidirectional Qwen3 encoder with mean pooling: {total:,} parameters ({without_table:,} without the embedding "
-        f"table), {config.num_layers} layers, {config.hidden_size} dimensions.", "",
-        "| | |", "|---|---|",
+        f"table), {config.num_layers} layers, {config.hidden_size} dimensions.",
+        "",
+        "| | |",
+        "|---|---|",
         f"| dimensions | {config.hidden_size} |",
         f"| prefixes trained (Matryoshka) | {', '.join(map(str, embedding['matryoshka'])) or 'unknown'} |",
         f"| longest text | {embedding['max_length'] or 'no limit'} tokens |",
@@ -87,11 +101,19 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         "| compare with | cosine for float32 and int8, Hamming distance for binary |",
         f"| languages | {', '.join(languages) or 'unknown'} |",
         f"| license | {license or 'unknown'} |",
-        "", "## Use", "", usage, "", TANH if embedding["tanh"] else PLAIN,
-    ]  # fmt: skip
+        "",
+        "## Use",
+        "",
+        usage,
+        "",
+        TANH if embedding["tanh"] else PLAIN,
+    ]
     lines += _origin(provenance) + _evaluation(provenance.get("figures") or {})
     versions = ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items())
-    lines += ["", f"Made with embed, commit {provenance.get('commit', 'unknown')}" + (f"; {versions}." if versions else ".")]
+    lines += [
+        "",
+        f"Made with embed, commit {provenance.get('commit', 'unknown')}" + (f"; {versions}." if versions else "."),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +130,11 @@ def _origin(provenance: Mapping) -> list[str]:
         first, second = merge["of"]
         lines.append(f"Merged by slerp, {merge['ratio']} of the way from {first} to {second}.")
     if stages:
-        lines += ["", "| stage | objective | steps and tasks | step | checksum | starts from |", "|---|---|---|---:|---|---|"]
+        lines += [
+            "",
+            "| stage | objective | steps and tasks | step | checksum | starts from |",
+            "|---|---|---|---:|---|---|",
+        ]
     for stage in stages:
         phases = ", ".join(f"{steps} of {' and '.join(rates)}" for steps, rates in stage["phases"])
         cells = [stage["name"], stage["kind"], phases, stage["step"], stage["digest"], _parent(stage["parent"])]
@@ -121,7 +147,11 @@ def _parent(identity: Mapping) -> str:
         return f"random init, seed {identity['random init']}"
     if "merge" in identity:
         return f"slerp at {identity['ratio']} of " + " and ".join(map(_parent, identity["merge"]))
-    return f"{identity['folder']}" + (f", step {identity['step']}" if identity["step"] else "") + f" ({identity['digest'][:12]})"
+    return (
+        f"{identity['folder']}"
+        + (f", step {identity['step']}" if identity["step"] else "")
+        + f" ({identity['digest'][:12]})"
+    )
 
 
 def _evaluation(figures: Mapping) -> list[str]:

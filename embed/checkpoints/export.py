@@ -31,9 +31,16 @@ SHARD_BYTES = 5 * 10**9  # of a file of weights, and what one process holds of t
 
 
 def write(
-    folder, params, config: TransformerConfig, tokenizer, *, embedding: Mapping, provenance: Mapping, format: str = "",
+    folder,
+    params,
+    config: TransformerConfig,
+    tokenizer,
+    *,
+    embedding: Mapping,
+    provenance: Mapping,
+    format: str = "",
     tanh: bool = False,
-):  # fmt: skip
+):
     """Write an encoder; returns the path. The folder appears whole or not at all and replaces nothing but an export.
 
     `params` may be sharded over devices and processes; then all processes must call this, and process 0 writes. Of its memory
@@ -63,9 +70,7 @@ def write(
             else:
                 _write_weights(aside, config, stream)
             tokenizer.save_for_transformers(aside, embedding["max_length"])
-            for name, document in model_config.documents(
-                config, format, embedding, tokenizer.separator_id
-            ).items():
+            for name, document in model_config.documents(config, format, embedding, tokenizer.separator_id).items():
                 paths.write_json(aside / name, document)
             if tanh:
                 identity = {"linear.weight": np.eye(config.hidden_size, dtype=np.float32)}

@@ -110,28 +110,39 @@ def documents(config: TransformerConfig, format: str, embedding: Mapping, end_id
     if embedding["tanh"]:
         modules.append((DENSE, "2_Dense"))
         found["2_Dense/config.json"] = {
-            "in_features": D, "out_features": D, "bias": False, "activation_function": TANH,
-            "module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding",
-        }  # fmt: skip
+            "in_features": D,
+            "out_features": D,
+            "bias": False,
+            "activation_function": TANH,
+            "module_input_name": "sentence_embedding",
+            "module_output_name": "sentence_embedding",
+        }
     return found | {
         CONFIG: _config(config, format, embedding, end_id),
         "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
         "1_Pooling/config.json": {
-            "embedding_dimension": D, "pooling_mode": "mean", "include_prompt": True,
+            "embedding_dimension": D,
+            "pooling_mode": "mean",
+            "include_prompt": True,
             # As older programs ask for it.
-            "word_embedding_dimension": D, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True,
-            "pooling_mode_max_tokens": False, "pooling_mode_lasttoken": False,
+            "word_embedding_dimension": D,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_lasttoken": False,
         },
         "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer", "prompts": {"query": "", "document": ""},
-            "default_prompt_name": None, "similarity_fn_name": "cosine",
+            "model_type": "SentenceTransformer",
+            "prompts": {"query": "", "document": ""},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
         },
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",
             "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
             "module_output_name": "token_embeddings",
         },
-    }  # fmt: skip
+    }
 
 
 def _config(config: TransformerConfig, format: str, embedding: Mapping, end_id: int) -> dict:

@@ -251,9 +251,16 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
         raise ValueError(f"{folder} is not a model that can be read: " + "; ".join(problems))
     document = document or {}
     return ModelFolder(
-        source, folder, config, causal, dict(embedding), document.get("provenance") or {}, tensors, prefix,
+        source,
+        folder,
+        config,
+        causal,
+        dict(embedding),
+        document.get("provenance") or {},
+        tensors,
+        prefix,
         document.get("files"),
-    )  # fmt: skip
+    )
 
 
 def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:

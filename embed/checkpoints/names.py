@@ -32,9 +32,14 @@ NAMES = {
 }
 # How many leading dimensions of a weight of ours are its input; no entry: not a matrix, the same on both sides.
 INPUTS = {
-    "layers.query": 1, "layers.key": 1, "layers.value": 1, "layers.output": 2, "layers.gate": 1, "layers.up": 1,
+    "layers.query": 1,
+    "layers.key": 1,
+    "layers.value": 1,
+    "layers.output": 2,
+    "layers.gate": 1,
+    "layers.up": 1,
     "layers.down": 1,
-}  # fmt: skip
+}
 # A field of ours -> a field of their config.json.
 FIELDS = {
     "vocab_size": "vocab_size",

@@ -119,8 +119,9 @@ def build(params: Mapping, config: TransformerConfig):
     g.add("Cast", levels, name="pooler_output_int8", to=onnx.TensorProto.INT8)
     bits = g.add("Cast", g.add("GreaterOrEqual", pooled, g.constant(0.0)), to=onnx.TensorProto.INT32)
     bits = g.add("Mul", g.add("Reshape", bits, g.shape(0, D // 8, 8)), g.constant(1 << np.arange(8)[::-1], np.int32))
-    g.add("Cast", g.add("ReduceSum", bits, g.shape(2), keepdims=0), name="pooler_output_binary",
-          to=onnx.TensorProto.UINT8)  # fmt: skip
+    g.add(
+        "Cast", g.add("ReduceSum", bits, g.shape(2), keepdims=0), name="pooler_output_binary", to=onnx.TensorProto.UINT8
+    )
 
     value, T = onnx.helper.make_tensor_value_info, onnx.TensorProto
     inputs = [value(name, T.INT64, ["batch", "length"]) for name in ("input_ids", "attention_mask")]

@@ -1,12 +1,12 @@
 """embed.json of a model folder: what its other files cannot say, their digests, and where the model comes from.
 
-    {"embedding": {"matryoshka": [128, 1024],   prefixes trained
-                   "separator": true,           a separator token stands between the chunks of a document
-                   "contextual": false,         the model is made for chunks in their document
-                   "tanh": false,               float32 vectors are tanh(v)
-                   "max_length": null},         tokens of the longest text, null for no limit
-     "files": {name: sha256},                   every file that changes a vector
-     "provenance": {...}}
+{"embedding": {"matryoshka": [128, 1024],   prefixes trained
+               "separator": true,           a separator token stands between the chunks of a document
+               "contextual": false,         the model is made for chunks in their document
+               "tanh": false,               float32 vectors are tanh(v)
+               "max_length": null},         tokens of the longest text, null for no limit
+ "files": {name: sha256},                   every file that changes a vector
+ "provenance": {...}}
 """
 
 import hashlib
@@ -22,8 +22,13 @@ FILE, CARD = "embed.json", "README.md"
 EMBEDDING = ("matryoshka", "separator", "contextual", "tanh", "max_length")
 # What is read of a folder beside its weights and what lies in the folders of modules.
 READ = (
-    CONFIG, INDEX, *TOKENIZER_FILES, "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
-)  # fmt: skip
+    CONFIG,
+    INDEX,
+    *TOKENIZER_FILES,
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
 
 
 def problems(embedding, config: TransformerConfig) -> list[str]:

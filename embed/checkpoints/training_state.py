@@ -42,7 +42,9 @@ class _Policy(policies.PreservationPolicy):
         if best is not None and _figure(best.metrics, self.evaluated_on) == -math.inf:
             best = None
         newest = {info.step for info in checkpoints[-self.newest :]}
-        return [info.step in newest or info is best or (info.metrics or {}).get("milestone", False) for info in checkpoints]
+        return [
+            info.step in newest or info is best or (info.metrics or {}).get("milestone", False) for info in checkpoints
+        ]
 
 
 def _figure(metrics, evaluated_on: str) -> float:
@@ -88,9 +90,15 @@ def checksum(tree) -> jax.Array:
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, params, optimizer_state=None, *, figure: float | None = None,
-    evaluated_on: str = "", milestone: bool = False,
-) -> None:  # fmt: skip
+    manager: ocp.CheckpointManager,
+    step: int,
+    params,
+    optimizer_state=None,
+    *,
+    figure: float | None = None,
+    evaluated_on: str = "",
+    milestone: bool = False,
+) -> None:
     """Begin to save under `step`, which is newer than all before; without `optimizer_state` the parameters alone.
 
     `figure` is what they reached on the set `evaluated_on`; a `milestone` stays for good. CheckpointError as of `check`.
@@ -257,7 +265,8 @@ def load_params(folder, step: int, abstract_params):
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device), abstract_params
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or device),
+        abstract_params,
     )
     error = None
     try:

@@ -12,8 +12,13 @@ from embed import distributed, paths
 from embed.distributed import is_first as is_first
 
 WRONG_INPUT = (
-    ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError,
-)  # fmt: skip
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
 
 
 def run(main: Callable, argv: list[str] | None = None) -> int:
@@ -102,7 +107,9 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """--model and --step: the arguments of `runs.load_encoder`."""
-    parser.add_argument("--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run")
+    parser.add_argument(
+        "--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run"
+    )
     parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
 
 

@@ -16,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--format", default="", help="pplx or onnx; by default the model folder itself")
     parser.add_argument("--tanh", action="store_true", help="a module after pooling: float32 vectors are tanh(v)")
-    parser.add_argument("--contextual", action="store_true", help="of a stage folder: the product is a contextual model")
+    parser.add_argument(
+        "--contextual", action="store_true", help="of a stage folder: the product is a contextual model"
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     arguments, overrides = parser.parse_known_args(argv)
     run = [arguments.config, arguments.workdir, arguments.checkpoint]

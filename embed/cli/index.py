@@ -25,9 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     corpus = read_corpus(args.corpus)
     common.join(args, saves_at_sigterm=False)
     index = build(
-        runs.load_encoder(args.model, args.step), corpus, precision=args.precision, truncate_dim=args.truncate_dim,
+        runs.load_encoder(args.model, args.step),
+        corpus,
+        precision=args.precision,
+        truncate_dim=args.truncate_dim,
         show_progress_bar=True,
-    )  # fmt: skip
+    )
     if not common.is_first():
         return 0
     index.save(args.output)

@@ -11,7 +11,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("embed merge", description=__doc__)
     common.add_distributed_arguments(parser)
     parser.add_argument("--a", required=True, help="a model folder, hub id or stage folder; ratio 0 gives it back")
-    parser.add_argument("--b", required=True, help="another of the same architecture and tokenizer; ratio 1 gives it back")
+    parser.add_argument(
+        "--b", required=True, help="another of the same architecture and tokenizer; ratio 1 gives it back"
+    )
     parser.add_argument("--step_a", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--step_b", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--ratio", type=float, default=0.5, help="how far from a to b (default 0.5)")

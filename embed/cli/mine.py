@@ -29,7 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--margin", type=float, default=0.05, help="negatives score this much less than the positive")
     parser.add_argument("--relative", action="store_true", help="the margin is a fraction of the positive's score")
     parser.add_argument(
-        "--precision", choices=("float32", "int8"), default="int8", help="of the vectors that are ranked; training compares int8"
+        "--precision",
+        choices=("float32", "int8"),
+        default="int8",
+        help="of the vectors that are ranked; training compares int8",
     )
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
@@ -44,10 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     positives = np.concatenate([r.indices for r in data.relevant])
     content = {text: i for i, text in enumerate(data.corpus)}
     negatives, counts = mine(
-        queries[query_rows], corpus, positives, num_negatives=args.num_negatives,
-        rank_window=tuple(args.rank_window), margin=args.margin, relative=args.relative, query_ids=query_rows,
-        document_ids=np.array([content[text] for text in data.corpus]), mesh=encoder.mesh,
-    )  # fmt: skip
+        queries[query_rows],
+        corpus,
+        positives,
+        num_negatives=args.num_negatives,
+        rank_window=tuple(args.rank_window),
+        margin=args.margin,
+        relative=args.relative,
+        query_ids=query_rows,
+        document_ids=np.array([content[text] for text in data.corpus]),
+        mesh=encoder.mesh,
+    )
     if not common.is_first():
         return 0
     lines = []

@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             fits = "fits" if tried.fits else "does not fit"
             print(
                 f"microbatches {microbatches}, remat {remat}: {tried.peak / 1e9:.1f} GB, {fits}, "
-                f"at least {max(tried.bounds.values()):.3f} s", flush=True,
-            )  # fmt: skip
+                f"at least {max(tried.bounds.values()):.3f} s",
+                flush=True,
+            )
         if best is None or (tried.fits, -max(tried.bounds.values())) > (best[0].fits, -max(best[0].bounds.values())):
             best = tried, microbatches, remat
     if best is None:

@@ -12,7 +12,9 @@ def main(argv: list[str] | None = None) -> int:
     common.add_config_arguments(parser)
     common.add_distributed_arguments(parser)
     parser.add_argument("--text", required=True, help="with <mask> for each token to be filled in")
-    parser.add_argument("--checkpoint", default="diffusion", help="a diffusion stage, of this run or a folder (default diffusion)")
+    parser.add_argument(
+        "--checkpoint", default="diffusion", help="a diffusion stage, of this run or a folder (default diffusion)"
+    )
     parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--tokens_per_step", type=int, default=1, help="tokens unmasked a step (default 1)")
     arguments, config = common.parse_config(parser, argv)
@@ -30,9 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--text={arguments.text!r} has no <mask>: nothing to fill in")
     checkpoint = run.checkpoint(arguments.checkpoint, arguments.step)
     states = denoise.denoise(
-        checkpoint.params(run.shardings(checkpoint.model)), checkpoint.model, tokens, mask_id=tokenizer.mask_id,
-        tokens_per_step=arguments.tokens_per_step, left_shift=checkpoint.left_shift, length=-(-len(tokens) // 64) * 64,
-    )  # fmt: skip
+        checkpoint.params(run.shardings(checkpoint.model)),
+        checkpoint.model,
+        tokens,
+        mask_id=tokenizer.mask_id,
+        tokens_per_step=arguments.tokens_per_step,
+        left_shift=checkpoint.left_shift,
+        length=-(-len(tokens) // 64) * 64,
+    )
     for k, state in enumerate(states):
         nodes.say(f"{k:3} {nodes.show_masked(tokenizer, state)}")
     return 0

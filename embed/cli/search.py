@@ -39,9 +39,12 @@ def main(argv: list[str] | None = None) -> int:
         common.join(args, saves_at_sigterm=False)
         encoder = runs.load_encoder(args.model, args.step)
         index = build(
-            encoder, corpus, precision=args.precision or "float32", truncate_dim=args.truncate_dim,
+            encoder,
+            corpus,
+            precision=args.precision or "float32",
+            truncate_dim=args.truncate_dim,
             show_progress_bar=True,
-        )  # fmt: skip
+        )
     queries = encoder.encode(args.query, precision=index.precision, truncate_dim=index.truncate_dim)
     found = index.search(queries, args.top)
     if not common.is_first():

@@ -50,9 +50,14 @@ def _legend(results: Mapping) -> str:
 def render_table(results: Mapping) -> rich.table.Table:
     """The table of a run for a terminal of 80 columns."""
     table = rich.table.Table(
-        title=f"{TITLE}: nDCG@10 and recall@10", title_justify="left", caption=_legend(results), caption_justify="left",
-        box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
+        title=f"{TITLE}: nDCG@10 and recall@10",
+        title_justify="left",
+        caption=_legend(results),
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("", no_wrap=True)
     for benchmark in _benchmarks(results).values():
         for metric in METRICS.values():
@@ -122,7 +127,7 @@ def plot_ndcg(path, results: Mapping) -> None:
     axis.margins(y=0.1)
     axis.legend(
         frameon=False, fontsize=8, ncols=max(len(shown), 1), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2
-    )  # fmt: skip
+    )
     figure.savefig(path, dpi=160)
 
 

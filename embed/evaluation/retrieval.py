@@ -120,9 +120,14 @@ def embed_set(
 
 
 def rank(
-    encoder: Encoder, data: RetrievalSet, precisions: Sequence[str], *, alone: bool = False, depth: int = DEPTH,
+    encoder: Encoder,
+    data: RetrievalSet,
+    precisions: Sequence[str],
+    *,
+    alone: bool = False,
+    depth: int = DEPTH,
     show_progress_bar: bool = False,
-) -> dict[str, np.ndarray]:  # fmt: skip
+) -> dict[str, np.ndarray]:
     """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}; encodes once (see `embed_set`)."""
     queries, corpus = embed_set(encoder, data, alone=alone, show_progress_bar=show_progress_bar)
     return {p: Index(encoder.quantize(corpus, p), p).search(encoder.quantize(queries, p), depth)[1] for p in precisions}

@@ -35,7 +35,9 @@ def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=No
     mesh = sharding.make_mesh() if mesh is None else mesh
     model = model_folder.open_model(path, revision)
     if model.causal:
-        raise ValueError(f"{path} is a causal language model, not an encoder: it can be the `init` of a stage that trains one")
+        raise ValueError(
+            f"{path} is a causal language model, not an encoder: it can be the `init` of a stage that trains one"
+        )
     tokenizer = model.tokenizer()
     if getattr(tokenizer, "adds_tokens", False):
         raise ValueError(f"{path}: tokenizer.json adds tokens to each text, which is not done here")
@@ -44,7 +46,7 @@ def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=No
     how = {name: model.embedding[name] for name in ("separator", "max_length", "matryoshka", "tanh")}
     return Encoder(
         params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, mesh=mesh, path=path, digest=model.digest
-    )  # fmt: skip
+    )
 
 
 def quantize(
@@ -76,10 +78,19 @@ class Encoder:
     """
 
     def __init__(
-        self, params, config: transformer.TransformerConfig, tokenizer, *, mesh=None, separator: bool = True,
-        max_length: int | None = None, matryoshka: Sequence[int] = (), tanh: bool = False, path=None,
+        self,
+        params,
+        config: transformer.TransformerConfig,
+        tokenizer,
+        *,
+        mesh=None,
+        separator: bool = True,
+        max_length: int | None = None,
+        matryoshka: Sequence[int] = (),
+        tanh: bool = False,
+        path=None,
         digest: str | None = None,
-    ):  # fmt: skip
+    ):
         """`separator`: whether the separator token stands between the chunks of a document, as it did in training.
 
         `mesh`: of `embed.models.sharding.make_mesh`, by default one along data over all devices of all processes. Parameters
@@ -101,10 +112,16 @@ class Encoder:
         return self.config.hidden_size
 
     def encode(
-        self, texts: str | Sequence[str], *, precision: str = "float32", truncate_dim: int | None = None,
-        normalize_embeddings: bool = False, batch_tokens: int | None = None, show_progress_bar: bool = False,
+        self,
+        texts: str | Sequence[str],
+        *,
+        precision: str = "float32",
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool = False,
         truncate: bool = False,
-    ) -> np.ndarray:  # fmt: skip
+    ) -> np.ndarray:
         """One vector a text, in the order of the texts; a single str gives a single vector.
 
         Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or binary int8 / ubinary uint8 [N, D/8].
@@ -115,9 +132,13 @@ class Encoder:
         """
         if isinstance(texts, str):
             return self.encode(
-                [texts], precision=precision, truncate_dim=truncate_dim, normalize_embeddings=normalize_embeddings,
-                batch_tokens=batch_tokens, truncate=truncate,
-            )[0]  # fmt: skip
+                [texts],
+                precision=precision,
+                truncate_dim=truncate_dim,
+                normalize_embeddings=normalize_embeddings,
+                batch_tokens=batch_tokens,
+                truncate=truncate,
+            )[0]
         texts = list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -140,10 +161,16 @@ class Encoder:
         return self._embed([dense(ids) for ids in tokens], precision, None, False, None, False)
 
     def encode_documents(
-        self, documents: Sequence[Sequence[str]], *, precision: str = "float32", truncate_dim: int | None = None,
-        normalize_embeddings: bool = False, batch_tokens: int | None = None, show_progress_bar: bool = False,
+        self,
+        documents: Sequence[Sequence[str]],
+        *,
+        precision: str = "float32",
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool = False,
         truncate: bool = False,
-    ) -> list[np.ndarray]:  # fmt: skip
+    ) -> list[np.ndarray]:
         """One array [chunks, D] a document: each chunk pooled from hidden states that saw the whole document.
 
         Late chunking; keywords and precisions as in `encode`. An empty chunk is a zero vector (in binary: every bit

@@ -32,9 +32,15 @@ class Index:
     """N stored vectors: cosine for float32 and int8, negative Hamming distance for packed bits."""
 
     def __init__(
-        self, vectors: np.ndarray, precision: str, *, ids: Sequence[str] | None = None,
-        texts: Sequence[str] | None = None, truncate_dim: int | None = None, model: dict | None = None,
-    ):  # fmt: skip
+        self,
+        vectors: np.ndarray,
+        precision: str,
+        *,
+        ids: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
+        truncate_dim: int | None = None,
+        model: dict | None = None,
+    ):
         """`vectors` as `Encoder.encode` gives them in `precision`. The rest is kept for whoever shows results.
 
         `ids` (default "0", "1", …) and `texts` are one a vector; `truncate_dim` and `model` ({"path", "digest"})
@@ -101,9 +107,14 @@ class Index:
         with paths.replace_folder(folder, is_ours=is_index, marker=INFO) as partial:
             safetensors.numpy.save_file({"vectors": self.vectors}, partial / VECTORS)
             info = {
-                "format": FORMAT, "format_version": FORMAT_VERSION, "precision": self.precision,
-                "truncate_dim": self.truncate_dim, "model": self.model, "ids": self.ids, "texts": self.texts,
-            }  # fmt: skip
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "precision": self.precision,
+                "truncate_dim": self.truncate_dim,
+                "model": self.model,
+                "ids": self.ids,
+                "texts": self.texts,
+            }
             (partial / INFO).write_text(json.dumps(info) + "\n")
 
     @classmethod

@@ -143,9 +143,14 @@ def _splash(query, key, value, segment_ids, *, interpret: bool):
     _, length, heads, head_dim = query.shape
     block = next(b for b in (512, 384, 256, 128) if length % b == 0)
     sizes = kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
-    )  # fmt: skip
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
     everything = mask.MultiHeadMask([mask.FullMask((length, length))] * heads)  # not materialised
     attend = kernel.make_splash_mha(everything, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
 
@@ -162,9 +167,17 @@ def _triton(query, key, value, segment_ids, *, interpret: bool):
     _, length, heads, head_dim = query.shape
     groups = heads // key.shape[2]
     key, value = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)  # the kernel has no grouped heads
-    most = {name: next(b for b in (size, 64, 32, 16) if length % b == 0 and b <= size) for name, size in (
-        ("block_q", 128), ("block_k", 128), ("block_q_dkv", 32), ("block_kv_dkv", 32), ("block_q_dq", 32), ("block_kv_dq", 32)
-    )}  # fmt: skip
+    most = {
+        name: next(b for b in (size, 64, 32, 16) if length % b == 0 and b <= size)
+        for name, size in (
+            ("block_q", 128),
+            ("block_k", 128),
+            ("block_q_dkv", 32),
+            ("block_kv_dkv", 32),
+            ("block_q_dq", 32),
+            ("block_kv_dq", 32),
+        )
+    }
     return kernel.mha(
         query,
         key,

@@ -140,8 +140,12 @@ class Layer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         D, H, K, d, F = (
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size,
-        )  # fmt: skip
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+        )
 
         def weight(shape, fan_in, gain=1.0):
             return nnx.Param(jax.random.normal(rngs.params(), shape) * (gain * fan_in**-0.5))

@@ -82,8 +82,12 @@ def forward_flops(
     full rows.
     """
     D, H, K, d, F = (
-        model.hidden_size, model.num_heads, model.num_kv_heads, model.head_dim, model.intermediate_size,
-    )  # fmt: skip
+        model.hidden_size,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.intermediate_size,
+    )
     shapes = {name: shape for name, (shape, _) in abstract_batch(stage).items()}
     rows, length = shapes["tokens"]
     tokens = rows * length if tokens is None else tokens

@@ -91,7 +91,7 @@ def train(
         training_state.open_manager(
             checkpoints, save_every=execution.checkpoint_every, keep=execution.keep, evaluated_on=execution.evaluate_on
         ) as manager,
-    ):  # fmt: skip
+    ):
         start, params, state = training_state.restore_newest(
             manager, step.abstract_params, step.abstract_state, warn, final=steps
         )
@@ -127,9 +127,14 @@ def train(
                 check_held()
                 best = figure if better else best
                 training_state.save(
-                    manager, k + 1, params, None if k + 1 == steps else state,  # what has finished trains no more
-                    figure=figure if better else None, evaluated_on=execution.evaluate_on, milestone=bool(milestone),
-                )  # fmt: skip
+                    manager,
+                    k + 1,
+                    params,
+                    None if k + 1 == steps else state,  # what has finished trains no more
+                    figure=figure if better else None,
+                    evaluated_on=execution.evaluate_on,
+                    milestone=bool(milestone),
+                )
             if ending:
                 break
         log.close()

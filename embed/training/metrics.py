@@ -48,9 +48,12 @@ class MetricsWriter:
                 raise ValueError(f"--wandb={wandb} needs the package wandb: pip install -e '.[wandb]'") from None
             identity = hashlib.sha256(os.fspath(self.folder).encode()).hexdigest()[:12]
             self.wandb = service.init(
-                project=wandb, id=identity, name=f"{self.folder.parent.name}/{self.folder.name}", dir=self.local,
+                project=wandb,
+                id=identity,
+                name=f"{self.folder.parent.name}/{self.folder.name}",
+                dir=self.local,
                 resume="allow",
-            )  # fmt: skip
+            )
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """One row, of a step after those before."""
@@ -97,11 +100,15 @@ def read_metrics(path) -> list[dict]:
 def log_line(step: int, total: int, row: dict[str, float]) -> str:
     """A row of `loop.train` as one line for people; what a row does not hold is left out."""
     shown = (
-        ("loss", "loss {:.4f}"), ("gradient_norm", "gradient {:.3f}"), ("learning_rate", "rate {:.2e}"),
+        ("loss", "loss {:.4f}"),
+        ("gradient_norm", "gradient {:.3f}"),
+        ("learning_rate", "rate {:.2e}"),
         ("tokens_per_second_per_device", "{:,.0f} tokens/s/device"),
-        ("examples_per_second_per_device", "{:,.1f} examples/s/device"), ("mfu", "MFU {:.1%} in segments"),
-        ("data_wait", "waited for data {:.0%}"), ("memory_gb", "memory {:.1f} GB"),
-    )  # fmt: skip
+        ("examples_per_second_per_device", "{:,.1f} examples/s/device"),
+        ("mfu", "MFU {:.1%} in segments"),
+        ("data_wait", "waited for data {:.0%}"),
+        ("memory_gb", "memory {:.1f} GB"),
+    )
     parts = [form.format(row[name]) for name, form in shown if name in row]
     if row.get("skipped"):
         parts.append(f"SKIPPED {row['skipped']:.0f}")
@@ -126,9 +133,14 @@ def progress_bar(description: str, total: int) -> Iterator[Callable]:
         yield lambda step, row: print(f"{description}  {log_line(step, total, row)}", flush=True)
         return
     columns = (
-        TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
+        TextColumn("{task.description:12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=total, figures="")
 

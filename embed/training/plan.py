@@ -115,12 +115,18 @@ def make_plan(
     compiled = compile_step(stage, model, mesh, mask_id)
     seconds = time.perf_counter() - start
     return Plan(
-        chips=chips, slices=slices, shards=sharding.batch_shards(mesh), chip=CHIPS[name],
-        memory=memory(compiled, model, mesh), model_flops=flops.model_flops(stage, model) / chips,
-        hardware_flops=flops.hardware_flops(stage, model, mesh) / chips, hbm=flops.hbm_bytes(stage, model, mesh),
-        collectives=collective_bytes(compiled.as_text(), chips, slices), tokens=flops.tokens(stage),
+        chips=chips,
+        slices=slices,
+        shards=sharding.batch_shards(mesh),
+        chip=CHIPS[name],
+        memory=memory(compiled, model, mesh),
+        model_flops=flops.model_flops(stage, model) / chips,
+        hardware_flops=flops.hardware_flops(stage, model, mesh) / chips,
+        hbm=flops.hbm_bytes(stage, model, mesh),
+        collectives=collective_bytes(compiled.as_text(), chips, slices),
+        tokens=flops.tokens(stage),
         compile_seconds=seconds,
-    )  # fmt: skip
+    )
 
 
 def check_room(stage, shards: int, draws: int = 8) -> None:

@@ -190,9 +190,14 @@ def pair_loss(params, batch, key, progress, *, model, shape, microbatches, prefi
 
     def loss(p):
         return contrastive.pair_loss(
-            q[:, :p], d[:, :p], temperature=temperature, margin=margin,
-            query_ids=batch["query_ids"], document_ids=batch["document_ids"], valid=batch["valid"],
-        )  # fmt: skip
+            q[:, :p],
+            d[:, :p],
+            temperature=temperature,
+            margin=margin,
+            query_ids=batch["query_ids"],
+            document_ids=batch["document_ids"],
+            valid=batch["valid"],
+        )
 
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
 
@@ -204,10 +209,16 @@ def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, pr
 
     def loss(p):
         return contrastive.triplet_loss(
-            q[:, :p], d[:, :p], h[..., :p], temperature=temperature,
-            query_ids=batch["query_ids"], document_ids=batch["document_ids"], negative_ids=batch["negative_ids"],
-            valid=batch["valid"], negative_valid=batch["negative_valid"],
-        )  # fmt: skip
+            q[:, :p],
+            d[:, :p],
+            h[..., :p],
+            temperature=temperature,
+            query_ids=batch["query_ids"],
+            document_ids=batch["document_ids"],
+            negative_ids=batch["negative_ids"],
+            valid=batch["valid"],
+            negative_valid=batch["negative_valid"],
+        )
 
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
 
@@ -222,10 +233,20 @@ def contextual_loss(
 
     def loss(p):
         return contrastive.contextual_loss(
-            q[:, :p], c[:, :p], d[:, :p], positive=batch["positive"], chunk_document=batch["chunk_document"],
-            temperature=temperature, beta=beta_now, alpha=alpha, margin=margin, query_ids=batch["query_ids"],
-            chunk_ids=batch["chunk_ids"], valid=batch["valid"], chunk_valid=batch["chunk_valid"],
-        )  # fmt: skip
+            q[:, :p],
+            c[:, :p],
+            d[:, :p],
+            positive=batch["positive"],
+            chunk_document=batch["chunk_document"],
+            temperature=temperature,
+            beta=beta_now,
+            alpha=alpha,
+            margin=margin,
+            query_ids=batch["query_ids"],
+            chunk_ids=batch["chunk_ids"],
+            valid=batch["valid"],
+            chunk_valid=batch["chunk_valid"],
+        )
 
     top1 = _top1(q, c[batch["positive"]], batch["valid"])
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": top1, "beta": beta_now}
@@ -252,13 +273,20 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
     """The loss function of a stage's config. Over several devices it is called under `jax.set_mesh`."""
     if stage.kind == "diffusion":
         return functools.partial(
-            diffusion_loss, model=model, mask_id=mask_id, left_shift=left_shift,
-            microbatches=stage.execution.microbatches, chunk=stage.execution.logits_chunk,
-        )  # fmt: skip
+            diffusion_loss,
+            model=model,
+            mask_id=mask_id,
+            left_shift=left_shift,
+            microbatches=stage.execution.microbatches,
+            chunk=stage.execution.logits_chunk,
+        )
     common = dict(
-        model=model, shape=row_shape(stage.batch), prefixes=tuple(stage.matryoshka), temperature=stage.temperature,
+        model=model,
+        shape=row_shape(stage.batch),
+        prefixes=tuple(stage.matryoshka),
+        temperature=stage.temperature,
         microbatches=stage.execution.microbatches,
-    )  # fmt: skip
+    )
     if stage.kind == "pair":
         return functools.partial(pair_loss, **common, margin=stage.margin)
     if stage.kind == "triplet":
@@ -311,8 +339,16 @@ def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | N
             **common,
         )
     return ContrastiveLoader(
-        stores, phases, stage=stage.kind, group_size=batch.group_size, groups=batch.groups,
-        rows_per_group=batch.rows_per_group, shape=row_shape(batch), separator_id=separator_id,
-        num_negatives=batch.get("num_negatives", 0), max_chunks=batch.get("max_chunks", 0),
-        max_queries_per_document=batch.get("max_queries_per_document", 0), **common,
-    )  # fmt: skip
+        stores,
+        phases,
+        stage=stage.kind,
+        group_size=batch.group_size,
+        groups=batch.groups,
+        rows_per_group=batch.rows_per_group,
+        shape=row_shape(batch),
+        separator_id=separator_id,
+        num_negatives=batch.get("num_negatives", 0),
+        max_chunks=batch.get("max_chunks", 0),
+        max_queries_per_document=batch.get("max_queries_per_document", 0),
+        **common,
+    )

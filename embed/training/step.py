@@ -65,9 +65,16 @@ class Step:
 
 
 def make_step(
-    stage, model: transformer.TransformerConfig, mesh: Mesh, *, steps: int, seed: int, mask_id: int,
-    left_shift: bool = False, loss: Callable | None = None,
-) -> Step:  # fmt: skip
+    stage,
+    model: transformer.TransformerConfig,
+    mesh: Mesh,
+    *,
+    steps: int,
+    seed: int,
+    mask_id: int,
+    left_shift: bool = False,
+    loss: Callable | None = None,
+) -> Step:
     """The step of a stage's config with `steps` steps in all; `loss` takes the place of the stage's own.
 
     ValueError where the mesh leaves too many of the parameters whole (`sharding.check_sharded`).
@@ -88,10 +95,16 @@ def make_step(
         out_shardings=(params_sharding, state_sharding, None),
     )
     return Step(
-        stage=stage, model=model, mesh=mesh, steps=steps, schedule=schedule, optimizer=optimizer, function=function,
+        stage=stage,
+        model=model,
+        mesh=mesh,
+        steps=steps,
+        schedule=schedule,
+        optimizer=optimizer,
+        function=function,
         abstract_params=sharding.with_sharding(params, params_sharding),
         abstract_state=sharding.with_sharding(state, state_sharding),
-    )  # fmt: skip
+    )
 
 
 def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, seed: int, steps: int) -> Callable:

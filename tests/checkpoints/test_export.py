@@ -22,9 +22,17 @@ from embed.models import transformer
 
 TEXTS = small.sentences(9, seed=3)
 LAYOUT = [
-    "1_Pooling/config.json", "README.md", "config.json", "config_sentence_transformers.json", "embed.json",
-    "model.safetensors", "modules.json", "sentence_bert_config.json", "spiece.model", "tokenizer_config.json",
-]  # fmt: skip
+    "1_Pooling/config.json",
+    "README.md",
+    "config.json",
+    "config_sentence_transformers.json",
+    "embed.json",
+    "model.safetensors",
+    "modules.json",
+    "sentence_bert_config.json",
+    "spiece.model",
+    "tokenizer_config.json",
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +109,9 @@ def test_large_models_are_written_in_several_files_of_a_bounded_size(tmp_path, m
 
 def test_weights_of_another_shape_are_refused_before_anything_is_written(tmp_path):
     params = {**small.params(), "norm": jnp.ones(31), "extra": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"extra is not part of this architecture; parameter norm has shape \[31\], expected"):
+    with pytest.raises(
+        ValueError, match=r"extra is not part of this architecture; parameter norm has shape \[31\], expected"
+    ):
         small.write_model(tmp_path / "m", params)
     assert not any(tmp_path.iterdir())
 
@@ -164,11 +174,18 @@ def test_the_pplx_layout_has_the_names_and_fields_of_the_release(contextual, tmp
     shapes = {n: x.shape for n, x in safetensors.numpy.load_file(path / "model.safetensors").items()}
     D, H, K, d, F, V = 32, 2, 1, 16, 48, config.vocab_size
     layer = {
-        "input_layernorm": (D,), "self_attn.q_proj": (H * d, D), "self_attn.k_proj": (K * d, D),
-        "self_attn.v_proj": (K * d, D), "self_attn.o_proj": (D, H * d), "self_attn.q_norm": (d,),
-        "self_attn.k_norm": (d,), "post_attention_layernorm": (D,), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
+        "input_layernorm": (D,),
+        "self_attn.q_proj": (H * d, D),
+        "self_attn.k_proj": (K * d, D),
+        "self_attn.v_proj": (K * d, D),
+        "self_attn.o_proj": (D, H * d),
+        "self_attn.q_norm": (d,),
+        "self_attn.k_norm": (d,),
+        "post_attention_layernorm": (D,),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
         "mlp.down_proj": (D, F),
-    }  # fmt: skip
+    }
     want = {f"layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
     assert shapes == {"embed_tokens.weight": (V, D), "norm.weight": (D,), **want}
     ours = model_folder.open_model(path).embedding
@@ -262,9 +279,12 @@ def start(devices, *arguments):
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     here = Path(__file__).parents[1]
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
-    }  # fmt: skip
+    }
     command = [sys.executable, "-c", textwrap.dedent(WRITE), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -321,23 +341,45 @@ def test_the_verb_writes_a_model_that_exists_in_every_format(tmp_path, capsys):
 def test_a_card_says_what_is_known_and_that_the_rest_is_unknown():
     pair = {"folder": "gs://b/run/pair", "step": 400, "digest": "0123"}
     rows = [
-        {**pair, "name": "pair", "kind": "pair", "phases": [[300, {"a": 1.0, "b": 2.0}], [100, {"a": 1.0}]], "parent": {"random init": 7}},
-        {"name": "triplet", "kind": "triplet", "phases": [[50, {"hard": 1.0}]], "step": 50, "digest": "4567", "parent": pair},
+        {
+            **pair,
+            "name": "pair",
+            "kind": "pair",
+            "phases": [[300, {"a": 1.0, "b": 2.0}], [100, {"a": 1.0}]],
+            "parent": {"random init": 7},
+        },
+        {
+            "name": "triplet",
+            "kind": "triplet",
+            "phases": [[50, {"hard": 1.0}]],
+            "step": 50,
+            "digest": "4567",
+            "parent": pair,
+        },
     ]
     provenance = {
-        "checkpoint": "merged", "lineage": rows, "commit": "abc", "languages": ["en"], "license": "mit",
+        "checkpoint": "merged",
+        "lineage": rows,
+        "commit": "abc",
+        "languages": ["en"],
+        "license": "mit",
         "merge": {"of": ["contextual", "triplet"], "ratio": 0.8},
         "figures": {"functions": {"int8": {"ndcg@10": 0.4567}}},
         "source": {"folder": "someone/model", "step": 0, "digest": "123"},
-    }  # fmt: skip
+    }
     embedding = small.EMBEDDING | {"tanh": False}
     card = model_card(small.config(), embedding, provenance)
     head = card.split("---\n")[1]
     assert head.splitlines()[:4] == ["language:", '- "en"', 'license: "mit"', "library_name: sentence-transformers"]
-    for part in ("| pair | pair | 300 of a and b, 100 of a | 400 | 0123 | random init, seed 7 |", "8, 32",
-                 "| triplet | triplet | 50 of hard | 50 | 4567 | gs://b/run/pair, step 400 (0123) |",
-                 "0.8 of the way from contextual to triplet", "| functions | int8 | 0.457 |",
-                 "Made from someone/model (sha256 123).", "SentenceTransformer(\"FOLDER\")"):  # fmt: skip
+    for part in (
+        "| pair | pair | 300 of a and b, 100 of a | 400 | 0123 | random init, seed 7 |",
+        "8, 32",
+        "| triplet | triplet | 50 of hard | 50 | 4567 | gs://b/run/pair, step 400 (0123) |",
+        "0.8 of the way from contextual to triplet",
+        "| functions | int8 | 0.457 |",
+        "Made from someone/model (sha256 123).",
+        'SentenceTransformer("FOLDER")',
+    ):
         assert part in card, part
     bare = model_card(small.config(), embedding | {"matryoshka": []}, {}, format="pplx")
     assert "license:" not in bare and "| license | unknown |" in bare and "commit unknown" in bare

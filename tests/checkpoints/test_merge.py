@@ -159,7 +159,11 @@ def test_models_that_embed_differently_are_not_merged(parents, tmp_path, capsys)
     words = small.transformer.make_config("micro", 700)
     bpe = model_folder.tokenizers.load(small.write_bpe(tmp_path, small.sentences(100)))
     tokens = small.write_model(tmp_path / "tokens", small.random_params(words), words, bpe)
-    for second, message in ((other, "max_length is None and 9"), (deeper, "num_layers is 2 and 3"), (tokens, "tokenizer digest is")):
+    for second, message in (
+        (other, "max_length is None and 9"),
+        (deeper, "num_layers is 2 and 3"),
+        (tokens, "tokenizer digest is"),
+    ):
         assert merge(parents[0], second, tmp_path / "m") == 2
         assert message in capsys.readouterr().err
     assert merge(*parents, tmp_path / "m", "--ratio=2") == 2
@@ -197,8 +201,11 @@ def test_merging_over_eight_devices_equals_merging_on_one(parents, tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     here = Path(__file__).parents[1]
     environment = {
-        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}"
-    }  # fmt: skip
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{here}",
+    }
     command = [sys.executable, "-c", textwrap.dedent(SHARDED), *map(str, parents), str(tmp_path / "eight")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

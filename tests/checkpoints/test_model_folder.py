@@ -121,9 +121,11 @@ def test_a_causal_folder_is_refused_by_load_with_what_to_do(causal):
 
 def released(folder, kind):
     edit_config(
-        folder, model_type="bidirectional_pplx_qwen3", is_causal=None,
+        folder,
+        model_type="bidirectional_pplx_qwen3",
+        is_causal=None,
         auto_map={"AutoConfig": "configuration.PPLXQwen3Config", "AutoModel": f"modeling.{kind}"},
-    )  # fmt: skip
+    )
     return folder
 
 
@@ -170,10 +172,11 @@ def test_everything_that_is_wrong_is_listed_in_one_error(folder):
     with pytest.raises(ValueError) as error:
         model_folder.open_model(folder)
     for part in (
-        "tensor norm.weight is missing", "tensor extra.weight is not part of this architecture",
+        "tensor norm.weight is missing",
+        "tensor extra.weight is not part of this architecture",
         "tensor layers.1.mlp.up_proj.weight has shape [32, 48], expected [48, 32]",
         "tensor layers.0.mlp.up_proj.weight is I8, expected F32, BF16, F16",
-    ):  # fmt: skip
+    ):
         assert part in str(error.value)
 
 
@@ -281,9 +284,11 @@ def test_tensors_go_straight_into_their_shards(encoder_folder):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED), str(encoder_folder)], env=environment, capture_output=True,
+        [sys.executable, "-c", textwrap.dedent(SHARDED), str(encoder_folder)],
+        env=environment,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -333,9 +338,11 @@ def test_a_tokenizer_that_adds_tokens_and_a_shorter_limit_are_heard(folder):
     model = json.loads((folder / "tokenizer.json").read_text())
     end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
     model["post_processor"] = {
-        "type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, end], "pair": [],
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+        "pair": [],
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-    }  # fmt: skip
+    }
     write_json(folder / "tokenizer.json", model)
     with pytest.raises(ValueError, match="tokenizer.json adds tokens to each text"):
         inference.load(folder)
@@ -413,13 +420,17 @@ def test_files_that_change_no_vector_may_be_added(exported):
 def test_a_wrong_embed_json_is_one_sentence(document, message, exported):
     (exported / "embed.json").write_text(document)
     if "embedding" in document:  # with the digests of the files
-        files = settings.digests(exported, [p.name for p in exported.iterdir() if p.is_file() and p.name != "embed.json"])
+        files = settings.digests(
+            exported, [p.name for p in exported.iterdir() if p.is_file() and p.name != "embed.json"]
+        )
         (exported / "embed.json").write_text(json.dumps(json.loads(document) | {"files": files}))
     with pytest.raises(ValueError, match=message):
         model_folder.open_model(exported)
 
 
-def test_a_digest_is_that_of_the_content_wherever_it_lies(encoder_folder, exported, folder, tmp_path, config, tokenizer):
+def test_a_digest_is_that_of_the_content_wherever_it_lies(
+    encoder_folder, exported, folder, tmp_path, config, tokenizer
+):
     digest = model_folder.open_model(encoder_folder).digest
     assert len(digest) == 64 and model_folder.open_model(exported).digest == digest
     other = {"separator": True}

@@ -56,9 +56,12 @@ def contrastive_stores(stage, count=50):
             queries, query_lengths = pieces(0, 5, 4)
             positives = [rng.integers(0, len(c), len(q)) for c, q in zip(chunk_lengths, query_lengths)]
             return MemoryStore(
-                document=document, chunk_lengths=chunk_lengths, queries=queries, query_lengths=query_lengths,
+                document=document,
+                chunk_lengths=chunk_lengths,
+                queries=queries,
+                query_lengths=query_lengths,
                 positives=positives,
-            )  # fmt: skip
+            )
         columns = dict(query=texts(rng, count, 1, 8), document=texts(rng, count, 4, 20))
         if stage == "triplet":
             columns["negatives"], columns["negative_lengths"] = pieces(0, 5, 10)
@@ -415,9 +418,12 @@ def test_chunks_queries_positives_and_documents_of_the_contextual_stage_fit_toge
 def contextual_store(**changes):
     """20 times one document of chunks of 6, 5 and 4 tokens with one query on each."""
     example = dict(
-        document=np.arange(10, 25), chunk_lengths=[6, 5, 4], queries=np.arange(30, 36), query_lengths=[2, 2, 2],
+        document=np.arange(10, 25),
+        chunk_lengths=[6, 5, 4],
+        queries=np.arange(30, 36),
+        query_lengths=[2, 2, 2],
         positives=[0, 1, 2],
-    )  # fmt: skip
+    )
     return {name: MemoryStore(**{k: [v] * 20 for k, v in (example | changes).items()}) for name in ("a", "b")}
 
 

@@ -13,8 +13,18 @@ def make(corpus, queries, documents=None):
 
 def test_words_are_split_at_underscores_and_case_and_lower_cased():
     assert baselines.words("parseHTTPHeader_v2 __init__(self, IOError): x2y 数据 größe") == [
-        "parse", "http", "header", "v2", "init", "self", "io", "error", "x2y", "数据", "größe"
-    ]  # fmt: skip
+        "parse",
+        "http",
+        "header",
+        "v2",
+        "init",
+        "self",
+        "io",
+        "error",
+        "x2y",
+        "数据",
+        "größe",
+    ]
 
 
 def test_bm25_ranks_as_the_formula_does():

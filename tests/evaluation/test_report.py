@@ -72,23 +72,39 @@ def test_a_report_of_checkpoints_alone_has_the_table_and_its_plot(tmp_path, resu
 
 def test_every_section_stands_in_the_report_if_the_results_have_it(tmp_path, results, metrics):
     results |= {
-        "command": "embed pipeline", "commit": "abc123", "machine": "2 cores",
+        "command": "embed pipeline",
+        "commit": "abc123",
+        "machine": "2 cores",
         "slerp_sweep": [{"ratio": r, "functions": 0.3 + r / 10, "contextual": 0.5} for r in (0, 0.5, 1)],
-        "slerp_ratio": 0.5, "elbo": 3.25, "diffusion": [{"t": 0.1, "accuracy": 0.4, "nll": 2.5}],
+        "slerp_ratio": 0.5,
+        "elbo": 3.25,
+        "diffusion": [{"t": 0.1, "accuracy": 0.4, "nll": 2.5}],
         "denoising": [{"step": 0, "text": "_ the _"}, {"step": "original", "text": "```in the end"}],
         "search": {"query": "a|b", "hits": [{"rank": 1, "score": 0.5, "id": "f", "text": "def f():\n  pass"}]},
-        "seconds": {"prepare": 10.0, "pair": 90.26}, "seconds_per_step": {"pair": 0.25},
-        "data": {"pairs": 12345, "dropped": {"short": 7}, "packages": ["a==1", "b==2"]}, "versions": {"jax": "0.10"},
-    }  # fmt: skip
+        "seconds": {"prepare": 10.0, "pair": 90.26},
+        "seconds_per_step": {"pair": 0.25},
+        "data": {"pairs": 12345, "dropped": {"short": 7}, "packages": ["a==1", "b==2"]},
+        "versions": {"jax": "0.10"},
+    }
     text = report.write_report(tmp_path / "run", results, metrics).read_text()
     for expected in (
-        "command: `embed pipeline`", "![Training loss of each stage](plots/loss.png)",
+        "command: `embed pipeline`",
+        "![Training loss of each stage](plots/loss.png)",
         "| 0.5 (chosen) | 0.350 | 0.500 |",
-        "ELBO: 3.250 nats per token.", "| 0.1 | 0.400 | 2.500 |", "Step 0:\n\n```text\n_ the _\n```",
-        "Original:\n\n````text\n```in the end\n````", "Query: **a\\|b**", "| 1 | 0.500 | `f` | def f(): pass |",
-        "| prepare | 10.0 | – |", "| pair | 90.3 | 0.250 |", "| all | 100.3 | – |", "| pairs | 12,345 |",
-        "| dropped.short | 7 |", "| packages | a==1, b==2 |", "jax 0.10",
-    ):  # fmt: skip
+        "ELBO: 3.250 nats per token.",
+        "| 0.1 | 0.400 | 2.500 |",
+        "Step 0:\n\n```text\n_ the _\n```",
+        "Original:\n\n````text\n```in the end\n````",
+        "Query: **a\\|b**",
+        "| 1 | 0.500 | `f` | def f(): pass |",
+        "| prepare | 10.0 | – |",
+        "| pair | 90.3 | 0.250 |",
+        "| all | 100.3 | – |",
+        "| pairs | 12,345 |",
+        "| dropped.short | 7 |",
+        "| packages | a==1, b==2 |",
+        "jax 0.10",
+    ):
         assert expected in text, expected
     for image in re.findall(r"\]\((plots/.*?)\)", text):
         assert (tmp_path / "run" / image).read_bytes().startswith(b"\x89PNG")

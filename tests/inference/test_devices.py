@@ -150,9 +150,11 @@ def test_eight_devices_give_what_one_gives(folder):
         (folder / name).mkdir()
         given = [folder / name] if devices == 1 else [folder / name, ROOT / "tests"]
         done = subprocess.run(
-            [sys.executable, "-c", *program, *given, *commands], capture_output=True, text=True,
+            [sys.executable, "-c", *program, *given, *commands],
+            capture_output=True,
+            text=True,
             env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     assert_same_files(folder / "one-alone", folder / "eight")
 
@@ -167,9 +169,11 @@ def test_two_processes_write_the_files_of_one_and_the_second_writes_and_prints_n
         (tmp_path / f"process-{k}").mkdir()
     for verb in VERBS:
         done = subprocess.run(
-            ["bash", ROOT / "launch" / "local.sh", "2", "--", *arguments(verb, folder)], capture_output=True, text=True,
+            ["bash", ROOT / "launch" / "local.sh", "2", "--", *arguments(verb, folder)],
+            capture_output=True,
+            text=True,
             env={**os.environ, "EMBED": str(embed), "LOGS": str(tmp_path / "logs")},
-        )  # fmt: skip
+        )
         said = [(tmp_path / "logs" / f"process-{k}.log").read_text() for k in (0, 1)]
         assert done.returncode == 0, said
         words = "float32" if verb == "evaluate" else f"written to {verb}"
@@ -203,7 +207,9 @@ def test_what_a_lost_process_makes_the_others_raise_says_try_again(monkeypatch):
     with pytest.raises(ValueError, match="Gloo"), distributed.peers():  # alone, it is an error like others
         raise ValueError("Gloo all-reduce failed")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(distributed.PeerLostError, match="process 0 of 2 cannot go on: Gloo all-reduce failed. ") as lost:
+    with pytest.raises(
+        distributed.PeerLostError, match="process 0 of 2 cannot go on: Gloo all-reduce failed. "
+    ) as lost:
         with distributed.peers():
             raise ValueError("Gloo all-reduce failed\nmore")
     assert lost.value.exit_code == 75

@@ -89,9 +89,13 @@ def test_more_results_than_vectors_gives_all_of_them():
 
 def test_an_index_is_loaded_as_it_was_saved(tmp_path):
     made = Index(
-        vectors(3, precision="binary"), "binary", ids=["a", "b", "c"], texts=["x", "y", "ü"], truncate_dim=24,
+        vectors(3, precision="binary"),
+        "binary",
+        ids=["a", "b", "c"],
+        texts=["x", "y", "ü"],
+        truncate_dim=24,
         model={"path": "m", "digest": "d"},
-    )  # fmt: skip
+    )
     made.save(tmp_path / "index")
     loaded = Index.load(tmp_path / "index")
     np.testing.assert_array_equal(loaded.vectors, made.vectors, strict=True)

@@ -59,10 +59,11 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
         "corpus": [{"_id": f"c{i}", "text": text} for i, text in enumerate([*TEXTS, TEXTS[0]])],
         "queries": [{"_id": "q0", "text": "config file"}, {"_id": "q1", "text": "numbers"}],
         "qrels": [
-            {"query-id": "q0", "corpus-id": "c0", "score": 1}, {"query-id": "q1", "corpus-id": "c1", "score": 1},
+            {"query-id": "q0", "corpus-id": "c0", "score": 1},
+            {"query-id": "q1", "corpus-id": "c1", "score": 1},
             {"query-id": "q1", "corpus-id": "c2", "score": 1},
         ],
-    }  # fmt: skip
+    }
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "negatives.jsonl"
@@ -73,8 +74,10 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
     # c0 and c3 are one text, so which of them ranks first is a matter of a last bit; both never appear.
     same = {"c3": "c0"}
     assert [(r["query-id"], r["corpus-id"], sorted(same.get(n, n) for n in r["negatives"])) for r in rows] == [
-        ("q0", "c0", ["c1", "c2"]), ("q1", "c1", ["c0"]), ("q1", "c2", ["c0"])
-    ]  # fmt: skip
+        ("q0", "c0", ["c1", "c2"]),
+        ("q1", "c1", ["c0"]),
+        ("q1", "c2", ["c0"]),
+    ]
     assert "short 3" in capsys.readouterr().out
 
 

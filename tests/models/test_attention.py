@@ -116,7 +116,10 @@ def test_a_kernel_that_does_not_fit_is_an_error_and_auto_takes_another():
     np.testing.assert_array_equal(
         attention(*arrays, SEGMENTS, kernel="auto"), attention(*arrays, SEGMENTS, kernel="xla")
     )
-    for kernel, message in (("splash", "needs rows and heads in multiples of 128, not length 8"),
-                            ("triton", "needs rows in multiples of 16"), ("flash", "must be one of auto, xla, splash")):  # fmt: skip
+    for kernel, message in (
+        ("splash", "needs rows and heads in multiples of 128, not length 8"),
+        ("triton", "needs rows in multiples of 16"),
+        ("flash", "must be one of auto, xla, splash"),
+    ):
         with pytest.raises(ValueError, match=message):
             attention(*arrays, SEGMENTS, kernel=kernel)

@@ -13,9 +13,15 @@ from embed.models.pooling import pool_spans
 
 VOCABULARY = 50
 CONFIG = transformer.TransformerConfig(
-    vocab_size=VOCABULARY, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-    intermediate_size=40, rope_theta=100.0,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=40,
+    rope_theta=100.0,
+)
 
 
 @functools.cache

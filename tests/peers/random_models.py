@@ -23,10 +23,17 @@ def random_qwen3(kind=transformers.Qwen3Model, *, scale=0.08, seed=0, **fields):
     """A Qwen3 of transformers with random weights, norms included."""
     torch.manual_seed(seed)
     sizes = dict(
-        vocab_size=640, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=96, max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, is_causal=False,
-    )  # fmt: skip
+        vocab_size=640,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=96,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        is_causal=False,
+    )
     model = kind(transformers.Qwen3Config(**sizes | fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

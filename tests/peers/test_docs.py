@@ -33,9 +33,7 @@ def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
     cache, here = tmp_path / "cache", tmp_path / "here"
     here.mkdir()
     (here / "configs").symlink_to(ROOT / "configs")
-    causal = save(
-        random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True), tokenizer_folder, tmp_path / "causal"
-    )  # fmt: skip
+    causal = save(random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True), tokenizer_folder, tmp_path / "causal")
     small.edit_config(causal, is_causal=None)
     put_in_cache(cache, "Qwen/Qwen3-0.6B-Base", causal)
     for name, kind in (
@@ -44,17 +42,18 @@ def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
     ):
         # As wide as the released one: the page cuts vectors to 512 dimensions.
         folder = save(random_qwen3(hidden_size=1024, num_hidden_layers=1), tokenizer_folder, tmp_path / kind)
-        small.edit_config(
-            folder, is_causal=None, model_type=names.PPLX, auto_map={"AutoModel": f"modeling.{kind}"}
-        )
+        small.edit_config(folder, is_causal=None, model_type=names.PPLX, auto_map={"AutoModel": f"modeling.{kind}"})
         put_in_cache(cache, f"perplexity-ai/{name}", folder)
     # The page exports what the quickstart made; at its micro size the run takes seconds.
     run = ["--config=configs/quickstart.py:runlocal", f"--workdir={here / 'runs/quickstart'}"]
     assert cli.main(["pipeline", *run]) == 0
     environment = {
-        **os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu",
+        **os.environ,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "JAX_PLATFORMS": "cpu",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
+    }
     blocks = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.S)
     assert len(blocks) >= 7
     for language, program in blocks:

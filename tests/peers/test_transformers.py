@@ -114,9 +114,10 @@ def test_the_released_contextual_layout_pools_between_separators_as_its_code_doe
     fields = json.loads((folder / "config.json").read_text())
     del fields["is_causal"]
     fields |= {
-        "model_type": "bidirectional_pplx_qwen3", "architectures": ["PPLXQwen3Model"],
+        "model_type": "bidirectional_pplx_qwen3",
+        "architectures": ["PPLXQwen3Model"],
         "auto_map": {"AutoModel": "modeling.PPLXQwen3ContextualModel"},
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(fields))
     encoder = inference.load(folder)
     separator = encoder.tokenizer.separator_id
@@ -135,9 +136,15 @@ def test_the_released_contextual_layout_pools_between_separators_as_its_code_doe
 
 def test_the_real_0p6b_shape_equals_the_reference(tokenizer_folder, tmp_path):
     model = random_qwen3(
-        scale=0.03, vocab_size=151936, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, intermediate_size=3072,
-    )  # fmt: skip
+        scale=0.03,
+        vocab_size=151936,
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+    )
     rows = [np.random.default_rng(i).integers(0, 151936, n) for i, n in enumerate((1, 30, 77, 5, 12, 50, 20, 60))]
     folder = save(model, tokenizer_folder, tmp_path, max_shard_size="1GB")
     # In float64: at this depth its own float32 rounds 1 of these 8,192 entries to another int8 level.

@@ -28,15 +28,29 @@ STAGE = ConfigDict(
         kind="diffusion",
         batch=dict(rows=4, length=16),
         execution=dict(
-            microbatches=1, logits_chunk=8, log_every=1, checkpoint_every=5, keep=2, milestone_every=0, evaluate_every=0, evaluate_on="",
+            microbatches=1,
+            logits_chunk=8,
+            log_every=1,
+            checkpoint_every=5,
+            keep=2,
+            milestone_every=0,
+            evaluate_every=0,
+            evaluate_on="",
             max_skipped=0,
         ),
         optimizer=dict(
-            learning_rate=1e-2, warmup=0.1, decay=0.5, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.1, clip=1.0,
+            learning_rate=1e-2,
+            warmup=0.1,
+            decay=0.5,
+            b1=0.9,
+            b2=0.98,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip=1.0,
             moment_dtype="float32",
         ),
     )
-)  # fmt: skip
+)
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
 
 

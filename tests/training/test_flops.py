@@ -18,10 +18,12 @@ DIFFUSION = ConfigDict(
 )
 PAIR = ConfigDict(
     dict(
-        kind="pair", matryoshka=(2, 8), batch=dict(groups=1, rows_per_group=2, group_size=3, length=6),
+        kind="pair",
+        matryoshka=(2, 8),
+        batch=dict(groups=1, rows_per_group=2, group_size=3, length=6),
         execution=dict(microbatches=1),
     )
-)  # fmt: skip
+)
 WHOLE = types.SimpleNamespace(own=[0], units=1)
 MESH = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
 

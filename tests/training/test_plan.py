@@ -61,9 +61,18 @@ def test_a_mesh_that_leaves_parameters_whole_is_an_error():
 
 
 PLAN = plan.Plan(
-    chips=4, slices=2, shards=4, chip=flops.CHIPS["v6e"], memory={"parameters": 20e9, "program": 13e9}, model_flops=1e12,
-    hardware_flops=918e12, hbm=1.64e12 * 2, collectives={"all-gather": 448e9 * 0.5, "all-reduce between slices": 12.5e9 * 0.25}, tokens=1000, compile_seconds=1,
-)  # fmt: skip
+    chips=4,
+    slices=2,
+    shards=4,
+    chip=flops.CHIPS["v6e"],
+    memory={"parameters": 20e9, "program": 13e9},
+    model_flops=1e12,
+    hardware_flops=918e12,
+    hbm=1.64e12 * 2,
+    collectives={"all-gather": 448e9 * 0.5, "all-reduce between slices": 12.5e9 * 0.25},
+    tokens=1000,
+    compile_seconds=1,
+)
 
 
 def test_a_plan_says_what_binds_it_and_whether_it_fits():

@@ -13,9 +13,13 @@ from embed.training import stages
 MODEL = transformer.make_config("micro", 64)
 R, L, N, S = 16, 24, 32, 4
 STAGE = dict(
-    matryoshka=(16, 32), temperature=0.05, margin=0.1, alpha=0.2, beta=(0.2, 0.5),
+    matryoshka=(16, 32),
+    temperature=0.05,
+    margin=0.1,
+    alpha=0.2,
+    beta=(0.2, 0.5),
     batch=dict(length=L, spans=S, segments=S),
-)  # fmt: skip
+)
 
 
 @functools.cache
@@ -24,14 +28,24 @@ def batch() -> dict:
     rng = np.random.default_rng(0)
     two = np.arange(2 * N).reshape(N, 2)
     arrays = dict(
-        tokens=rng.integers(4, 64, (R, L)), segment_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
-        positions=np.tile(np.arange(6), (R, 4)), span_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
-        query_slots=np.arange(N) // 2 * S + np.arange(N) % 2, document_slots=np.arange(N) // 2 * S + 2,
-        query_ids=np.arange(N), document_ids=np.arange(N) // 2, valid=np.arange(N) != 3,
-        negative_slots=two % (S * R), negative_ids=two % 40, negative_valid=two % 5 != 0,
-        chunk_slots=np.arange(N) // 2 * S + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
-        chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2,
-    )  # fmt: skip
+        tokens=rng.integers(4, 64, (R, L)),
+        segment_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
+        positions=np.tile(np.arange(6), (R, 4)),
+        span_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
+        query_slots=np.arange(N) // 2 * S + np.arange(N) % 2,
+        document_slots=np.arange(N) // 2 * S + 2,
+        query_ids=np.arange(N),
+        document_ids=np.arange(N) // 2,
+        valid=np.arange(N) != 3,
+        negative_slots=two % (S * R),
+        negative_ids=two % 40,
+        negative_valid=two % 5 != 0,
+        chunk_slots=np.arange(N) // 2 * S + 1 + np.arange(N) % 2,
+        chunk_ids=np.arange(N) // 2 + 100,
+        chunk_document=np.arange(N) // 4,
+        chunk_valid=np.arange(N) != 6,
+        positive=np.arange(N) // 2 * 2,
+    )
     return {k: v.astype(bool if "valid" in k else np.int32) for k, v in arrays.items()}
 
 

@@ -12,11 +12,15 @@ from embed.training.step import make_step as make
 
 PAIR = ConfigDict(
     dict(
-        kind="pair", matryoshka=(16, 32), temperature=0.05, margin=0.1,
+        kind="pair",
+        matryoshka=(16, 32),
+        temperature=0.05,
+        margin=0.1,
         batch=dict(groups=2, rows_per_group=2, group_size=3, length=8, spans=4, segments=4),
-        execution=dict(microbatches=1), optimizer=make_step().stage.optimizer.to_dict(),
+        execution=dict(microbatches=1),
+        optimizer=make_step().stage.optimizer.to_dict(),
     )
-)  # fmt: skip
+)
 
 
 def of(tree):

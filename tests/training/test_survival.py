@@ -144,7 +144,9 @@ def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_conti
 def test_parameters_that_are_damaged_start_no_other_stage(tmp_path, unbroken, damage):
     shutil.copytree(unbroken, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "12" / "params")
-    with pytest.raises(training_state.CheckpointError, match="checkpoint 12 under .* cannot be read.*train that stage again"):
+    with pytest.raises(
+        training_state.CheckpointError, match="checkpoint 12 under .* cannot be read.*train that stage again"
+    ):
         load(tmp_path / "run")
 
 
@@ -322,9 +324,7 @@ sys.exit(run(lambda argv: train(Path(tempfile.mkdtemp()) / "run", Loader(stall),
 
 def test_what_a_lost_process_makes_the_others_raise_names_the_step_and_what_to_do(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(
-        PeerLostError, match="process 0 of 4 cannot go on at step 9: Gloo all-reduce failed"
-    ) as lost:
+    with pytest.raises(PeerLostError, match="process 0 of 4 cannot go on at step 9: Gloo all-reduce failed") as lost:
         with loop.peers(9):
             raise ValueError("Gloo all-reduce failed: Connection reset by peer\nmore")
     assert lost.value.exit_code == 75
@@ -465,9 +465,11 @@ np.testing.assert_allclose([b[k] for k in sorted(b)], [a[k] for k in sorted(a)],
 def test_a_checkpoint_continues_on_other_meshes_with_the_losses_of_one(tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_MESHES, HERE, tmp_path], env={**os.environ, "XLA_FLAGS": flags},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", OTHER_MESHES, HERE, tmp_path],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("SIGTERM: saved") == 2
 
@@ -478,9 +480,11 @@ def test_a_checkpoint_continues_on_other_meshes_with_the_losses_of_one(tmp_path)
 def test_a_row_says_how_fast_how_well_used_and_how_often_the_host_waited_for_data(tmp_path):
     lines = []
     train(
-        tmp_path, stage={"log_every": 4, "checkpoint_every": 100}, peak=1e9,
+        tmp_path,
+        stage={"log_every": 4, "checkpoint_every": 100},
+        peak=1e9,
         progress=lambda step, row: lines.append(log_line(step, 12, row)),
-    )  # fmt: skip
+    )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     needed = flops.model_flops(small_run.STAGE, MODEL) / (
         1e9 * jax.device_count()
