@@ -1,8 +1,8 @@
 """Packed rows and spans: the one data layout of every stage and of inference.
 
-A batch is R rows of L tokens with three integer maps (see `Rows`). A *segment* is one text or one document:
-attention stays inside it. A *span* is what one embedding is averaged over: the whole of a dense text, or one
-chunk of a document (late chunking). Several segments share a row. This module only knows NumPy.
+A batch is R rows of L tokens with three integer maps (see `Rows`). A *segment* is one text or one document;
+attention stays inside it. A *span* is the range of tokens that one embedding averages: a whole dense text, or one
+chunk of a document (late chunking). Several segments share a row. This module uses only NumPy.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ class Rows(NamedTuple):
     """The row arrays, all int32[R, L]."""
 
     tokens: np.ndarray
-    segment_ids: np.ndarray  # 1..G inside a row, 0 = padding; attention never crosses segments
+    segment_ids: np.ndarray  # 1..G in a row, 0 = padding; attention never crosses segments
     positions: np.ndarray  # restart at 0 in each segment
-    span_ids: np.ndarray  # 1..S inside a row, 0 = pooled nowhere (padding, separators)
+    span_ids: np.ndarray  # 1..S in a row, 0 = in no span (padding, separators)
 
 
 class RowShape(NamedTuple):
-    """When the packer closes a row: at `length` tokens, `spans` spans or `segments` segments."""
+    """The capacity of a row: `length` tokens, `spans` spans and `segments` segments."""
 
     length: int
     spans: int
@@ -30,15 +30,15 @@ class RowShape(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One text: its tokens and, for each token, the span it belongs to (1.. inside this segment, 0 = none)."""
+    """One text: its tokens and the span of each token (1.. in this segment, 0 = none)."""
 
     tokens: np.ndarray  # int32[n]
     spans: np.ndarray  # int32[n]
-    num_spans: int  # slots it takes in the span table, empty chunks included
+    num_spans: int  # slots in the span table, including those of empty chunks
 
 
 class Packed(NamedTuple):
-    """Rows and where each segment went.
+    """Rows and the position of each segment in them.
 
     Segment i, span k (from 0) is slot `row[i] * S + first_span[i] + k` of the flattened span table [R * S];
     segment i as a whole is slot `row[i] * G + segment[i]` of the flattened segment table [R * G].
@@ -66,9 +66,9 @@ def dense(tokens: np.ndarray) -> Segment:
 
 
 def chunked(chunks: Sequence[np.ndarray], separator_id: int | None = None) -> Segment:
-    """A document with one embedding a chunk: one segment, one span a chunk, in order.
+    """A document with one embedding per chunk: one segment, one span per chunk, in order.
 
-    `separator_id` is put between chunks and pooled into none of them (arXiv 2602.11151); None joins them bare.
+    `separator_id` stands between chunks and belongs to no span (arXiv 2602.11151); None means no separator.
     """
     tokens, spans = [], []
     for k, chunk in enumerate(chunks):
@@ -83,7 +83,7 @@ def chunked(chunks: Sequence[np.ndarray], separator_id: int | None = None) -> Se
 
 
 def cut(segment: Segment, length: int) -> Segment:
-    """The first `length` tokens of a segment; its span slots stay, those that lost every token are empty."""
+    """The first `length` tokens of a segment. It keeps all span slots; those that lose every token are empty."""
     if len(segment.tokens) <= length:
         return segment
     return segment._replace(tokens=segment.tokens[:length], spans=segment.spans[:length])
@@ -98,10 +98,10 @@ def content_ids(texts: Sequence[np.ndarray]) -> np.ndarray:
 def first_fit_decreasing(
     lengths: np.ndarray, spans: np.ndarray, shape: RowShape, num_rows: int | None = None
 ) -> np.ndarray | None:
-    """The row of each segment, int[n], or None if `num_rows` rows do not hold them.
+    """The row of each segment, int[n], or None if `num_rows` rows cannot hold them.
 
-    Longest first, each into the first row with room for its tokens, its spans and one more segment; with
-    `num_rows=None` a new row is opened whenever none has room. A segment that no row could hold is an error.
+    Takes the longest segment first and puts each into the first row that still holds its tokens, its spans and one more
+    segment. With `num_rows=None` it opens a new row whenever no row does. A segment larger than a row is an error.
     """
     if len(lengths) and (lengths.max() > shape.length or spans.max() > shape.spans):
         if num_rows is not None:
@@ -110,48 +110,49 @@ def first_fit_decreasing(
             f"a segment of {lengths.max()} tokens and {spans.max()} spans does not fit a row of "
             f"{shape.length} tokens and {shape.spans} spans"
         )
-    capacity = len(lengths) if num_rows is None else num_rows
-    free_tokens = np.full(capacity, shape.length)
-    free_spans = np.full(capacity, shape.spans)
-    free_segments = np.full(capacity, shape.segments)
-    where = np.zeros(len(lengths), np.int64)
+    max_rows = len(lengths) if num_rows is None else num_rows
+    free_tokens = np.full(max_rows, shape.length)
+    free_spans = np.full(max_rows, shape.spans)
+    free_segments = np.full(max_rows, shape.segments)
+    row = np.zeros(len(lengths), np.int64)
     for i in np.argsort(-lengths, kind="stable"):
-        room = (free_tokens >= lengths[i]) & (free_spans >= spans[i]) & (free_segments >= 1)
-        r = int(room.argmax()) if capacity else 0
-        if not capacity or not room[r]:
+        fits = (free_tokens >= lengths[i]) & (free_spans >= spans[i]) & (free_segments >= 1)
+        r = int(fits.argmax()) if max_rows else 0
+        if not max_rows or not fits[r]:
             return None
-        where[i] = r
+        row[i] = r
         free_tokens[r] -= lengths[i]
         free_spans[r] -= spans[i]
         free_segments[r] -= 1
-    return where
+    return row
 
 
 def largest_cap(lengths: np.ndarray, spans: np.ndarray, shape: RowShape, num_rows: int) -> tuple[int, np.ndarray]:
-    """The largest c for which first-fit-decreasing of min(length, c) fits `num_rows` rows, and those rows.
+    """The largest c for which first-fit-decreasing of min(length, c) fits `num_rows` rows, and each segment's row.
 
-    Below the c at which the tokens alone would fit, c is tried downward: first-fit-decreasing is not monotone.
+    The search starts at the largest c whose total of tokens fits and tries every smaller c in turn, because
+    first-fit-decreasing is not monotone.
     """
     cap = min(int(lengths.max(initial=1)), shape.length)
     budget = num_rows * shape.length
     while cap > 1 and np.minimum(lengths, cap).sum() > budget:
         cap -= 1
     for c in range(cap, 0, -1):
-        where = first_fit_decreasing(np.minimum(lengths, c), spans, shape, num_rows)
-        if where is not None:
-            return c, where
+        row = first_fit_decreasing(np.minimum(lengths, c), spans, shape, num_rows)
+        if row is not None:
+            return c, row
     raise ValueError(
         f"{len(lengths)} segments with {int(spans.sum())} spans do not fit {num_rows} rows of "
         f"{shape.length} tokens, {shape.spans} spans and {shape.segments} segments, even cut to one token each"
     )
 
 
-def place(segments: Sequence[Segment], where: np.ndarray, shape: RowShape, num_rows: int) -> Packed:
-    """Write segments into rows, in order, at the rows that `where` names."""
+def write_rows(segments: Sequence[Segment], row: np.ndarray, shape: RowShape, num_rows: int) -> Packed:
+    """Write segment i into row `row[i]`, after the segments that are already there."""
     tokens, segment_ids, positions, span_ids = np.zeros((4, num_rows, shape.length), np.int32)
     used, span_count, segment_count = np.zeros((3, num_rows), np.int64)
     first_span, segment_index = np.zeros((2, len(segments)), np.int64)
-    for i, (s, r) in enumerate(zip(segments, where)):
+    for i, (s, r) in enumerate(zip(segments, row)):
         start, stop = used[r], used[r] + len(s.tokens)
         tokens[r, start:stop] = s.tokens
         segment_ids[r, start:stop] = segment_count[r] + 1
@@ -161,28 +162,28 @@ def place(segments: Sequence[Segment], where: np.ndarray, shape: RowShape, num_r
         used[r] = stop
         span_count[r] += s.num_spans
         segment_count[r] += 1
-    return Packed(Rows(tokens, segment_ids, positions, span_ids), np.asarray(where), first_span, segment_index, shape)
+    return Packed(Rows(tokens, segment_ids, positions, span_ids), np.asarray(row), first_span, segment_index, shape)
 
 
 def pack(segments: Sequence[Segment], shape: RowShape, num_rows: int | None = None) -> Packed:
     """Pack segments by first-fit-decreasing, into as many rows as needed or into exactly `num_rows`."""
     lengths = np.array([len(s.tokens) for s in segments], np.int64)
     spans = np.array([s.num_spans for s in segments], np.int64)
-    where = first_fit_decreasing(lengths, spans, shape, num_rows)
-    if where is None:
+    row = first_fit_decreasing(lengths, spans, shape, num_rows)
+    if row is None:
         raise ValueError(
             f"{lengths.sum()} tokens in {len(segments)} segments do not fit {num_rows} rows of {shape.length}"
         )
-    return place(segments, where, shape, int(where.max(initial=-1)) + 1 if num_rows is None else num_rows)
+    return write_rows(segments, row, shape, int(row.max(initial=-1)) + 1 if num_rows is None else num_rows)
 
 
 def pack_group(segments: Sequence[Segment], shape: RowShape, num_rows: int) -> tuple[Packed, list[Segment], int]:
-    """Pack a group into exactly `num_rows` rows, cutting its longest segments to one common cap if it must.
+    """Pack a group into exactly `num_rows` rows; if it does not fit, cut its longest segments to one common length.
 
-    Returns the packed rows, the segments as they stand in them, and how many were cut.
+    Returns the packed rows, the segments after the cut, and the number of segments that were cut.
     """
     lengths = np.array([len(s.tokens) for s in segments], np.int64)
     spans = np.array([s.num_spans for s in segments], np.int64)
-    cap, where = largest_cap(lengths, spans, shape, num_rows)
+    cap, row = largest_cap(lengths, spans, shape, num_rows)
     segments = [cut(s, cap) for s in segments]
-    return place(segments, where, shape, num_rows), segments, int((lengths > cap).sum())
+    return write_rows(segments, row, shape, num_rows), segments, int((lengths > cap).sum())

@@ -16,7 +16,7 @@ from embed import distributed
 from embed.checkpoints import model_folder
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
-from embed.rows import RowShape, Segment, chunked, cut, dense, place
+from embed.rows import RowShape, Segment, chunked, cut, dense, write_rows
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 MIN_ROW_LENGTH = 64
@@ -235,7 +235,7 @@ class Encoder:
         waiting = None  # the batch on the device, while the next one is packed
         with bar, distributed.peers():
             for members, where, shape, num_rows in _batches(segments, batch_tokens, shards):
-                packed = place([segments[i] for i in members], where, shape, num_rows)
+                packed = write_rows([segments[i] for i in members], where, shape, num_rows)
                 rows = packed.rows
                 if self.mesh.size > 1:  # every process has packed them all and puts its part
                     rows = sharding.put_batch(self.mesh, rows._asdict()).values()

@@ -1,1 +1,1 @@
-"""The encoder and what turns its hidden states into embeddings."""
+"""The encoder, and the functions that turn its hidden states into embeddings."""

@@ -1,4 +1,4 @@
-"""Bidirectional attention inside segments: one function, a kernel for each platform."""
+"""Bidirectional attention inside segments: one function with a kernel for each platform."""
 
 import functools
 
@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 
 from embed.typing import Array, typechecked
 
-# Scores of a row and head that `xla` holds at once: all of them up to 1,024 tokens, blocks of queries beyond.
+# Scores that `xla` holds at once per row and head: all up to 1,024 tokens, and a block of queries above that.
 MAX_SCORES = 2**20
-LANES = 128  # of a TPU: what its kernel wants lengths and head_dim to be multiples of
+LANES = 128  # the TPU kernel needs lengths and head_dim in multiples of this
 KERNELS = ("auto", "xla", "splash", "triton", "cudnn")
-# How rows and heads lie over a mesh (embed.models.sharding). Inside a kernel there is nothing to communicate.
+# The mesh axes of rows and of heads (embed.models.sharding). A kernel needs no communication.
 ROWS, HEADS = ("data", "fsdp"), "tensor"
 
 
@@ -27,21 +27,27 @@ def attention(
     kernel: str = "auto",
     interpret: bool = False,
 ) -> Float[Array, "R L H d"]:
-    """Grouped-query attention in which a token sees exactly the tokens of its own segment, before and after it.
+    """Grouped-query attention: a token attends to exactly the tokens of its own segment, before and after it.
 
-    Two segments of lengths 2 and 1 and one padding token, segment_ids [1, 1, 2, 0]; rows see columns:
+    Two segments of lengths 2 and 1 and one padding token, segment_ids [1, 1, 2, 0]; rows attend to columns:
 
         1 1 . .
         1 1 . .
         . . 1 .
         . . . 1
 
-    Padding has segment id 0 and sees only padding, so its (unused) output stays finite. Scores are scaled by
-    1/√d, softmax runs in float32.
+    Padding has segment id 0 and attends only to padding, so its (unused) output stays finite. Scores are scaled by
+    1/√d. The softmax is computed in float32.
 
-    `kernel`: xla, everywhere; splash, a Pallas kernel for TPU (length and d multiples of 128); triton, a Pallas kernel for
-    GPU; cudnn, for GPU and rows of one segment and padding, which it takes on trust; auto, the first that fits of splash on
-    TPU, triton on GPU, xla. `interpret` runs a Pallas kernel without its platform, for tests.
+    `kernel` is one of
+
+        xla      runs everywhere
+        splash   a Pallas kernel for TPU; length and d must be multiples of 128
+        triton   a Pallas kernel for GPU; length must be a multiple of 16
+        cudnn    for GPU; assumes without a check that each row is one segment and then padding
+        auto     splash on TPU and triton on GPU if the shapes allow it, else xla
+
+    `interpret` runs a Pallas kernel without its platform, for tests.
     """
     *_, length, heads, head_dim = query.shape
     if kernel not in KERNELS:
@@ -64,7 +70,7 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(query, key, value, segment_ids)
-    # A kernel is opaque to the partitioner: say that every device has its own rows and heads.
+    # The partitioner cannot see into a kernel: state that every device has its own rows and heads.
     array = PartitionSpec(ROWS, None, HEADS, None)
     specs = (array, array, array, PartitionSpec(ROWS, None))
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=array, check_vma=False)(
@@ -74,11 +80,11 @@ def attention(
 
 @jax.custom_vjp
 def _softmax_attention(query, key, value, allowed):
-    """softmax(query · key over what is allowed) · value: [R K h b d] of queries [R K h b d], keys and values [R K s d].
+    """softmax(query · key where `allowed`) · value, [R K h b d]; queries [R K h b d], keys and values [R K s d].
 
-    With a gradient of its own, which touches the scores [R K h b s] once where that of `jax.nn.softmax` does three times:
-    the softmax's correction is Σ_d of the output times its gradient (as in FlashAttention, arXiv 2205.14135), and its
-    division is done on vectors.
+    Its own gradient reads the scores [R K h b s] once; the gradient of `jax.nn.softmax` reads them three times. The
+    softmax's correction is Σ_d of the output times its gradient (as in FlashAttention, arXiv 2205.14135), and the
+    division is applied to vectors.
     """
     return _softmax_attention_forward(query, key, value, allowed)[0]
 
@@ -99,7 +105,7 @@ def _softmax_attention_backward(saved, gradient):
     gradient = gradient / total  # float32
     correction = (gradient * mixed).sum(-1, keepdims=True)
     gradient = gradient.astype(dtype)
-    # The small operand first: it is the one that XLA's CPU compiler transposes.
+    # The small operand comes first because XLA's CPU compiler transposes the first one.
     of_value = jnp.einsum("rkhqd,rkhqs->rkds", gradient, exponentials)
     of_weights = jnp.einsum("rkhqd,rksd->rkhqs", gradient, value, preferred_element_type=jnp.float32)
     of_scores = (exponentials * (of_weights - correction)).astype(dtype)
@@ -112,10 +118,10 @@ _softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backwar
 
 
 def _xla(query, key, value, segment_ids):
-    """Holds [R, H, b, L] scores, with b queries at a time so that b · L ≤ MAX_SCORES, in the backward pass as well."""
+    """Holds scores [R, H, b, L] of b queries at a time, with b · L ≤ MAX_SCORES, in the backward pass too."""
     rows, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    # Heads in front of positions: on CPU the score and value products then are plain matrix products (13% of a step).
+    # With heads before positions, the score and value products are plain matrix products on CPU.
     query = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # R K h L d
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # R K L d
 
@@ -127,10 +133,10 @@ def _xla(query, key, value, segment_ids):
     if block >= length:
         out = attend(query, segment_ids)
     else:
-        more = -length % block  # queries that make whole blocks; what they give is dropped
-        queries = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
+        padding = -length % block  # queries that fill the last block; their outputs are dropped
+        queries = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
         queries = jnp.moveaxis(queries.reshape(*query.shape[:3], -1, block, head_dim), 3, 0)  # L/b R K h b d
-        segments = jnp.moveaxis(jnp.pad(segment_ids, ((0, 0), (0, more))).reshape(rows, -1, block), 1, 0)  # L/b R b
+        segments = jnp.moveaxis(jnp.pad(segment_ids, ((0, 0), (0, padding))).reshape(rows, -1, block), 1, 0)  # L/b R b
         blocks = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (queries, segments))
         out = jnp.moveaxis(blocks, 0, 3).reshape(*query.shape[:3], -1, head_dim)[..., :length, :]
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
@@ -167,7 +173,7 @@ def _triton(query, key, value, segment_ids, *, interpret: bool):
     _, length, heads, head_dim = query.shape
     groups = heads // key.shape[2]
     key, value = jnp.repeat(key, groups, 2), jnp.repeat(value, groups, 2)  # the kernel has no grouped heads
-    most = {
+    blocks = {
         name: next(b for b in (size, 64, 32, 16) if length % b == 0 and b <= size)
         for name, size in (
             ("block_q", 128),
@@ -185,7 +191,7 @@ def _triton(query, key, value, segment_ids, *, interpret: bool):
         segment_ids,
         head_dim**-0.5,
         False,
-        kernel.BlockSizes(**most),
+        kernel.BlockSizes(**blocks),
         "triton",
         None,
         2,

@@ -1,4 +1,4 @@
-"""Mean pooling over spans: the only place where hidden states become vectors (ARCHITECTURE.md; arXiv 2602.11151)."""
+"""Mean pooling over spans, the only pooling in the package (ARCHITECTURE.md; arXiv 2602.11151)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,9 @@ from embed.typing import Array, typechecked
 
 @typechecked
 def pool_spans(hidden: Float[Array, "R L D"], span_ids: Int[Array, "R L"], num_spans: int) -> Float[Array, "R S D"]:
-    """The mean of the hidden states of each span 1..num_spans, at least in float32.
+    """The mean of the hidden states of each span 1..num_spans, in at least float32.
 
-    Tokens with span id 0 count nowhere; a span without tokens is a zero vector (and passes no gradient).
+    Tokens with span id 0 belong to no span. A span without tokens is a zero vector and passes no gradient.
     """
     hidden = jnp.asarray(hidden)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)

@@ -1,7 +1,7 @@
-"""Embeddings in fewer bits (arXiv 2602.11151): int8 in training and at inference, binary at inference.
+"""Quantized embeddings (arXiv 2602.11151): int8 in training and at inference, binary at inference.
 
-Everything here acts on each number alone, so it commutes with taking a Matryoshka prefix; packing bits does not:
-take the prefix first.
+All functions but `pack_bits` are element-wise, so they commute with taking a Matryoshka prefix. Take the prefix before
+packing bits.
 """
 
 import jax
@@ -26,13 +26,13 @@ def straight_through_int8(pooled: Float[Array, "*shape"]) -> Float[Array, "*shap
 
 @typechecked
 def binary(pooled: Float[Array, "*shape"]) -> Int8[Array, "*shape"]:
-    """v >= 0 -> +1, else -1, of the pooled vector itself: a small negative v is int8 0 but binary -1."""
+    """+1 where v >= 0, else -1. Takes the pooled vector, not int8: a small negative v has int8 0 but binary -1."""
     return jnp.where(pooled >= 0, 1, -1).astype(jnp.int8)
 
 
 @typechecked
 def pack_bits(vectors: Shaped[Array, "*shape D"]) -> UInt8[Array, "*shape Dbytes"]:
-    """One bit a dimension (v >= 0), eight a byte, the first dimension in the highest bit. Compare with Hamming.
+    """One bit per dimension (v >= 0), eight per byte, the first dimension in the highest bit. Compare with Hamming.
 
     Takes pooled or ±1 vectors. D must be a multiple of 8.
     """

@@ -1,4 +1,4 @@
-"""Where every array lives: one mesh, one short rule table."""
+"""The sharding of every array: one mesh and one short table of rules."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from embed.models.attention import HEADS, ROWS
 
 AXES = (*ROWS, HEADS)  # data, fsdp, tensor
 
-# Parameter name -> axes of its dimensions; the first match counts. Arrays under layers/ have a leading layer axis.
+# Parameter name -> axes of its dimensions; the first match applies. Arrays under layers/ have a leading layer axis.
 RULES = (
     (r"^(embedding|head)$", ("tensor", "fsdp")),  # V D
     (r"^layers/(query|key|value)$", (None, "fsdp", "tensor", None)),  # N D H d
@@ -22,15 +22,13 @@ RULES = (
     (r"norm$", ()),  # small: replicated
 )
 BATCH = PartitionSpec(ROWS)  # axis 0 of every array of a batch: rows, or examples
-
-
 MAX_UNSHARDED = 0.02  # of the parameters' bytes
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one axis may be -1 and takes what is left.
+    """A (data, fsdp, tensor) mesh over all devices. One axis may be -1 and takes the remaining devices.
 
-    TPU slices are joined along data alone, whose one sum of gradients a step the data-centre network can bear; fsdp and
+    TPU slices are joined along data only: the data-centre network can carry its one sum of gradients per step. fsdp and
     tensor stay inside a slice.
     """
     devices = jax.devices() if devices is None else devices
@@ -44,14 +42,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             )
         inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
-    else:  # a torus of 8x8x16 holds data=2, fsdp=512 as well
+    else:  # splitting physical axes also allows data=2, fsdp=512 on a torus of 8x8x16
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    # Auto: explicit axes would have objectives name them.
+    # Auto: with explicit axes, objectives would have to name them.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, *, devices: int) -> tuple[int, int, int]:
-    """The axes with -1 resolved; ValueError unless they cover so many devices."""
+    """The axis sizes with -1 resolved. ValueError unless they cover exactly `devices` devices."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = devices // -math.prod(sizes)
@@ -67,7 +65,7 @@ def parameter_name(path) -> str:
 
 
 def parameter_shardings(mesh: Mesh, params):
-    """The NamedSharding of each parameter by RULES; a dimension that its axis does not divide stays whole."""
+    """The NamedSharding of each parameter by RULES. A dimension that its axis does not divide stays unsharded."""
 
     def one(path, x):
         name = parameter_name(path)
@@ -81,7 +79,7 @@ def parameter_shardings(mesh: Mesh, params):
 
 
 def check_sharded(mesh: Mesh, params, shardings) -> None:
-    """Refuse a mesh that could shard parameters but leaves more than MAX_UNSHARDED of their bytes on every device."""
+    """ValueError if a mesh with fsdp or tensor leaves more than MAX_UNSHARDED of the parameters' bytes unsharded."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return
     pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(shardings)))
@@ -89,18 +87,18 @@ def check_sharded(mesh: Mesh, params, shardings) -> None:
     total = sum(x.size * x.dtype.itemsize for x, _ in pairs)
     if whole > MAX_UNSHARDED * total:
         raise ValueError(
-            f"{whole / total:.1%} of the parameters' bytes stay unsharded on mesh {dict(mesh.shape)}, at most "
-            f"{MAX_UNSHARDED:.0%} may: choose fsdp and tensor that divide the model's dimensions"
+            f"{whole / total:.1%} of the parameters' bytes stay unsharded on mesh {dict(mesh.shape)}; at most "
+            f"{MAX_UNSHARDED:.0%} may, so choose fsdp and tensor that divide the model's dimensions"
         )
 
 
 def with_sharding(tree, shardings):
-    """Shapes and dtypes of a tree with shardings: what a checkpoint is restored to."""
+    """The shapes and dtypes of a tree with shardings, as restoring a checkpoint requires."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def state_shardings(mesh: Mesh, state, params_shardings):
-    """Shardings of an optimizer state: subtrees shaped like the parameters follow them, the rest is replicated."""
+    """The shardings of an optimizer state: the parameters' own for subtrees with their structure, else replicated."""
     structure = jax.tree.structure(params_shardings)
 
     def is_params(x):
@@ -111,48 +109,52 @@ def state_shardings(mesh: Mesh, state, params_shardings):
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """How many parts the mesh makes of the rows of a batch."""
+    """The number of shards into which the mesh divides the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh, entries: int) -> NamedSharding:
-    """Of an array of a batch with so many entries along axis 0: over (data, fsdp), whole where these do not divide it."""
+    """The sharding of a batch array with `entries` along axis 0: (data, fsdp) if these divide it, else replicated."""
     return NamedSharding(mesh, PartitionSpec() if entries % batch_shards(mesh) else BATCH)
 
 
-def own_units(mesh: Mesh, units: int) -> list[int]:
-    """Which of `units` equal parts of a batch (its rows, or its packed groups) the devices of this process hold, or hold some of.
+def local_shards(mesh: Mesh, num_shards: int) -> list[int]:
+    """The indices of the shards that this process must build, of a batch in `num_shards` equal shards (rows or groups).
 
-    A mesh follows the wires between chips, so the parts of a process need not stand side by side; two processes may hold the same.
+    These are all shards of which a device of this process holds a part. They need not be neighbours, because a mesh
+    follows the wires between chips. Two processes may need the same shard.
     """
-    shards = batch_shards(mesh)
-    parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((shards,)).values()
-    own = {i for (part, *_) in parts for i in range(*part.indices(shards))}
-    return sorted({u for s in own for u in range(s * units // shards, -(-(s + 1) * units // shards))})
+    mesh_shards = batch_shards(mesh)
+    indices = NamedSharding(mesh, BATCH).addressable_devices_indices_map((mesh_shards,)).values()
+    held = {i for (index, *_) in indices for i in range(*index.indices(mesh_shards))}
+    ends = [(i * num_shards // mesh_shards, -(-(i + 1) * num_shards // mesh_shards)) for i in held]
+    return sorted({shard for start, stop in ends for shard in range(start, stop)})
 
 
-def put_batch(mesh: Mesh, batch: dict, own=(0,), units: int = 1) -> dict:
-    """This process's units of a batch as global arrays, axis 0 over (data, fsdp); `own` of `units`, by default all of one.
+def put_batch(mesh: Mesh, batch: dict, shards=(0,), num_shards: int = 1) -> dict:
+    """A batch as global arrays, sharded along axis 0 over (data, fsdp).
 
-    Tables (slots, ids, validity) are sharded by examples as token arrays are by rows; the objectives see them whole.
+    `batch` holds the shards with these indices, one after the other, of `num_shards` in all; by default it is the whole
+    batch. Tables (slots, ids, validity) are sharded by examples as token arrays are by rows; objectives see them whole.
     """
-    shards = batch_shards(mesh)
-    place = np.full(units, -1)
-    place[list(own)] = np.arange(len(own))
+    mesh_shards = batch_shards(mesh)
+    offset = np.full(num_shards, -1)
+    offset[list(shards)] = np.arange(len(shards))
 
     def put(name, x):
-        each = len(x) // len(own)  # rows of a unit
-        total = each * units
-        where = batch_sharding(mesh, total)
-        if name == "tokens" and total % shards:
-            raise ValueError(f"{total} rows a batch do not divide over {shards} devices (data x fsdp)")
-        if total % shards and len(own) < units:
-            raise ValueError(f"{total} entries of {name!r} a batch do not divide over {shards} devices (data x fsdp)")
+        size = len(x) // len(shards)  # of a shard
+        total = size * num_shards
+        if total % mesh_shards and name == "tokens":
+            raise ValueError(f"{total} rows per batch do not divide over {mesh_shards} devices (data x fsdp)")
+        if total % mesh_shards and len(shards) < num_shards:
+            raise ValueError(
+                f"{total} entries of {name!r} per batch do not divide over {mesh_shards} devices (data x fsdp)"
+            )
 
-        def part(index):
+        def block(index):
             rows = np.arange(total)[index[0]]
-            return x[place[rows // each] * each + rows % each]
+            return x[offset[rows // size] * size + rows % size]
 
-        return jax.make_array_from_callback((total, *x.shape[1:]), where, part)
+        return jax.make_array_from_callback((total, *x.shape[1:]), batch_sharding(mesh, total), block)
 
     return {name: put(name, x) for name, x in batch.items()}

@@ -1,7 +1,7 @@
 """The encoder: the Qwen3 architecture with bidirectional attention (arXiv 2602.11151), in Flax NNX.
 
-Parameters live outside as a plain nested dict of arrays, so that checkpoints, sharding rules, merging and export
-see one simple tree; `apply` binds them to the module for one call:
+Parameters stay outside the module as a plain nested dict of arrays, so that checkpoints, sharding rules, merging and
+export see one simple tree. `apply` binds them to the module for one call:
 
     params = init(config, key)
     hidden = apply(config, params, tokens, segment_ids, positions)      # [R, L, D]
@@ -22,14 +22,14 @@ from embed.typing import Array, typechecked
 FINAL_NORM = 0.4  # scale of the final norm at random init
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep only a layer's input
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the outputs of the weight products
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and numerics of an encoder. Hashable, so that it can be a static argument of jit."""
+    """Sizes and numerics of an encoder. Hashable, so it can be a static argument of jit."""
 
     vocab_size: int
     hidden_size: int
@@ -42,9 +42,9 @@ class TransformerConfig:
     norm_eps: float = 1e-6
     tied: bool = True  # whether the embedding table is also the output layer of the diffusion stage
     attention: str = "auto"  # embed.models.attention.KERNELS
-    dtype: str = "float32"  # of the compute; parameters are float32 masters whatever this says
+    dtype: str = "float32"  # of the compute; parameters are always float32
     remat: str = "none"  # a key of REMAT_POLICIES
-    unroll: int = 1  # layers a scan iteration; on CPU all of them is fastest
+    unroll: int = 1  # layers per scan iteration; on CPU, unrolling all is fastest
     dense_barrier: bool = False  # see `dense`; for CPU
 
     def __post_init__(self):
@@ -62,8 +62,8 @@ class TransformerConfig:
 SIZES = {
     "0.6b": dict(hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, intermediate_size=3072),
     "4b": dict(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=9728),
-    # Ours, for CPUs: wide vectors (lexical matching wants dimensions) on a thin network (which costs time), and values
-    # that carry half of them: README, "Which lever gave what".
+    # Our own, for CPUs: wide vectors, because lexical matching needs dimensions, and a thin network, which saves time.
+    # Values have half the dimensions of a vector (docs/experiments.md, "What each part of the pair stage gives").
     "tiny": dict(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=64, intermediate_size=128),
     "small": dict(hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64, intermediate_size=256),
     "micro": dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
@@ -71,20 +71,20 @@ SIZES = {
 
 
 def make_config(size: str, vocab_size: int, **overrides) -> TransformerConfig:
-    """The config of a named size; `overrides` replace single fields."""
+    """The config of a named size. `overrides` replace single fields."""
     if size not in SIZES:
         raise ValueError(f"model size {size!r} must be one of {', '.join(SIZES)}")
     return TransformerConfig(**{**SIZES[size], "vocab_size": vocab_size, **overrides})
 
 
 def from_config(model: Mapping, execution: Mapping | None = None, vocab_size: int = 0) -> TransformerConfig:
-    """The encoder of a run's `config.model` and `config.execution` (configs/base.py); `vocab_size` takes the place of a 0."""
+    """The encoder of a run's `config.model` and `config.execution` (configs/base.py); `vocab_size` replaces a 0."""
     kernels = {name: execution[name] for name in ("attention", "remat", "unroll", "dense_barrier")} if execution else {}
     return TransformerConfig(**dict(model.items()) | kernels | {"vocab_size": model["vocab_size"] or vocab_size})
 
 
 def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> Float[Array, "... d"]:
-    """x / rms(x) · scale, the mean of squares in float32."""
+    """x / rms(x) · scale, with the mean of squares in float32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(x.dtype) * scale.astype(x.dtype)
 
@@ -92,8 +92,8 @@ def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> 
 def rope_tables(positions: Int[Array, "R L"], head_dim: int, theta: float) -> tuple[Array, Array]:
     """cos and sin of the rotary angles, float32[R, L, 1, head_dim / 2].
 
-    Looked up in a table of L positions where these suffice, as they do in packed rows. XLA's CPU compiler computes what is
-    not looked up again in every operation that uses it, which took a tenth of a training step.
+    If all positions are below L, as in packed rows, they come from a table. XLA's CPU compiler would otherwise compute
+    them again in every operation that uses them.
     """
 
     def tables(positions):
@@ -109,7 +109,7 @@ def rope_tables(positions: Int[Array, "R L"], head_dim: int, theta: float) -> tu
 
 
 def apply_rope(x: Float[Array, "R L H d"], tables: tuple[Array, Array]) -> Float[Array, "R L H d"]:
-    """Rotate the two halves of each head against each other (the half-split convention of Qwen3)."""
+    """Rotate dimension j of each head together with dimension j + d/2 (the half-split convention of Qwen3)."""
     cos, sin = tables
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
@@ -117,10 +117,10 @@ def apply_rope(x: Float[Array, "R L H d"], tables: tuple[Array, Array]) -> Float
 
 @jax.custom_vjp
 def dense(x: Float[Array, "*n D"], weight: Float[Array, "D F"]) -> Float[Array, "*n F"]:
-    """x @ weight whose backward pass reads its operands from memory.
+    """x @ weight with a backward pass that reads its operands from memory.
 
-    XLA's CPU compiler otherwise fuses the element-wise backward of the neighbouring operations into a transposing
-    copy of the activations, one for each weight gradient: a third of a training step (ARCHITECTURE.md, "Speed").
+    Otherwise XLA's CPU compiler fuses the element-wise backward pass of the neighbouring operations into a transposing
+    copy of the activations, one for each weight gradient (ARCHITECTURE.md, "Speed").
     """
     return x @ weight
 
@@ -136,7 +136,7 @@ dense.defvjp(lambda x, weight: (x @ weight, (x, weight)), _dense_backward)
 
 
 class Layer(nnx.Module):
-    """One pre-norm block: attention, then SwiGLU, each added to its input."""
+    """One pre-norm block: attention, then SwiGLU, both with a residual connection."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         D, H, K, d, F = (
@@ -150,7 +150,7 @@ class Layer(nnx.Module):
         def weight(shape, fan_in, gain=1.0):
             return nnx.Param(jax.random.normal(rngs.params(), shape) * (gain * fan_in**-0.5))
 
-        depth_gain = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance at any depth
+        depth_gain = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance independent of depth
         self.config = config
         self.attention_norm = nnx.Param(jnp.ones(D))
         self.query = weight((D, H, d), D)
@@ -184,22 +184,17 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Token embedding, stacked layers under one scan, final norm; where not tied, the output layer as well."""
+    """Token embedding, stacked layers under one scan, final norm, and the output layer if it is not tied."""
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.config = config
-        # Qwen's 0.02 at its width of 1024, at any width. It matters: at 256, after 400 pair steps, nDCG@10 was .370 at
-        # 0.035, .359 at 0.02 and .349 at 1 / √D (int8; quickstart's pair stage from random
-        # init, the final norm still starting at 1).
-        scale = 0.64 * config.hidden_size**-0.5
+        scale = 0.64 * config.hidden_size**-0.5  # Qwen's 0.02 at its width of 1024 (ARCHITECTURE.md, "Decisions")
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = nnx.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)  # every array gets a layer axis
-        # Small, so that pooled vectors stay where the tanh of int8 is nearly linear. From 1 the tanh clips the direction
-        # that all texts share, training learns to lean on that, and float32 cosines, which are not clipped, get worse.
-        self.norm = nnx.Param(
-            jnp.full(config.hidden_size, FINAL_NORM, jnp.float32)
-        )  # a weak type would compile a step twice
+        # Small pooled vectors stay in the range where the tanh of int8 is nearly linear (ARCHITECTURE.md, "Decisions").
+        # With a weak type instead of float32, a step would be compiled twice.
+        self.norm = nnx.Param(jnp.full(config.hidden_size, FINAL_NORM, jnp.float32))
         if not config.tied:
             self.head = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
 
@@ -223,17 +218,17 @@ class Transformer(nnx.Module):
 @functools.lru_cache
 def _abstract(config: TransformerConfig):
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
-    # Without the mesh that is in context now: what is cached serves other callers.
+    # Without the mesh of the current context, because the cached result serves other callers.
     return graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
 
 def abstract_params(config: TransformerConfig) -> dict:
-    """The parameter tree as jax.ShapeDtypeStructs: names and shapes without memory."""
+    """The parameter tree as jax.ShapeDtypeStructs, which take no memory."""
     return nnx.to_pure_dict(_abstract(config)[1])
 
 
 def init(config: TransformerConfig, key: jax.Array) -> dict:
-    """Random parameters, float32, as a nested dict; `layers` arrays are stacked over depth."""
+    """Random float32 parameters as a nested dict; arrays under `layers` are stacked over layers."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(params=key))))
 
 
@@ -253,12 +248,12 @@ def apply(
 
 
 def output_embedding(params: dict) -> Float[Array, "V D"]:
-    """The rows that hidden states are multiplied with for logits: the embedding table, or the head where not tied."""
+    """The output layer: hidden · this matrixᵀ are the logits. It is the embedding table, or the head if not tied."""
     return params.get("head", params["embedding"])
 
 
 def encoder_only(config: TransformerConfig, params: dict) -> tuple[TransformerConfig, dict]:
-    """The same encoder without the output layer, which no embedding needs."""
+    """The same encoder without the separate output layer, which embeddings do not use."""
     return dataclasses.replace(config, tied=True), {name: x for name, x in params.items() if name != "head"}
 
 

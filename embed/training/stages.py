@@ -328,7 +328,7 @@ def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | N
     """
     batch = stage.batch
     units = batch.rows if stage.kind == "diffusion" else batch.groups
-    common = dict(seed=seed, own=None if mesh is None else sharding.own_units(mesh, units))
+    common = dict(seed=seed, own=None if mesh is None else sharding.local_shards(mesh, units))
     if stage.kind == "diffusion":
         return DiffusionLoader(
             stores,

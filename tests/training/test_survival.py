@@ -349,7 +349,7 @@ from embed.models import sharding
 # As on a pod, where a mesh follows the wires: no process has devices that stand side by side in it.
 order = {2: [0, 2, 1, 3], 4: [2, 0, 3, 1]}[processes]
 mesh = sharding.make_mesh(devices=[jax.devices()[k] for k in order])
-own = sharding.own_units(mesh, 4)
+own = sharding.local_shards(mesh, 4)
 assert own == sorted(order.index(k) for k in range(4) if k // (4 // processes) == process)
 
 def read(step):
