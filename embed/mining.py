@@ -1,4 +1,4 @@
-"""Hard negatives from embeddings: documents that a model ranks high for a query and that are not its answer."""
+"""Hard negatives from embeddings: documents that a model ranks high for a query but that do not answer it."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from embed import distributed
 from embed.models import sharding
 
-BLOCK = 512  # queries whose scores against all documents a device holds at once
+BLOCK = 512  # a device holds the scores of this many queries against all documents
 
 
 def mine(
@@ -29,35 +29,37 @@ def mine(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """The first `num_negatives` acceptable documents in a window of each query's ranking.
 
-    Queries [N, D] and documents [M, D] are compared by cosine; `positives` int[N] index the documents. The
-    documents at ranks lo..hi-1 (0 = best, the positive has a rank too; ties by lower index) are candidates, less
+    Queries [N, D] and documents [M, D] are compared by cosine; `positives` int[N] index the documents. Candidates are
+    the documents at ranks lo..hi-1 of `rank_window` (0 is the best; the positive has a rank too; the lower index wins a
+    tie), except
 
         positive    those with the content of a positive of this query, or of any query with the same id
-        margin      those scoring above s(positive) - margin; with `relative`, above s - |s| * margin, which unlike
-                    s * (1 - margin) stays below a negative s. margin=None removes none
-        duplicate   those with the content of a better-ranked candidate
+        margin      those that score above s(positive) - margin; with `relative`, above s - |s| * margin, which unlike
+                    s * (1 - margin) stays below a negative s; margin=None removes none
+        duplicate   those with the content of a better candidate
 
-    Content is compared by `document_ids` int[M] and `query_ids` int[N]; by default every row is its own content.
+    Content is compared by `document_ids` int[M] and `query_ids` int[N]; by default all rows differ in content.
 
-    All devices of `mesh` rank, by default those of all processes, a block of queries each; the documents are on every one.
-    Where several processes have them, all call alike and each gets the whole result, which no number of devices changes.
+    All devices of `mesh` (by default those of all processes) rank, one block of queries at a time; each holds all
+    documents. If the mesh spans several processes, all must make the same call, and each gets the whole result. The
+    result does not depend on the number of devices.
 
-    Returns int32 [N, num_negatives] into documents, -1 where too few are left, and counts: queries; negatives;
-    short (queries with fewer than num_negatives), of which none (with not one) and small_window (the window held
-    fewer than num_negatives to begin with); and how many candidates of the short queries each rule removed:
+    Returns int32 [N, num_negatives] into documents, -1 where too few are left, and counts: queries; negatives; short
+    (queries with fewer than num_negatives); of the short queries, none (those without any) and small_window (those
+    whose window is smaller than num_negatives); and the candidates of the short queries that each rule removed:
     removed_positive, removed_margin, removed_duplicate (the first rule that applies counts).
     """
     queries, documents = _embeddings(query_embeddings, "query"), _embeddings(document_embeddings, "document")
     positives = np.asarray(positives, np.int32)
     query_ids = np.arange(len(queries)) if query_ids is None else np.asarray(query_ids)
     document_ids = np.arange(len(documents)) if document_ids is None else np.asarray(document_ids)
-    for name, got, want in (
+    for name, array, length in (
         ("positives", positives, len(queries)),
         ("query_ids", query_ids, len(queries)),
         ("document_ids", document_ids, len(documents)),
     ):
-        if got.shape != (want,):
-            raise ValueError(f"{name} has shape {list(got.shape)}, expected [{want}]")
+        if array.shape != (length,):
+            raise ValueError(f"{name} has shape {list(array.shape)}, expected [{length}]")
     if len(positives) and not (0 <= positives.min() and positives.max() < len(documents)):
         raise ValueError(f"positives must be in 0..{len(documents) - 1}, got {positives.min()}..{positives.max()}")
     low, high = rank_window
@@ -67,7 +69,7 @@ def mine(
         raise ValueError(f"num_negatives={num_negatives} must be positive")
     high = min(high, len(documents))
 
-    # A pair of contents is one number, so that membership of a whole block is one np.isin.
+    # One number for each pair of contents, so that one np.isin tests a whole block.
     _, query_content = np.unique(query_ids, return_inverse=True)
     _, document_content = np.unique(document_ids, return_inverse=True)
     answers = np.unique(query_content * len(documents) + document_content[positives])
@@ -80,20 +82,20 @@ def mine(
     )
     counts["queries"] = len(queries)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    for start, scores, ranked, own in _ranked(queries, documents, positives, high, list(mesh.devices.flat)):
+    for start, scores, ranked, positive_score in _ranked(queries, documents, positives, high, list(mesh.devices.flat)):
         rows = slice(start, start + BLOCK)
-        scores, ranked, own = scores[:, low:], ranked[:, low:], own[:, None]  # n W, n W, n 1
+        scores, ranked, positive_score = scores[:, low:], ranked[:, low:], positive_score[:, None]  # n W, n W, n 1
 
         content = document_content[ranked]
         is_positive = np.isin(query_content[rows, None] * len(documents) + content, answers)
-        bound = own if margin is None else own - (np.abs(own) if relative else 1) * margin
-        too_close = (scores > bound) & ~is_positive & (margin is not None)
+        bound = np.inf if margin is None else positive_score - margin * (np.abs(positive_score) if relative else 1)
+        too_close = (scores > bound) & ~is_positive
         repeats = _repeats(content) & ~is_positive & ~too_close
         kept = ~(is_positive | too_close | repeats)
 
-        place = np.cumsum(kept, 1) - 1
-        query, column = np.nonzero(kept & (place < num_negatives))
-        negatives[start + query, place[query, column]] = ranked[query, column]
+        index = np.cumsum(kept, 1) - 1  # among the kept candidates of a query
+        query, column = np.nonzero(kept & (index < num_negatives))
+        negatives[start + query, index[query, column]] = ranked[query, column]
         short = kept.sum(1) < num_negatives
         counts["short"] += int(short.sum())
         counts["none"] += int((kept.sum(1) == 0).sum())
@@ -108,50 +110,49 @@ def mine(
 
 
 def _ranked(queries, documents, positives, high: int, devices: list) -> Iterator[tuple[int, np.ndarray, ...]]:
-    """(first query, then what `_rank` gives) of each block of queries that a device of this process ranks.
+    """(first query, *the results of `_rank`) of each block of queries that a device of this process ranks.
 
-    Block b is for device b modulo their number, and always the program of one device: their number changes no bit.
+    Device b modulo the number of devices ranks block b, with a program for one device. So the number of devices does
+    not change any bit of the result.
     """
     starts = range(0, len(queries), BLOCK)
-    own = {k: d for k, d in enumerate(devices[: len(starts)]) if d.process_index == jax.process_index()}
-    tables = {k: jax.device_put(documents, device) for k, device in own.items()}
+    local = {k: d for k, d in enumerate(devices[: len(starts)]) if d.process_index == jax.process_index()}
+    tables = {k: jax.device_put(documents, device) for k, device in local.items()}
     for group in (starts[i : i + len(devices)] for i in range(0, len(starts), len(devices))):
-        blocks = {k: slice(group[k], group[k] + BLOCK) for k in own if k < len(group)}
-        found = [_rank(queries[rows], tables[k], positives[rows], high=high) for k, rows in blocks.items()]
-        for rows, block in zip(blocks.values(), found):
+        blocks = {k: slice(group[k], group[k] + BLOCK) for k in local if k < len(group)}
+        results = [_rank(queries[rows], tables[k], positives[rows], high=high) for k, rows in blocks.items()]
+        for rows, block in zip(blocks.values(), results):
             yield rows.start, *map(np.asarray, block)
 
 
 def _gather(negatives: np.ndarray, counts: dict[str, int], mesh) -> tuple[np.ndarray, dict[str, int]]:
-    """What `mine` returns, of which every process has the rows of its devices and its part of the sums; `queries` is whole."""
+    """The results of `mine`, from each process's rows of `negatives` and its part of every count but `queries`."""
     processes = np.array([device.process_index for device in mesh.devices.flat])
     owner = processes[np.arange(len(negatives)) // BLOCK % len(processes)]
     most = np.bincount(owner).max()
-    own = negatives[owner == jax.process_index()]
-    rows = multihost_utils.process_allgather(np.pad(own, ((0, most - len(own)), (0, 0))))
+    local = negatives[owner == jax.process_index()]
+    rows = multihost_utils.process_allgather(np.pad(local, ((0, most - len(local)), (0, 0))))
     for process, part in enumerate(rows):
         negatives[owner == process] = part[: (owner == process).sum()]
-    parts = multihost_utils.process_allgather(
-        np.array(list(counts.values()), np.int64).view(np.int32)
-    )  # jax has no int64
+    # Viewed as int32, because jax has no int64.
+    parts = multihost_utils.process_allgather(np.array(list(counts.values()), np.int64).view(np.int32))
     sums = np.ascontiguousarray(parts).view(np.int64).sum(0).tolist()
     return negatives, dict(zip(counts, sums)) | {"queries": counts["queries"]}
 
 
 @functools.partial(jax.jit, static_argnames="high")
 def _rank(queries, documents, positives, *, high):
-    """The `high` best documents of each query: cosines [n, high], indices [n, high]; and its positive's cosine [n]."""
+    """Of each query, the `high` best documents (cosines [n, high], indices [n, high]) and its positive's cosine [n]."""
 
     def normalize(x):
         return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-30)
 
     scores = jnp.dot(normalize(queries), normalize(documents).T, precision="highest")
-    own = jnp.take_along_axis(scores, positives[:, None], 1)[:, 0]
-    return *jax.lax.top_k(scores, high), own
+    return *jax.lax.top_k(scores, high), jnp.take_along_axis(scores, positives[:, None], 1)[:, 0]
 
 
 def _repeats(content: np.ndarray) -> np.ndarray:
-    """Whether the same value stands further left in the row, bool [n, W]."""
+    """Whether the same value occurs further left in the row, bool [n, W]."""
     order = np.argsort(content, axis=1, kind="stable")
     values = np.take_along_axis(content, order, 1)
     repeats = np.zeros(content.shape, bool)

@@ -1,4 +1,4 @@
-"""Array types for annotations, and `@typechecked`, which checks them when a function is called."""
+"""Array types for annotations, and `@typechecked`, which checks them at every call."""
 
 import beartype
 import jax

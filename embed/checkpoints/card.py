@@ -1,4 +1,4 @@
-"""The model card: README.md of a model folder, with the metadata that the Hugging Face hub reads."""
+"""The model card: a model folder's README.md, with the metadata that the Hugging Face hub reads."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ model = SentenceTransformer("FOLDER")  # no trust_remote_code
 vectors = model.encode(["a text", "another"])
 ```
 
-or, for int8 and bits as in training and without PyTorch,
+or without PyTorch, and with int8 and binary vectors as in training:
 
 ```python
 from embed import inference
@@ -28,15 +28,16 @@ model = inference.load("FOLDER")
 query = model.encode("a query", precision="int8")
 ```
 
-A chunk's vector depends on the whole document. sentence-transformers loads the folder too and embeds single texts, as queries."""
+A chunk's vector depends on the whole document. sentence-transformers also loads the folder and embeds single texts,
+such as queries."""
 PEERS = """
-Needs sentence-transformers 6.0 and transformers 5.2 or newer, whose Qwen3 honours `"is_causal": false` (checked with 6.2 and
-5.24). Older transformers would run it causally without a word: do not use them. Older sentence-transformers fail to
-load it, as long as the folder is as it was written."""
-PPLX = """In the layout of the released pplx-embed models, for programs that know those (text-embeddings-inference 1.9.2 and
-newer), and for `embed.inference.load`. Code is not included: configuration.py, modeling.py and st_quantize.py come with
-the released models. This export has not been run in those programs; text-embeddings-inference reads no SentencePiece model, so
-it needs a folder with tokenizer.json."""
+Needs sentence-transformers 6.0 and transformers 5.2 or newer, whose Qwen3 honours `"is_causal": false` (checked with
+6.2 and 5.24). Do not use older versions of transformers: they run the model causally without a warning. Older versions
+of sentence-transformers fail to load the folder as long as it is unchanged."""
+PPLX = """In the layout of the released pplx-embed models, for programs that support them (text-embeddings-inference
+1.9.2 and newer) and for `embed.inference.load`. Code is not included: configuration.py, modeling.py and st_quantize.py
+come with the released models. This export has not been tested in those programs. text-embeddings-inference does not
+read SentencePiece models, so it needs a folder with tokenizer.json."""
 ONNX = """```python
 import numpy as np
 import onnxruntime
@@ -44,24 +45,26 @@ import transformers
 
 tokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")
 session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx")
-inputs = {k: np.array(v, np.int64) for k, v in tokenizer(["a text", "another"], padding=True).items() if k != "token_type_ids"}
+tokens = tokenizer(["a text", "another"], padding=True)
+inputs = {name: np.array(tokens[name], np.int64) for name in ("input_ids", "attention_mask")}
 (int8,) = session.run(["pooler_output_int8"], inputs)
 ```
 
 Outputs: last_hidden_state, pooler_output (float32), pooler_output_int8, pooler_output_binary (packed bits)."""
-PLAIN = """A float32 vector is the mean v of the token states. Training compared round(127 tanh v), the int8 vectors, by cosine;
-the cosine of v orders texts nearly so, and differs where single dimensions are large. A dot product of v also weighs how long the
-vectors are, which training never looked at: normalize them first."""
-TANH = """A float32 vector is tanh(v) for the mean v of the token states: the int8 vector round(127 tanh v) before its rounding.
-Its cosine is what training compared. A dot product also weighs lengths, at most √dimensions here; int8 vectors of
-`embed.inference` are the same with and without tanh."""
+PLAIN = """A float32 vector is the mean v of the token states. Training compared the int8 vectors, round(127 tanh v), by
+cosine. The cosine of v ranks texts almost the same and differs where single dimensions are large. A dot product of v
+also depends on the vectors' lengths, which training ignores: normalize them first."""
+TANH = """A float32 vector is tanh(v) for the mean v of the token states: the int8 vector round(127 tanh v) before
+rounding. Training compared its cosine. A dot product also depends on the vectors' lengths, which are at most
+√dimensions here. The int8 vectors of `embed.inference` are the same with and without tanh."""
 
 
 def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, format: str = "") -> str:
-    """README.md of a model in one of export.FORMATS.
+    """The README.md of a model in one of export.FORMATS.
 
-    `provenance` may have checkpoint (str), lineage (`embed.runs.lineage`: the stages that made it), merge ({of, ratio}), languages,
-    license, figures ({benchmark: {precision: {metric: value}}}), source ({folder, digest} of a model folder), commit, versions. What is not there is left out or said to be unknown.
+    `provenance` may contain checkpoint (str), lineage (`embed.runs.lineage`: the stages that made the model), merge
+    ({of, ratio}), languages, license, figures ({benchmark: {precision: {metric: value}}}), source ({folder, digest} of
+    a model folder), commit and versions. The card omits a missing entry or calls it unknown.
     """
     languages, license = provenance.get("languages") or (), provenance.get("license")
     total, without_table = count_params(abstract_params(config))
@@ -88,8 +91,8 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         "",
         "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings",
         "",
-        f"A bidirectional Qwen3 encoder with mean pooling: {total:,} parameters ({without_table:,} without the embedding "
-        f"table), {config.num_layers} layers, {config.hidden_size} dimensions.",
+        f"A bidirectional Qwen3 encoder with mean pooling: {total:,} parameters ({without_table:,} without the "
+        f"embedding table), {config.num_layers} layers, {config.hidden_size} dimensions.",
         "",
         "| | |",
         "|---|---|",
@@ -118,7 +121,7 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
 
 
 def _origin(provenance: Mapping) -> list[str]:
-    """Lines on what the model was made from and how."""
+    """The lines about the model's sources and training."""
     lines = []
     if source := provenance.get("source"):
         lines += ["", f"Made from {source['folder']} (sha256 {source['digest']})."]

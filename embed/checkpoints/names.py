@@ -1,6 +1,7 @@
-"""Our parameters and sizes under the names of Hugging Face's Qwen3, for reading and for writing.
+"""Hugging Face's Qwen3 names for our parameters and config fields, for reading and for writing.
 
-Theirs is a matrix [output, input] for each layer; ours keeps heads apart, [input, heads, head_dim], stacked over layers.
+Hugging Face has one matrix [output, input] per layer. Ours are stacked over layers and have a separate axis for heads:
+[layers, input, heads, head_dim].
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 from embed import tokenizers
 from embed.models.transformer import TransformerConfig, abstract_params
 
-# A parameter of ours -> a tensor of theirs; {} is the layer. Causal models have "model." before all but the head.
+# Our parameter -> their tensor; {} is the layer. Causal models have the prefix "model." on all tensors but the head.
 NAMES = {
     "embedding": "embed_tokens.weight",
     "layers.attention_norm": "layers.{}.input_layernorm.weight",
@@ -30,7 +31,7 @@ NAMES = {
     "norm": "norm.weight",
     "head": "lm_head.weight",
 }
-# How many leading dimensions of a weight of ours are its input; no entry: not a matrix, the same on both sides.
+# The number of leading input dimensions of our weights. Parameters without an entry are the same on both sides.
 INPUTS = {
     "layers.query": 1,
     "layers.key": 1,
@@ -40,7 +41,7 @@ INPUTS = {
     "layers.up": 1,
     "layers.down": 1,
 }
-# A field of ours -> a field of their config.json.
+# Our config field -> the field of their config.json.
 FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -52,20 +53,20 @@ FIELDS = {
     "norm_eps": "rms_norm_eps",
 }
 PPLX = "bidirectional_pplx_qwen3"  # model_type of the released pplx-embed
-# What our encoder computes; a model that says otherwise is another architecture.
+# What our encoder computes. A model with other values has another architecture.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (tokenizers.HUGGINGFACE_FILE, tokenizers.CONFIG_FILE, *tokenizers.SENTENCEPIECE_FILES)
 
 
 def flatten(params: Mapping) -> dict:
-    """{path joined with ".": leaf} of a nested dict."""
+    """A nested dict as {path joined with ".": leaf}."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: Mapping) -> dict:
-    """The nested dict of which `flatten` gave `leaves`."""
+    """The inverse of `flatten`."""
     params: dict = {}
     for name, value in leaves.items():
         *parents, leaf = name.split(".")
@@ -76,8 +77,8 @@ def unflatten(leaves: Mapping) -> dict:
     return params
 
 
-def _places(num_layers: int, head: bool, prefix: str) -> Iterator[tuple[str, str, int | None]]:
-    """(name of theirs, name of ours, layer or None) in the order of a forward pass."""
+def _entries(num_layers: int, head: bool, prefix: str) -> Iterator[tuple[str, str, int | None]]:
+    """(their name, our name, layer or None) in the order of a forward pass."""
     yield prefix + NAMES["embedding"], "embedding", None
     for layer in range(num_layers):
         for name, theirs in NAMES.items():
@@ -89,23 +90,23 @@ def _places(num_layers: int, head: bool, prefix: str) -> Iterator[tuple[str, str
 
 
 def shapes(config: TransformerConfig, prefix: str = "") -> dict[str, tuple]:
-    """{name of theirs: shape}, in the order of `tensors`."""
-    ours, found = flatten(abstract_params(config)), {}
-    for theirs, name, layer in _places(config.num_layers, not config.tied, prefix):
+    """{their name: shape}, in the order of `tensors`."""
+    ours, result = flatten(abstract_params(config)), {}
+    for theirs, name, layer in _entries(config.num_layers, not config.tied, prefix):
         shape = ours[name].shape if layer is None else ours[name].shape[1:]
         if split := INPUTS.get(name):
             shape = int(np.prod(shape[split:])), int(np.prod(shape[:split]))
-        found[theirs] = shape
-    return found
+        result[theirs] = shape
+    return result
 
 
 def tensors(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of theirs, one at a time in this process's memory, each in the dtype of its parameter.
+    """(their name, their tensor) of each parameter, in its dtype, one at a time in this process's memory.
 
-    Arrays may be sharded over devices and processes; then every process must draw all of them.
+    If arrays are sharded over several processes, every process must iterate over all tensors.
     """
     flat = flatten(params)
-    for theirs, name, layer in _places(flat["layers.gate"].shape[0], "head" in flat, prefix):
+    for theirs, name, layer in _entries(flat["layers.gate"].shape[0], "head" in flat, prefix):
         tensor = fetch(flat[name], layer)
         if split := INPUTS.get(name):
             tensor = np.ascontiguousarray(tensor.reshape(int(np.prod(tensor.shape[:split])), -1).T)
@@ -113,10 +114,10 @@ def tensors(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray
 
 
 def fetch(array, layer: int | None = None) -> np.ndarray:
-    """An array, or one layer of a stacked one, in this process's memory; every process that holds a part takes part."""
+    """An array, or one layer of a stacked array, as NumPy. Every process that holds a part must make the call."""
     if not isinstance(array, jax.Array):
         return np.asarray(array if layer is None else array[layer])
-    # A copy even of the whole: jax would keep what it once brought to the host for as long as the parameter lives.
+    # Copy even a whole array: jax keeps an array's host copy for as long as the array lives.
     array = jnp.copy(array) if layer is None else _layer(array, layer)
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)

@@ -1,4 +1,4 @@
-"""What a model was made with: the commit and the versions."""
+"""The commit, versions and device with which a model was made."""
 
 import os
 import platform
@@ -13,12 +13,12 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def made_with() -> dict:
-    """The git commit, versions, device and the name that a launcher gave the run (EMBED_RUN_ID).
+    """The git commit, the versions, the device, and the launcher's name of the run (EMBED_RUN_ID).
 
-    Where there is no git, a launcher can tell the commit in EMBED_COMMIT.
+    Without git, a launcher can set the commit in EMBED_COMMIT.
     """
     root, commit = Path(__file__).parents[2], ""
-    if (root / ".git").exists() and shutil.which("git"):  # not that of a repository which holds this installation
+    if (root / ".git").exists() and shutil.which("git"):  # and not a repository that contains this installation
         describe = ["git", "-C", root, "describe", "--always", "--dirty"]
         commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     return {

@@ -1,11 +1,11 @@
-"""Training checkpoints through Orbax: parameters and optimizer state as separate items, saved in the background.
+"""Training checkpoints with Orbax: parameters and optimizer state as separate items, saved in the background.
 
     FOLDER/STEP/params      always
     FOLDER/STEP/optimizer   until the stage has finished
-    FOLDER/STEP/checksums   one of each item's bits, taken on the devices and the same for every sharding
+    FOLDER/STEP/checksums   one of each item's bits, computed on the devices and equal for every sharding
 
-so that a file that was cut short or has a wrong bit is noticed when it is read, and the checkpoint before it is used. A folder may lie in
-a bucket (gs://).
+The checksums reveal a truncated file or a wrong bit when a checkpoint is read; then the checkpoint before it is used.
+The folder may be in a bucket (gs://).
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from embed import paths
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written, or none can be read."""
+    """A checkpoint cannot be written, or none can be read."""
 
     exit_code = 1
 
 
 @dataclasses.dataclass
 class _Policy(policies.PreservationPolicy):
-    """Keeps the newest, milestones, and the best of those that were evaluated on one set."""
+    """Keeps the newest checkpoints, milestones, and the best of those evaluated on one set."""
 
     newest: int
     evaluated_on: str
@@ -53,20 +53,21 @@ def _figure(metrics, evaluated_on: str) -> float:
 
 @contextlib.contextmanager
 def open_manager(folder, *, save_every: int, keep: int, evaluated_on: str = "") -> Iterator[ocp.CheckpointManager]:
-    """A manager that saves every `save_every` steps and finishes each save by a rename (in a bucket by a marker).
+    """A manager that saves every `save_every` steps and completes each save by a rename (in a bucket by a marker file).
 
-    Kept are the newest `keep`, milestones, and the best of those saved with a figure of the set `evaluated_on`. Saves that were
-    begun are finished at the end; CheckpointError if one fails, unless another error ended the work.
+    It keeps the newest `keep` checkpoints, milestones, and the best of those saved with a figure of the set
+    `evaluated_on`. The end of the context waits for pending saves. CheckpointError if one fails, unless another error
+    ended the context.
     """
     manager = ocp.CheckpointManager(
         paths.path(folder),
         options=ocp.CheckpointManagerOptions(
             save_interval_steps=save_every,
             preservation_policy=_Policy(keep, evaluated_on),
-            best_fn=lambda metrics: _figure(metrics, evaluated_on),  # or metrics would not be read again
+            best_fn=lambda metrics: _figure(metrics, evaluated_on),  # without it, metrics are not read again
             enable_async_checkpointing=True,
             create=True,
-            cleanup_tmp_directories=True,  # what a killed save left
+            cleanup_tmp_directories=True,  # of killed saves
         ),
     )
     try:
@@ -74,13 +75,13 @@ def open_manager(folder, *, save_every: int, keep: int, evaluated_on: str = "") 
         with _written(manager):
             manager.wait_until_finished()
     finally:
-        with contextlib.suppress(Exception):  # has been told, or comes behind the error that matters
+        with contextlib.suppress(Exception):  # already reported, or hides the error that matters
             manager.close()
 
 
 @jax.jit
 def checksum(tree) -> jax.Array:
-    """uint32 sum of the bits of all arrays, weighted by their place in the tree: any one wrong word changes it."""
+    """The uint32 sum of the bits of all arrays, weighted by position in the tree: any one wrong word changes it."""
     total = jnp.uint32(0)
     for x in jax.tree.leaves(tree):
         kind = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
@@ -99,80 +100,82 @@ def save(
     evaluated_on: str = "",
     milestone: bool = False,
 ) -> None:
-    """Begin to save under `step`, which is newer than all before; without `optimizer_state` the parameters alone.
+    """Begin to save under `step`, which must be newer than all before; without `optimizer_state`, only the parameters.
 
-    `figure` is what they reached on the set `evaluated_on`; a `milestone` stays for good. CheckpointError as of `check`.
+    `figure` is their result on the set `evaluated_on`. A `milestone` is kept forever. CheckpointError as in `check`.
     """
     items = {"params": params} | ({"optimizer": optimizer_state} if optimizer_state is not None else {})
-    sums = {name: int(checksum(tree)) for name, tree in items.items()}
+    checksums = {name: int(checksum(tree)) for name, tree in items.items()}
     saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    about = {"milestone": milestone} | ({} if figure is None else {"figure": figure, "evaluated_on": evaluated_on})
+    metrics = {"milestone": milestone} | ({} if figure is None else {"figure": figure, "evaluated_on": evaluated_on})
     with _written(manager):
         manager.save(
-            step, args=ocp.args.Composite(**saved, checksums=ocp.args.JsonSave(sums)), metrics=about, force=True
+            step, args=ocp.args.Composite(**saved, checksums=ocp.args.JsonSave(checksums)), metrics=metrics, force=True
         )
 
 
 def best(manager: ocp.CheckpointManager, evaluated_on: str) -> float:
-    """The highest figure that a checkpoint has on a set, -inf where none has one."""
+    """The highest figure of any checkpoint on a set, -inf if none has one."""
     return max((_figure(manager.metrics(step), evaluated_on) for step in manager.all_steps()), default=-math.inf)
 
 
 def check(manager: ocp.CheckpointManager) -> None:
-    """CheckpointError if a save that was begun has failed."""
+    """CheckpointError if a save in the background has failed."""
     with _written(manager):
         manager.check_for_errors()
 
 
 @contextlib.contextmanager
 def _written(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Any failure to write as a CheckpointError that says what is left."""
+    """Raise any failure to write as a CheckpointError that names the last complete checkpoint."""
     try:
         yield
-    except Exception as error:  # OSError, or what TensorStore makes of it
+    except Exception as error:  # OSError, or an exception of TensorStore
         manager.reload()
         kept = f"step {manager.latest_step()}" if manager.latest_step() is not None else "none"
         raise CheckpointError(
-            f"cannot write a checkpoint under {manager.directory}: {_first_line(error)}. The last complete one is {kept}"
+            f"cannot write a checkpoint under {manager.directory}: {_first_line(error)}. "
+            f"The last complete one is {kept}"
         ) from error
 
 
 def _read(folder, items: dict) -> tuple[dict, dict[str, int]]:
-    """(the items of a checkpoint, each laid out as its abstract tree says; their checksums), by this process alone.
+    """(items of a checkpoint, laid out as their abstract trees; their checksums), read by this process alone.
 
-    Orbax's own `restore` waits for the other processes in each item, so that one that cannot read its files would leave them
-    waiting there. Raises whatever Orbax does where files are missing or damaged.
+    Orbax's own `restore` waits for the other processes in each item: if one cannot read its files, all others hang.
+    Raises any exception of Orbax if files are missing or damaged.
     """
-    found = {
+    restored = {
         name: ocp.StandardCheckpointHandler().restore(folder / name, args=ocp.args.StandardRestore(tree))
         for name, tree in items.items()
     }
-    return found, ocp.JsonCheckpointHandler().restore(folder / "checksums")
+    return restored, ocp.JsonCheckpointHandler().restore(folder / "checksums")
 
 
 def restore_newest(
     manager: ocp.CheckpointManager, abstract_params, abstract_optimizer_state, warn: Callable, final: int | None = None
 ):
-    """(step, params, optimizer state) of the newest checkpoint that can be read; (0, None, None) where there is none.
+    """(step, params, optimizer state) of the newest readable checkpoint, or (0, None, None) without checkpoints.
 
-    The arrays are laid out as the abstract trees say (shape, dtype, sharding). The checkpoint of step `final` has no optimizer state:
-    None. One that a process cannot read, or whose checksum differs, is told to `warn` and put aside as damaged-STEP, once an older
-    one has been read: nothing is deleted. CheckpointError where none can be read. All processes agree on the step.
+    The arrays have the shapes, dtypes and shardings of the abstract trees. The checkpoint of step `final` has no
+    optimizer state: None. A checkpoint is damaged if a process cannot read it or a checksum differs. After an older one
+    has been read, damaged checkpoints are reported to `warn` and renamed to damaged-STEP; none is deleted.
+    CheckpointError if no checkpoint can be read. All processes return the same step.
     """
     failures: dict[int, Exception] = {}
     for step in sorted(manager.all_steps(), reverse=True):
         items = {"params": abstract_params}
         if step != final:
             items["optimizer"] = abstract_optimizer_state
-        found = error = None
+        restored = error = None
         try:
-            found, sums = _read(manager.directory / str(step), items)
-        except Exception as caught:  # damage has many kinds
-            error = caught.with_traceback(None)  # which would hold what was restored
+            restored, checksums = _read(manager.directory / str(step), items)
+        except Exception as caught:  # there are many kinds of damage
+            error = caught.with_traceback(None)  # a traceback would keep the restored arrays alive
         if _anywhere(error is not None):
             failures[step] = error or CheckpointError("another process could not read it")
             continue
-        if wrong := [name for name in items if int(checksum(found[name])) != sums[name]]:  # the same in all processes
+        if wrong := [name for name in items if int(checksum(restored[name])) != checksums[name]]:  # in all processes
             failures[step] = CheckpointError(
                 f"the {' and '.join(wrong)} of step {step} do not have the checksum that was saved with them"
             )
@@ -180,19 +183,19 @@ def restore_newest(
         for failed, error in failures.items():
             warn(
                 f"checkpoint {failed} under {manager.directory} is damaged ({_first_line(error)}): continuing from "
-                f"step {step}; it was put aside as damaged-{failed}"
+                f"step {step}. The damaged one is now named damaged-{failed}"
             )
             if jax.process_index() == 0:
                 _put_aside(paths.path(manager.directory), failed)
         if failures:
             _anywhere(False)  # wait for process 0
             manager.reload()
-        return step, found["params"], found.get("optimizer")
+        return step, restored["params"], restored.get("optimizer")
     if failures:
         step, error = next(iter(failures.items()))
         raise CheckpointError(
             f"no checkpoint under {manager.directory} can be read; the newest, {step}: {_first_line(error)}. "
-            "Remove the folder to start this stage again"
+            "Remove the folder to restart this stage"
         ) from error
     return 0, None, None
 
@@ -210,16 +213,16 @@ def _put_aside(folder, step: int) -> None:
 
 
 def finish(folder, evaluated_on: str = "") -> None:
-    """Leave the parameters of the last checkpoint, of milestones and of the best one: a finished stage trains no more."""
+    """Keep only the parameters of the last checkpoint, of milestones and of the best one, once a stage has finished."""
     folder = paths.path(folder)
     with open_manager(folder, save_every=1, keep=1, evaluated_on=evaluated_on) as manager:
         infos = [_Info(step, manager.metrics(step)) for step in sorted(manager.all_steps())]
     keep = dict(zip((info.step for info in infos), _Policy(1, evaluated_on).should_preserve(infos, context=None)))
     if jax.process_index() == 0:
         for step, kept in keep.items():
-            gone = folder / str(step) / "optimizer" if kept else folder / str(step)
-            if gone.exists():
-                gone.rmtree() if paths.is_bucket(gone) else shutil.rmtree(gone)
+            surplus = folder / str(step) / "optimizer" if kept else folder / str(step)
+            if surplus.exists():
+                surplus.rmtree() if paths.is_bucket(surplus) else shutil.rmtree(surplus)
     _anywhere(False)  # wait for process 0
 
 
@@ -229,7 +232,7 @@ class _Info(NamedTuple):
 
 
 def is_finished(folder) -> bool:
-    """Whether `finish` has nothing left to do with a folder whose stage has reached its last step."""
+    """Whether `finish` is complete in the folder of a stage that has reached its last step."""
     return not any((paths.path(folder) / str(step) / "optimizer").exists() for step in steps(folder))
 
 
@@ -243,15 +246,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def steps(folder) -> list[int]:
-    """The steps of the complete checkpoints under a folder, in order; none where there is no folder."""
+    """The steps of the complete checkpoints in a folder, in order; empty if the folder does not exist."""
     folder = paths.path(folder)
-    found = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.exists() else []
-    # An object store has no rename: a checkpoint is complete once it has this file.
-    return sorted(int(e.name) for e in found if not paths.is_bucket(e) or (e / "commit_success.txt").exists())
+    entries = [entry for entry in folder.iterdir() if entry.name.isdigit()] if folder.exists() else []
+    # An object store has no rename. There a checkpoint is complete if it has this file.
+    return sorted(int(e.name) for e in entries if not paths.is_bucket(e) or (e / "commit_success.txt").exists())
 
 
 def digest(folder, step: int) -> str:
-    """What tells the parameters of a checkpoint from others: the checksum that was saved with them, eight hex digits."""
+    """The checksum that was saved with the parameters of a checkpoint, as eight hex digits; it identifies them."""
     try:
         return f"{ocp.JsonCheckpointHandler().restore(paths.path(folder) / str(step) / 'checksums')['params']:08x}"
     except Exception as error:
@@ -259,9 +262,10 @@ def digest(folder, step: int) -> str:
 
 
 def load_params(folder, step: int, abstract_params):
-    """The parameters of the checkpoint of `step`, laid out as the abstract tree says, on the first local device if it does not.
+    """The parameters of the checkpoint of `step`, with the shapes, dtypes and shardings of the abstract tree.
 
-    CheckpointError where they cannot be read, or are not those that were saved.
+    An array without a sharding goes to the first local device. CheckpointError if they cannot be read or their checksum
+    differs.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
@@ -270,17 +274,17 @@ def load_params(folder, step: int, abstract_params):
     )
     error = None
     try:
-        found, sums = _read(paths.path(folder) / str(step), {"params": target})
+        restored, checksums = _read(paths.path(folder) / str(step), {"params": target})
     except Exception as caught:
         error = caught.with_traceback(None)
     shared = any(len(x.sharding.device_set) > jax.local_device_count() for x in jax.tree.leaves(target))
     if _anywhere(error is not None) if shared else error:
         error = error or CheckpointError("another process could not read it")
-    elif int(checksum(found["params"])) != sums["params"]:
+    elif int(checksum(restored["params"])) != checksums["params"]:
         error = CheckpointError("its checksum is wrong")
     else:
-        return found["params"]
+        return restored["params"]
     raise CheckpointError(
-        f"checkpoint {step} under {folder} cannot be read: {_first_line(error)}. If it is damaged, train that stage again, "
-        "or name another of its steps"
+        f"checkpoint {step} under {folder} cannot be read: {_first_line(error)}. If it is damaged, train that stage "
+        "again or name another of its steps"
     ) from error

@@ -1,8 +1,8 @@
-"""Contrastive losses of the three stages (arXiv 2602.11151). s is cosine; all inputs are normalised here.
+"""Contrastive losses of the three stages (arXiv 2602.11151). s is the cosine; all inputs are normalised here.
 
-The ids are hashes of token content. Two examples with equal ids are no negatives of each other, and nothing is
-ever compared by its embedding. Arrays are global: under jit with rows sharded over devices every query sees the
-negatives of all of them.
+Ids are hashes of token content. Two examples with equal ids are not negatives of each other; embeddings never decide
+whether two texts are equal. Arrays are global: under jit with rows sharded over devices, every query has the negatives
+of all devices.
 """
 
 import jax
@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 
 from embed.typing import Array, Scalar, typechecked
 
-_TINY = 1e-24  # of a squared norm: what is shorter counts as an empty slot
+_TINY = 1e-24  # a vector with a smaller squared norm counts as an empty slot
 
 
 def normalize(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
-    """x / ‖x‖ in at least float32; an empty (zero) vector stays zero and gets no gradient, not 0/0 and not g/√ε."""
+    """x / ‖x‖ in at least float32. An empty (zero) vector stays zero and gets no gradient: neither 0/0 nor g/√ε."""
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = jnp.sum(x * x, -1, keepdims=True)
@@ -23,7 +23,7 @@ def normalize(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
 
 
 def cosine(a: Float[Array, "N D"], b: Float[Array, "M D"]) -> Float[Array, "N M"]:
-    """Dot products of rows that are already normalised, at full precision on every platform."""
+    """Dot products of normalised rows, at full precision on every platform."""
     return jnp.einsum("nd,md->nm", a, b, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -42,7 +42,7 @@ def _all(n: int, valid: Array | None) -> Bool[Array, "n"]:
 
 
 def _same(ids: Array | None, other: Array | None = None) -> Array | bool:
-    """[N, M]: equal content; False where there are no ids."""
+    """Whether content is equal, [N, M]; False if there are no ids."""
     return False if ids is None else ids[:, None] == (ids if other is None else other)[None, :]
 
 
@@ -63,8 +63,8 @@ def pair_loss(
             ( e^{s(q_i,d_i)/τ} + Σ_{j≠i} m_i(d_j) e^{s(q_i,d_j)/τ} + Σ_{j≠i} m_i(q_j) e^{s(q_i,q_j)/τ} )
         m_i(x) = 1[ s(q_i,x) <= s(q_i,d_i) + margin ]
 
-    Examples that share a query id or a document id are negatives of each other in neither sum. The mean is over
-    valid examples; invalid ones are nobody's negatives.
+    Examples that share a query id or a document id are not negatives of each other in either sum. The mean is over
+    valid examples; invalid examples are never negatives.
     """
     n = queries.shape[0]
     q, d, valid = normalize(queries), normalize(documents), _all(n, valid)
@@ -95,16 +95,16 @@ def contextual_loss(
     """Chunk- and document-level InfoNCE for late chunking (arXiv 2602.11151).
 
         L        = β L_global + (1 - β) (α L_seq + (1 - α) L_batch)
-        L_seq    : the positive chunk against the chunks of its own document
+        L_seq    : the positive chunk against the chunks of its document
         L_batch  : the positive chunk against every chunk of the batch
         L_global : -(1/N) Σ_i log e^{s(q_i,d_i)/τ} /
                    ( Σ_j Mdup_ij m_i(d_j) e^{s(q_i,d_j)/τ} + Σ_{j≠i} m_i(q_j) e^{s(q_i,q_j)/τ} )
 
-    `documents[i]` is the whole document of query i and `positive[i]` its chunk in `chunks`. `chunk_document[c]`
-    is the content id of the document that holds chunk c; Mdup drops j≠i whose document has the content of d_i,
-    in the query–document sum only. The margin applies in L_global only. An example is a query with its positive
-    chunk: examples that share a query id or a chunk id are negatives of each other in no term, nor is any chunk
-    with the content of the positive one.
+    `documents[i]` is the whole document of query i. `positive[i]` is the index of its chunk in `chunks`.
+    `chunk_document[c]` is the content id of the document that contains chunk c. Mdup removes every j≠i whose document
+    has the content of d_i, in the query–document sum only. The margin applies in L_global only. An example is a query
+    with its positive chunk. Examples that share a query id or a chunk id are not negatives of each other in any term,
+    and neither is a chunk with the content of the positive.
     """
     n, c = queries.shape[0], chunks.shape[0]
     q, k, d = normalize(queries), normalize(chunks), normalize(documents)
@@ -114,15 +114,15 @@ def contextual_loss(
     positive_ids = None if chunk_ids is None else chunk_ids[positive]
 
     is_positive = jax.nn.one_hot(positive, c, dtype=bool)  # N C
-    # same_query[i, j] then positive[j]: chunks that answer the same query word for word
+    # Chunks that are the positive of an example with the same query.
     twin = jnp.asarray(_same(query_ids)) & valid[None, :] if query_ids is not None else jnp.zeros((n, n), bool)
     answers_twin = (twin.astype(jnp.float32) @ is_positive.astype(jnp.float32)) > 0  # N C
     same_chunk = _same(positive_ids, chunk_ids)
     allowed = chunk_valid & ~is_positive & ~(answers_twin | same_chunk)
     qk = cosine(q, k)
     chunk_score = jnp.take_along_axis(qk, positive[:, None], 1)[:, 0]
-    own_document = _same(document_ids, chunk_document)
-    seq = _nll(chunk_score, [(qk, allowed & own_document)], temperature)
+    same_document = _same(document_ids, chunk_document)
+    seq = _nll(chunk_score, [(qk, allowed & same_document)], temperature)
     batch = _nll(chunk_score, [(qk, allowed)], temperature)
 
     qd, qq = cosine(q, d), cosine(q, q)
@@ -151,12 +151,12 @@ def triplet_loss(
     valid: Bool[Array, "N"] | None = None,
     negative_valid: Bool[Array, "N K"] | None = None,
 ) -> Float[Array, ""]:
-    """InfoNCE over all documents and all hard negatives of the batch (arXiv 2602.11151); no query–query term, no margin.
+    """InfoNCE over all documents and all hard negatives of the batch (arXiv 2602.11151), without queries and margin.
 
         L = -(1/N) Σ_i log e^{s(q_i,d_i)/τ} / ( Σ_j e^{s(q_i,d_j)/τ} + Σ_j Σ_k e^{s(q_i,d^h_jk)/τ} )
 
-    Every query sees everybody's documents and negatives, less those with the content of its own positive, and less
-    the documents of examples with its own query id. A negative of an invalid example is no negative.
+    Every query is compared with the documents and negatives of all examples, except those with the content of its own
+    positive and the documents of examples with the same query id. The negatives of an invalid example do not count.
     """
     n, k, dim = negatives.shape
     q, d, h = normalize(queries), normalize(documents), normalize(negatives.reshape(n * k, dim))

@@ -121,5 +121,5 @@ def test_a_plan_whose_masked_tokens_find_no_room_is_refused(monkeypatch):
 def test_rows_that_do_not_divide_into_devices_and_microbatches_are_an_error():
     stage = configs.load("configs/quickstart.py").stages.diffusion
     stage.execution.microbatches = 3
-    with pytest.raises(ValueError, match="32 rows a batch do not divide into 4 devices .* times microbatches=3"):
+    with pytest.raises(ValueError, match="32 rows per batch do not divide into 4 devices .* times microbatches=3"):
         plan.check_room(stage, 4)
