@@ -1,15 +1,15 @@
-"""Plain float64 NumPy versions of what the library computes, written from the formulas, one loop a sum.
+"""Plain float64 NumPy versions of what the library computes, written from the formulas with one loop per sum.
 
-Every loss also takes complex input and is analytic in it, so that `gradient` is exact to the last digits: the
-derivative along x_k is Im f(x + ih e_k) / h without any cancellation (the complex step). Decisions (margins, masks)
-look at real parts.
+Every loss also takes complex input and is analytic in it, so `gradient` is exact to the last digits: the derivative
+along x_k is Im f(x + ih e_k) / h without any cancellation (the complex step). Decisions (margins, masks) use real
+parts.
 """
 
 import numpy as np
 
 
 def gradient(function, arrays):
-    """The gradient of a real scalar function of several arrays, by complex steps; one array for each input."""
+    """The gradient of a real scalar function of several arrays, by complex steps: one array per input."""
     step = 1e-40
     out = []
     for position, array in enumerate(arrays):
@@ -23,7 +23,7 @@ def gradient(function, arrays):
 
 
 def cosines(a, b):
-    """[n, m]: <a_i, b_j> / (‖a_i‖ ‖b_j‖); 0 where one of them is a zero vector."""
+    """[n, m]: <a_i, b_j> / (‖a_i‖ ‖b_j‖); 0 if one of them is a zero vector."""
 
     def normalized(x):
         square = np.sum(x * x, -1, keepdims=True)
@@ -34,7 +34,7 @@ def cosines(a, b):
 
 
 def share(ids, i, j):
-    """Whether two examples have the same content, where content is known."""
+    """Whether two examples have equal content; False without ids."""
     return ids is not None and ids[i] == ids[j]
 
 
@@ -115,11 +115,11 @@ def contextual_loss(
     valid=None,
     chunk_valid=None,
 ):
-    def chunk_there(c):
+    def is_valid_chunk(c):
         return chunk_valid is None or chunk_valid[c]
 
     examples = [
-        i for i in range(len(queries)) if (valid is None or valid[i]) and chunk_there(positive[i])
+        i for i in range(len(queries)) if (valid is None or valid[i]) and is_valid_chunk(positive[i])
     ]  # an example is a query with its positive chunk
     if not examples:
         return 0.0
@@ -130,17 +130,17 @@ def contextual_loss(
     to_chunks, to_documents, to_queries = (cosines(queries, x) for x in (chunks, documents, queries))
     seq = batch = global_ = 0.0
     for i in examples:
-        own = positive[i]
-        score = to_chunks[i, own]
+        p = positive[i]
+        score = to_chunks[i, p]
         in_document = in_batch = np.exp(score / temperature)
         for c in range(len(chunks)):
-            if c == own or not chunk_there(c) or share(chunk_ids, own, c):
+            if c == p or not is_valid_chunk(c) or share(chunk_ids, p, c):
                 continue
             if any(positive[j] == c and same_example(i, j) for j in examples):
                 continue
             term = np.exp(to_chunks[i, c] / temperature)
             in_batch = in_batch + term
-            if chunk_document[c] == chunk_document[own]:
+            if chunk_document[c] == chunk_document[p]:
                 in_document = in_document + term
         seq -= np.log(np.exp(score / temperature) / in_document)
         batch -= np.log(np.exp(score / temperature) / in_batch)
@@ -186,27 +186,27 @@ def rms_norm(x, scale, eps):
 
 
 def rope(x, position, theta):
-    """One head at one position: dimension j and dimension j + d/2 are one complex number, turned by p · θ^(-2j/d)."""
+    """One head at one position: dimension j and dimension j + d/2 are one complex number, rotated by p · θ^(-2j/d)."""
     half = len(x) // 2
-    turned = (x[:half] + 1j * x[half:]) * np.exp(1j * position * theta ** (-2 * np.arange(half) / len(x)))
-    return np.concatenate([turned.real, turned.imag])
+    rotated = (x[:half] + 1j * x[half:]) * np.exp(1j * position * theta ** (-2 * np.arange(half) / len(x)))
+    return np.concatenate([rotated.real, rotated.imag])
 
 
 def attention(query, key, value, segment_ids):
-    """[L, H, d], [L, K, d], [L, K, d] of one row; head h reads key head h // (H / K)."""
+    """[L, H, d], [L, K, d], [L, K, d] of one row; head h uses key head h // (H / K)."""
     length, heads, dim = query.shape
     out = np.zeros((length, heads, dim))
     for h in range(heads):
         kv = h // (heads // key.shape[1])
         for i in range(length):
-            seen = [j for j in range(length) if segment_ids[j] == segment_ids[i]]
-            weights = np.exp([query[i, h] @ key[j, kv] / np.sqrt(dim) for j in seen])
-            out[i, h] = (weights / weights.sum()) @ value[seen, kv]
+            visible = [j for j in range(length) if segment_ids[j] == segment_ids[i]]
+            weights = np.exp([query[i, h] @ key[j, kv] / np.sqrt(dim) for j in visible])
+            out[i, h] = (weights / weights.sum()) @ value[visible, kv]
     return out
 
 
 def encoder(config, params, tokens, segment_ids, positions):
-    """Qwen3 without the causal mask, one row: [L] ids to [L, D]."""
+    """Qwen3 without the causal mask, for one row: token ids [L] to hidden states [L, D]."""
     eps, x = config.norm_eps, np.asarray(params["embedding"], np.float64)[tokens]
     for n in range(config.num_layers):
         w = {name: np.asarray(stacked[n], np.float64) for name, stacked in params["layers"].items()}

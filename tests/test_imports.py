@@ -1,4 +1,4 @@
-"""Imports run downward only: the rooms of ARCHITECTURE.md, held by a walk over every import statement."""
+"""Every import statement runs downward through the rooms of ARCHITECTURE.md."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import embed
 
 ROOT = Path(embed.__file__).parent
-# From the top down. Rooms on one floor do not import one another.
+# From the top down. Rooms on the same floor do not import each other.
 FLOORS = [
     {"cli"},
     {"graph"},
@@ -21,14 +21,14 @@ FLOORS = [
     {"typing", "paths"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FORBIDDEN = {"inference": {"data", "training"}}  # below or beside, and still not allowed
+FORBIDDEN = {"inference": {"data", "training"}}  # although below or on the same floor
 DATA_LIBRARIES = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "gin", "datasets", "apache_beam"}
 
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
 def imported(source: str):
-    """(line, dotted name) of every import in a module, inside functions too; `from a import b` gives a.b."""
+    """(line, dotted name) of every import in a module and its functions; `from a import b` gives a.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -38,7 +38,7 @@ def imported(source: str):
 
 
 def violations(file: str, source: str):
-    """What a file of embed/ imports and may not."""
+    """The forbidden imports of a file of embed/."""
     room = file.split("/")[0].removesuffix(".py")
     for line, name in imported(source):
         package, *inner = name.split(".")
@@ -67,5 +67,5 @@ def test_imports_run_downward_only(file):
         ("training/stages.py", "from seqio import preprocessors"),
     ],
 )
-def test_a_wrong_import_is_found(file, source):
+def test_a_forbidden_import_is_reported(file, source):
     assert len(list(violations(file, source))) == 1

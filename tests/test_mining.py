@@ -6,7 +6,7 @@ from embed.mining import mine
 
 
 def on_circle(*degrees):
-    """Unit vectors at these angles: their cosine is the cosine of the difference."""
+    """Unit vectors at these angles. The cosine of two is the cosine of the difference of their angles."""
     angles = np.deg2rad(degrees)
     return np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
 
@@ -37,7 +37,7 @@ def test_negatives_are_the_best_ranked_documents_without_the_positive():
     }
 
 
-def test_the_window_counts_ranks_from_zero_with_the_positive_and_without_its_end():
+def test_the_window_counts_ranks_from_zero_includes_the_positive_and_excludes_its_end():
     assert run(rank_window=(2, 5))[0].tolist() == [[2, 3, 4]]
     assert run(rank_window=(1, 3))[0].tolist() == [[2, -1, -1]]
     assert run(rank_window=(50, 60))[0].tolist() == [[-1, -1, -1]]
@@ -46,7 +46,7 @@ def test_the_window_counts_ranks_from_zero_with_the_positive_and_without_its_end
 def test_the_margin_keeps_negatives_below_the_positive():
     # cos 10° - 0.1 = 0.885: 5° and 20° (0.940) score above it, 40° (0.766) does not.
     assert run(margin=0.1)[0].tolist() == [[3, 4, 5]]
-    # A margin of zero still removes what beats the positive.
+    # A margin of zero still removes documents that score above the positive.
     assert run(margin=0.0)[0].tolist() == [[2, 3, 4]]
 
 
@@ -63,26 +63,26 @@ def test_a_relative_margin_is_a_fraction_of_the_positive_s_score():
     assert run(documents=documents, positives=[0], margin=0.4)[0].tolist() == [[2, -1, -1]]  # below 0.1
 
 
-def test_documents_with_the_content_of_the_positive_are_no_negatives():
+def test_documents_with_the_content_of_the_positive_are_not_negatives():
     ids = np.array([7, 7, 1, 2, 3, 4, 7])
     assert run(document_ids=ids)[0].tolist() == [[2, 3, 4]]
 
 
-def test_positives_of_an_equal_query_are_no_negatives():
+def test_positives_of_an_equal_query_are_not_negatives():
     queries = np.repeat(QUERY, 3, 0)
     positives, query_ids = [1, 3, 2], np.array([5, 5, 6])
     negatives, _ = run(queries=queries, positives=positives, query_ids=query_ids)
     assert negatives.tolist() == [[0, 2, 4], [0, 2, 4], [0, 1, 3]]
 
 
-def test_equal_documents_are_one_negative():
+def test_equal_documents_count_as_one_negative():
     documents = on_circle(5, 10, 20, 20, 40, 60)
     ids = np.array([0, 1, 2, 2, 3, 4])
     assert run(documents=documents, document_ids=ids)[0].tolist() == [[0, 2, 4]]
     assert run(documents=documents)[0].tolist() == [[0, 2, 3]]
 
 
-def test_why_queries_got_too_few_is_counted_over_those_queries_alone():
+def test_removed_candidates_are_counted_only_for_queries_with_too_few_negatives():
     queries, positives = on_circle(0, 180), [1, 6]
     ids = np.array([0, 1, 2, 3, 3, 4, 5])
     negatives, counts = run(queries=queries, positives=positives, margin=0.1, rank_window=(0, 5), document_ids=ids)
@@ -101,17 +101,17 @@ def test_why_queries_got_too_few_is_counted_over_those_queries_alone():
     }
 
 
-def test_a_window_smaller_than_the_wish_and_a_query_with_nothing_are_counted():
+def test_a_window_smaller_than_num_negatives_and_a_query_without_negatives_are_counted():
     _, counts = run(rank_window=(1, 2))
     assert (counts["short"], counts["none"], counts["small_window"], counts["removed_positive"]) == (1, 1, 1, 1)
 
 
-def test_length_of_the_vectors_does_not_matter():
+def test_the_lengths_of_the_vectors_do_not_matter():
     scaled = DOCUMENTS * np.array([[3], [0.1], [9], [2], [5], [1], [4]], np.float32)
     assert run(documents=scaled, queries=QUERY * 7)[0].tolist() == [[0, 2, 3]]
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch):
+def test_the_size_of_a_block_changes_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     queries, documents = rng.normal(size=(2, 30, 8)).astype(np.float32)
     arguments = dict(

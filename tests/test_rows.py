@@ -11,7 +11,7 @@ def texts(lengths, seed=0):
 
 
 def read_back(packed, i, k=0):
-    """The tokens in span k of segment i, as they stand in the rows."""
+    """The tokens of span k of segment i, read from the rows."""
     row, span = divmod(int(packed.span_slots(k)[i]), packed.shape.spans)
     return packed.rows.tokens[row][packed.rows.span_ids[row] == span + 1]
 
@@ -36,7 +36,7 @@ def check_invariants(packed, segments):
 
 
 @pytest.mark.parametrize("shape", [RowShape(16, 8, 8), RowShape(16, 2, 8), RowShape(16, 8, 3), RowShape(40, 40, 40)])
-def test_every_text_stands_once_in_the_rows_with_its_own_positions_and_slots(shape):
+def test_every_text_is_in_the_rows_once_with_its_own_positions_and_slots(shape):
     segments = [rows.dense(t) for t in texts([3, 16, 0, 5, 1, 8, 8, 2, 12])]
     check_invariants(rows.pack(segments, shape), segments)
 
@@ -49,7 +49,7 @@ def test_chunked_documents_and_texts_share_rows():
     check_invariants(packed, segments)
 
 
-def test_separators_stand_between_chunks_and_are_pooled_nowhere():
+def test_separators_are_between_chunks_and_in_no_span():
     segment = rows.chunked([[10, 11], [], [12]], separator_id=3)
     np.testing.assert_array_equal(segment.tokens, [10, 11, 3, 3, 12])
     np.testing.assert_array_equal(segment.spans, [1, 1, 0, 0, 3])
@@ -58,7 +58,7 @@ def test_separators_stand_between_chunks_and_are_pooled_nowhere():
 
 
 @pytest.mark.parametrize("shape", [RowShape(8, 9, 9), RowShape(100, 3, 9), RowShape(100, 9, 3)])
-def test_a_row_is_closed_by_tokens_spans_or_segments(shape):
+def test_tokens_spans_and_segments_each_limit_a_row(shape):
     packed = rows.pack([rows.dense(t) for t in texts([2] * 9)], shape)
     per_row = np.bincount(packed.row)
     assert per_row.max() == min(shape.length // 2, shape.spans, shape.segments)
@@ -66,17 +66,17 @@ def test_a_row_is_closed_by_tokens_spans_or_segments(shape):
 
 
 def plain_first_fit_decreasing(lengths, spans, shape, num_rows):
-    free, where = [[shape.length, shape.spans, shape.segments] for _ in range(num_rows)], {}
+    free, row = [[shape.length, shape.spans, shape.segments] for _ in range(num_rows)], {}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         need = [lengths[i], spans[i], 1]
         for r in range(num_rows):
             if all(f >= n for f, n in zip(free[r], need)):
                 free[r] = [f - n for f, n in zip(free[r], need)]
-                where[i] = r
+                row[i] = r
                 break
         else:
             return None
-    return [where[i] for i in range(len(lengths))]
+    return [row[i] for i in range(len(lengths))]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -110,19 +110,19 @@ def test_a_group_that_does_not_fit_is_cut_to_the_largest_cap_that_does(seed):
     check_invariants(packed, segments)
 
 
-def test_a_group_that_fits_is_left_whole_and_fills_its_rows_up_with_padding():
+def test_a_group_that_fits_is_not_cut_and_its_rows_are_padded():
     packed, segments, cuts = rows.pack_group([rows.dense(t) for t in texts([3, 4])], RowShape(8, 2, 2), 5)
     assert cuts == 0 and packed.rows.tokens.shape == (5, 8)
     check_invariants(packed, segments)
 
 
-def test_a_cut_document_keeps_the_slots_of_its_lost_chunks_and_they_are_empty():
+def test_a_cut_document_keeps_empty_slots_for_its_lost_chunks():
     packed, segments, cuts = rows.pack_group([rows.chunked(texts([3, 3, 3]))], RowShape(4, 5, 2), 1)
     assert cuts == 1 and segments[0].num_spans == 3
     assert [len(read_back(packed, 0, k)) for k in range(3)] == [3, 1, 0]
 
 
-def test_content_ids_are_equal_for_equal_tokens_alone():
+def test_content_ids_are_equal_only_for_equal_tokens():
     a, b = texts([5, 5])
     ids = rows.content_ids([a, b, a.copy(), a[:4], a.astype(np.int64), []])
     assert ids.dtype == np.int32
@@ -131,16 +131,16 @@ def test_content_ids_are_equal_for_equal_tokens_alone():
 
 
 @pytest.mark.parametrize("lengths", [[9], [3, 12]])
-def test_a_text_longer_than_a_row_is_an_error_when_nothing_may_be_cut(lengths):
+def test_a_text_longer_than_a_row_is_an_error_if_nothing_may_be_cut(lengths):
     with pytest.raises(ValueError, match=f"a segment of {max(lengths)} tokens .* does not fit a row of 8 tokens"):
         rows.pack([rows.dense(t) for t in texts(lengths)], RowShape(8, 4, 4))
 
 
-def test_more_tokens_than_the_rows_hold_is_an_error_when_nothing_may_be_cut():
+def test_more_tokens_than_the_rows_hold_are_an_error_if_nothing_may_be_cut():
     with pytest.raises(ValueError, match="10 tokens in 2 segments do not fit 1 rows of 8"):
         rows.pack([rows.dense(t) for t in texts([5, 5])], RowShape(8, 4, 4), num_rows=1)
 
 
-def test_more_texts_than_a_group_has_room_for_is_an_error_that_names_the_room():
+def test_more_texts_than_a_group_holds_are_an_error_that_names_its_capacity():
     with pytest.raises(ValueError, match="5 segments with 5 spans do not fit 1 rows of 8 tokens, 4 spans"):
         rows.pack_group([rows.dense(t) for t in texts([1] * 5)], RowShape(8, 4, 4), 1)

@@ -175,7 +175,8 @@ def restore_newest(
         if _anywhere(error is not None):
             failures[step] = error or CheckpointError("another process could not read it")
             continue
-        if wrong := [name for name in items if int(checksum(restored[name])) != checksums[name]]:  # in all processes
+        # All processes compute the same checksums, so they need not exchange this result.
+        if wrong := [name for name in items if int(checksum(restored[name])) != checksums[name]]:
             failures[step] = CheckpointError(
                 f"the {' and '.join(wrong)} of step {step} do not have the checksum that was saved with them"
             )
@@ -254,7 +255,7 @@ def steps(folder) -> list[int]:
 
 
 def digest(folder, step: int) -> str:
-    """The checksum that was saved with the parameters of a checkpoint, as eight hex digits; it identifies them."""
+    """Identifies the parameters of a checkpoint: the checksum that was saved with them, as eight hex digits."""
     try:
         return f"{ocp.JsonCheckpointHandler().restore(paths.path(folder) / str(step) / 'checksums')['params']:08x}"
     except Exception as error:

@@ -53,7 +53,7 @@ def test_equal_norms_stay_on_their_sphere(t):
 
 @pytest.mark.parametrize("angle", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_close_tensors_keep_float32_precision(angle):
-    """Fine-tuned siblings: what lies between them must be right relative to their difference, not to their size."""
+    """As for fine-tuned siblings: the error must be small relative to their difference, not to their size."""
     rng = np.random.default_rng(0)
     a = rng.normal(size=4096)
     a /= np.linalg.norm(a)
@@ -102,13 +102,13 @@ def test_mismatched_trees_are_an_error():
         slerp({"x": a}, {"x": b.T}, 0.5)
 
 
-def test_a_stacked_array_under_layers_has_one_angle_a_layer():
+def test_a_stacked_array_under_layers_has_one_angle_per_layer():
     a, b = tensors((3, 4, 5))
     stacked = slerp({"layers": {"query": a}, "norm": a}, {"layers": {"query": b}, "norm": b}, 0.3)
     for i in range(3):
         np.testing.assert_allclose(stacked["layers"]["query"][i], slerp(a[i], b[i], 0.3), rtol=1e-6)
     np.testing.assert_array_equal(stacked["norm"], slerp(a, b, 0.3))
-    assert np.abs(stacked["layers"]["query"] - stacked["norm"]).max() > 1e-3  # one angle for all would be another
+    assert np.abs(stacked["layers"]["query"] - stacked["norm"]).max() > 1e-3  # one angle for all gives another result
 
 
 # Model folders
@@ -125,7 +125,7 @@ def merge(a, b, output, *more):
 
 
 def test_merging_folders_equals_merging_their_files_tensor_by_tensor(parents, tmp_path):
-    """As a program would that knows safetensors and nothing of our parameter tree, in float64."""
+    """In float64, with safetensors and without our parameter tree."""
     assert merge(*parents, tmp_path / "m", "--ratio=0.3") == 0
     a, b, got = (safetensors.numpy.load_file(f / "model.safetensors") for f in (*parents, tmp_path / "m"))
     assert got.keys() == a.keys()
@@ -134,7 +134,7 @@ def test_merging_folders_equals_merging_their_files_tensor_by_tensor(parents, tm
         np.testing.assert_allclose(x, want, rtol=1e-6, atol=1e-6 * np.abs(want).max(), err_msg=name)
 
 
-def test_a_merged_folder_says_what_it_was_made_of(parents, tmp_path):
+def test_a_merged_folder_names_its_parents(parents, tmp_path):
     assert merge(*parents, tmp_path / "m", "--ratio=0.25") == 0
     model = model_folder.open_model(tmp_path / "m")
     digests = [model_folder.open_model(folder).digest for folder in parents]

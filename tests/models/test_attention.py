@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 
-from embed.models import attention as room
+from embed.models import attention as module
 from embed.models.attention import attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
@@ -24,36 +24,36 @@ def test_grouped_query_attention_equals_the_reference(heads, kv_heads):
         np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_token_sees_its_own_segment_before_and_after_it_and_nothing_else():
+def test_a_token_attends_to_its_own_segment_before_and_after_it_and_to_nothing_else():
     length = 8
-    flat = np.zeros((1, length, 1, length), np.float32)  # equal scores: the weights are uniform over what is seen
-    values = np.eye(length, dtype=np.float32)[None, :, None]  # the output is the weights themselves
+    flat = np.zeros((1, length, 1, length), np.float32)  # equal scores: the weights are uniform over the visible tokens
+    values = np.eye(length, dtype=np.float32)[None, :, None]  # so the output is the weights
     weights = np.asarray(attention(flat, flat, values, SEGMENTS[:1]))[0, :, 0]
-    sees = [
+    expected = [
         "111.....",
         "111.....",
         "111.....",
         "...11...",
         "...11...",
         ".....1..",
-        "......11",  # padding sees only padding
+        "......11",  # padding attends only to padding
         "......11",
     ]
-    assert ["".join("1" if w > 0 else "." for w in row) for row in weights] == sees
+    assert ["".join("1" if w > 0 else "." for w in row) for row in weights] == expected
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
 
 
 def test_no_value_and_no_gradient_crosses_a_segment():
     arrays = random_heads(2, 1)
-    mine = SEGMENTS[0] == 2
+    inside = SEGMENTS[0] == 2
     segment_two = jax.jit(lambda arrays: attention(*arrays, SEGMENTS)[0, 3:5])
     others = [a.copy() for a in arrays]
     for a in others:
-        a[0][~mine] = 100
+        a[0][~inside] = 100
     np.testing.assert_array_equal(segment_two(others), segment_two(arrays))
     for g in jax.jit(jax.grad(lambda arrays: (segment_two(arrays) ** 2).sum()))(arrays):
-        np.testing.assert_array_equal(g[0][~mine], 0)
-        assert np.abs(g[0][mine]).min() > 0
+        np.testing.assert_array_equal(g[0][~inside], 0)
+        assert np.abs(g[0][inside]).min() > 0
 
 
 def test_bfloat16_stays_bfloat16_and_close():
@@ -72,7 +72,7 @@ def test_blocks_of_queries_change_no_value_and_no_gradient(scores, monkeypatch):
         return out, *pullback(jnp.cos(jnp.arange(out.size).reshape(out.shape)))
 
     whole = outputs(*arrays)
-    monkeypatch.setattr(room, "MAX_SCORES", scores)
+    monkeypatch.setattr(module, "MAX_SCORES", scores)
     for got, want in zip(outputs(*arrays), whole):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -91,10 +91,10 @@ def test_no_length_holds_more_scores_than_the_limit():
 @pytest.mark.parametrize("kernel, length, dim", [("splash", 256, 128), ("triton", 128, 32)])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
 def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads, kv_heads):
-    """In interpret mode: the kernel's own program, without its platform."""
+    """In interpret mode, which runs the kernel's own program without its platform."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(2, length, h, dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads)]
-    # Segments that no block of the kernel respects, and padding.
+    # Segments that cross the kernel's blocks, and padding.
     segment_ids = np.sort(rng.integers(1, 5, (2, length)), 1).astype(np.int32)
     segment_ids[1, -37:] = 0
     weights = rng.normal(size=(2, length, heads, dim)) * (segment_ids > 0)[..., None, None]
@@ -111,7 +111,7 @@ def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_kernel_that_does_not_fit_is_an_error_and_auto_takes_another():
+def test_a_kernel_that_does_not_fit_is_an_error_and_auto_chooses_another():
     arrays = random_heads(2, 1)
     np.testing.assert_array_equal(
         attention(*arrays, SEGMENTS, kernel="auto"), attention(*arrays, SEGMENTS, kernel="xla")

@@ -27,7 +27,7 @@ def test_each_span_is_the_mean_of_its_tokens_and_an_empty_one_is_zero():
     np.testing.assert_array_equal(got[0, 2], 0)
 
 
-def test_gradients_reach_the_tokens_of_a_span_alone_divided_by_their_number():
+def test_gradients_reach_only_the_tokens_of_a_span_divided_by_their_number():
     weights = np.random.default_rng(1).normal(size=(2, 5, 5)).astype(np.float32)
     _, pull = jax.vjp(lambda h: pool_spans(h, SPANS, 5), hidden())
     want = np.zeros((2, 8, 5))

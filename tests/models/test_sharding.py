@@ -11,7 +11,7 @@ import pytest
 from embed.models import sharding, transformer
 
 
-def test_every_parameter_is_claimed_by_a_rule():
+def test_every_parameter_matches_a_rule():
     mesh = sharding.make_mesh()
     for size in transformer.SIZES:
         params = transformer.abstract_params(transformer.make_config(size, 64))
@@ -19,7 +19,7 @@ def test_every_parameter_is_claimed_by_a_rule():
         assert jax.tree.structure(shardings) == jax.tree.structure(params)
 
 
-def test_an_unclaimed_parameter_is_an_error_that_names_it():
+def test_a_parameter_without_a_rule_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="'adapter'"):
         sharding.parameter_shardings(sharding.make_mesh(), {"adapter": jax.ShapeDtypeStruct((4,), "float32")})
 
@@ -30,25 +30,28 @@ def test_a_mesh_that_does_not_cover_the_devices_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "shards, units, own",
+    "held, num_shards, local",
     [([0, 2], 4, [0, 2]), ([0, 2], 8, [0, 1, 4, 5]), ([0, 2], 2, [0, 1]), ([3], 2, [1]), ([1], 3, [0, 1])],
 )
-def test_a_process_builds_the_units_that_its_devices_hold_some_of(shards, units, own, monkeypatch):
-    held = {k: (slice(s, s + 1),) for k, s in enumerate(shards)}
+def test_a_process_builds_every_shard_of_which_its_devices_hold_a_part(held, num_shards, local, monkeypatch):
+    indices = {device: (slice(i, i + 1),) for device, i in enumerate(held)}
     monkeypatch.setattr(sharding, "batch_shards", lambda mesh: 4)
     monkeypatch.setattr(
-        sharding, "NamedSharding", lambda *_: types.SimpleNamespace(addressable_devices_indices_map=lambda shape: held)
+        sharding,
+        "NamedSharding",
+        lambda *_: types.SimpleNamespace(addressable_devices_indices_map=lambda shape: indices),
     )
-    assert sharding.own_units(None, units) == own
+    assert sharding.local_shards(None, num_shards) == local
 
 
-def test_a_batch_is_put_in_order_from_the_units_of_a_process():
+def test_shards_are_put_in_the_order_of_their_indices():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     x = np.arange(12).reshape(6, 2)
     whole = sharding.put_batch(mesh, {"tokens": x, "slots": np.arange(9)})
     np.testing.assert_array_equal(whole["tokens"], x)
-    units = sharding.put_batch(mesh, {"tokens": np.concatenate([x[4:], x[:2], x[2:4]])}, own=[2, 0, 1], units=3)
-    np.testing.assert_array_equal(units["tokens"], x)
+    parts = {"tokens": np.concatenate([x[4:], x[:2], x[2:4]])}
+    placed = sharding.put_batch(mesh, parts, shards=[2, 0, 1], num_shards=3)
+    np.testing.assert_array_equal(placed["tokens"], x)
 
 
 # Forced host devices must be set before jax starts, so the program runs in a process of its own.
@@ -64,8 +67,8 @@ EQUAL_LOSSES = textwrap.dedent(
 
     devices = jax.devices()
     assert len(devices) == 8
-    # Sums in another order differ in their last bits; rounding to int8 would now and then make a whole level of that.
-    # It acts on each number alone, so nothing about sharding is lost without it.
+    # Sums in another order differ in their last bits, and rounding to int8 can turn that into a whole level. Rounding
+    # is element-wise, so it is not needed to test sharding.
     stages.straight_through_int8 = lambda pooled: 127 * jnp.tanh(pooled)
     model = transformer.make_config("micro", 64)
     rng = np.random.default_rng(0)
@@ -78,9 +81,9 @@ EQUAL_LOSSES = textwrap.dedent(
         query_ids=np.arange(N), document_ids=np.arange(N) // 2, valid=np.arange(N) != 3,
     )
     if "KIND" == "triplet":
-        batch |= dict(negative_slots=np.arange(2 * N).reshape(N, 2) % (4 * R), negative_ids=np.arange(2 * N).reshape(N, 2) % 40,
-                      negative_valid=np.arange(2 * N).reshape(N, 2) % 5 != 0)
-    if "KIND" == "contextual":  # the first text of each row asks for a chunk of the row's others
+        negatives = np.arange(2 * N).reshape(N, 2)
+        batch |= dict(negative_slots=negatives % (4 * R), negative_ids=negatives % 40, negative_valid=negatives % 5 != 0)
+    if "KIND" == "contextual":  # the query is a row's first text, the chunk another text of the row
         batch |= dict(chunk_slots=np.arange(N) // 2 * 4 + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
                       chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
     batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}

@@ -28,7 +28,7 @@ CONFIG = transformer.TransformerConfig(
 def params():
     rng = np.random.default_rng(0)
     tree = jax.jit(transformer.init, static_argnums=0)(CONFIG, jax.random.key(0))
-    # Norm scales start at 1, where a forgotten one would not show.
+    # Norm scales start at 1, so a forgotten one would not show.
     return jax.tree.map(lambda x: x * rng.uniform(0.7, 1.3, x.shape).astype(np.float32), jax.device_get(tree))
 
 
@@ -41,7 +41,7 @@ def texts(lengths, seed=0):
 
 
 def one(tokens):
-    """Hidden states of one text alone in a row without padding, [n, D]."""
+    """Hidden states of one text in a row of its own without padding, [n, D]."""
     tokens = np.asarray(tokens, np.int32)[None]
     return np.asarray(encode(params(), tokens, np.ones_like(tokens), np.arange(tokens.size, dtype=np.int32)[None])[0])
 
@@ -84,7 +84,7 @@ def test_packed_rows_equal_one_text_at_a_time():
     np.testing.assert_allclose(documents[packed.segment_slots()], alone, atol=1e-5)
 
 
-def test_padding_changes_nothing_whatever_it_holds():
+def test_the_content_of_padding_changes_nothing():
     (text,) = texts([7])
     r = rows.pack([rows.dense(text)], rows.RowShape(16, 1, 1)).rows
     junk = r.tokens.copy()
@@ -138,14 +138,14 @@ def values_and_gradients(**changes):
 @pytest.mark.parametrize(
     "changes", [{"unroll": 9}, {"remat": "full"}, {"remat": "dots"}, {"dense_barrier": True}], ids=str
 )
-def test_how_it_is_computed_changes_no_value_and_no_gradient(changes):
+def test_execution_options_change_no_value_and_no_gradient(changes):
     (hidden, gradients), (want, want_gradients) = values_and_gradients(**changes), values_and_gradients()
     np.testing.assert_allclose(hidden, want, atol=1e-5)
     for g, w in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
         np.testing.assert_allclose(g, w, atol=1e-5 * np.abs(w).max())
 
 
-def test_every_parameter_takes_part():
+def test_every_parameter_has_a_gradient():
     _, gradients = values_and_gradients()
     assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(gradients))
 
@@ -199,7 +199,7 @@ def test_an_unknown_size_is_an_error_that_lists_the_known_ones():
         transformer.make_config("7b", 100)
 
 
-def test_the_shapes_of_parameters_lie_on_no_mesh_wherever_they_are_first_asked_for():
+def test_abstract_parameters_have_no_sharding_even_if_a_mesh_is_set_at_the_first_call():
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
         shapes = transformer.abstract_params(dataclasses.replace(CONFIG, hidden_size=16))
     assert {x.sharding for x in jax.tree.leaves(shapes)} == {None}

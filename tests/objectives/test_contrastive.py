@@ -24,7 +24,7 @@ def some(n, *false):
     return valid
 
 
-# Arguments that must be given, and optional ones with values that say no more than leaving them out.
+# Required arguments, and optional ones with values that mean the same as leaving them out.
 REQUIRED = {
     "pair_loss": {"temperature": 0.2},
     "triplet_loss": {"temperature": 0.2},
@@ -32,7 +32,7 @@ REQUIRED = {
         "temperature": 0.2,
         "beta": 0.4,
         "positive": np.array([0, 1, 3, 4, 8, 5, 5]),  # the last two queries have one chunk
-        "chunk_document": np.array([50, 50, 50, 60, 60, 70, 70, 50, 50]),  # a document that stands twice
+        "chunk_document": np.array([50, 50, 50, 60, 60, 70, 70, 50, 50]),  # document 50 occurs twice
     },
 }
 NEUTRAL = {
@@ -93,7 +93,7 @@ NEGATIVE_IDS = {"negative_ids": np.array([[12, 1], [2, 3], [11, 13], [4, 5], [6,
 VALID = {"valid": some(N, 2, 6)}
 ONE_VALID = {"valid": some(N, 0, 1, 2, 4, 5, 6)}
 NEGATIVE_VALID = {"negative_valid": np.arange(N * K).reshape(N, K) % 3 > 0}
-CHUNK_VALID = {"chunk_valid": some(C, 2, 4, 6)}  # the positive of query 3 is gone
+CHUNK_VALID = {"chunk_valid": some(C, 2, 4, 6)}  # the positive of query 3 is invalid
 
 CASES = {
     "pair_loss": {
@@ -124,7 +124,7 @@ CASES = {
         "plain": {},
         "cold": {"temperature": 0.05},
         "only chunks": {"beta": 0.0},
-        "only the own document": {"beta": 0.0, "alpha": 1.0},
+        "only its own document": {"beta": 0.0, "alpha": 1.0},
         "only documents": {"beta": 1.0},
         "loose margin": {"margin": 3.0},
         "tight margin": {"margin": -0.3},
@@ -188,7 +188,7 @@ def test_zero_vectors_give_the_right_loss_and_get_no_gradient(name, marked):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_invalid_rows_change_nothing_whatever_they_hold(name):
+def test_the_content_of_invalid_rows_changes_nothing(name):
     arrays, kwargs = random_arrays(name), {"valid": some(N, 4)}
     if name == "contextual_loss":
         kwargs["chunk_valid"] = some(C, 8)  # the positive of query 4
@@ -200,7 +200,7 @@ def test_invalid_rows_change_nothing_whatever_they_hold(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_lengths_of_vectors_do_not_matter(name):
+def test_the_lengths_of_the_vectors_do_not_matter(name):
     arrays = random_arrays(name)
     long = value_and_grad(name, [127 * a for a in arrays])[0]
     np.testing.assert_allclose(long, value_and_grad(name, arrays)[0], rtol=1e-5)
@@ -217,13 +217,13 @@ def test_bfloat16_input_is_computed_in_float32(name):
 
 def test_equal_texts_are_negatives_of_each_other_only_without_ids():
     texts = np.array([[1.0, 0], [1, 0]], np.float32)
-    # Two equal pairs: the other document and the other query each weigh as much as the positive.
+    # With two equal pairs, the other document and the other query each weigh as much as the positive.
     np.testing.assert_allclose(contrastive.pair_loss(texts, texts, temperature=0.02), np.log(3), rtol=1e-5)
     same = contrastive.pair_loss(texts, texts, temperature=0.02, document_ids=np.array([5, 5]))
     np.testing.assert_allclose(same, 0, atol=1e-6)
 
 
-def test_a_candidate_above_the_margin_is_taken_for_a_false_negative():
+def test_a_candidate_above_the_margin_is_excluded_as_a_false_negative():
     queries = np.array([[1.0, 0], [0, 1]], np.float32)
     documents = queries[::-1]  # each query's own document is at a right angle, the other's is equal to it
     assert contrastive.pair_loss(queries, documents, temperature=1.0, margin=0.1) == pytest.approx(np.log(2), rel=1e-6)

@@ -73,16 +73,16 @@ def test_t_is_stratified_over_the_batch(rows):
 def test_t_is_stratified_over_every_block_of_neighbouring_rows(block):
     for t in draws(64, count=20, t_min=0):
         for part in t.reshape(-1, block):
-            # On the circle, since frac() wraps: gaps between neighbours are all 1 / block.
+            # On the circle, because frac() wraps: all gaps between neighbours are 1 / block.
             np.testing.assert_allclose(np.diff(np.sort(part), append=part.min() + 1), 1 / block, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows, parts", [(8, 2), (8, 8), (6, 3), (12, 4), (20, 4), (96, 24), (12, 1), (1024, 64)])
-def test_the_largest_mean_t_of_a_block_is_the_one_that_a_fine_grid_of_u_finds(rows, parts):
+def test_the_largest_mean_t_of_a_block_equals_the_maximum_over_a_fine_grid_of_u(rows, parts):
     ranks = md.stratified_ranks(rows)
     u = np.concatenate(
         [np.arange(1, rows + 1) / rows - 1e-9, np.linspace(0, 1, 4001)[:-1]]
-    )  # before each wrap, and between
+    )  # just before each wrap, and between wraps
     means = ((u[:, None] + ranks / rows) % 1).reshape(len(u), parts, -1).mean(2)
     np.testing.assert_allclose(md.largest_mean_t(rows, parts, t_min=0.0), means.max(), atol=1e-8)
     assert md.largest_mean_t(rows, parts, t_min=0.1) == pytest.approx(0.1 + 0.9 * means.max(), abs=1e-8)
@@ -106,29 +106,29 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize("rows, shards, microbatches, length", BLOCKS)
-def test_thousands_of_draws_leave_no_masked_token_without_room(rows, shards, microbatches, length):
+def test_no_masked_token_of_thousands_of_draws_is_without_a_slot(rows, shards, microbatches, length):
     tokens, parts = np.ones((rows, length), np.int32), shards * microbatches
-    room = np.ceil(md.capacity(rows, length, shards, microbatches) * rows * length / parts)
+    slots = np.ceil(md.capacity(rows, length, shards, microbatches) * rows * length / parts)
 
-    def most(key):
+    def largest(key):
         masked = md.corrupt(key, tokens, tokens > 0, mask_id=MASK)[1]
         return masked.reshape(parts, -1).sum(1).max()
 
-    found = np.asarray(jax.jit(lambda keys: jax.lax.map(most, keys))(jax.random.split(jax.random.key(0), 4000)))
-    assert found.max() <= room
-    if rows > parts:  # the negative control: what is masked on average is not room enough
-        assert (found > 0.5 * rows * length / parts).mean() > 0.1
+    counts = np.asarray(jax.jit(lambda keys: jax.lax.map(largest, keys))(jax.random.split(jax.random.key(0), 4000)))
+    assert counts.max() <= slots
+    if rows > parts:  # negative control: slots for the average number would not suffice
+        assert (counts > 0.5 * rows * length / parts).mean() > 0.1
         mean = md.largest_mean_t(rows, parts)
-        assert found.max() > (mean - 0.05) * rows * length / parts  # and the bound is near
+        assert counts.max() > (mean - 0.05) * rows * length / parts  # and the bound is tight
 
 
-def test_one_row_a_block_has_room_for_all_of_it():
+def test_a_block_of_one_row_has_slots_for_all_its_tokens():
     assert md.capacity(64, 4096, 64, 1) == md.capacity(64, 4096, 16, 4) == 1.0
     assert md.capacity(1024, 4096, 64) == pytest.approx(0.5 + 1 / 32 + 3 / 256, abs=5e-4)
 
 
 def test_rows_that_do_not_divide_into_blocks_are_an_error():
-    with pytest.raises(ValueError, match="8 rows a batch do not divide into 3 devices .* times microbatches=1"):
+    with pytest.raises(ValueError, match="8 rows per batch do not divide into 3 devices .* times microbatches=1"):
         md.capacity(8, 16, 3)
 
 
@@ -158,7 +158,7 @@ def test_elbo_loss_of_nothing_valid_is_zero_with_zero_gradient():
     np.testing.assert_array_equal(grad, 0)
 
 
-def test_elbo_loss_ignores_what_stands_at_tokens_that_are_not_masked():
+def test_elbo_loss_ignores_tokens_that_are_not_masked():
     nll, masked, t, valid = batch()
     np.testing.assert_array_equal(
         md.elbo_loss(np.where(masked, nll, np.nan).astype(np.float32), masked, t, valid),
@@ -167,14 +167,14 @@ def test_elbo_loss_ignores_what_stands_at_tokens_that_are_not_masked():
 
 
 def test_elbo_of_a_uniform_prediction_is_the_logarithm_of_the_vocabulary():
-    """The expectation of masked / t is 1, so the bound on a model that knows nothing is log V."""
+    """The expectation of masked / t is 1, so the bound of a uniform model is log V."""
     rows, length, vocabulary = 256, 256, 50
     _, _, masked, t = corrupt(4, rows, length, t_min=0.05)
     loss = md.elbo_loss(np.full((rows, length), np.log(vocabulary)), masked, t, np.ones((rows, length), bool))
     np.testing.assert_allclose(loss, np.log(vocabulary), rtol=0.02)
 
 
-def test_left_shift_puts_the_state_before_each_token_at_its_place():
+def test_left_shift_puts_the_state_before_each_token_at_its_position():
     hidden = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     np.testing.assert_array_equal(md.left_shift(hidden)[:, 1:], hidden[:, :-1])
 
@@ -220,7 +220,7 @@ def test_weighted_nll_and_gradients_equal_the_reference_for_every_chunk(chunk, d
 
 
 def all_equations(jaxpr):
-    """All that is computed in a jaxpr, inner ones included."""
+    """All equations of a jaxpr and of the jaxprs in it."""
     for equation in jaxpr.eqns:
         yield equation
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, jex.core.ClosedJaxpr)):
@@ -231,7 +231,7 @@ def all_equations(jaxpr):
 
 
 def sizes(function, *arrays):
-    """The sizes of all arrays that are computed in a call."""
+    """The sizes of all arrays that a call computes."""
     equations = all_equations(jax.make_jaxpr(function)(*arrays).jaxpr)
     return [math.prod(variable.aval.shape) for equation in equations for variable in equation.outvars]
 
@@ -243,12 +243,12 @@ def gradient_of_the_sum(targets, weights, chunk):
 @pytest.mark.parametrize("chunk, held", [(4, False), (N, True)])
 def test_logits_of_all_tokens_are_never_held(chunk, held):
     hidden, embedding, targets, weights = states(np.float32)
-    found = sizes(gradient_of_the_sum(targets, weights, chunk), hidden, embedding)
-    assert chunk * V in found  # the walk does see the logits of a chunk
-    assert (max(found) >= N * V) == held
+    computed = sizes(gradient_of_the_sum(targets, weights, chunk), hidden, embedding)
+    assert chunk * V in computed  # so the logits of a chunk are among them
+    assert (max(computed) >= N * V) == held
 
 
-def test_a_chunk_has_three_products_of_the_vocabulary_none_made_again_in_the_backward_pass():
+def test_a_chunk_needs_three_products_of_the_vocabulary_and_the_backward_pass_repeats_none():
     hidden, embedding, targets, weights = states(np.float32)
     jaxpr = jax.make_jaxpr(gradient_of_the_sum(targets, weights, 4))(hidden, embedding).jaxpr
     assert [x.primitive.name for x in all_equations(jaxpr)].count("dot_general") == 3
@@ -283,24 +283,24 @@ def of_rows(x):
 
 
 @pytest.mark.parametrize("capacity", [0.5, 1.0])
-def test_logits_of_masked_tokens_alone_are_those_of_all_with_their_gradients(capacity):
+def test_losses_and_gradients_of_masked_tokens_only_equal_those_of_all_tokens(capacity):
     hidden, embedding, targets, _ = states(np.float32)
     weights = np.random.default_rng(2).exponential(size=R).astype(np.float32)
     masked = np.random.default_rng(1).random((R, L)) < 0.3
     assert masked.sum() <= capacity * N
 
-    def few(arrays):
+    def compact(arrays):
         h, e = arrays
         total, *parts = md.masked_nll(of_rows(h), e, of_rows(targets), masked, weights, capacity=capacity, chunk=4)
         return total, parts
 
-    def every(arrays):
+    def full(arrays):
         weight = jnp.where(masked, weights[:, None], 0).reshape(N)
         total, *parts = md.weighted_nll(*arrays, targets, weight, N)
         return total, [*(jnp.where(masked, of_rows(x), 0) for x in parts), masked]
 
-    (got, got_parts), got_gradients = jax.jit(jax.value_and_grad(few, has_aux=True))([hidden, embedding])
-    (want, want_parts), want_gradients = jax.jit(jax.value_and_grad(every, has_aux=True))([hidden, embedding])
+    (got, got_parts), got_gradients = jax.jit(jax.value_and_grad(compact, has_aux=True))([hidden, embedding])
+    (want, want_parts), want_gradients = jax.jit(jax.value_and_grad(full, has_aux=True))([hidden, embedding])
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for a, b in zip([*got_parts, *got_gradients], [*want_parts, *want_gradients]):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -327,5 +327,5 @@ def test_masked_tokens_beyond_the_capacity_are_left_out_and_can_be_counted():
     assert counted.sum() == N // 2
     np.testing.assert_array_equal(nll != 0, counted)
     np.testing.assert_allclose(total, nll.sum(), rtol=1e-6)
-    found = sizes(half, hidden)
-    assert 3 * V in found and max(found) < N * V / 2
+    computed = sizes(half, hidden)
+    assert 3 * V in computed and max(computed) < N * V / 2
