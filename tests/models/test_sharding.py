@@ -82,7 +82,8 @@ EQUAL_LOSSES = textwrap.dedent(
     )
     if "KIND" == "triplet":
         negatives = np.arange(2 * N).reshape(N, 2)
-        batch |= dict(negative_slots=negatives % (4 * R), negative_ids=negatives % 40, negative_valid=negatives % 5 != 0)
+        batch |= dict(negative_slots=negatives % (4 * R), negative_ids=negatives % 40,
+                      negative_valid=negatives % 5 != 0)
     if "KIND" == "contextual":  # the query is a row's first text, the chunk another text of the row
         batch |= dict(chunk_slots=np.arange(N) // 2 * 4 + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
                       chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
