@@ -61,7 +61,7 @@ class DiffusionLoader:
         truncate_probability: float = 0.01,
         own: Sequence[int] | None = None,
     ):
-        """`rows` is the size of the global batch, `own` the indices of the rows that this process builds (None = all).
+        """`rows`: in the global batch; `own`: the indices of the rows that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`.
         """
@@ -176,7 +176,7 @@ class ContrastiveLoader:
         separator_id: int | None = None,
         own: Sequence[int] | None = None,
     ):
-        """`groups` is the size of the global batch, `own` the indices of the groups that this process builds (None = all).
+        """`groups`: in the global batch; `own`: the indices of the groups that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`. Only the triplet stage uses `num_negatives`, only the
         contextual stage the three arguments after it.
@@ -264,7 +264,7 @@ class ContrastiveLoader:
         chunk_counts = np.array([len(e["chunk_lengths"]) for e in examples])
         if chunk_counts.max() > c:
             raise ValueError(
-                f"a document has {chunk_counts.max()} chunks, more than max_chunks={c}: prepare the data with that limit"
+                f"a document has {chunk_counts.max()} chunks, more than max_chunks={c}: prepare the data with it"
             )
         segments = [rows.chunked(split(e["document"], e["chunk_lengths"]), self.separator_id) for e in examples]
         query_index = np.full((n, q), -1)  # into `segments`; -1 = unused
@@ -328,7 +328,7 @@ class ReaderStalledError(RuntimeError):
 def prefetch(
     loader, start: int, stop: int, depth: int = 2, timeout: float | None = None
 ) -> Iterator[tuple[int, dict, float]]:
-    """Yields (step, batch, seconds waited for it) for steps start..stop-1; one thread reads up to `depth` batches ahead.
+    """Yields (step, batch, seconds waited for it) for steps start..stop-1; a thread reads up to `depth` batches ahead.
 
     An exception of the loader is raised here at the step that it belongs to, with a note that names the loader and the
     step. ReaderStalledError is raised after `timeout` seconds of waiting for one batch. The thread is a daemon: it may
