@@ -5,7 +5,8 @@
     prefetch            reads the batches of a loader ahead of time, in a thread
 
 Batch k costs the same for every k, a restart needs only the step number, and the global batch does not depend on the
-number of processes. Each process builds only the rows or groups that its devices hold, and reads only their examples.
+number of processes. A batch consists of `num_shards` shards: rows (diffusion) or groups (contrastive). Each process
+builds only the `shards` that its devices hold, and reads only their examples.
 """
 
 import queue
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from embed.data.store import Store
 
 
-def _local_indices(name: str, total: int, local: Sequence[int] | None) -> np.ndarray:
-    """The rows or groups of a batch of `total` that this process builds, sorted, int[n]; None = all."""
-    indices = np.arange(total) if local is None else np.unique(local)
+def _local_shards(name: str, total: int, shards: Sequence[int] | None) -> np.ndarray:
+    """The indices of the shards that this process builds, sorted, int[n]; None = all `total` of them."""
+    indices = np.arange(total) if shards is None else np.unique(shards)
     if total < 1 or not len(indices) or not 0 <= indices[0] <= indices[-1] < total:
-        raise ValueError(f"{name}={total}: own={local} must be at least one index, each in 0..{total - 1}")
+        raise ValueError(f"{name}={total}: shards={shards} must be at least one index, each in 0..{total - 1}")
     return indices
 
 
@@ -59,14 +60,14 @@ class DiffusionLoader:
         rows: int,
         length: int,
         truncate_probability: float = 0.01,
-        own: Sequence[int] | None = None,
+        shards: Sequence[int] | None = None,
     ):
-        """`rows`: in the global batch; `own`: the indices of the rows that this process builds (None = all).
+        """`rows`: in the global batch; `shards`: the indices of the rows that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`.
         """
         self.seed, self.length, self.truncate_probability = seed, length, truncate_probability
-        self.own, self.units = _local_indices("rows", rows, own), rows
+        self.shards, self.num_shards = _local_shards("rows", rows, shards), rows
         tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate and task in stores})
         self._stores = {task: stores[task] for task in tasks}
         self._offsets = {task: stores[task].offsets("tokens") for task in tasks}  # int64[documents + 1]
@@ -85,13 +86,13 @@ class DiffusionLoader:
         tokens, segment_ids, positions   int32[local rows, length], as in `rows.Rows`
         stats                            fill: share of tokens that are not padding; cut: number of truncated rows
         """
-        draws = [self.curriculum.draw(step, start, stop) for start, stop in _consecutive_ranges(self.own)]
+        draws = [self.curriculum.draw(step, start, stop) for start, stop in _consecutive_ranges(self.shards)]
         draw = Draw(*map(np.concatenate, zip(*draws)))
-        tokens, segment_ids, positions = np.zeros((3, len(self.own), self.length), np.int32)
+        tokens, segment_ids, positions = np.zeros((3, len(self.shards), self.length), np.int32)
         for j, (task, epoch, index) in enumerate(zip(*draw)):
             tokens[j], segment_ids[j], positions[j] = self._window(self.curriculum.tasks[task], int(epoch), int(index))
         # Two random numbers per row: whether to truncate it, and to which length.
-        chance, fraction = random_bits(make_key(self.seed, "truncate", step), 2 * self.own + np.array([[0], [1]]))
+        chance, fraction = random_bits(make_key(self.seed, "truncate", step), 2 * self.shards + np.array([[0], [1]]))
         truncated = chance * 2.0**-64 < self.truncate_probability
         random_lengths = 1 + fraction.astype(np.float64) * 2.0**-64 * (self.length - 1)
         lengths = np.where(truncated, random_lengths, self.length).astype(np.int64)
@@ -174,9 +175,9 @@ class ContrastiveLoader:
         max_queries_per_document: int = 0,
         max_chunks: int = 0,
         separator_id: int | None = None,
-        own: Sequence[int] | None = None,
+        shards: Sequence[int] | None = None,
     ):
-        """`groups`: in the global batch; `own`: the indices of the groups that this process builds (None = all).
+        """`groups`: in the global batch; `shards`: the indices of the groups that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`. Only the triplet stage uses `num_negatives`, only the
         contextual stage the three arguments after it.
@@ -191,7 +192,7 @@ class ContrastiveLoader:
         self.stage, self.seed, self.shape = stage, seed, shape
         self.group_size, self.rows_per_group, self.num_negatives = group_size, rows_per_group, num_negatives
         self.max_queries, self.max_chunks, self.separator_id = max_queries_per_document, max_chunks, separator_id
-        self.own, self.units = _local_indices("groups", groups, own), groups
+        self.shards, self.num_shards = _local_shards("groups", groups, shards), groups
         self._stores = stores
         self.curriculum = Curriculum(
             phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
@@ -203,10 +204,10 @@ class ContrastiveLoader:
     def batch(self, step: int) -> dict:
         """This process's part of the batch of `step`: the arrays in the docstring of the class."""
         size = self.group_size
-        ranges = _consecutive_ranges(self.own)
+        ranges = _consecutive_ranges(self.shards)
         examples = [e for start, stop in ranges for e in self._read(step, start * size, stop * size)]
         build = self._text_group if self.stage != "contextual" else self._document_group
-        groups = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self.own)]
+        groups = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self.shards)]
         stats = [group.pop("stats") for group in groups]
         batch = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
         stats = {name: sum(s[name] for s in stats) for name in stats[0]}

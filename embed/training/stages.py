@@ -339,8 +339,8 @@ def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | N
     `phases` is [(steps, {task: rate}), …], see `embed.data.curriculum.Curriculum`.
     """
     batch = stage.batch
-    units = batch.rows if stage.kind == "diffusion" else batch.groups
-    common = dict(seed=seed, own=None if mesh is None else sharding.own_units(mesh, units))
+    num_shards = batch.rows if stage.kind == "diffusion" else batch.groups
+    common = dict(seed=seed, shards=None if mesh is None else sharding.own_units(mesh, num_shards))
     if stage.kind == "diffusion":
         return DiffusionLoader(
             stores,

@@ -50,8 +50,8 @@ class Step:
 
     def put(self, batch: dict, loader=None) -> dict:
         """The arrays of a batch, without stats, as global arrays. Without `loader`, `batch` is the whole batch."""
-        own, units = ((0,), 1) if loader is None else (loader.own, loader.units)
-        return sharding.put_batch(self.mesh, batch, own, units)
+        shards, num_shards = ((0,), 1) if loader is None else (loader.shards, loader.num_shards)
+        return sharding.put_batch(self.mesh, batch, shards, num_shards)
 
     def lower(self) -> jax.stages.Lowered:
         """The step lowered from the shapes of a global batch, to be compiled also for devices that are not here."""

@@ -80,12 +80,12 @@ STAGES = {
 }
 
 
-def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, own=None, **changes):
+def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, shards=None, **changes):
     stage = stage_name  # `changes` may name another, invalid one
-    units = 8 if stage == "diffusion" else 4
-    if own is None:
-        own = range(process_index * units // process_count, (process_index + 1) * units // process_count)
-    common = dict(seed=seed, own=own)
+    num_shards = 8 if stage == "diffusion" else 4
+    if shards is None:
+        shards = range(process_index * num_shards // process_count, (process_index + 1) * num_shards // process_count)
+    common = dict(seed=seed, shards=shards)
     if stage == "diffusion":
         arguments = dict(rows=8, length=16, truncate_probability=0.3) | changes
         return DiffusionLoader(stores or diffusion_stores(), PHASES, **common, **arguments)
@@ -160,22 +160,23 @@ def test_every_array_is_int32_or_bool(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_rows_and_groups_that_are_not_contiguous_equal_those_of_the_whole_batch(stage):
-    """On a pod, the devices of a process hold rows from several parts of a batch."""
-    units = 8 if stage == "diffusion" else 4
-    for own in ([0, 2], [1, 3], [0, 1, 3]):
-        whole, part = make(stage).batch(5), make(stage, own=own).batch(5)
+def test_shards_that_are_not_contiguous_equal_those_of_the_whole_batch(stage):
+    """On a pod, the devices of a process hold shards from several parts of a batch."""
+    num_shards = 8 if stage == "diffusion" else 4
+    for shards in ([0, 2], [1, 3], [0, 1, 3]):
+        whole, part = make(stage).batch(5), make(stage, shards=shards).batch(5)
         for name in part.keys() - {"stats"}:
-            each = len(whole[name]) // units
-            rows = np.concatenate([np.arange(u * each, (u + 1) * each) for u in own])
+            size = len(whole[name]) // num_shards
+            rows = np.concatenate([np.arange(s * size, (s + 1) * size) for s in shards])
             np.testing.assert_array_equal(part[name], whole[name][rows], err_msg=name)
 
 
-@pytest.mark.parametrize("stage, what", [("diffusion", "rows=8"), ("pair", "groups=4")])
-@pytest.mark.parametrize("own", [[], [-1], [1, 8]])
-def test_an_index_outside_the_batch_is_an_error(stage, what, own):
-    with pytest.raises(ValueError, match=f"{what}: own=.* must be at least one index, each in 0..{int(what[-1]) - 1}"):
-        make(stage, own=own)
+@pytest.mark.parametrize("stage, total", [("diffusion", "rows=8"), ("pair", "groups=4")])
+@pytest.mark.parametrize("shards", [[], [-1], [1, 8]])
+def test_a_shard_outside_the_batch_is_an_error(stage, total, shards):
+    message = f"{total}: shards=.* must be at least one index, each in 0..{int(total[-1]) - 1}"
+    with pytest.raises(ValueError, match=message):
+        make(stage, shards=shards)
 
 
 # --- the curriculum ---------------------------------------------------------------------------------------------

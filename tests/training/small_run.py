@@ -58,8 +58,8 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.sca
 class Loader:
     """Batches of four random rows, a function of the step. `read(step)` is called first and may raise."""
 
-    def __init__(self, read=lambda step: None, own=range(4)):
-        self.read, self.own, self.units = read, list(own), 4
+    def __init__(self, read=lambda step: None, shards=range(4)):
+        self.read, self.shards, self.num_shards = read, list(shards), 4
 
     def __str__(self):
         return "the small loader"
@@ -67,7 +67,7 @@ class Loader:
     def batch(self, step):
         self.read(step)
         tokens = np.random.default_rng(step).integers(4, 64, (4, 16)).astype(np.int32)
-        tokens = tokens[self.own]
+        tokens = tokens[self.shards]
         positions = np.tile(np.arange(16, dtype=np.int32), (len(tokens), 1))
         stats = {"fill": 1.0, "cut": step}
         return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions, "stats": stats}

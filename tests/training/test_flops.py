@@ -24,7 +24,7 @@ PAIR = ConfigDict(
         execution=dict(microbatches=1),
     )
 )
-WHOLE = types.SimpleNamespace(own=[0], units=1)
+WHOLE = types.SimpleNamespace(shards=[0], num_shards=1)
 MESH = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
 
 
@@ -65,7 +65,7 @@ def test_both_conventions_are_equal_if_each_row_is_one_full_segment(stage):
 
 def test_a_process_extrapolates_its_counts_to_the_global_batch():
     """It has two of four shards, so its sums are half of the batch's."""
-    half = types.SimpleNamespace(own=[0, 3], units=4)
+    half = types.SimpleNamespace(shards=[0, 3], num_shards=4)
     assert sizes([[1, 1, 2], [1, 0, 0]], half) == (2 * 4, 2 * (4 + 1 + 1))
 
 
