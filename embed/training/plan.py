@@ -198,7 +198,7 @@ def describe(plan: Plan, stage, model, steps: int, mfu: float, dollars: float | 
         f"{abs(spare):.2f} GB {'to spare' if plan.fits else 'over'}",
         *(f"  {size / 1e9:8.3f} GB  {kind}" for kind, size in plan.memory.items()),
         "",
-        f"model FLOPs per step: {plan.model_flops * plan.chips:.3e} (three forward passes over full rows, including "
+        f"model FLOPs per step: {plan.model_flops * plan.chips:.3e} (three forward passes over full rows, with "
         "padding and attention between segments)",
         *(f"  {value:10.3e}  {part}, one forward pass" for part, value in flops.forward_flops(stage, model).items()),
         "",

@@ -82,7 +82,7 @@ def test_a_plan_says_what_bounds_its_step_and_whether_it_fits():
     text = plan.describe(PLAN, config.stages.pair, model, 100, 0.5, 2.0)
     assert text.startswith("4 chips in 2 slices, 16 rows of 128 tokens in 4 shards; ")
     assert "does not fit: 33.00 of 32 GB per chip, 1.00 GB over" in text
-    assert "three forward passes over full rows, including padding and attention between segments" in text
+    assert "three forward passes over full rows, with padding and attention between segments" in text
     assert "least step time: 2.000 s, bound by HBM" in text and "dollars at 2.0 per chip hour" in text
     assert dataclasses.replace(PLAN, memory={"parameters": 1e9}).fits
 
