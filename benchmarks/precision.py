@@ -1,25 +1,24 @@
-"""What separates int8 from float32: the tanh or the rounding? nDCG@10 of one model on one set of texts.
+"""Whether the tanh or the rounding makes int8 differ from float32: nDCG@10 of one model on one evaluation set.
 
     python benchmarks/precision.py --model=RUN/export/embed-context --data=RUN/data/evaluation/functions/test
 
-float32 is the pooled mean v; tanh is 127 tanh(v) before rounding; int8 is round(127 tanh v).
+float32 is the pooled mean v, tanh is 127 tanh(v) without rounding, int8 is round(127 tanh(v)).
 """
 
 import argparse
 
 import numpy as np
+from header import header
 
 from embed import inference
-from embed.checkpoints.provenance import made_with
 from embed.evaluation import retrieval
-from embed.graph import machine
 from embed.inference.index import Index
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model that embed.inference loads")
-    parser.add_argument("--data", required=True, help="a set of queries and texts")
+    parser.add_argument("--model", required=True, help="a model folder or hub id")
+    parser.add_argument("--data", required=True, help="folder of an evaluation set")
     arguments = parser.parse_args()
     encoder, data = inference.load(arguments.model, dtype="float32"), retrieval.read_set(arguments.data)
     queries, documents = retrieval.embed_set(encoder, data, alone=True)
@@ -28,9 +27,7 @@ def main() -> None:
         "tanh": ("float32", lambda v: np.tanh(v)),
         "int8": ("int8", lambda v: inference.quantize(v, "int8")),
     }
-    source = made_with()
-    print(f"python benchmarks/precision.py: {arguments.model}, {arguments.data}; commit {source['commit']},")
-    print(f"{machine()}, jax {source['versions']['jax']}\n")
+    print(header() + "\n")
     largest, share = np.abs(documents).max(), (np.abs(documents) > 1).mean()
     print(f"|v| of documents: mean {np.abs(documents).mean():.3f}, largest {largest:.2f}, above 1 {share:.2%}\n")
     print("| " + " | ".join(variants) + " |\n|" + "---|" * len(variants))

@@ -1,10 +1,11 @@
-"""What a training step of each stage costs, and what each choice that was made for speed is worth on this machine.
+"""The time of a training step of each stage, with and without the choices that were made for speed on CPU.
 
     python benchmarks/step.py --config=configs/quickstart.py --workdir=runs/quickstart [--stages pair] [--trace=FOLDER]
 
-Needs a workdir with prepared data. Prints for each stage the seconds of the loss, of its gradient and of the whole step
-(the fastest of --repeats runs), with the arithmetic of its products (`flops.hardware_flops`) and the rate at which it was done; `matmul` is what one
-2048³ product reaches. --trace writes a jax.profiler trace of three steps of each stage, for TensorBoard or Perfetto.
+Needs a workdir with prepared data. For each stage it prints the FLOPs (`flops.hardware_flops`), the seconds of the
+loss, of its gradient and of the whole step (the fastest of --repeats runs) and the FLOP/s of the step. The row `matmul`
+is a 2048³ matrix product, for comparison. --trace writes a jax.profiler trace of three steps per stage, for TensorBoard
+or Perfetto.
 """
 
 import argparse
@@ -14,11 +15,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from header import header
 
 from embed import config
-from embed.checkpoints.provenance import made_with
 from embed.cli.common import keep_freed_memory
-from embed.graph import machine
 from embed.models import sharding, transformer
 from embed.runs import Run
 from embed.training import flops, stages
@@ -32,7 +32,7 @@ VARIANTS = {
 
 
 def fastest(function, repeats: int) -> float:
-    """Seconds of the fastest of `repeats` calls after one that compiles."""
+    """Seconds of the fastest of `repeats` calls, after one call that compiles."""
     jax.block_until_ready(function())
     seconds = []
     for _ in range(repeats):
@@ -43,7 +43,7 @@ def fastest(function, repeats: int) -> float:
 
 
 def measure(run: Run, name: str, model: transformer.TransformerConfig, repeats: int, trace: str) -> list[float]:
-    """[GFLOP, seconds of the loss, of the gradient, of the step] of a stage under `model`."""
+    """[GFLOP, seconds of the loss, of the gradient, of the step] of a stage with `model`."""
     stage = run.config.stages[name]
     phases = run.phases(name)
     stores = {task: run.store(task) for _, rates in phases for task in rates}
@@ -56,10 +56,11 @@ def measure(run: Run, name: str, model: transformer.TransformerConfig, repeats: 
     params, key = step.random_params(jax.random.key(0)), jax.random.key(0)
     value = jax.jit(lambda params: loss(params, batch, key, 0.5)[0])
     gradient = jax.jit(jax.grad(lambda params: loss(params, batch, key, 0.5)[0]))
-    held = [jax.tree.map(jnp.copy, params), step.init(params)]
+    trained, state = jax.tree.map(jnp.copy, params), step.init(params)  # a copy, because the step donates its inputs
 
     def whole():
-        held[0], held[1], metrics = step(held[0], held[1], batch, 1)
+        nonlocal trained, state
+        trained, state, metrics = step(trained, state, batch, 1)
         return metrics
 
     with jax.set_mesh(step.mesh):
@@ -76,26 +77,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--workdir", required=True)
-    parser.add_argument("--stages", nargs="*", help="default: all of the config")
+    parser.add_argument("--stages", nargs="*", help="default: all stages of the config")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--trace", default="", help="folder for profiler traces")
     parser.add_argument(
-        "--returned_memory", action="store_true", help="let malloc hand freed memory back, as by default"
+        "--returned_memory", action="store_true", help="leave malloc's default, to return freed memory to the kernel"
     )
     arguments = parser.parse_args()
     kept = not arguments.returned_memory and keep_freed_memory()
     run = Run(config.load(arguments.config), arguments.workdir, arguments.config)
-    source = made_with()
-    print(f"python benchmarks/step.py --config={arguments.config} --workdir={arguments.workdir}:")
-    print(f"commit {source['commit']}, {machine()},")
-    print(", ".join(f"{name} {version}" for name, version in source["versions"].items()), end="")
-    print(f"; freed memory {'kept' if kept else 'returned to the kernel'}\n")
+    print(f"{header()}\nfreed memory {'kept by malloc' if kept else 'returned to the kernel'}\n")
     a = jnp.asarray(np.random.default_rng(0).normal(size=(2048, 2048)), jnp.float32)
     product = jax.jit(jnp.matmul)
     peak = 2 * 2048**3 / 1e9 / fastest(lambda: product(a, a), arguments.repeats)
-    print(
-        "| stage | variant | GFLOP | loss, s | gradient, s | step, s | GFLOP/s of the step |\n|---|---|---|---|---|---|---|"
-    )
+    print("| stage | variant | GFLOP | loss, s | gradient, s | step, s | GFLOP/s of the step |")
+    print("|---|---|---|---|---|---|---|")
     print(f"| matmul | 2048³ | {2 * 2048**3 / 1e9:.1f} | | | | {peak:.0f} |")
     for name in arguments.stages or run.config.stages:
         for variant, changes in VARIANTS.items():

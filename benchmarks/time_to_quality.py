@@ -1,13 +1,13 @@
-"""nDCG@10 over training time: the pair stage here, and the same model trained with sentence-transformers.
+"""nDCG@10 over training time: the pair stage, and the same model trained with sentence-transformers.
 
     python benchmarks/time_to_quality.py --config=configs/quickstart.py --workdir=runs/quickstart --plot=FILE.png
 
-Needs a workdir with prepared data, torch and sentence-transformers (`make test-reference` installs them). All sides start from the
-same random weights (the row of step 0), see the same texts of the same batches (as the pair stage cuts them), have the same
-schedule, AdamW and clipping, and are evaluated by the same code at float32 on the held-out functions. What differs is in
-DIFFERENCES, and is printed: `embed` has the negatives and dimensions of sentence-transformers, `embed, as configured` those of
-the stage. Seconds are those of training steps, compilation and data included, evaluation not. One side after the other, each
-in a process of its own.
+Needs a workdir with prepared data, torch and sentence-transformers (`make test-reference` installs them). All sides
+start from the same random weights (the row of step 0), see the same texts in the same batches (as the pair stage cuts
+them), use the same schedule, AdamW and clipping, and are evaluated by the same code in float32 on held-out functions.
+The output lists the differences (DIFFERENCES). `embed` uses the negatives and dimensions of sentence-transformers,
+`embed, as configured` those of the stage. Seconds are those of training steps, with compilation and data, without
+evaluation. The sides run one after the other, each in a separate process.
 """
 
 import argparse
@@ -21,23 +21,26 @@ import time
 from pathlib import Path
 
 import numpy as np
+from header import header
 from train import KEEP_FREED_MEMORY
 
 ROOT = Path(__file__).parent.parent
 DIFFERENCES = """\
 |  | embed | embed, as configured | sentence-transformers |
 |---|---|---|---|
-| a batch is | packed rows: {rows} x {length} tokens | the same | queries and documents, each padded to its longest text |
+| batch | packed rows: {rows} x {length} tokens | the same | queries and documents, each padded to its longest text |
 | vectors in training | tanh and int8 rounding, straight through | the same | the pooled mean as it is |
-| the loss is over | all {dimensions} dimensions | the mean over the first {prefixes} | all {dimensions} dimensions |
+| loss over | all {dimensions} dimensions | the mean over the first {prefixes} | all {dimensions} dimensions |
 | negatives of a query | other documents and other queries | the same | other documents |
-| of them left out | equal contents | also what is more similar than the positive + {margin} | none |
-| steps | its train step, batches made between them (`embed train` makes them in a thread) | the same | its model and MultipleNegativesRankingLoss in a plain PyTorch loop, not its Trainer, batches made between them; no torch.compile |
+| masked negatives | equal contents | also those more similar than the positive + {margin} | none |
+| steps | its train step; batches are built between steps (`embed train`: in a thread) | the same | \
+its model and MultipleNegativesRankingLoss in a plain PyTorch loop, not its Trainer; batches are built between steps; \
+no torch.compile |
 """
 
 
 def open_run(arguments):
-    """(run, stage, its loader, its schedule)."""
+    """(run, pair stage, its loader, its schedule)."""
     from embed import config
     from embed.runs import Run
     from embed.training import optimizer, stages
@@ -52,16 +55,17 @@ def open_run(arguments):
 
 
 def texts(batch: dict, slots: np.ndarray, spans: int) -> list[np.ndarray]:
-    """The tokens of the texts that stand in the given slots of a packed batch."""
+    """The tokens of the texts in the given slots of the span table of a packed batch."""
     return [batch["tokens"][slot // spans][batch["span_ids"][slot // spans] == slot % spans + 1] for slot in slots]
 
 
 def points(arguments) -> list[int]:
-    """After which steps to evaluate."""
+    """The numbers of steps after which to evaluate."""
     return sorted({*range(0, arguments.steps + 1, arguments.every), arguments.steps})
 
 
 def train_embed(arguments, as_configured: bool = False) -> list:
+    """The curve [(steps, seconds, nDCG@10), …] of `embed`."""
     import jax
 
     from embed import nodes
@@ -71,7 +75,7 @@ def train_embed(arguments, as_configured: bool = False) -> list:
 
     run, stage, loader, _ = open_run(arguments)
     if not as_configured:
-        stage.matryoshka, stage.margin = (run.model.hidden_size,), 2.0  # no cosine is more than 2 above another
+        stage.matryoshka, stage.margin = (run.model.hidden_size,), 2.0  # cosines differ by at most 2: masks nothing
     functions, start = nodes.evaluation_set(run, "functions/test"), run.checkpoint("random init")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     step = make_step(stage, run.model, mesh, steps=arguments.steps, seed=0, mask_id=run.tokenizer.mask_id)
@@ -79,22 +83,23 @@ def train_embed(arguments, as_configured: bool = False) -> list:
     state = step.init(params)
     seconds, curve, done, lost = 0.0, [], 0, 0
     for point in points(arguments):
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         for k in range(done, point):
             batch = loader.batch(k)
             lost += batch.pop("stats")["lost"]
             params, state, _ = step(params, state, step.put(batch), k)
         jax.block_until_ready(params)
-        seconds, done = seconds + time.perf_counter() - begun, point
+        seconds, done = seconds + time.perf_counter() - begin, point
         encoder = run.encoder(start, params=params)
         figures = retrieval.evaluate_retrieval(encoder, functions, ("float32",), alone=True)["float32"]
         curve.append((point, seconds, figures["ndcg@10"]))
     if lost:
-        raise ValueError(f"{lost} pairs have no tokens on a side, and only embed leaves those out")
+        raise ValueError(f"{lost} pairs have a side without tokens; only embed leaves these out")
     return curve
 
 
 def train_sentence_transformers(arguments) -> list:
+    """The curve [(steps, seconds, nDCG@10), …] of sentence-transformers."""
     with tempfile.TemporaryDirectory() as folder:
         return _train_sentence_transformers(arguments, Path(folder) / "model")
 
@@ -112,15 +117,15 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
     run, stage, loader, schedule = open_run(arguments)
     functions, spans = nodes.evaluation_set(run, "functions/test"), stage.batch.spans
     exports.export_model(run, "random init", folder)
-    (folder / "embed.json").unlink()  # its digests: the weights are written anew at each evaluation
+    (folder / "embed.json").unlink()  # it has digests of the weights, which each evaluation overwrites
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu").train()
     loss_function = MultipleNegativesRankingLoss(model, scale=1 / stage.temperature)
     settings = stage.optimizer
-    kept = [p for name, p in model.named_parameters() if "norm" in name]
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
     decayed = [p for name, p in model.named_parameters() if "norm" not in name]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True)
-    values = [float(schedule(k)) for k in range(arguments.steps)]  # jax's: not in the time of a step
+    values = [float(schedule(k)) for k in range(arguments.steps)]  # computed by jax, so outside the timed steps
     rates = torch.optim.lr_scheduler.LambdaLR(adamw, lambda k: values[min(k, arguments.steps - 1)])
 
     def features(tokens):
@@ -132,7 +137,7 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
 
     seconds, curve, done = 0.0, [], 0
     for point in points(arguments):
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         for k in range(done, point):
             batch = loader.batch(k)
             sides = [features(texts(batch, batch[f"{side}_slots"], spans)) for side in ("query", "document")]
@@ -142,7 +147,7 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
             adamw.step()
             rates.step()
             adamw.zero_grad(set_to_none=True)
-        seconds, done = seconds + time.perf_counter() - begun, point
+        seconds, done = seconds + time.perf_counter() - begin, point
         weights = {name: x.contiguous() for name, x in model[0].model.state_dict().items()}
         safetensors.torch.save_file(weights, folder / "model.safetensors")
         figures = retrieval.evaluate_retrieval(load(folder), functions, ("float32",), alone=True)["float32"]
@@ -158,7 +163,7 @@ SIDES = {
 
 
 def reached(curve: list, level: float) -> float | None:
-    """Seconds at which a curve first reaches a level, on a straight line between its points; None if never."""
+    """The seconds at which a curve first reaches a level, interpolated linearly; None if it never does."""
     for (_, before, low), (_, seconds, value) in zip(curve, curve[1:]):
         if low < level <= value:
             return before + (level - low) / (value - low) * (seconds - before)
@@ -180,8 +185,8 @@ def plot(curves: dict, path: Path) -> None:
 
 
 def measure(side: str) -> list:
-    """The curve of a side, trained in a process of its own."""
-    # Both on the CPU, both as `embed train` has malloc.
+    """The curve of a side, trained in a separate process."""
+    # All sides run on the CPU, with the malloc settings of `embed train`.
     environment = {**KEEP_FREED_MEMORY, **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *sys.argv, "--side", side]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -191,18 +196,12 @@ def measure(side: str) -> list:
 
 
 def describe(arguments) -> list[str]:
-    """What ran, on what, and what differs."""
-    from importlib.metadata import version
-
+    """The header and the differences between the sides."""
     from embed import config
-    from embed.checkpoints.provenance import made_with
-    from embed.graph import machine
 
-    settings, source = config.load(arguments.config), made_with()
+    settings = config.load(arguments.config)
     stage = settings.stages.pair
-    names = ("torch", "transformers", "sentence-transformers")
-    versions = {"jax": source["versions"]["jax"], **{name: version(name) for name in names}}
-    about = DIFFERENCES.format(
+    differences = DIFFERENCES.format(
         rows=stage.batch.groups * stage.batch.rows_per_group,
         length=stage.batch.length,
         margin=stage.margin,
@@ -210,16 +209,15 @@ def describe(arguments) -> list[str]:
         dimensions=settings.model.hidden_size,
     )
     return [
-        f"python {' '.join(sys.argv)}:",
-        f"commit {source['commit']}, {machine()},",
-        ", ".join(f"{name} {number}" for name, number in versions.items()),
-        f"{stage.batch.groups * stage.batch.group_size} pairs a step, {arguments.steps} steps, one run a side: {', then '.join(arguments.order)}\n",
-        about,
+        header("torch", "transformers", "sentence-transformers"),
+        f"{stage.batch.groups * stage.batch.group_size} pairs per step, {arguments.steps} steps, one run per side: "
+        f"{', then '.join(arguments.order)}\n",
+        differences,
     ]
 
 
 def tables(curves: dict) -> list[str]:
-    """The curves, and which side was first at each level that one of them reached and both began below."""
+    """The curves, and for each level of nDCG@10 that some side reaches and all start below, which side is first."""
     lines = [
         "| steps | " + " | ".join(f"{side}, s | nDCG@10" for side in curves) + " |",
         "|---:|" + "---:|---:|" * len(curves),
@@ -236,9 +234,9 @@ def tables(curves: dict) -> list[str]:
     for level in np.arange(0.05, best, 0.05):
         if level <= start:
             continue
-        when = {side: reached(curve, level) for side, curve in curves.items()}
-        first = min((side for side in curves if when[side] is not None), key=when.get)
-        cells = [f"{seconds:.1f}" if seconds is not None else "not reached" for seconds in when.values()]
+        times = {side: reached(curve, level) for side, curve in curves.items()}
+        first = min((side for side in curves if times[side] is not None), key=times.get)
+        cells = [f"{seconds:.1f}" if seconds is not None else "not reached" for seconds in times.values()]
         lines.append(f"| {level:.2f} | " + " | ".join(cells) + f" | {first} |")
     return lines
 
@@ -249,8 +247,8 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/quickstart")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
-    parser.add_argument("--order", nargs="+", choices=SIDES, default=list(SIDES), help="which side runs first")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--order", nargs="+", choices=SIDES, default=list(SIDES), help="sides, in the order of running")
+    parser.add_argument("--plot", type=Path, help="file for the plot")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

@@ -1,8 +1,8 @@
-"""Whether a Qwen tokenizer.json gives, through `embed.tokenizers`, the ids that Qwen's own tiktoken ranks give.
+"""Whether `embed.tokenizers` gives the same ids for a Qwen tokenizer.json as tiktoken does with Qwen's own ranks.
 
     python benchmarks/tokenizer.py --tokenizer=FOLDER --ranks=qwen.tiktoken TEXT_FILE…
 
-Every 20 lines of the UTF-8 files are a text, line ends included. Needs `pip install tiktoken`. Exit code 1 if any text differs.
+Needs `pip install tiktoken`. A text is 20 lines of a UTF-8 file, including line ends. Exit code 1 if any text differs.
 """
 
 import argparse
@@ -12,14 +12,13 @@ import unicodedata
 from pathlib import Path
 
 import numpy as np
+from header import header
 
 from embed import tokenizers
-from embed.checkpoints.provenance import made_with
-from embed.graph import machine
 
 LINES = 20
 
-# How Qwen splits text before its merges.
+# Qwen's pattern for splitting text before the merges.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -27,8 +26,8 @@ PATTERN = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True, help="a folder with tokenizer.json and tokenizer_config.json")
-    parser.add_argument("--ranks", required=True, help="qwen.tiktoken")
+    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.json and tokenizer_config.json")
+    parser.add_argument("--ranks", required=True, help="path of qwen.tiktoken")
     parser.add_argument("texts", nargs="+", help="UTF-8 files")
     arguments = parser.parse_args()
     import tiktoken
@@ -51,7 +50,7 @@ def main() -> int:
         if not np.array_equal(ids, theirs.encode_ordinary(unicodedata.normalize("NFC", text)))
     ]
     tokens = sum(map(len, got))
-    print(f"python benchmarks/tokenizer.py; commit {made_with()['commit']}, {machine()}")
+    print(header("tokenizers", "tiktoken") + "\n")
     print(f"{len(arguments.texts)} files, {len(texts):,} texts, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
     print(f"{len(differing)} texts differ" + "".join(f"\n  {texts[i]!r:.100}" for i in differing[:10]))
     return 1 if differing else 0

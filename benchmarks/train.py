@@ -1,16 +1,18 @@
-"""Training steps of each stage beside the same model in PyTorch: tokens a second, MFU, peak memory.
+"""Training steps of each stage, compared with the same model in PyTorch: tokens per second, MFU, peak memory.
 
-    python benchmarks/train.py                                    CPU: configs/quickstart.py; GPU: diffusion at 0.6B, length 4,096
-    python benchmarks/train.py --stages pair:14 --output=FILE     one stage, its batch in 14 parts (gradient caching)
+    python benchmarks/train.py                                    CPU: configs/quickstart.py; GPU: 0.6B diffusion
+    python benchmarks/train.py --stages pair:14 --output=FILE     one stage in 14 microbatches (gradient caching)
     python benchmarks/train.py --config=configs/pplx_embed.py:size=0.6b --stages diffusion:4 pair:8 --rows=8 --groups=4
 
-Both sides run the stage of the config on the same random texts, of one length: ours packs them into rows as the loader does,
-PyTorch (transformers' Qwen3, scaled-dot-product attention, fused AdamW, torch.compile on a GPU) gets them as a batch without
-padding. The objective is the same, term by term, with Matryoshka prefixes, int8 rounding, clipping and gradient caching; masks of
-equal contents, which random texts do not have, are in ours alone. bfloat16 over float32 parameters, float32 on CPU.
+Both sides run the stage of the config on the same random texts, which all have one length. `embed` packs them into rows
+as its loader does. PyTorch (transformers' Qwen3, scaled-dot-product attention, fused AdamW, torch.compile on a GPU)
+gets them as a batch without padding. The objective is the same, term by term, with Matryoshka prefixes, int8 rounding,
+clipping and gradient caching. Only `embed` masks equal contents, which random texts do not have. Compute is in bfloat16
+with float32 parameters, on CPU in float32.
 
-Each side and stage is a process of its own, one after the other, in turn for so many rounds: two processes of the same program
-differ by more than the steps of one. Needs no data, TensorFlow or seqio; without torch its rows say so.
+Each side and stage runs in a separate process. The processes take turns for --rounds rounds, because two processes of
+the same program differ by more than the steps of one. Needs no data, TensorFlow or seqio. Without torch, its rows say
+so.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -31,9 +34,9 @@ from ml_collections import ConfigDict
 
 ROOT = Path(__file__).parent.parent
 SIDES = ("embed", "PyTorch")
-# glibc's malloc keeps freed memory, as embed.cli.common has it; for both sides, since it makes both faster on CPU.
+# glibc's malloc keeps freed memory, as embed.cli.common sets it. For both sides: it makes both faster on CPU.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
-DEFAULTS = {  # of a platform; 98 rows of the quickstart's pair stage are 7 parts of 14
+DEFAULTS = {  # by platform; pair:7 divides the quickstart's 98 rows into 7 microbatches of 14
     "cpu": dict(
         config="configs/quickstart.py", stages=["diffusion", "pair", "pair:7", "contextual", "triplet"], rows=0
     ),
@@ -45,7 +48,7 @@ DEFAULTS = {  # of a platform; 98 rows of the quickstart's pair stage are 7 part
 
 
 def text_length(stage) -> int:
-    """The longest texts of which a group's rows hold all, uncut."""
+    """The largest length at which the rows of a group hold all of its texts uncut."""
     from embed import rows
 
     batch, n = stage.batch, stage.batch.group_size
@@ -54,38 +57,41 @@ def text_length(stage) -> int:
     if stage.kind == "contextual":
         texts, chunks = n * batch.max_queries_per_document, batch.max_chunks
     spans = np.array([chunks] * (n if chunks else 0) + [1] * texts)
-    room = min(batch.length, batch.rows_per_group * batch.length // spans.sum())
+    longest = min(batch.length, batch.rows_per_group * batch.length // spans.sum())
     return next(
-        x
-        for x in range(room, 0, -1)
-        if rows.first_fit_decreasing(spans * x, spans, shape, batch.rows_per_group) is not None
+        length
+        for length in range(longest, 0, -1)
+        if rows.first_fit_decreasing(spans * length, spans, shape, batch.rows_per_group) is not None
     )
 
 
 def random_texts(stage, vocabulary: int) -> dict[str, np.ndarray]:
-    """What both sides train on: rows, or queries, documents and negatives, int32[…, length]; the last id is the mask."""
+    """The texts of both sides: rows, or queries, documents and negatives, int32[…, length]. The last id is the mask."""
     batch = stage.batch
     if stage.kind == "diffusion":
         shapes = {"rows": (batch.rows, batch.length)}
     else:
-        n, x = batch.groups * batch.group_size, text_length(stage)
-        shapes = {"queries": (n, x), "documents": (n, x)}
+        n, length = batch.groups * batch.group_size, text_length(stage)
+        shapes = {"queries": (n, length), "documents": (n, length)}
         if stage.kind == "triplet":
-            shapes["negatives"] = (n, batch.num_negatives, x)
+            shapes["negatives"] = (n, batch.num_negatives, length)
         if stage.kind == "contextual":
-            shapes = {"queries": (n, batch.max_queries_per_document, x), "documents": (n, batch.max_chunks, x)}
+            shapes = {
+                "queries": (n, batch.max_queries_per_document, length),
+                "documents": (n, batch.max_chunks, length),
+            }
     rng = np.random.default_rng(0)
     return {name: rng.integers(5, vocabulary - 1, shape).astype(np.int32) for name, shape in shapes.items()}
 
 
-def specification(arguments, wanted: str) -> tuple[dict, dict, float]:
-    """(stage and model as plain values, the texts, model FLOPs of a step) of `STAGE` or `STAGE:MICROBATCHES`."""
+def specification(arguments, selection: str) -> tuple[dict, dict, float]:
+    """(stage and model as plain values, texts, model FLOPs per step) of "STAGE" or "STAGE:MICROBATCHES"."""
     from embed import config as configs
     from embed.models import transformer
     from embed.training import flops, stages
 
     config = configs.load(arguments.config, arguments.overrides)
-    name, _, microbatches = wanted.partition(":")
+    name, _, microbatches = selection.partition(":")
     stage = config.stages[name]
     stage.execution.microbatches = int(microbatches or stage.execution.microbatches)
     size = "rows" if stage.kind == "diffusion" else "groups"
@@ -94,37 +100,37 @@ def specification(arguments, wanted: str) -> tuple[dict, dict, float]:
     model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
     model = stages.stage_model(stage.kind, model)
     texts = random_texts(stage, model.vocab_size)
-    # Each text is a segment; the chunks of a document are one together.
+    # A segment is one text, or all chunks of a document.
     lengths = [
         (x.size, x[0].size if stage.kind == "contextual" and name == "documents" else x.shape[-1])
         for name, x in texts.items()
     ]
     tokens, squares = (sum(size * length**power for size, length in lengths) for power in (0, 1))
-    given = {"stage": stage.to_dict(), "model": dataclasses.asdict(model)}
-    return given, texts, flops.model_flops(stage, model, tokens, squares)
+    settings = {"stage": stage.to_dict(), "model": dataclasses.asdict(model)}
+    return settings, texts, flops.model_flops(stage, model, tokens, squares)
 
 
 def timed(step, steps: int) -> list[float]:
-    """Seconds of each of so many calls, after one that compiles."""
+    """Seconds of each of `steps` calls, after one call that compiles."""
     seconds = []
     for k in range(steps + 1):
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         step(k)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - begin)
     return seconds[1:]
 
 
-def resident() -> int:
-    """The most memory that this process has had so far, in bytes."""
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
-# --- ours -------------------------------------------------------------------------------------------------------
+# --- embed ------------------------------------------------------------------------------------------------------
 
 
 class Texts:
-    """The random texts as a store that the contrastive loader reads; it draws each example once."""
+    """The random texts as a store for the contrastive loader, whose batch has each example once."""
 
     def __init__(self, tables: dict[str, np.ndarray], contextual: bool):
         self.tables, self.contextual = tables, contextual
@@ -158,7 +164,7 @@ class Texts:
 
 
 def make_batch(stage, texts: dict[str, np.ndarray]) -> dict:
-    """The batch of rows that the program would make of the texts."""
+    """The batch of packed rows that the loader builds from the texts."""
     from embed.training import stages
 
     if stage.kind == "diffusion":
@@ -179,7 +185,7 @@ def measure_embed(stage, model: dict, texts: dict[str, np.ndarray], steps: int) 
     from embed.models import sharding, transformer
     from embed.training.step import make_step
 
-    libraries = resident()
+    libraries = peak_memory()
     model = transformer.TransformerConfig(**model)
     batch = make_batch(stage, texts)
     fill = float((batch["segment_ids"] > 0).mean())
@@ -195,7 +201,7 @@ def measure_embed(stage, model: dict, texts: dict[str, np.ndarray], steps: int) 
 
     seconds = timed(step, steps)
     stats = jax.devices()[0].memory_stats()
-    memory = {"memory": stats["peak_bytes_in_use"]} if stats else {"memory": resident(), "libraries": libraries}
+    memory = {"memory": stats["peak_bytes_in_use"]} if stats else {"memory": peak_memory(), "libraries": libraries}
     return {"seconds": seconds, "fill": fill, **memory}
 
 
@@ -203,7 +209,7 @@ def measure_embed(stage, model: dict, texts: dict[str, np.ndarray], steps: int) 
 
 
 def pytorch_model(model: dict, device: str):
-    """transformers' Qwen3, bidirectional, of the same sizes."""
+    """transformers' Qwen3 with the same sizes, bidirectional."""
     import torch
     import transformers
 
@@ -228,7 +234,10 @@ def pytorch_model(model: dict, device: str):
 
 
 def pytorch_contrast(stage, q, d, others):
-    """One prefix of the loss of embed.objectives.contrastive: q, d and others (negatives or whole documents) [N, D]."""
+    """The loss of embed.objectives.contrastive for one prefix.
+
+    q [N, D] are queries, d [N or C, D] documents or chunks, others [M, D] negatives or whole documents, or None.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -240,7 +249,7 @@ def pytorch_contrast(stage, q, d, others):
         return (logits.logsumexp(1) - positive / stage.temperature).mean()
 
     def with_queries(documents, other, same):
-        """Against other documents, but those that are the `same`, and other queries, none more similar than the margin."""
+        """Negatives: `other` documents that are not the `same`, and `other` queries, both only below the margin."""
         qd, qq = q @ documents.T, q @ q.T
         positive = qd.diagonal()
         limit = positive[:, None] + stage.margin
@@ -257,39 +266,40 @@ def pytorch_contrast(stage, q, d, others):
     queries, chunks = stage.batch.max_queries_per_document, stage.batch.max_chunks
     document, of_chunk = index // queries, torch.arange(len(d), device=q.device) // chunks
     target = document * chunks + index % queries % chunks
-    scores, own = q @ d.T, document[:, None] == of_chunk
+    scores, in_document = q @ d.T, document[:, None] == of_chunk
     allowed = target[:, None] != torch.arange(len(d), device=q.device)
     positive = scores.gather(1, target[:, None])[:, 0]
-    local = stage.alpha * nll(positive, scores, allowed & own) + (1 - stage.alpha) * nll(positive, scores, allowed)
-    whole = with_queries(others[document], target[:, None] != target, document[:, None] == document)
-    return stage.beta[0] * whole + (1 - stage.beta[0]) * local
+    in_sequence, in_batch = nll(positive, scores, allowed & in_document), nll(positive, scores, allowed)
+    chunk_loss = stage.alpha * in_sequence + (1 - stage.alpha) * in_batch
+    document_loss = with_queries(others[document], target[:, None] != target, document[:, None] == document)
+    return stage.beta[0] * document_loss + (1 - stage.beta[0]) * chunk_loss
 
 
 def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], device: str):
-    """A function that adds a step's gradients to the network and returns its loss."""
+    """A function that adds the gradients of a step to the network and returns the loss."""
     import torch
     from torch.nn import functional as F
 
     forward = torch.compile(network) if device == "cuda" else network
     ids = {name: torch.tensor(x, dtype=torch.int64, device=device) for name, x in texts.items()}
 
-    def low():
+    def autocast():
         return torch.autocast(device, torch.bfloat16, enabled=model["dtype"] == "bfloat16")
 
     def hidden(rows):
-        with low():
+        with autocast():
             return forward(input_ids=rows).last_hidden_state
 
     def diffusion():
         rows = ids["rows"]
-        # Stratified over rows as in ours, or the number of masked tokens would change from step to step.
+        # Stratified over rows as in embed, or the number of masked tokens would vary from step to step.
         unit = (torch.rand(1, device=device) + torch.randperm(len(rows), device=device) / len(rows)) % 1
         t = (1e-3 + (1 - 1e-3) * unit)[:, None]
         masked, total = torch.rand(rows.shape, device=device) < t, 0
         for part in torch.arange(len(rows), device=device).chunk(stage.execution.microbatches):
             m, x = masked[part], rows[part]
             h = hidden(x.masked_fill(m, model["vocab_size"] - 1))[m]
-            with low():
+            with autocast():
                 logits = F.linear(h, network.embed_tokens.weight)
             nll = F.cross_entropy(logits.float(), x[m], reduction="none")
             loss = (nll / t.expand_as(rows)[part][m]).sum() / rows.numel()
@@ -302,7 +312,7 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
         return v + (v.round() - v).detach()
 
     def mean(rows, pieces):
-        """The mean of each of the pieces that a row's tokens are equal parts of, [rows, pieces, D]."""
+        """The mean hidden state of each of `pieces` equal parts of a row, [rows, pieces, D]."""
         h = hidden(rows).float()
         return h.view(len(rows), pieces, -1, h.shape[-1]).mean(2)
 
@@ -310,12 +320,10 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
         pooled = {name: int8(x.flatten(0, 1)) for name, x in tables.items()}
         others = pooled.get("negatives")
         if stage.kind == "contextual":
-            others = int8(tables["documents"].mean(1))  # chunks are of one length
+            others = int8(tables["documents"].mean(1))  # all chunks have the same length
         vectors = pooled["queries"], pooled["documents"], others
-        prefixes = stage.matryoshka
-        return sum(pytorch_contrast(stage, *(x if x is None else x[:, :p] for x in vectors)) for p in prefixes) / len(
-            prefixes
-        )
+        losses = [pytorch_contrast(stage, *(x if x is None else x[:, :p] for x in vectors)) for p in stage.matryoshka]
+        return sum(losses) / len(losses)
 
     def contrastive():
         pieces = {name: 1 for name in ids}
@@ -326,7 +334,7 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
             loss = objective({name: mean(rows[name], pieces[name]) for name in rows})
             loss.backward()
             return loss.detach()
-        # GradCache: all vectors without a graph, their gradients, then each part again with one.
+        # GradCache: compute all vectors without a graph, then their gradients, then each part again with a graph.
         parts = {name: rows[name].chunk(stage.execution.microbatches) for name in rows}
         with torch.no_grad():
             vectors = {name: torch.cat([mean(part, pieces[name]) for part in parts[name]]) for name in rows}
@@ -344,9 +352,9 @@ def pytorch_loss(stage, model: dict, network, texts: dict[str, np.ndarray], devi
 
 def measure_pytorch(stage, model: dict, texts: dict[str, np.ndarray], steps: int) -> dict:
     import torch
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  so that `libraries` has it
+    import transformers.models.qwen3.modeling_qwen3  # noqa: F401  so that `libraries` includes it
 
-    libraries, settings = resident(), stage.optimizer
+    libraries, settings = peak_memory(), stage.optimizer
     device = "cpu" if model["dtype"] == "float32" else "cuda"
     network = pytorch_model(model, device)
     loss = pytorch_loss(stage, model, network, texts, device)
@@ -372,14 +380,14 @@ def measure_pytorch(stage, model: dict, texts: dict[str, np.ndarray], steps: int
     seconds = timed(step, steps)
     if device == "cuda":
         return {"seconds": seconds, "fill": 1.0, "memory": torch.cuda.max_memory_allocated()}
-    return {"seconds": seconds, "fill": 1.0, "memory": resident(), "libraries": libraries}
+    return {"seconds": seconds, "fill": 1.0, "memory": peak_memory(), "libraries": libraries}
 
 
 # --- the table --------------------------------------------------------------------------------------------------
 
 
 def about() -> dict:
-    """The program's provenance, the device and what it does at best. In a process that ends, since jax holds a GPU's memory."""
+    """Provenance, device and peak FLOP/s. Runs in a process that ends, because jax holds the memory of a GPU."""
     from importlib.metadata import PackageNotFoundError, version
 
     import jax
@@ -395,27 +403,30 @@ def about() -> dict:
             source["versions"][name] = version(name)
         except PackageNotFoundError:
             source["versions"][name] = "not installed"
-    peak, whose = flops.device_peak(), "published"
+    peak, peak_source = flops.device_peak(), "published"
     if peak is None:
         a, product = jnp.ones((2048, 2048)), jax.jit(jnp.matmul)
         seconds = timed(lambda _: product(a, a).block_until_ready(), 8)
-        peak, whose = 2 * 2048**3 / min(seconds), "the fastest of 8 products of 2048 x 2048 matrices here, by jax"
+        peak, peak_source = (
+            2 * 2048**3 / min(seconds),
+            "measured: the fastest of 8 products of 2048 x 2048 matrices, by jax",
+        )
     return source | {
         "machine": machine(),
         "peak": peak,
-        "whose": whose,
+        "peak_source": peak_source,
         "platform": jax.default_backend(),
     }
 
 
 def child(side: str, *more: str) -> dict:
-    """What a process of one side prints; ValueError with the error that ended it."""
+    """The JSON that a process of one side prints. ValueError with the last error of a process that fails."""
     environment = {**KEEP_FREED_MEMORY, **os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, f"--child={side}", *more]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]  # jax says more behind it
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]  # jax adds lines after it
         raise ValueError((errors or lines)[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -424,50 +435,52 @@ def run_child(side: str, folder: str, steps: int) -> None:
     if side == "about":
         print(json.dumps(about()))
         return
-    given = json.loads((Path(folder) / "specification.json").read_text())
+    settings = json.loads((Path(folder) / "specification.json").read_text())
     texts = dict(np.load(Path(folder) / "texts.npz"))
     measure = {"embed": measure_embed, "PyTorch": measure_pytorch}[side]
-    print(json.dumps(measure(ConfigDict(given["stage"]), given["model"], texts, steps)))
+    print(json.dumps(measure(ConfigDict(settings["stage"]), settings["model"], texts, steps)))
 
 
-def measure_stage(arguments, wanted: str, peak: float) -> list[str]:
-    """The table's line of each side for a stage."""
-    given, texts, flops = specification(arguments, wanted)
-    parts = given["stage"]["execution"]["microbatches"]
-    label = given["stage"]["kind"] + (f", {parts} parts" if parts > 1 else "")
-    runs, said = {side: [] for side in SIDES}, {}
+def measure_stage(arguments, selection: str, peak: float) -> list[str]:
+    """The rows of the table for a stage, one per side."""
+    settings, texts, flops = specification(arguments, selection)
+    microbatches = settings["stage"]["execution"]["microbatches"]
+    label = settings["stage"]["kind"] + (f", {microbatches} microbatches" if microbatches > 1 else "")
+    runs, failures = {side: [] for side in SIDES}, {}
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        said["PyTorch"] = "not installed"
+        failures["PyTorch"] = "not installed"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "specification.json").write_text(json.dumps(given))
+        (Path(folder) / "specification.json").write_text(json.dumps(settings))
         np.savez(Path(folder) / "texts.npz", **texts)
         for side in SIDES * arguments.rounds:
-            if side not in said:
+            if side not in failures:
                 try:
                     runs[side].append(child(side, f"--folder={folder}", f"--steps={arguments.steps}"))
                 except ValueError as error:
-                    said[side] = f"failed: {str(error)[:150]}"
+                    failures[side] = f"failed: {str(error)[:150]}"
     tokens, lines = sum(x.size for x in texts.values()), []
     medians = {
-        side: statistics.median(s for one in runs[side] for s in one["seconds"]) for side in SIDES if side not in said
+        side: statistics.median(s for run in runs[side] for s in run["seconds"])
+        for side in SIDES
+        if side not in failures
     }
     for side in SIDES:
-        if side in said:
-            lines.append(f"| {label} | {side} | {said[side]}" + " |" * 8)
+        if side in failures:
+            lines.append(f"| {label} | {side} | {failures[side]}" + " |" * 8)
             continue
-        of_processes = [statistics.median(one["seconds"]) for one in runs[side]]
-        one = max(runs[side], key=lambda run: run["memory"])
-        libraries = f"{one['libraries'] / 1e9:.2f}" if "libraries" in one else ""
+        of_processes = [statistics.median(run["seconds"]) for run in runs[side]]
+        largest = max(runs[side], key=lambda run: run["memory"])
+        libraries = f"{largest['libraries'] / 1e9:.2f}" if "libraries" in largest else ""
         ratio = f"{medians['PyTorch'] / medians[side]:.2f}" if "PyTorch" in medians else ""
         cells = [
             label,
             side,
             f"{tokens:,}",
-            f"{one['fill']:.0%}",
+            f"{largest['fill']:.0%}",
             f"{medians[side]:.3f} ({min(of_processes):.3f}–{max(of_processes):.3f})",
             f"{tokens / medians[side]:,.0f}",
             f"{flops / medians[side] / peak:.1%}",
-            f"{one['memory'] / 1e9:.2f}",
+            f"{largest['memory'] / 1e9:.2f}",
             libraries,
             ratio,
         ]
@@ -479,58 +492,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", help="with --config.key=value over it")
+    parser.add_argument("--config", help="config file; --config.key=value overrides a field")
     parser.add_argument("--stages", nargs="+", help="STAGE or STAGE:MICROBATCHES")
-    parser.add_argument("--rows", type=int, help="of a diffusion batch; 0 = the config's")
-    parser.add_argument("--groups", type=int, default=0, help="of a contrastive batch; 0 = the config's")
-    parser.add_argument("--steps", type=int, default=10, help="timed, after one that compiles")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each side and stage")
-    parser.add_argument("--peak_tflops", type=float, help="of the device, where it is not known or not believed")
-    parser.add_argument("--output", type=Path, help="file for what is printed")
+    parser.add_argument("--rows", type=int, help="rows of a diffusion batch; 0 = the config's")
+    parser.add_argument("--groups", type=int, default=0, help="groups of a contrastive batch; 0 = the config's")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after one that compiles")
+    parser.add_argument("--rounds", type=int, default=3, help="processes per side and stage")
+    parser.add_argument("--peak_tflops", type=float, help="peak of the device; default: published, or measured by jax")
+    parser.add_argument("--output", type=Path, help="file for a copy of the output")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments, arguments.overrides = parser.parse_known_args()
     if arguments.child:
         return run_child(arguments.child, arguments.folder, arguments.steps)
     sys.path.insert(0, str(ROOT))
-    source, said = child("about"), []
+    source, output = child("about"), []
     arguments.platform = source["platform"]
     for name, value in DEFAULTS.get(arguments.platform, DEFAULTS["gpu"]).items():
         if getattr(arguments, name) is None:
-            # The rows are those of the config that is the default, not of any.
-            usual = name != "rows" or arguments.config == DEFAULTS["gpu"]["config"]
-            setattr(arguments, name, value if usual else 0)
+            # The default number of rows applies only to the default config.
+            applies = name != "rows" or arguments.config == DEFAULTS["gpu"]["config"]
+            setattr(arguments, name, value if applies else 0)
     if arguments.peak_tflops:
-        source |= {"peak": arguments.peak_tflops * 1e12, "whose": "--peak_tflops"}
+        source |= {"peak": arguments.peak_tflops * 1e12, "peak_source": "--peak_tflops"}
 
-    def say(line: str) -> None:
+    def write(line: str) -> None:
         print(line, flush=True)
-        said.append(line)
+        output.append(line)
 
     load = "{:.1f}".format
-    say(f"python {' '.join(sys.argv)}:\ncommit {source['commit']}, {source['machine']},")
-    say(", ".join(f"{name} {number}" for name, number in source["versions"].items()))
-    say(
-        f"config {arguments.config}; load average before {load(os.getloadavg()[0])}; {arguments.rounds} processes of {arguments.steps} steps, one side after the other: seconds are the median (fastest–slowest process)"
+    write(f"python {shlex.join(sys.argv)}\ncommit {source['commit']}, {source['machine']}")
+    write(", ".join(f"{name} {number}" for name, number in source["versions"].items()))
+    write(f"config {arguments.config}; load average before: {load(os.getloadavg()[0])}")
+    write(
+        f"{arguments.rounds} processes of {arguments.steps} steps per side, alternating; seconds are the median "
+        "(fastest–slowest process)"
     )
-    say(
-        f"MFU: three forward passes by formula, inside segments and without padding, for both, over {source['peak'] / 1e12:.3g} TFLOP/s ({source['whose']})"
+    write(
+        "MFU: for both sides three forward passes by formula, inside segments and without padding, relative to "
+        f"{source['peak'] / 1e12:.3g} TFLOP/s ({source['peak_source']})"
     )
     if arguments.platform == "cpu":
-        say(
-            "memory: the most that a process has had, compilation included; both sides with malloc keeping freed memory"
-        )
-    say("")
-    say(
-        "| stage | program | tokens a step | fill | seconds | tokens/s | MFU | peak memory, GB | of it libraries | tokens/s to PyTorch's |"
+        write("memory: peak of a process, including compilation; both sides with malloc keeping freed memory")
+    write("")
+    write(
+        "| stage | program | tokens per step | fill | seconds | tokens/s | MFU | peak memory, GB | of it libraries "
+        "| tokens/s relative to PyTorch |"
     )
-    say("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for wanted in arguments.stages:
-        for line in measure_stage(arguments, wanted, source["peak"]):
-            say(line)
-    say(f"\nload average after {load(os.getloadavg()[0])}")
+    write("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for selection in arguments.stages:
+        for line in measure_stage(arguments, selection, source["peak"]):
+            write(line)
+    write(f"\nload average after: {load(os.getloadavg()[0])}")
     if arguments.output:
-        arguments.output.write_text("\n".join(said) + "\n")
+        arguments.output.write_text("\n".join(output) + "\n")
 
 
 if __name__ == "__main__":

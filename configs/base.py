@@ -1,12 +1,12 @@
-"""Every field of a run's config, once, with its meaning and default. The other configs build on this one.
+"""Every field of a run's config, with its meaning and default. The other configs build on this one.
 
     from configs import base
 
     config = base.get_config()
     config.stages.pair = base.stage("pair", init="diffusion", curriculum=((400, "pairs"),), temperature=0.05)
 
-Defaults are those of pplx-embed (arXiv 2602.11151) where they are known. What stands under `execution`, of the run or of a stage,
-and under `card` cannot change a result and may differ at every start; anything else is part of a stage's identity.
+Defaults are those of pplx-embed (arXiv 2602.11151) where they are known. Fields under `execution` (of the run or of a
+stage) and under `card` cannot change a result and may differ at every start. All others are part of a stage's identity.
 """
 
 from ml_collections import ConfigDict
@@ -17,135 +17,136 @@ from embed.models.transformer import SIZES
 def get_config(arg: str = "") -> ConfigDict:
     """A run without stages."""
     if arg:
-        raise ValueError(f"configs/base.py takes no argument, got {arg!r}; it has no stages: build a config on it")
+        raise ValueError(f"configs/base.py takes no argument, got {arg!r}; it has no stages, so build a config on it")
     config = ConfigDict()
     config.seed = 0
     config.stage = ""  # the stage that `embed train` trains: a key of config.stages
 
     # Sizes by name (embed/models/transformer.py); each is a field: config.model.num_layers.
     config.model = ConfigDict(SIZES["0.6b"])
-    config.model.vocab_size = 0  # rows of the embedding table; 0 = as many as the tokenizer has ids
-    config.model.tied = True  # whether the embedding table is the diffusion stage's output layer as well
+    config.model.vocab_size = 0  # rows of the embedding table; 0 = the number of ids of the tokenizer
+    config.model.tied = True  # whether the embedding table is also the output layer of the diffusion stage
     config.model.rope_theta = 1e6
     config.model.norm_eps = 1e-6
     config.model.dtype = "bfloat16"  # of the compute: bfloat16 on accelerators, float32 on CPU
 
     config.data = ConfigDict()
     config.data.directory = ""  # prepared data, which any number of runs may read; "" = WORKDIR/data
-    config.data.gin_file = ""  # what the data are: tasks, mixtures, lengths
-    config.data.gin_bindings = ()  # over those of the file
-    config.data.tokenizer = ""  # a folder or hub id that has one; "" = a SentencePiece vocabulary is trained
-    config.data.mask_id = -1  # of a tokenizer.json: the diffusion mask; -1 = the first id behind the vocabulary
-    config.data.vocab_size = 8192  # of the SentencePiece model that is trained
-    config.data.split_identifiers = True  # case-folded, parse_config and parseConfig become two words
-    config.data.limit = 0  # examples a split, 0 = all
-    config.data.separator = True  # a separator token between the chunks of a document
+    config.data.gin_file = ""  # defines the data: tasks, mixtures, lengths
+    config.data.gin_bindings = ()  # override those of the file
+    config.data.tokenizer = ""  # a folder or hub id with a tokenizer; "" = train a SentencePiece vocabulary
+    config.data.mask_id = -1  # the diffusion mask of a tokenizer.json; -1 = the first id after the vocabulary
+    config.data.vocab_size = 8192  # of the trained SentencePiece model
+    config.data.split_identifiers = True  # lower-case, and split parse_config and parseConfig into two words
+    config.data.limit = 0  # examples per split; 0 = all
+    config.data.separator = True  # put a separator token between the chunks of a document
 
-    # The graph: {name: stage(…)}, {name: mining(…)} and so on. A checkpoint is named by a stage, a merge, `random init`, a stage
+    # The graph: {name: stage(…)}, {name: mining(…)} and so on. A checkpoint is a stage, a merge, `random init`, a stage
     # folder of another run, a model folder or a hub id.
     for part in ("stages", "mining", "merges", "exports", "evaluations"):
         config[part] = ConfigDict()
 
-    config.report = ConfigDict()  # what `embed pipeline` shows beside figures
-    config.report.denoise = ""  # a diffusion stage whose bound is measured and that denoises a text; "" = none
-    config.report.texts = ""  # SET/SPLIT of the data's evaluation sets: the texts for both
-    config.report.mask_fraction = 0.5  # of that text
-    config.report.tokens_per_step = 4  # unmasked at once
-    config.report.search = ""  # an export that answers a query; "" = none
+    config.report = ConfigDict()  # what the report of `embed pipeline` shows besides the figures
+    config.report.denoise = ""  # a diffusion stage: its bound is measured and it denoises a text; "" = none
+    config.report.texts = ""  # SET/SPLIT of the data's evaluation sets, the texts for both
+    config.report.mask_fraction = 0.5  # of the denoised text
+    config.report.tokens_per_step = 4  # tokens that denoising unmasks at once
+    config.report.search = ""  # an export that answers an example query; "" = none
     config.report.fuse = ()  # checkpoints whose rankings are fused with BM25's
 
-    config.card = ConfigDict()  # what a model card says and nobody can know from the run
+    config.card = ConfigDict()  # fields of the model card that the run does not determine
     config.card.languages = ()  # ("en", …)
-    config.card.license = ""  # of the weights, as the Hugging Face hub names licenses
+    config.card.license = ""  # of the weights, an identifier of the Hugging Face hub
 
     config.execution = ConfigDict()
-    config.execution.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
+    config.execution.mesh = ConfigDict()  # devices along each axis; one axis may be -1: the remaining devices
     config.execution.mesh.data = 1
     config.execution.mesh.fsdp = -1
     config.execution.mesh.tensor = 1
     config.execution.attention = "auto"  # splash on TPU, triton on GPU, xla elsewhere; see embed.models.attention
-    config.execution.remat = "full"  # what the backward pass keeps: none (everything), dots, full (a layer's input)
-    config.execution.unroll = 1  # layers a scan iteration; unrolled is faster on CPU, scanned compiles faster
+    # Rematerialisation: full keeps only the input of each layer for the backward pass, dots products, none everything.
+    config.execution.remat = "full"
+    config.execution.unroll = 1  # layers per scan iteration; unrolled is faster on CPU, scanned compiles faster
     config.execution.dense_barrier = False  # faster on CPU, see embed.models.transformer.dense
     config.execution.read_timeout = 600.0  # seconds that training waits for a batch before it ends; 0 = forever
     return config
 
 
 def stage(kind: str, **changes) -> ConfigDict:
-    """A stage of one of the four kinds; `changes` replace fields, nested ones as dictionaries."""
+    """A stage of one of the four kinds; `changes` override fields, nested ones as dictionaries."""
     new = ConfigDict()
     new.kind = kind  # diffusion, pair, contextual or triplet: the objective and its batches
-    new.init = ""  # the checkpoint it starts from; "" = random
-    new.init_step = 0  # of a stage that has not finished: the step; 0 = its last, and it must have finished
-    new.curriculum = ()  # ((steps, mixture), …); a mixture is a name of the gin file, a mined task, or {mined task: rate}
+    new.init = ""  # the checkpoint that the stage starts from; "" = random
+    new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
+    new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {mined task: rate}
 
-    new.optimizer = ConfigDict()  # AdamW
+    # AdamW. The paper does not say warmup, decay, b1, b2, eps, weight_decay and clip.
+    new.optimizer = ConfigDict()
     new.optimizer.learning_rate = 2e-4  # the peak
-    new.optimizer.warmup = 0.01  # fraction of the steps; the paper does not say
-    new.optimizer.decay = 0.1  # fraction of the steps, linear to zero; the paper does not say
-    new.optimizer.b1 = 0.9  # the paper does not say; nor the next four
+    new.optimizer.warmup = 0.01  # fraction of the steps
+    new.optimizer.decay = 0.1  # fraction of the steps, linear to zero
+    new.optimizer.b1 = 0.9
     new.optimizer.b2 = 0.95
     new.optimizer.eps = 1e-8
     new.optimizer.weight_decay = 0.1
     new.optimizer.clip = 1.0  # global gradient norm; 0 = none
-    new.optimizer.moment_dtype = "float32"  # of the first moment: bfloat16 saves half of it; the second is float32
+    new.optimizer.moment_dtype = "float32"  # of the first moment; bfloat16 halves its memory. The second is float32
 
     new.batch = ConfigDict()
-    new.batch.length = 1024  # tokens a row
+    new.batch.length = 1024  # tokens per row
 
     new.execution = ConfigDict()
-    new.execution.microbatches = 1  # parts of a batch whose activations are held one at a time; 1 = all of it, fastest
+    new.execution.microbatches = 1  # number of parts of a batch, computed one after the other; 1 is fastest
     new.execution.log_every = 10  # steps
     new.execution.checkpoint_every = 500  # steps
-    new.execution.keep = 2  # newest checkpoints
-    new.execution.milestone_every = 0  # steps; a checkpoint saved at a multiple of it is kept for good; 0 = none
-    new.execution.evaluate_every = 0  # steps; the best checkpoint is kept as well; 0 = never
-    new.execution.evaluate_on = ""  # SET/SPLIT of the data's evaluation sets, by nDCG@10 in int8
-    new.execution.max_skipped = (
-        10  # steps in a row without a finite loss and gradient, each skipped, before the run ends
-    )
+    new.execution.keep = 2  # number of newest checkpoints that are kept
+    new.execution.milestone_every = 0  # steps; checkpoints saved at multiples of it are kept for ever; 0 = none
+    new.execution.evaluate_every = 0  # steps; the best checkpoint is kept too; 0 = never
+    new.execution.evaluate_on = ""  # SET/SPLIT of the data's evaluation sets; the figure is nDCG@10 in int8
+    # A step without a finite loss and gradient is skipped; more than this many in a row end the run.
+    new.execution.max_skipped = 10
 
     if kind == "diffusion":
-        new.left_shift = "auto"  # predict a token from the state before it: True, False, auto = as its source did
+        new.left_shift = "auto"  # predict a token from the state before it: True, False, auto = as the parent did
         new.batch.rows = 1024
         new.batch.length = 4096
-        new.batch.truncate_probability = 0.01  # rows cut to a random length
-        new.execution.logits_chunk = 2048  # tokens of a device whose logits are held at once
+        new.batch.truncate_probability = 0.01  # of a row, which is then cut to a random length
+        new.execution.logits_chunk = 2048  # tokens whose logits a device holds at once
     elif kind in ("pair", "contextual", "triplet"):
         new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
         new.temperature = 0.02
-        # A batch is groups of examples, each packed into its own rows.
-        new.batch.group_size = 128  # examples (documents, in a contextual stage)
-        new.batch.groups = 128  # best a multiple of the processes: each builds whole groups
+        # A batch consists of groups of examples. Each group is packed into its own rows.
+        new.batch.group_size = 128  # examples (in a contextual stage, documents)
+        new.batch.groups = 128  # best a multiple of the number of processes, because each builds whole groups
         new.batch.rows_per_group = 32
-        new.batch.spans = 32  # embeddings a row, at most
-        new.batch.segments = 32  # texts a row, at most
+        new.batch.spans = 32  # maximum of embeddings per row
+        new.batch.segments = 32  # maximum of texts per row
     else:
         raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet")
     if kind in ("pair", "contextual"):
         new.margin = 0.1  # of the false-negative mask
     if kind == "contextual":
-        new.alpha = 0.2  # weight of the in-document loss against the in-batch one
-        new.beta = (0.2, 0.5)  # weight of the document-level loss: from, to, on a cosine
-        new.batch.max_chunks = 16  # of a document
+        new.alpha = 0.2  # weight of the in-document loss; 1 - alpha is that of the in-batch loss
+        new.beta = (0.2, 0.5)  # weight of the document-level loss: (start, end), on a cosine
+        new.batch.max_chunks = 16  # per document
         new.batch.max_queries_per_document = 4
     if kind == "triplet":
         new.temperature = 0.03
-        new.batch.num_negatives = 4  # a query, at most
+        new.batch.num_negatives = 4  # maximum per query
     return _changed(new, changes)
 
 
 def mining(**changes) -> ConfigDict:
-    """Hard negatives for the queries of a task, as a task of their own: a curriculum names it like a mixture."""
+    """A task of hard negatives for the queries of another task. A curriculum can use its name like a mixture's."""
     new = ConfigDict()
-    new.checkpoint = ""  # that ranks
-    new.step = 0  # of a stage that has not finished; 0 = its last
-    new.task = ""  # whose documents are ranked for its queries
-    new.precision = "int8"  # of the vectors: training compares int8
-    new.queries = 0  # at most; 0 = all
-    new.num_negatives = 4  # a query, at most
+    new.checkpoint = ""  # ranks the documents
+    new.step = 0  # a step of an unfinished stage; 0 = the last step of a finished one
+    new.task = ""  # its documents are ranked for its queries
+    new.precision = "int8"  # of the vectors; training compares int8
+    new.queries = 0  # maximum; 0 = all
+    new.num_negatives = 4  # maximum per query
     new.rank_window = (0, 100)  # ranks lo..hi-1 are candidates, 0 = best; the paper does not say
-    new.margin = 0.05  # below the positive's cosine; the paper does not say
+    new.margin = 0.05  # a negative's cosine must be this much below the positive's; the paper does not say
     return _changed(new, changes)
 
 
@@ -153,9 +154,9 @@ def merge(**changes) -> ConfigDict:
     """The slerp of two checkpoints."""
     new = ConfigDict()
     new.of = ("", "")
-    new.ratio = 0.5  # of the way from the first to the second; the paper does not say
-    new.sweep = ()  # ratios tried on development sets
-    new.sweep_on = ()  # those sets, SET/SPLIT
+    new.ratio = 0.5  # position between the first (0) and the second (1); the paper does not say
+    new.sweep = ()  # ratios to try on development sets
+    new.sweep_on = ()  # these sets, SET/SPLIT
     return _changed(new, changes)
 
 
@@ -163,23 +164,23 @@ def export(**changes) -> ConfigDict:
     """A model folder WORKDIR/export/NAME."""
     new = ConfigDict()
     new.checkpoint = ""
-    new.contextual = False  # whether the product is the contextual model: the card and the class in other programs
-    new.max_length = 32768  # longest text in tokens, 0 = no limit
+    new.contextual = False  # whether it is the contextual model; affects the card and the class in other programs
+    new.max_length = 32768  # longest text in tokens; 0 = no limit
     return _changed(new, changes)
 
 
 def evaluation(**changes) -> ConfigDict:
-    """Retrieval figures of checkpoints on a set, at every precision."""
+    """Retrieval metrics of checkpoints on one set, at every precision."""
     new = ConfigDict()
     new.data = ""  # SET/SPLIT of the data's evaluation sets
-    new.alone = False  # whether chunks of a document are encoded by themselves
+    new.alone = False  # whether each chunk of a document is encoded separately
     new.checkpoints = ()
-    new.bm25 = True  # the lexical baseline as well
+    new.bm25 = True  # whether to evaluate the lexical baseline too
     return _changed(new, changes)
 
 
 def shrink(config: ConfigDict) -> None:
-    """`runlocal`: two steps of every stage with a few examples each, on a little of this machine's Python sources."""
+    """`runlocal`: two steps per stage with a few examples each, on a small part of this machine's Python sources."""
     config.data.update(
         gin_file="configs/data/python_docs.gin", gin_bindings=("evaluation.max_queries = 50",), vocab_size=512, limit=60
     )

@@ -1,8 +1,8 @@
-"""The quickstart's graph and data with more time to spend: how far a small dense model gets alone on two CPU cores.
+"""The quickstart's graph and data with a larger model and more steps: what a small model reaches on two CPU cores.
 
     embed pipeline --config=configs/laptop.py --workdir=runs/laptop
 
-What it reached: README.md, "More time". `runlocal` keeps the width and shrinks steps, batches and data.
+Its results are in docs/quickstart.md. `runlocal` keeps the width and shrinks steps, batches and data.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
 
     optimizer = dict(warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
-    execution = dict(checkpoint_every=200)  # a step is most of a second: lose no more than minutes
+    execution = dict(checkpoint_every=200)  # a step takes almost a second, so a kill loses at most some minutes
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),

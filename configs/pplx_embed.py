@@ -1,12 +1,12 @@
-"""pplx-embed at its sizes, batches, lengths and schedules where they are known (arXiv 2602.11151).
+"""pplx-embed with the sizes, batches, lengths and schedules of the paper, where it states them (arXiv 2602.11151).
 
     embed plan --config=configs/pplx_embed.py:size=0.6b,stage=diffusion --topology=v6e:8x8
     embed prepare --config=configs/pplx_embed.py:size=0.6b --workdir=RUN --config.data.gin_file=MIXTURES.gin
     embed train --config=configs/pplx_embed.py:size=0.6b,stage=diffusion --workdir=RUN
 
-`init` is what the diffusion stage starts from: a model folder or hub id, whose tokenizer the data have. The mixtures are named here
-and bound by a gin file of one's own; none is shipped yet. What the paper does not say is marked "a choice". `runlocal` is a toy of the same graph, on
-the Python sources of this machine.
+The argument `init` is the model that the diffusion stage starts from, a folder or hub id; the data use its tokenizer.
+This file names the mixtures; your own gin file defines them (none is shipped yet). What the paper does not say is
+marked "a choice". `runlocal` runs the same graph at toy size on the Python sources of this machine.
 """
 
 from ml_collections import ConfigDict
@@ -35,21 +35,22 @@ def get_config(arg: str = "") -> ConfigDict:
         curriculum=((60_000, "diffusion"),),
         optimizer=dict(learning_rate=5e-4 if small else 3.16e-4),
         batch=dict(rows=1024, length=4096, truncate_probability=0.01),
-        # Each chunk of logits reads and writes the gradient of the table once: few and large ones.
+        # Every chunk of logits reads and writes the gradient of the table, so chunks are few and large.
         execution=dict(logits_chunk=2048),
     )
     config.stages.pair = base.stage(
         "pair",
         init="diffusion",
-        # English, then cross-lingual pairs as well, then all languages. How the 50,000 steps are shared is a choice.
+        # English, then also cross-lingual pairs, then all languages. The division of the 50,000 steps is a choice.
         curriculum=((20_000, "pairs_english"), (10_000, "pairs_cross_lingual"), (20_000, "pairs_multilingual")),
         matryoshka=prefixes,
         temperature=0.02,
         optimizer=dict(learning_rate=2e-4 if small else 5e-5),
-        # 16,384 pairs, a group of 128 of them in 32 rows: 256 tokens a pair, a choice.
+        # 16,384 pairs. A group of 128 pairs has 32 rows, that is 256 tokens per pair: a choice.
         batch=dict(group_size=128, groups=128, rows_per_group=32, length=1024),
     )
-    # Steps, batch and rate of the next two are choices; so are documents of 16 chunks of 256 tokens.
+    # Steps, batches and learning rates of the next two stages are choices, and so are documents of 16 chunks of 256
+    # tokens.
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
@@ -59,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
         optimizer=dict(learning_rate=5e-5 if small else 2e-5),
         batch=dict(group_size=8, groups=128, rows_per_group=10, length=4096, spans=64, segments=64, max_chunks=16),
     )
-    # 92% English, 7% multilingual, 1% code; 10.2 million draws, so every query of the tasks is mined.
+    # 92% English, 7% multilingual, 1% code. The stage draws 10.2 million examples, so every query of a task is mined.
     parts = {"triplets_english": 0.92, "triplets_multilingual": 0.07, "triplets_code": 0.01}
     for name in parts:
         config.mining[f"mined_{name}"] = base.mining(checkpoint="pair", task=name, queries=0, rank_window=(5, 100))

@@ -1,8 +1,8 @@
-"""Every stage of the graph on the Python sources of this machine, in minutes on two CPU cores.
+"""The whole graph of stages on the Python sources of this machine, in minutes on two CPU cores.
 
     embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
-`runlocal` shrinks everything to a minute or two: --config=configs/quickstart.py:runlocal
+--config=configs/quickstart.py:runlocal shrinks it to a minute or two.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     prefixes = (64, 256)
     optimizer = dict(learning_rate=4e-3, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     execution = dict(checkpoint_every=1000)
-    # Groups of so few rows that documents are cut to about 64 tokens: more pairs a second teach more than longer ones.
+    # Groups have few rows, so documents are cut to about 64 tokens: more pairs per second help more than longer ones.
     rows = dict(length=128, spans=8, segments=8, groups=2, rows_per_group=49)
 
     config.stages.diffusion = base.stage(

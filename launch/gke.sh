@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a verb of embed on TPU slices of a GKE cluster, as a JobSet: one job a slice, one pod a host.
+# Run a verb of embed on TPU slices of a GKE cluster, as a JobSet: one job per slice, one pod per host.
 #
 #   launch/gke.sh submit --name=NAME --accelerator=LABEL --topology=AxB --image=IMAGE [--slices=N] [--chips-per-host=4]
 #                        [--service-account=NAME] [--restarts=100] [--run-id=ID]
@@ -7,14 +7,14 @@
 #   launch/gke.sh list
 #   launch/gke.sh logs --name=NAME
 #   launch/gke.sh stop --name=NAME                   training saves, then the pods end
-#   any of them with --dry-run                       print what would run, and the manifest; run nothing
+#   --dry-run with any of them                       print the commands and the manifest, run nothing
 #
 #   launch/gke.sh submit --name=pair --accelerator=tpu-v6e-slice --topology=8x8 --image=REGISTRY/embed:abc1234 \
 #       -- train --config=configs/pplx_embed.py:stage=pair --workdir=gs://my-bucket/runs/pplx_embed
 #
-# Needs kubectl with the cluster as its context, JobSet (0.7 or later) in the cluster, an image of launch/Dockerfile, and a
-# service account that may write to the bucket. A pod that is lost, or ends with a code that says so,
-# restarts the set, which continues; wrong input (codes 1 and 2) fails it at once.
+# Needs kubectl with the cluster as its context, JobSet (0.7 or later) in the cluster, an image built from
+# launch/Dockerfile, and a service account that may write to the bucket. If a pod is lost or fails, the set restarts and
+# the run continues. Wrong input (exit codes 1 and 2) fails the set at once.
 source "$(dirname "$0")/common.sh"
 
 verb=${1:-}
@@ -93,7 +93,7 @@ case "$verb" in
     need_verb
     need_bucket
     [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "--topology=$topology must be AxB or AxBxC"
-    # The commit is the image's (EMBED_COMMIT in it), whatever this clone is at; so is the end of the name.
+    # The code is the image's, not this clone's, so the run is named after the image; EMBED_COMMIT is set in the image.
     version=${image##*[:/@]}
     run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-${version:0:12}}
     if $dry_run; then

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Run a verb of embed on GPUs of a Slurm cluster, one process a GPU.
+# Run a verb of embed on GPUs of a Slurm cluster, one process per GPU.
 #
-#   launch/slurm.sh submit --nodes=N --gpus=GPUS_A_NODE [--name=embed] [--time=24:00:00] [--partition=P] [--account=A]
-#                          [--cpus=CPUS_A_GPU] [--run-id=ID] -- VERB ARGUMENTS...
+#   launch/slurm.sh submit --nodes=N --gpus=GPUS_PER_NODE [--name=embed] [--time=24:00:00] [--partition=P] [--account=A]
+#                          [--cpus=CPUS_PER_GPU] [--run-id=ID] -- VERB ARGUMENTS...
 #   launch/slurm.sh list
 #   launch/slurm.sh logs --job=JOB --workdir=DIR
 #   launch/slurm.sh stop --job=JOB                   training saves, then ends
-#   any of them with --dry-run                       print what would run, and the batch script; run nothing
+#   --dry-run with any of them                       print the commands and the batch script, run nothing
 #
 #   launch/slurm.sh submit --nodes=4 --gpus=8 \
 #       -- train --config=configs/pplx_embed.py:stage=pair --workdir=/shared/runs/pplx_embed
 #
-# Runs in this clone, with the environment that `make` made (EMBED names another command): the clone, and folders that are
-# written, must be on a file system that all nodes see. Five minutes before its time is up, and when it is preempted, the job
-# saves and goes back to the queue; so it does when a process was lost. Its log is slurm-JOB.log in WORKDIR.logs, or in the folder LOGS
-# of the environment, which a verb without a workdir needs, and one with a workdir in a bucket.
+# Runs in this clone with the environment of `make`; the variable EMBED names another command. The clone and all output
+# folders must be on a file system that all nodes share. The job saves and returns to the queue five minutes before its
+# time limit, when it is preempted, and when a process is lost. Its log is slurm-JOB.log in WORKDIR.logs, or in the
+# folder of the variable LOGS, which is required without a workdir and for a workdir in a bucket.
 source "$(dirname "$0")/common.sh"
 
 verb=${1:-}
@@ -40,13 +40,13 @@ SCRIPT
   if [[ -n "$account" ]]; then echo "#SBATCH --account=$account"; fi
   cat <<SCRIPT
 cd $(quoted "$root")
-# When a process dies the others notice within a minute and end with the code that matters here. Killed at once, by
-# --kill-on-bad-exit, they would all count as 137.
+# When a process dies, the others notice within a minute and end with the exit code that is needed here.
+# --kill-on-bad-exit=1 would kill them at once, with code 137.
 export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
 srun --kill-on-bad-exit=0 --wait=180 --cpus-per-task=$cpus $(quoted "${EMBED:-$root/.venv/bin/embed}" "${arguments[0]}" --distributed "${arguments[@]:1}")
 code=\$?
 echo "embed ended with code \$code"
-# docs/runs.md; srun gives the highest code, that of a signal first: 137 is a process that was killed, as for want of memory.
+# Codes: docs/runs.md. srun returns the highest code, signals first. 137: a process was killed, as when out of memory.
 case \$code in 75 | 134 | 137 | 143) ((\${SLURM_RESTART_COUNT:-0} < 100)) && scontrol requeue "\$SLURM_JOB_ID" ;; esac
 exit \$code
 SCRIPT
@@ -57,7 +57,7 @@ case "$verb" in
     need nodes gpus
     need_verb
     logs=$(log_folder)
-    [[ -n "$logs" ]] || die "nowhere to log: set LOGS to a folder that all nodes see, or give a --workdir that is one"
+    [[ -n "$logs" ]] || die "no folder for logs: set LOGS or --workdir to a folder that all nodes share"
     run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
     run mkdir -p "$logs"
     if $dry_run; then
@@ -76,9 +76,9 @@ case "$verb" in
     run tail -n 100 "$logs/slurm-$job.log" ;;
   stop)
     need job
-    # The signal goes to the processes alone; the script behind them may then not put the job back into the queue.
+    # The signal reaches only the processes. Requeue=0 keeps the batch script from requeueing the job afterwards.
     run scontrol update "JobId=$job" Requeue=0
-    run scancel --state=PENDING "$job" # has no processes yet: a signal would not end it
+    run scancel --state=PENDING "$job" # a pending job has no processes that a signal could end
     run scancel --signal=TERM --state=RUNNING "$job" ;;
   *) usage >&2; exit 2 ;;
 esac

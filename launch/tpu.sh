@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Run a verb of embed on Cloud TPU slices, by queued resources.
+# Run a verb of embed on Cloud TPU slices, as a queued resource.
 #
 #   launch/tpu.sh submit --name=NAME --zone=ZONE --type=TYPE --runtime=VERSION [--slices=N] [--spot] [--project=PROJECT]
 #                        [--run-id=ID] -- VERB ARGUMENTS...      with --workdir=gs://BUCKET/… or --output=gs://BUCKET/…
 #   launch/tpu.sh list --zone=ZONE
-#   launch/tpu.sh logs --name=NAME --zone=ZONE [--slices=N]       what every host has printed last
-#   launch/tpu.sh stop --name=NAME --zone=ZONE [--slices=N]       training saves, then the slices go; until then they cost
-#   any of them with --dry-run                       print what would run, run nothing
+#   launch/tpu.sh logs --name=NAME --zone=ZONE [--slices=N]       the end of the log of every host
+#   launch/tpu.sh stop --name=NAME --zone=ZONE [--slices=N]       training saves, then the slices are deleted
+#   --dry-run with any of them                       print the commands, run nothing
 #
 #   launch/tpu.sh submit --name=pair --zone=us-east5-b --type=v6e-64 --runtime=v2-alpha-tpuv6e --spot \
 #       -- train --config=configs/pplx_embed.py:stage=pair --workdir=gs://my-bucket/runs/pplx_embed
 #
-# The committed code travels as an archive, gs://BUCKET/source/RUN.tar.gz in the bucket that the verb writes to; each host
-# fetches it and runs `embed VERB --distributed` as a service, again whenever it ends with a code that says so, at most 20 times
-# in an hour. It starts again with the host. A spot slice that was taken away is gone: submit under the same name again, after stop,
-# and a run continues. One that is done keeps its slices until stop.
+# The committed code is copied as an archive to gs://BUCKET/source/RUN.tar.gz, in the bucket that the verb writes to.
+# Each host fetches it and runs `embed VERB --distributed` as a service. The service restarts after failures that a
+# restart can mend, at most 20 times per hour, and when the host reboots. A preempted spot slice does not come back:
+# stop, submit under the same name again, and the run continues. Slices cost until stop, also those of a finished run.
 source "$(dirname "$0")/common.sh"
 
 verb=${1:-}
@@ -22,9 +22,9 @@ case "$verb" in -h | --help) usage; exit 0 ;; esac
 (($#)) && shift
 name='' zone='' type='' runtime='' slices=1 spot='' project='' run_id=''
 options "name zone type runtime slices spot! project run_id" "$@"
-where=(${zone:+"--zone=$zone"} ${project:+"--project=$project"})
+location=(${zone:+"--zone=$zone"} ${project:+"--project=$project"})
 
-# What a host does when it starts. The program's exit codes: docs/runs.md.
+# The startup script of a host. The exit codes of embed: docs/runs.md.
 startup_script() {
   cat <<SCRIPT
 #!/usr/bin/env bash
@@ -35,10 +35,10 @@ mkdir -p /opt/embed
 cd /opt/embed
 gcloud storage cp $(quoted "gs://$bucket/source/$run_id.tar.gz") source.tar.gz
 tar -xzf source.tar.gz
-if [[ ! -x .venv/bin/embed ]]; then # the hosts' own Python is older than what embed needs
+if [[ ! -x .venv/bin/embed ]]; then # the Python of the hosts is too old for embed
   python3 -m pip --version || { apt-get update && apt-get install -y python3-pip; }
   python3 -m pip install --quiet uv
-  python3 -m uv venv --clear --python 3.12 .venv # clear: a boot may have been cut off here
+  python3 -m uv venv --clear --python 3.12 .venv # --clear: an earlier boot may have been interrupted here
   python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu,gcs]'
 fi
 cat >/opt/embed.sh <<'RUN'
@@ -48,8 +48,8 @@ export EMBED_RUN_ID=$(quoted "$run_id") EMBED_COMMIT=$(quoted "$commit")
 exec $(quoted .venv/bin/embed "${arguments[0]}" --distributed "${arguments[@]:1}")
 RUN
 chmod +x /opt/embed.sh
-# A service, because what a startup script runs gets no SIGTERM of its own when the host is taken away. With 143 it starts
-# again too: when one host goes, all processes save and end, and those of the other hosts are to wait for its return.
+# A service, because a process of a startup script gets no SIGTERM when the host is preempted. It restarts after 143
+# too: when one host is preempted, all processes save and end, and those of the other hosts must wait for its return.
 cat >/etc/systemd/system/embed.service <<'UNIT'
 [Unit]
 Description=embed
@@ -78,7 +78,7 @@ case "$verb" in
     need name zone type runtime
     need_verb
     need_bucket
-    if [[ "$commit" == *-dirty ]] && ! $dry_run; then die "uncommitted changes would not travel: commit them first"; fi
+    if [[ "$commit" == *-dirty ]] && ! $dry_run; then die "uncommitted changes would not be copied: commit them"; fi
     run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-$commit}
     if $dry_run; then
       archive="$run_id.tar.gz" script="startup.sh"
@@ -95,13 +95,13 @@ case "$verb" in
     run gcloud storage cp "$archive" "gs://$bucket/source/$run_id.tar.gz" ${project:+"--project=$project"}
     nodes=(--node-id="$name")
     if ((slices > 1)); then nodes=(--node-count="$slices" --node-prefix="$name"); fi
-    run gcloud compute tpus queued-resources create "$name" "${nodes[@]}" "${where[@]}" --accelerator-type="$type" \
+    run gcloud compute tpus queued-resources create "$name" "${nodes[@]}" "${location[@]}" --accelerator-type="$type" \
       --runtime-version="$runtime" ${spot:+--spot} --labels="app=embed" \
       --scopes=https://www.googleapis.com/auth/cloud-platform --metadata-from-file="startup-script=$script"
     echo "run $run_id, commit $commit" >&2 ;;
   list)
     need zone
-    run gcloud compute tpus queued-resources list "${where[@]}" ;;
+    run gcloud compute tpus queued-resources list "${location[@]}" ;;
   logs | stop)
     need name zone
     # A queued resource of several slices has nodes NAME-0, NAME-1, …
@@ -109,15 +109,15 @@ case "$verb" in
     if ((slices > 1)); then nodes=(); for ((k = 0; k < slices; k++)); do nodes+=("$name-$k"); done; fi
     remote='tail -n 100 /var/log/embed.log'
     if [[ "$verb" == stop ]]; then
-      # Waits until the process has saved and ended; all hosts save the same step.
+      # Waits until the process has saved and ended. All hosts save the same step.
       remote='sudo systemctl stop embed'
     fi
     for node in "${nodes[@]}"; do
-      run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" --worker=all --command="$remote" ||
+      run gcloud compute tpus tpu-vm ssh "$node" "${location[@]}" --worker=all --command="$remote" ||
         echo "${0##*/}: no answer from $node" >&2
     done
     if [[ "$verb" == stop ]]; then
-      run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+      run gcloud compute tpus queued-resources delete "$name" "${location[@]}" --force --quiet
     fi ;;
   *) usage >&2; exit 2 ;;
 esac

@@ -109,7 +109,7 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ),
         ("tpu.sh", ["submit", *TPU, "--", "prepare", *TRAIN[2:]], "not 'prepare'"),  # one process
         ("slurm.sh", ["submit", "--nodes=2", *TRAIN], "--gpus=VALUE is missing"),
-        ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", *TRAIN], "nowhere to log: set LOGS"),
+        ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", *TRAIN], "no folder for logs: set LOGS"),
         ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", "--", "common"], "not 'common'"),
         ("slurm.sh", ["stop"], "--job=VALUE is missing"),
         ("slurm.sh", ["logs", "--job=7"], "--workdir=VALUE is missing"),
@@ -251,7 +251,7 @@ def test_tpu_submits_the_committed_code_and_refuses_what_would_not_travel(launch
     assert "embed train --distributed" in started and "\nsystemctl start embed\n" in started
     (clone / "README.md").write_text("changed")
     done, called = launch(script, "submit", *TPU, *TRAIN)
-    assert done.returncode == 2 and "uncommitted changes would not travel" in done.stderr and not called
+    assert done.returncode == 2 and "uncommitted changes would not be copied" in done.stderr and not called
 
 
 def test_tpu_list_logs_and_stop(launch):

@@ -1,1 +1,1 @@
-"""What trainers read: the store, the curriculum, the loaders. NumPy and TensorStore, no TensorFlow."""
+"""What training reads: the store, the curriculum, the loaders. NumPy and TensorStore, no TensorFlow."""

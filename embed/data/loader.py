@@ -1,11 +1,12 @@
 """Batches as a pure function of (seed, step): no iterator, no state, no TensorFlow.
 
-    DiffusionLoader     full rows: windows over a task's text
+    DiffusionLoader     full rows: windows cut from the text of a task
     ContrastiveLoader   pairs, triplets or chunked documents, packed group by group
-    prefetch            a reader thread in front of a loader
+    prefetch            reads the batches of a loader ahead of time, in a thread
 
-Batch k costs the same at any k, a restart needs the step alone, and the global batch is the same for any number of
-processes: each builds the rows or groups of it that its devices hold, and reads only their examples.
+Batch k costs the same for every k, a restart needs only the step number, and the global batch does not depend on the
+number of processes. A batch consists of `num_shards` shards: rows (diffusion) or groups (contrastive). Each process
+builds only the `shards` that its devices hold, and reads only their examples.
 """
 
 import queue
@@ -24,28 +25,30 @@ if TYPE_CHECKING:
     from embed.data.store import Store
 
 
-def _own(what: str, total: int, own: Sequence[int] | None) -> np.ndarray:
-    """Which of the `total` rows or groups of a batch this process builds, in order, int[n]."""
-    chosen = np.arange(total) if own is None else np.unique(own)
-    if total < 1 or not len(chosen) or not 0 <= chosen[0] <= chosen[-1] < total:
-        raise ValueError(f"{what}={total}: own={own} must be some of 0..{total - 1}")
-    return chosen
+def _local_shards(name: str, total: int, shards: Sequence[int] | None) -> np.ndarray:
+    """The indices of the shards that this process builds, sorted, int[n]; None = all `total` of them."""
+    indices = np.arange(total) if shards is None else np.unique(shards)
+    if total < 1 or not len(indices) or not 0 <= indices[0] <= indices[-1] < total:
+        raise ValueError(f"{name}={total}: shards={shards} must be at least one index, each in 0..{total - 1}")
+    return indices
 
 
-def _runs(own: np.ndarray) -> list[tuple[int, int]]:
-    """(start, stop) of consecutive numbers."""
-    return [(int(run[0]), int(run[-1]) + 1) for run in np.split(own, np.flatnonzero(np.diff(own) > 1) + 1)]
+def _consecutive_ranges(indices: np.ndarray) -> list[tuple[int, int]]:
+    """Sorted indices as (start, stop) ranges."""
+    runs = np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 
 # --- diffusion --------------------------------------------------------------------------------------------------
 
 
 class DiffusionLoader:
-    """Rows of `length` tokens cut out of a task's text, int32[rows of this process, length] each.
+    """Rows of `length` tokens, cut from the text of a task.
 
-    The windows of an epoch tile the task's flat token array, taken as a ring that starts at a place keyed by the
-    epoch, so that other tokens stand at the cuts each time. A window crosses documents: each is a segment with its
-    own positions. With `truncate_probability` a row is cut to a random length (arXiv 2602.11151).
+    The text of a task is one flat array of T tokens: its documents, one after the other. It is read as a ring. In each
+    epoch, T // length windows tile the ring from an offset that depends on the epoch, so the cuts fall on other tokens
+    in every epoch. A window is one row. It may contain several documents or parts of them: each is a segment with its
+    own positions. With `truncate_probability` a row is truncated to a random length (arXiv 2602.11151).
     """
 
     def __init__(
@@ -57,11 +60,14 @@ class DiffusionLoader:
         rows: int,
         length: int,
         truncate_probability: float = 0.01,
-        own: Sequence[int] | None = None,
+        shards: Sequence[int] | None = None,
     ):
-        """`rows`: over all processes; `own`: those that this one builds, None = all."""
+        """`rows`: in the global batch; `shards`: the indices of the rows that this process builds (None = all).
+
+        `phases` is [(steps, {task: rate}), …], see `Curriculum`.
+        """
         self.seed, self.length, self.truncate_probability = seed, length, truncate_probability
-        self.own, self.units = _own("rows", rows, own), rows
+        self.shards, self.num_shards = _local_shards("rows", rows, shards), rows
         tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate and task in stores})
         self._stores = {task: stores[task] for task in tasks}
         self._offsets = {task: stores[task].offsets("tokens") for task in tasks}  # int64[documents + 1]
@@ -75,37 +81,44 @@ class DiffusionLoader:
         return f"the diffusion loader of {', '.join(self.curriculum.tasks)}"
 
     def batch(self, step: int) -> dict:
-        """tokens, segment_ids and positions of this process's rows; stats: fill, the share that is not padding."""
-        draw = Draw(*map(np.concatenate, zip(*(self.curriculum.draw(step, *run) for run in _runs(self.own)))))
-        tokens, segment_ids, positions = np.zeros((3, len(self.own), self.length), np.int32)
+        """The rows of this process in the batch of `step`.
+
+        tokens, segment_ids, positions   int32[local rows, length], as in `rows.Rows`
+        stats                            fill: share of tokens that are not padding; cut: number of truncated rows
+        """
+        draws = [self.curriculum.draw(step, start, stop) for start, stop in _consecutive_ranges(self.shards)]
+        draw = Draw(*map(np.concatenate, zip(*draws)))
+        tokens, segment_ids, positions = np.zeros((3, len(self.shards), self.length), np.int32)
         for j, (task, epoch, index) in enumerate(zip(*draw)):
             tokens[j], segment_ids[j], positions[j] = self._window(self.curriculum.tasks[task], int(epoch), int(index))
-        chance, keep = random_bits(make_key(self.seed, "truncate", step), 2 * self.own + np.array([[0], [1]]))
-        cut = chance * 2.0**-64 < self.truncate_probability
-        kept = np.where(cut, 1 + keep.astype(np.float64) * 2.0**-64 * (self.length - 1), self.length).astype(np.int64)
-        inside = np.arange(self.length) < kept[:, None]
+        # Two random numbers per row: whether to truncate it, and to which length.
+        chance, fraction = random_bits(make_key(self.seed, "truncate", step), 2 * self.shards + np.array([[0], [1]]))
+        truncated = chance * 2.0**-64 < self.truncate_probability
+        random_lengths = 1 + fraction.astype(np.float64) * 2.0**-64 * (self.length - 1)
+        lengths = np.where(truncated, random_lengths, self.length).astype(np.int64)
+        inside = np.arange(self.length) < lengths[:, None]
         batch = {"tokens": tokens * inside, "segment_ids": segment_ids * inside, "positions": positions * inside}
-        return batch | {"stats": {"fill": float(inside.mean()), "cut": int(cut.sum())}}
+        return batch | {"stats": {"fill": float(inside.mean()), "cut": int(truncated.sum())}}
 
     def _window(self, task: str, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, segment ids and positions of one window."""
+        """Tokens, segment ids and positions of window `index` of an epoch, int[length] each."""
         store, offsets = self._stores[task], self._offsets[task]
         total = int(offsets[-1])
         shift = int(make_key(self.seed, "shift", task, epoch)) % total
         start = (shift + index * self.length) % total
         stop = min(start + self.length, total)
-        wrapped = self.length - (stop - start)
+        wrapped = self.length - (stop - start)  # tokens after the end of the ring, read from its start
         tokens = store.flat("tokens", start, stop)
-        begins = offsets[np.searchsorted(offsets, start, "right") : np.searchsorted(offsets, stop)] - start
+        # Offsets in the window at which a document starts.
+        starts = offsets[np.searchsorted(offsets, start, "right") : np.searchsorted(offsets, stop)] - start
         if wrapped:
             tokens = np.concatenate([tokens, store.flat("tokens", 0, wrapped)])
-            begins = np.concatenate([begins, stop - start + offsets[: np.searchsorted(offsets, wrapped)]])
-        first = np.zeros(self.length, np.int64)
-        first[begins] = 1
-        first[0] = 1
-        segment_ids = np.cumsum(first)
-        place = np.arange(self.length)
-        return tokens, segment_ids, place - np.maximum.accumulate(place * first)
+            starts = np.concatenate([starts, stop - start + offsets[: np.searchsorted(offsets, wrapped)]])
+        is_start = np.zeros(self.length, np.int64)
+        is_start[starts] = 1
+        is_start[0] = 1
+        offset = np.arange(self.length)
+        return tokens, np.cumsum(is_start), offset - np.maximum.accumulate(offset * is_start)
 
 
 # --- contrastive ------------------------------------------------------------------------------------------------
@@ -114,34 +127,37 @@ STAGES = ("pair", "triplet", "contextual")
 
 
 def split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The pieces of a flat array."""
+    """The pieces of a flat array, one per length."""
     stops = np.cumsum(lengths)
     return [flat[stop - length : stop] for stop, length in zip(stops, lengths)]
 
 
 class ContrastiveLoader:
-    """Packed groups of contrastive examples and where each embedding stands in the flattened tables.
+    """Packed groups of contrastive examples, with tables that say which embedding is a query, a document, a chunk …
 
-    A batch is `groups` groups of `group_size` examples, each packed by itself into `rows_per_group` rows; a process
-    builds whole groups. R = groups · rows_per_group rows of the global batch; slots and `positive` are global, arrays
-    are this process's part of it, axis 0 in order of groups:
+    A batch is `groups` groups of `group_size` examples. Each group is packed into `rows_per_group` rows of L tokens, so
+    the global batch has R = groups · rows_per_group rows. The encoder computes two tables from it: spans [R · S, D] and
+    segments [R · G, D] (see `embed.rows`). A *slot* is an index into one of these tables. Slots and `positive` refer to
+    the global batch; the arrays are this process's part of it, whole groups in order along axis 0:
 
-        all         tokens, segment_ids, positions, span_ids   int32[rows, L]
-        pair        query_slots, document_slots   int32[N] into the span table [R · S]
-                    query_ids, document_ids   int32[N]   content of the tokens as they stand in the rows
-                    valid   bool[N]   query and document have tokens
-        triplet     the same, and negative_slots, negative_ids, negative_valid   [N, K]
+        all         tokens, segment_ids, positions, span_ids   int32[local rows, L]
+        pair        query_slots, document_slots   int32[N] into the span table, N = local groups · group_size
+                    query_ids, document_ids       int32[N] hashes of the tokens in the rows
+                    valid                         bool[N]  query and document have tokens
+        triplet     the same, and negative_slots, negative_ids, negative_valid   [N, K], K = num_negatives
         contextual  chunk_slots, chunk_ids, chunk_valid   [C] into the span table, C = documents · max_chunks
-                    chunk_document   int32[C]   content of the whole document that holds the chunk
-                    query_slots, query_ids   int32[N], N = documents · max_queries_per_document
-                    positive   int32[N] into the chunks; document_slots   int32[N] into the segment table [R · G]
-                    valid   bool[N]   query and positive chunk have tokens
+                    chunk_document                int32[C] hash of the whole document that contains the chunk
+                    query_slots, query_ids        int32[N], N = documents · max_queries_per_document
+                    positive                      int32[N] index of the query's chunk, in 0..C-1 of the global batch
+                    document_slots                int32[N] into the segment table
+                    valid                         bool[N]  query and positive chunk have tokens
         stats       fill   share of tokens that are not padding
-                    cut    segments shortened to make their group fit
-                    lost   examples (queries) that are there but not valid: a side of them has no tokens (left)
+                    cut    number of segments that were shortened so that their group fits
+                    lost   number of examples (contextual: queries) that are not valid because one side has no tokens
 
-    Slots that stand for nothing (fewer negatives, chunks or queries than there is room for) are 0 and not valid.
-    More negatives or queries than there is room for: as many as fit, by a draw keyed by seed, step and slot.
+    Unused entries (an example may have fewer negatives, chunks or queries than the array has columns) are 0 and not
+    valid. An example with more negatives or queries than columns uses a random sample of them that depends on seed,
+    step and the example's index in the batch.
     """
 
     def __init__(
@@ -159,20 +175,24 @@ class ContrastiveLoader:
         max_queries_per_document: int = 0,
         max_chunks: int = 0,
         separator_id: int | None = None,
-        own: Sequence[int] | None = None,
+        shards: Sequence[int] | None = None,
     ):
-        """`groups`: over all processes. The four arguments after `shape` are for triplet or contextual only."""
+        """`groups`: in the global batch; `shards`: the indices of the groups that this process builds (None = all).
+
+        `phases` is [(steps, {task: rate}), …], see `Curriculum`. Only the triplet stage uses `num_negatives`, only the
+        contextual stage the three arguments after it.
+        """
         if stage not in STAGES:
             raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
         if stage == "contextual" and (max_queries_per_document < 1 or not 1 <= max_chunks <= shape.spans):
             raise ValueError(
-                f"the contextual stage needs max_queries_per_document={max_queries_per_document} of at least 1 "
-                f"and max_chunks={max_chunks} in 1..{shape.spans}, the spans a row"
+                f"the contextual stage needs max_queries_per_document of at least 1, got {max_queries_per_document}, "
+                f"and max_chunks in 1..{shape.spans} (the spans of a row), got {max_chunks}"
             )
         self.stage, self.seed, self.shape = stage, seed, shape
         self.group_size, self.rows_per_group, self.num_negatives = group_size, rows_per_group, num_negatives
         self.max_queries, self.max_chunks, self.separator_id = max_queries_per_document, max_chunks, separator_id
-        self.own, self.units = _own("groups", groups, own), groups
+        self.shards, self.num_shards = _local_shards("groups", groups, shards), groups
         self._stores = stores
         self.curriculum = Curriculum(
             phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
@@ -182,112 +202,114 @@ class ContrastiveLoader:
         return f"the {self.stage} loader of {', '.join(self.curriculum.tasks)}"
 
     def batch(self, step: int) -> dict:
-        """This process's part of the batch of `step`, as the class says."""
+        """This process's part of the batch of `step`: the arrays in the docstring of the class."""
         size = self.group_size
-        runs = _runs(self.own)
-        examples = [e for start, stop in runs for e in self._read(step, start * size, stop * size)]
-        build = self._documents if self.stage == "contextual" else self._texts
-        parts = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self.own)]
-        stats = [part.pop("stats") for part in parts]
-        batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        ranges = _consecutive_ranges(self.shards)
+        examples = [e for start, stop in ranges for e in self._read(step, start * size, stop * size)]
+        build = self._text_group if self.stage != "contextual" else self._document_group
+        groups = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self.shards)]
+        stats = [group.pop("stats") for group in groups]
+        batch = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
         stats = {name: sum(s[name] for s in stats) for name in stats[0]}
         return batch | {"stats": {"fill": float((batch["segment_ids"] > 0).mean()), **stats}}
 
     def _read(self, step: int, start: int, stop: int) -> list[dict]:
+        """Examples start..stop-1 of the global batch, one read per task."""
         draw = self.curriculum.draw(step, start, stop)
         examples = [None] * (stop - start)
         for t in np.unique(draw.task):
-            mine = np.flatnonzero(draw.task == t)
-            for i, example in zip(mine, self._stores[self.curriculum.tasks[t]].read(draw.index[mine])):
+            of_task = np.flatnonzero(draw.task == t)
+            for i, example in zip(of_task, self._stores[self.curriculum.tasks[t]].read(draw.index[of_task])):
                 examples[i] = example
         return examples
 
-    def _choose(self, what: str, step: int, slot: int, available: int, wanted: int) -> np.ndarray:
-        """All of `available` things, in order, or a keyed draw of `wanted` of them without replacement."""
-        if available <= wanted:
+    def _sample(self, purpose: str, step: int, example: int, available: int, limit: int) -> np.ndarray:
+        """Indices below `available`: all of them in order, or `limit` random ones without replacement."""
+        if available <= limit:
             return np.arange(available)
-        return shuffled(make_key(self.seed, what, step, slot), available)[:wanted]
+        return shuffled(make_key(self.seed, purpose, step, example), available)[:limit]
 
     def _pack(self, group: int, segments: list[rows.Segment]) -> tuple[rows.Packed, list[rows.Segment], dict]:
+        """The packed rows, the segments as cut to fit, and the first arrays of the group. Slots become global here."""
         packed, segments, cut = rows.pack_group(segments, self.shape, self.rows_per_group)
-        arrays = packed.rows._asdict()
-        # Slots of the global batch from here on.
-        return packed._replace(row=packed.row + group * self.rows_per_group), segments, arrays | {"stats": {"cut": cut}}
+        arrays = packed.rows._asdict() | {"stats": {"cut": cut}}
+        return packed._replace(row=packed.row + group * self.rows_per_group), segments, arrays
 
-    def _texts(self, step: int, group: int, examples: list[dict]) -> dict:
-        """pair and triplet."""
+    def _text_group(self, step: int, group: int, examples: list[dict]) -> dict:
+        """The arrays of one group of n pairs or triplets."""
         n, k = len(examples), self.num_negatives
         texts = [e["query"] for e in examples] + [e["document"] for e in examples]
-        where = np.full((n, k), -1)  # of each negative in `texts`
+        negative_index = np.full((n, k), -1)  # into `texts`; -1 = unused
         for i, e in enumerate(examples if self.stage == "triplet" else []):
             negatives = split(e["negatives"], e["negative_lengths"])
-            chosen = self._choose("negatives", step, group * n + i, len(negatives), k)
-            where[i, : len(chosen)] = len(texts) + np.arange(len(chosen))
-            texts += [negatives[c] for c in chosen]
+            sample = self._sample("negatives", step, group * n + i, len(negatives), k)
+            negative_index[i, : len(sample)] = len(texts) + np.arange(len(sample))
+            texts += [negatives[j] for j in sample]
         packed, segments, out = self._pack(group, [rows.dense(text) for text in texts])
-        ids, filled = rows.content_ids([s.tokens for s in segments]), _lengths(segments) > 0
+        ids, nonempty = rows.content_ids([s.tokens for s in segments]), _lengths(segments) > 0
         slots = packed.span_slots().astype(np.int32)
-        valid = filled[:n] & filled[n : 2 * n]
+        valid = nonempty[:n] & nonempty[n : 2 * n]
         out |= dict(query_slots=slots[:n], document_slots=slots[n : 2 * n], valid=valid)
         out |= dict(query_ids=ids[:n], document_ids=ids[n : 2 * n])
         out["stats"]["lost"] = int((~valid).sum())
         if self.stage == "triplet":
-            there = where >= 0
-            out |= dict(negative_slots=np.where(there, slots[where], 0), negative_ids=np.where(there, ids[where], 0))
-            out["negative_valid"] = there & filled[where]
+            used = negative_index >= 0
+            out["negative_slots"] = np.where(used, slots[negative_index], 0)
+            out["negative_ids"] = np.where(used, ids[negative_index], 0)
+            out["negative_valid"] = used & nonempty[negative_index]
         return out
 
-    def _documents(self, step: int, group: int, examples: list[dict]) -> dict:
-        """contextual."""
+    def _document_group(self, step: int, group: int, examples: list[dict]) -> dict:
+        """The arrays of one group of n documents of up to c chunks, with up to q queries each."""
         n, q, c = len(examples), self.max_queries, self.max_chunks
-        segments, counts = [], np.array([len(e["chunk_lengths"]) for e in examples])
-        if counts.max() > c:
+        chunk_counts = np.array([len(e["chunk_lengths"]) for e in examples])
+        if chunk_counts.max() > c:
             raise ValueError(
-                f"a document of {counts.max()} chunks is over max_chunks={c}: prepare the data with that bound"
+                f"a document has {chunk_counts.max()} chunks, more than max_chunks={c}: prepare the data with it"
             )
-        for e in examples:
-            segments.append(rows.chunked(split(e["document"], e["chunk_lengths"]), self.separator_id))
-        where, answer = (
-            np.full((n, q), -1),
-            np.zeros((n, q), np.int64),
-        )  # query in `segments`, its chunk in the document
+        segments = [rows.chunked(split(e["document"], e["chunk_lengths"]), self.separator_id) for e in examples]
+        query_index = np.full((n, q), -1)  # into `segments`; -1 = unused
+        positive_chunk = np.zeros((n, q), np.int64)  # of each query, in its document
         for i, e in enumerate(examples):
             queries = split(e["queries"], e["query_lengths"])
-            chosen = self._choose("queries", step, group * n + i, len(queries), q)
-            if len(queries) and not 0 <= e["positives"].min() <= e["positives"].max() < counts[i]:
-                raise ValueError(f"positives {e['positives']} point outside a document of {counts[i]} chunks")
-            where[i, : len(chosen)] = len(segments) + np.arange(len(chosen))
-            answer[i, : len(chosen)] = e["positives"][chosen]
-            segments += [rows.dense(queries[x]) for x in chosen]
+            sample = self._sample("queries", step, group * n + i, len(queries), q)
+            if len(queries) and not 0 <= e["positives"].min() <= e["positives"].max() < chunk_counts[i]:
+                raise ValueError(
+                    f"positives {e['positives']} must be chunks of their document, 0..{chunk_counts[i] - 1}"
+                )
+            query_index[i, : len(sample)] = len(segments) + np.arange(len(sample))
+            positive_chunk[i, : len(sample)] = e["positives"][sample]
+            segments += [rows.dense(queries[j]) for j in sample]
         packed, segments, out = self._pack(group, segments)
-        ids, filled, slots = rows.content_ids([s.tokens for s in segments]), _lengths(segments) > 0, packed.span_slots()
+        ids, nonempty = rows.content_ids([s.tokens for s in segments]), _lengths(segments) > 0
+        slots = packed.span_slots()
 
         chunk_slots, chunk_ids, chunk_document = np.zeros((3, n, c), np.int32)
         chunk_valid = np.zeros((n, c), bool)
-        for i, (s, count) in enumerate(zip(segments[:n], counts)):
+        for i, (s, count) in enumerate(zip(segments[:n], chunk_counts)):
             content = s.tokens[s.spans > 0]  # without separators
             lengths = np.bincount(s.spans, minlength=count + 1)[1:]
             chunk_slots[i, :count] = slots[i] + np.arange(count)
             chunk_ids[i, :count] = rows.content_ids(split(content, lengths))
             chunk_document[i] = rows.content_ids([content])[0]
             chunk_valid[i, :count] = lengths > 0
-        there = where >= 0
-        valid = there & filled[where] & np.take_along_axis(chunk_valid, answer, 1)
+        used = query_index >= 0
+        valid = used & nonempty[query_index] & np.take_along_axis(chunk_valid, positive_chunk, 1)
         documents = np.arange(n)[:, None]
-        positive = np.where(there, (group * n + documents) * c + answer, 0)
-        document_slots = np.where(there, packed.segment_slots()[documents], 0)
+        positive = np.where(used, (group * n + documents) * c + positive_chunk, 0)
+        document_slots = np.where(used, packed.segment_slots()[documents], 0)
         out |= {
             "chunk_slots": chunk_slots.reshape(-1),
             "chunk_ids": chunk_ids.reshape(-1),
             "chunk_document": chunk_document.reshape(-1),
             "chunk_valid": chunk_valid.reshape(-1),
-            "query_slots": np.where(there, slots[where], 0).astype(np.int32).reshape(-1),
-            "query_ids": np.where(there, ids[where], 0).reshape(-1),
+            "query_slots": np.where(used, slots[query_index], 0).astype(np.int32).reshape(-1),
+            "query_ids": np.where(used, ids[query_index], 0).reshape(-1),
             "positive": positive.astype(np.int32).reshape(-1),
             "document_slots": document_slots.astype(np.int32).reshape(-1),
             "valid": valid.reshape(-1),
         }
-        out["stats"]["lost"] = int((there & ~valid).sum())
+        out["stats"]["lost"] = int((used & ~valid).sum())
         return out
 
 
@@ -299,7 +321,7 @@ def _lengths(segments: Sequence[rows.Segment]) -> np.ndarray:
 
 
 class ReaderStalledError(RuntimeError):
-    """A loader gave no batch in the time that it has."""
+    """A loader did not return a batch within the timeout."""
 
     exit_code = 75  # EX_TEMPFAIL: the same command, started again, continues
 
@@ -307,20 +329,21 @@ class ReaderStalledError(RuntimeError):
 def prefetch(
     loader, start: int, stop: int, depth: int = 2, timeout: float | None = None
 ) -> Iterator[tuple[int, dict, float]]:
-    """(step, batch, seconds that it was waited for) of steps start..stop-1, in order, read `depth` ahead by one thread.
+    """Yields (step, batch, seconds waited for it) for steps start..stop-1; a thread reads up to `depth` batches ahead.
 
-    What the reader raises is raised here, at its step, with a note that names the loader and the step. A batch that is not
-    there after `timeout` seconds of waiting raises ReaderStalledError; the thread, which may never return, keeps no process alive.
+    An exception of the loader is raised here at the step that it belongs to, with a note that names the loader and the
+    step. ReaderStalledError is raised after `timeout` seconds of waiting for one batch. The thread is a daemon: it may
+    hang for ever, and the process can still exit.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")
     ready: queue.SimpleQueue = queue.SimpleQueue()
-    room, over = threading.Semaphore(depth), threading.Event()
+    capacity, stopped = threading.Semaphore(depth), threading.Event()
 
     def read():
         for step in range(start, stop):
-            room.acquire()
-            if over.is_set():
+            capacity.acquire()
+            if stopped.is_set():
                 return
             try:
                 ready.put(loader.batch(step))
@@ -332,18 +355,18 @@ def prefetch(
     threading.Thread(target=read, name="prefetch", daemon=True).start()
     try:
         for step in range(start, stop):
-            began = time.perf_counter()
+            begin = time.perf_counter()
             try:
                 batch = ready.get(timeout=timeout)
             except queue.Empty:
                 raise ReaderStalledError(
-                    f"{loader} gave no batch of step {step} in {timeout} s (config.execution.read_timeout): is its "
-                    "storage there? The same command continues from the last checkpoint"
+                    f"{loader} gave no batch of step {step} in {timeout} s (config.execution.read_timeout): check its "
+                    "storage; the same command continues from the last checkpoint"
                 ) from None
             if isinstance(batch, Exception):
                 raise batch
-            room.release()
-            yield step, batch, time.perf_counter() - began
+            capacity.release()
+            yield step, batch, time.perf_counter() - begin
     finally:
-        over.set()
-        room.release()
+        stopped.set()
+        capacity.release()

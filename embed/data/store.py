@@ -1,8 +1,9 @@
 """Prepared examples: ragged columns of tokens with random access, on disk or in a cloud bucket (TensorStore, zarr3).
 
-PATH/COLUMN/          int32[sum of lengths]   the flat array, with a checksum in every chunk
+PATH/COLUMN/          int32[sum of lengths]   all examples in one flat array, with a checksum per chunk
 PATH/COLUMN.offsets/  int64[examples + 1]     example i is flat[offsets[i] : offsets[i + 1]]
-PATH/info.json        written last: without it there is no store; its digest tells two stores apart
+PATH/info.json        columns, number of examples, a digest of all values; written last, so a folder without it is
+                      not a store
 """
 
 import hashlib
@@ -16,17 +17,17 @@ import tensorstore as ts
 from embed import paths
 
 CHUNK = 1 << 18  # elements
-MEMORY_BYTES = 1 << 28  # columns up to this size are read into memory when first used
-CACHE_BYTES = 1 << 28  # of chunks, for larger columns
-# Tokens and lengths are never negative, so a chunk that went missing shows as this value.
+MEMORY_BYTES = 1 << 28  # columns up to this size are read into memory at their first use
+CACHE_BYTES = 1 << 28  # chunks of larger columns
+# TensorStore returns this value for a missing chunk. Tokens and lengths are never negative.
 MISSING = -1
 
 
 class Writer:
-    """Writes a store; it exists once `close` has returned."""
+    """Writes a store. The store exists once `close` has returned."""
 
     def __init__(self, path: str | Path, columns: Sequence[str]):
-        """Raises FileExistsError where a complete store stands already; an unfinished one is replaced."""
+        """Replaces an unfinished store at `path`; raises FileExistsError if there is a complete one."""
         if not columns:
             raise ValueError("a store needs at least one column")
         self._path = paths.path(path)
@@ -44,25 +45,25 @@ class Writer:
             self._arrays[column] = _create(self._path, column, np.int32, 0)
 
     def append(self, example: Mapping[str, np.ndarray]) -> None:
-        """One example: a 1-D array of integers ≥ 0 a column."""
+        """Append one example: for each column int[length], values in 0..2^31 - 1."""
         arrays = {column: np.asarray(example[column]) for column in self._check(example)}
         self.extend({column: (array, np.array([len(array)])) for column, array in arrays.items()})
 
     def extend(self, examples: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-        """Many examples at once: {column: (flat values, lengths [n])}."""
+        """Append n examples: {column: (flat values int[sum of lengths], lengths int[n])}."""
         count = None
         for column in self._check(examples):
             values, lengths = (np.asarray(array) for array in examples[column])
             if values.ndim != 1 or values.dtype.kind not in "iu" and len(values):
-                raise ValueError(f"column {column!r} takes 1-D integers, got {values.dtype}{list(values.shape)}")
+                raise ValueError(f"column {column!r} must be 1-D integers, got {values.dtype}{list(values.shape)}")
             if len(values) and not 0 <= values.min() <= values.max() < 2**31:
-                raise ValueError(f"column {column!r} takes 0 … 2^31 - 1, got {values.min()} … {values.max()}")
+                raise ValueError(f"column {column!r} must be in 0 … 2^31 - 1, got {values.min()} … {values.max()}")
             if lengths.sum() != len(values):
                 raise ValueError(
-                    f"column {column!r}: lengths add up to {lengths.sum()}, there are {len(values)} values"
+                    f"column {column!r}: the lengths must add up to its {len(values)} values, got {lengths.sum()}"
                 )
             if count not in (None, len(lengths)):
-                raise ValueError(f"column {column!r} has {len(lengths)} examples, another one {count}")
+                raise ValueError(f"column {column!r} has {len(lengths)} examples, the other columns {count}")
             count = len(lengths)
             for digest, array in zip(self._hashes[column], (lengths.astype("<i8"), values.astype("<i4"))):
                 digest.update(array.tobytes())
@@ -73,7 +74,7 @@ class Writer:
                 self._flush(column, whole_chunks=True)
 
     def close(self, info: Mapping) -> None:
-        """Writes what is pending, the offsets and, last, `info` (JSON) with the digest of all examples in their order."""
+        """Write pending values, the offsets and, last, info.json: `info` and the digest of all examples in order."""
         offsets = {column: np.concatenate([o for o in parts if len(o)]) for column, parts in self._offsets.items()}
         for column in self._arrays:
             self._flush(column, whole_chunks=False)
@@ -101,15 +102,15 @@ class Writer:
 
     def _check(self, example: Mapping) -> list[str]:
         if set(example) != set(self._arrays):
-            raise ValueError(f"the store has columns {sorted(self._arrays)}, the example {sorted(example)}")
+            raise ValueError(f"the store has columns {sorted(self._arrays)}, the example has {sorted(example)}")
         return list(self._arrays)
 
 
 class Store:
-    """Reads a store. Columns of up to MEMORY_BYTES are held in memory from their first use."""
+    """Reads a store. Columns of up to MEMORY_BYTES stay in memory after their first use."""
 
     def __init__(self, path: str | Path):
-        """Raises FileNotFoundError where there is no complete store, ValueError where it is damaged."""
+        """Raises FileNotFoundError if there is no complete store at `path`, ValueError if it is damaged."""
         self._name = str(path)
         self._path = paths.path(path)
         context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
@@ -135,18 +136,18 @@ class Store:
                 or (np.diff(offsets) < 0).any()
             ):
                 raise ValueError(
-                    f"the prepared store {path} is damaged: column {column!r} has {total} values in "
-                    f"{len(offsets) - 1} examples, its offsets do not fit them; prepare it again"
+                    f"the prepared store {path} is damaged: the offsets of column {column!r} do not match its {total} "
+                    f"values in {len(offsets) - 1} examples; prepare it again"
                 )
 
     def __len__(self) -> int:
         return self._size
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[dict[str, np.ndarray]]:
-        """Examples in the order asked for: int32[length] a column."""
+        """The examples at `indices`, in that order: {column: int32[length]} each."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not (0 <= indices.min() and indices.max() < self._size):
-            raise IndexError(f"examples {indices.min()} … {indices.max()} asked of a store of {self._size}")
+            raise IndexError(f"examples {indices.min()} … {indices.max()} must be in 0 … {self._size - 1}")
         columns = {}
         for column in self.columns:
             starts, stops = self._offsets[column][indices], self._offsets[column][indices + 1]
@@ -158,18 +159,18 @@ class Store:
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
     def lengths(self, column: str) -> np.ndarray:
-        """int64[examples]"""
+        """The length of each example, int64[examples]."""
         return np.diff(self._offsets[column])
 
     def offsets(self, column: str) -> np.ndarray:
-        """int64[examples + 1]"""
+        """The offset of each example in the flat array, and its total length, int64[examples + 1]."""
         return self._offsets[column]
 
     def flat(self, column: str, start: int, stop: int) -> np.ndarray:
-        """int32[stop - start]: a window of the flat array, across examples."""
+        """A window of the flat array, across examples, int32[stop - start]."""
         total = int(self._offsets[column][-1])
         if not 0 <= start <= stop <= total:
-            raise IndexError(f"window {start} … {stop} asked of column {column!r} with {total} values")
+            raise IndexError(f"window {start} … {stop} must be inside the {total} values of column {column!r}")
         if (values := self._in_memory(column)) is not None:
             return values[start:stop]
         return self._checked(column, self._arrays[column][start:stop].read().result)
@@ -192,17 +193,19 @@ class Store:
             raise self._damaged(column, "a chunk is missing")
         return values
 
-    def _damaged(self, column: str, why) -> ValueError:
-        return ValueError(f"the prepared store {self._name} is damaged in column {column!r}: {why}; prepare it again")
+    def _damaged(self, column: str, reason) -> ValueError:
+        return ValueError(
+            f"the prepared store {self._name} is damaged in column {column!r}: {reason}; prepare it again"
+        )
 
 
 def read_header(path: str | Path) -> dict:
-    """info.json of a store: columns, examples, digest, info. Errors as `Store`'s."""
-    found = ts.KvStore.open(paths.kvstore(path)).result().read("info.json").result()
-    if found.state != "value":
+    """info.json of a store: columns, examples, digest, info. Raises the same errors as `Store`."""
+    result = ts.KvStore.open(paths.kvstore(path)).result().read("info.json").result()
+    if result.state != "value":
         raise FileNotFoundError(f"{path} is not a prepared store: it has no info.json (missing, or never finished)")
     try:
-        header = json.loads(found.value)
+        header = json.loads(result.value)
         return {name: header[name] for name in ("columns", "examples", "digest", "info")}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}/info.json is damaged: {error!r}") from None

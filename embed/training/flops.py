@@ -1,12 +1,12 @@
-"""What a step computes and moves, by formula, and what chips do at their peak.
+"""FLOPs and memory traffic of a step, by formula, and the peak rates of chips.
 
-Model FLOPs are those of a forward pass three times, since each product has two in its gradient; nothing that is computed
-again counts. There are two conventions:
+Model FLOPs are three times those of a forward pass, because the gradient of a product is two products. Recomputation
+does not count. There are two conventions:
 
-    segments   tokens that are not padding, each attending to its own segment: what the objective asks for
-    full rows  every place of every row, attending to all of its row: what a kernel without block sparsity computes
+    segments   tokens that are not padding, each attending to its own segment: what the objective requires
+    full rows  every position of every row, attending to the whole row: what a kernel without block sparsity computes
 
-They agree where each row is one segment without padding.
+They are equal if each row is one segment without padding.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from embed.training.stages import abstract_batch
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks of one chip: bfloat16 FLOP/s, HBM bytes and bytes/s, bytes/s over all links and between slices."""
+    """Published peaks of one chip."""
 
-    flops: float
-    memory: float
-    bandwidth: float
-    interconnect: float
-    network: float  # the data-centre network, a chip's share
+    flops: float  # bfloat16 FLOP/s
+    memory: float  # bytes of HBM
+    bandwidth: float  # bytes/s of HBM
+    interconnect: float  # bytes/s over all links to other chips
+    network: float  # bytes/s between slices: the chip's share of the data-centre network
 
 
-# cloud.google.com/tpu/docs: v4, v5e, v5p, v6e.
+# From cloud.google.com/tpu/docs.
 CHIPS = {
     "v4": Chip(275e12, 32e9, 1.228e12, 300e9, 6.25e9),
     "v5e": Chip(197e12, 16e9, 0.819e12, 200e9, 3.125e9),
@@ -39,7 +39,7 @@ CHIPS = {
     "v6e": Chip(918e12, 32e9, 1.640e12, 448e9, 12.5e9),
 }
 
-# jax's names of devices -> dense bfloat16 FLOP/s of one: of the chips above, and of NVIDIA's data sheets (without sparsity).
+# jax's device kind -> dense bfloat16 FLOP/s. NVIDIA: from its data sheets, without sparsity.
 PEAK_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -56,14 +56,14 @@ PEAK_FLOPS = {
 
 
 def device_peak() -> float | None:
-    """bfloat16 FLOP/s of one of this process's devices, None where it is not known."""
+    """Peak bfloat16 FLOP/s of one of this process's devices; None if it is unknown."""
     kind = jax.devices()[0].device_kind
     names = [name for name in PEAK_FLOPS if kind == name or (kind.startswith("NVIDIA") and kind.startswith(name))]
     return PEAK_FLOPS[names[0]] if names else None
 
 
 def tokens(stage) -> int:
-    """Tokens of a global batch, padding included."""
+    """The tokens of a global batch, including padding."""
     rows, length = abstract_batch(stage)["tokens"][0]
     return rows * length
 
@@ -71,15 +71,15 @@ def tokens(stage) -> int:
 def forward_flops(
     stage, model: transformer.TransformerConfig, tokens: float | None = None, squares: float | None = None
 ) -> dict[str, float]:
-    """FLOPs of one forward pass of the global batch, by part.
+    """FLOPs of one forward pass of the global batch, by part: {part: FLOPs}.
 
     layers       2 · tokens · (matrix parameters of a layer) · layers
-    attention    4 · squares · heads · head_dim · layers            both directions
-    logits       2 · tokens / 2 · vocabulary · width                diffusion: half of the tokens are masked, on average
-    similarity   2 · queries · (documents it is compared with) · prefix, over the prefixes     contrastive: all there is room for
+    attention    4 · squares · heads · head_dim · layers        scores and mixed values, not causal
+    logits       2 · tokens / 2 · vocabulary · width            diffusion: half of the tokens are masked, on average
+    similarity   2 · queries · vectors per query · Σ prefixes   contrastive: unused entries of the tables included
 
-    `tokens` are those that are not padding, `squares` the sum of the squared lengths of the segments; without them, those of
-    full rows.
+    `tokens` is the number of tokens that are not padding, `squares` the sum of the squared segment lengths. Their
+    defaults are those of full rows.
     """
     D, H, K, d, F = (
         model.hidden_size,
@@ -99,31 +99,31 @@ def forward_flops(
     if stage.kind == "diffusion":
         return flops | {"logits": 2.0 * tokens / 2 * model.vocab_size * D}
     queries = shapes["query_slots"][0]
-    others = {
+    compared = {  # vectors per query
         "pair": 2 * queries,
         "triplet": queries + math.prod(shapes.get("negative_slots", (0,))),
         "contextual": shapes.get("chunk_slots", (0,))[0] + 2 * queries,
     }[stage.kind]
-    return flops | {"similarity": 2.0 * queries * others * sum(stage.matryoshka)}
+    return flops | {"similarity": 2.0 * queries * compared * sum(stage.matryoshka)}
 
 
 def model_flops(
     stage, model: transformer.TransformerConfig, tokens: float | None = None, squares: float | None = None
 ) -> float:
-    """FLOPs of a step over all chips; `tokens` and `squares` as of `forward_flops`."""
+    """Model FLOPs of a step over all chips; `tokens` and `squares` as in `forward_flops`."""
     return 3 * sum(forward_flops(stage, model, tokens, squares).values())
 
 
 def passes(stage, model: transformer.TransformerConfig) -> int:
-    """How often the layers are computed, in forward passes: three, and what the backward pass computes again.
+    """The cost of the layers in forward passes: three, and one for each recomputation in the backward pass.
 
-    A sum over rows, as the diffusion loss is, has each microbatch's gradient at once.
+    Microbatches of the diffusion stage recompute nothing: its loss is a sum over rows (`summed_over_microbatches`).
     """
     return 3 + (model.remat == "full") + (stage.execution.microbatches > 1 and stage.kind != "diffusion")
 
 
 def capacity(stage, mesh) -> float:
-    """The share of a diffusion batch's tokens whose logits there is room for, on every device."""
+    """The share of a diffusion batch's tokens that fit into the logits buffer of every device."""
     batch = stage.batch
     return masked_diffusion.capacity(
         batch.rows, batch.length, sharding.batch_shards(mesh), stage.execution.microbatches
@@ -131,9 +131,9 @@ def capacity(stage, mesh) -> float:
 
 
 def hardware_flops(stage, model: transformer.TransformerConfig, mesh) -> float:
-    """FLOPs that a step over all chips computes: whole rows, layers again as `passes` says, all logits with room, once.
+    """FLOPs that a step over all chips computes: full rows, recomputed layers (`passes`), the whole logits buffer once.
 
-    The similarities of each prefix are computed again in the backward pass.
+    The similarities of each prefix are recomputed in the backward pass.
     """
     parts = forward_flops(stage, model)
     total = passes(stage, model) * (parts["layers"] + parts["attention"]) + 4 * parts.get("similarity", 0)
@@ -143,23 +143,25 @@ def hardware_flops(stage, model: transformer.TransformerConfig, mesh) -> float:
 
 
 def hbm_bytes(stage, model: transformer.TransformerConfig, mesh) -> float:
-    """Bytes a chip moves between memory and core in a step, estimated.
+    """An estimate of the bytes that a chip moves between HBM and core in a step.
 
-    Weights once a pass in the compute dtype (a fsdp mesh gathers them), the optimizer's seven float32 passes over its
-    shard (read parameter, gradient and two moments, write three), and of each layer and token the widths that leave a
-    fusion: about 6 of the residual stream, 4 of the heads, 3 of the MLP. Logits are written and read twice in float32, their
-    gradient is written and read twice; each chunk of them reads the table twice, and reads and writes its gradient.
+    weights      once per pass in the compute dtype (an fsdp mesh gathers them)
+    optimizer    seven float32 passes over the shard: read parameter, gradient and two moments, write three
+    activations  per layer and token the widths that leave a fusion: about 6 of the residual stream, 4 of the heads,
+                 3 of the MLP
+    logits       written and read twice in float32, their gradient written and read twice; each chunk of them reads the
+                 table twice, and reads and writes the gradient of the table
     """
     size = jnp.dtype(model.dtype).itemsize
     total, _ = transformer.count_params(transformer.abstract_params(model))
-    own = tokens(stage) / sharding.batch_shards(mesh)
+    local_tokens = tokens(stage) / sharding.batch_shards(mesh)
     width = 6 * model.hidden_size + 4 * model.num_heads * model.head_dim + 3 * model.intermediate_size
     times = passes(stage, model)
-    activations = times * own * model.num_layers * width * size / mesh.shape["tensor"]
+    activations = times * local_tokens * model.num_layers * width * size / mesh.shape["tensor"]
     weights = times * stage.execution.microbatches * total * size / mesh.shape["tensor"]
     logits = 0.0
     if stage.kind == "diffusion":
-        masked, table = capacity(stage, mesh) * own, model.vocab_size * model.hidden_size
+        masked, table = capacity(stage, mesh) * local_tokens, model.vocab_size * model.hidden_size
         chunks = max(stage.execution.microbatches, masked / stage.execution.logits_chunk)
         logits = masked * model.vocab_size * 3 * (4 + size) + chunks * table * 2 * (4 + size)
     return activations + weights + logits + 7 * 4 * total / (mesh.shape["fsdp"] * mesh.shape["tensor"])

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""How many bytes a compiled program sends between devices, read from its HLO text."""
 
 import math
 import re
@@ -25,12 +25,13 @@ BETWEEN = "between slices"
 
 
 def collective_bytes(hlo: str, chips: int, slices: int = 1) -> dict[str, float]:
-    """Bytes a chip sends in one run of a compiled program, by kind of collective, each times its loops' trip counts.
+    """Bytes that a chip sends in one run of a compiled program, by kind of collective: {kind: bytes}.
 
-    What goes over the network of several slices is counted apart, as "between slices".
+    A collective in a loop is multiplied by the trip counts of its loops. Traffic over the network between slices has
+    kinds of its own, "… between slices".
 
-    Of an array of B bytes over n chips: all-gather (its result) and reduce-scatter (its operand) B (n-1)/n, all-reduce
-    twice that, all-to-all B (n-1)/n, collective-permute B.
+    For an array of B bytes over n chips, a chip sends B (n-1)/n in an all-gather (B: the result), reduce-scatter (B:
+    the operand) or all-to-all, twice that in an all-reduce, and B in a collective-permute.
     """
     bodies = _computations(hlo)
     entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
@@ -46,16 +47,16 @@ def collective_bytes(hlo: str, chips: int, slices: int = 1) -> dict[str, float]:
             if kind in COLLECTIVES:
                 size, n = float(sum(_bytes(result))), _group_size(line, chips)  # one collective may carry many arrays
                 if operator == "collective-permute-start":
-                    size = float(max(_bytes(result)))  # operand, result and two words
+                    size = float(max(_bytes(result)))  # the tuple is operand, result and two words
                 elif operator == "all-gather-start":
-                    size *= n / (n + 1)  # operands and results
+                    size *= n / (n + 1)  # the tuple is operands and results
                 elif operator == "reduce-scatter":
-                    size *= n  # its result is one part of the operand
+                    size *= n  # the result is one shard of the operand
                 if n > 1:
                     share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)
                     totals[kind] = totals.get(kind, 0.0) + times * size * share
             if operator == "send" and (match := re.search(r'megascale_transfer_type="(\w+)"', line)):
-                # What slices exchange goes through the hosts: the array, a word and a token.
+                # Slices exchange arrays through their hosts. The tuple is the array, a word and a token.
                 kind = f"{match.group(1).lower().replace('_', '-')} {BETWEEN}"
                 share = (2 if kind.startswith("all-reduce") else 1) * (slices - 1) / slices
                 totals[kind] = totals.get(kind, 0.0) + times * max(_bytes(result)) * share
@@ -74,22 +75,22 @@ def collective_bytes(hlo: str, chips: int, slices: int = 1) -> dict[str, float]:
 
 
 def _computations(hlo: str) -> dict[str, tuple[bool, list[str]]]:
-    """{name: (is the entry, instructions)} of a module's text."""
-    found, current = {}, None
+    """The computations of an HLO module: {name: (whether it is the entry, lines of instructions)}."""
+    computations, current = {}, None
     for line in hlo.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line)
         if head:
             current = head.group(2)
-            found[current] = (bool(head.group(1)), [])
+            computations[current] = (bool(head.group(1)), [])
         elif line.rstrip() == "}":
             current = None
         elif current:
-            found[current][1].append(line)
-    return found
+            computations[current][1].append(line)
+    return computations
 
 
 def _trip_count(line: str, bodies) -> int:
-    """How often a loop runs: what the compiler noted, or the constant that its condition compares with."""
+    """The trip count of a loop: the compiler's annotation, or the constant in the loop's condition."""
     if match := re.search(r"known_trip_count\D*(\d+)", line):
         return int(match.group(1))
     condition = re.search(r"condition=%?([\w.-]+)", line).group(1)
@@ -100,7 +101,7 @@ def _trip_count(line: str, bodies) -> int:
 
 
 def _bytes(types: str) -> list[int]:
-    """Sizes of the arrays in the text of a result type."""
+    """The size in bytes of each array in the text of a result type."""
     return [
         _SIZES[kind] * math.prod(int(n) for n in shape.split(",") if n)
         for kind, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", types)
@@ -109,7 +110,7 @@ def _bytes(types: str) -> list[int]:
 
 
 def _group_size(line: str, chips: int) -> int:
-    """Chips that take part in one instance of a collective."""
+    """The number of chips in one replica group of a collective."""
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match.group(1)))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match.group(2)) if axis in sizes)

@@ -151,7 +151,7 @@ def _sizes(batch: dict[str, np.ndarray], loader) -> dict[str, float]:
     lengths = np.bincount(apart[segments > 0])
     own = {"tokens": int(lengths.sum()), "squares": int((lengths**2).sum())}
     own["examples"] = len(batch.get("valid", batch["tokens"]))
-    return {name: n * loader.units / len(loader.own) for name, n in own.items()}
+    return {name: n * loader.num_shards / len(loader.shards) for name, n in own.items()}
 
 
 COUNTED = ("skipped", "masked", "overflow")  # metrics of a step that a row sums

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl (one object a line), TensorBoard event files, Weights & Biases if asked."""
+"""Logs of a run: metrics.jsonl (one JSON object per line), TensorBoard event files, optionally Weights & Biases."""
 
 import contextlib
 import hashlib
@@ -20,12 +20,14 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows of numbers. Opened at step s it first drops rows after s: a restart continues, never repeats.
+    """Appends rows of numbers to the logs in `folder`.
 
-    A bucket cannot be appended to: there rows are written to a folder of this machine, which `flush` copies. The loop does so
-    before each checkpoint, so what a lost host takes along are rows that its restart writes again.
+    It first drops the rows after `start_step`, so that a restarted run has each step once.
 
-    `wandb` names a Weights & Biases project to send them to as well, as one run a folder.
+    Files in a bucket cannot be appended to. For a bucket, rows are written to a local folder that `flush` copies. The
+    loop flushes before each checkpoint, so a host that is lost loses only rows that its restart writes again.
+
+    `wandb` is the name of a Weights & Biases project that receives the rows too, one run per folder.
     """
 
     def __init__(self, folder, start_step: int, wandb: str = ""):
@@ -36,9 +38,9 @@ class MetricsWriter:
         kept = [row for row in read_metrics(self.folder / FILE) if row["step"] <= start_step]
         paths.write(self.local / FILE, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = (self.local / FILE).open("a")
-        # Not its SummaryWriter, whose thread ends when the disk is full and whose caller then waits for ever.
+        # Not SummaryWriter: when the disk is full, its thread ends and the caller waits for ever.
         self.events = EventsWriter(str(self.local / "tensorboard" / "events"), f".{os.getpid()}")
-        start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what an earlier file has from this step on
+        start = SessionLog(status=SessionLog.START)  # TensorBoard then ignores earlier files from this step on
         self.events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=start))
         self.wandb = None
         if wandb:
@@ -56,27 +58,27 @@ class MetricsWriter:
             )
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """One row, of a step after those before."""
+        """Append one row. Steps must increase."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
         try:
             self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
             self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
             self.events.flush()
-        except OSError as error:  # which says no file
+        except OSError as error:  # it does not name the file
             raise OSError(error.errno, error.strerror, str(self.folder)) from error
         if self.wandb:
             self.wandb.log(row, step=step)
 
     def flush(self) -> None:
-        """Bring what was written, profiles included, to the folder."""
+        """Copy everything written so far, including profiles, to the bucket."""
         if self.bucket:
             for name, file in paths.files(self.local).items():
                 if not name.startswith("wandb/"):
                     paths.copy_file(file, self.folder / name)
 
     def close(self) -> None:
-        """Write no more."""
+        """Flush and close all logs."""
         self.file.close()
         self.events.close()
         self.flush()
@@ -87,7 +89,7 @@ class MetricsWriter:
 
 
 def read_metrics(path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl, without a last line that a kill cut short."""
     rows, path = [], paths.path(path)
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -98,7 +100,7 @@ def read_metrics(path) -> list[dict]:
 
 
 def log_line(step: int, total: int, row: dict[str, float]) -> str:
-    """A row of `loop.train` as one line for people; what a row does not hold is left out."""
+    """A row of `loop.train` as one readable line; fields that the row does not have are left out."""
     shown = (
         ("loss", "loss {:.4f}"),
         ("gradient_norm", "gradient {:.3f}"),
@@ -117,7 +119,7 @@ def log_line(step: int, total: int, row: dict[str, float]) -> str:
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable]:
-    """Yields `update(step, row)`: a bar with steps, loss and the time left; a line a row where output is no terminal."""
+    """Yields `update(step, row)`: a bar with steps, loss and time left, or one line per row without a terminal."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

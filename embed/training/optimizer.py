@@ -1,17 +1,17 @@
-"""AdamW with clipping under a warmup-stable-decay schedule (arXiv 2602.11151)."""
+"""AdamW with gradient clipping and a warmup-stable-decay schedule (arXiv 2602.11151)."""
 
 import jax
 import optax
 
 
 def wsd_schedule(learning_rate: float, steps: int, warmup: float, decay: float) -> optax.Schedule:
-    """Linear from 0 over the first `warmup` fraction of the steps, constant, linear to 0 over the last `decay`."""
+    """Linear from 0 in the first `warmup` fraction of the steps, then constant, linear to 0 in the last `decay`."""
     if warmup + decay > 1 or min(warmup, decay) < 0:
-        raise ValueError(f"warmup={warmup} and decay={decay} are fractions of the steps with a sum of at most 1")
+        raise ValueError(f"warmup={warmup} and decay={decay} must be fractions of the steps with a sum of at most 1")
     up, down = round(warmup * steps), round(decay * steps)
     return optax.join_schedules(
         [
-            # Step 0 already moves: a rate of exactly 0 would waste it.
+            # step + 1, because a rate of 0 would waste step 0.
             lambda step: learning_rate * (step + 1) / max(up, 1),
             optax.constant_schedule(learning_rate),
             lambda step: learning_rate * (1 - (step + 1) / (down + 1)),
@@ -21,7 +21,7 @@ def wsd_schedule(learning_rate: float, steps: int, warmup: float, decay: float) 
 
 
 def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Global-norm clipping (none where clip is 0), then AdamW; norm scales are not decayed."""
+    """Clipping by global norm (none if clip is 0), then AdamW without weight decay on norm scales."""
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)

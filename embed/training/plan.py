@@ -1,9 +1,9 @@
-"""What a training step needs on hardware that this machine has not: memory, time and traffic, before paying.
+"""The memory, time and traffic of a training step on TPUs that this machine does not have, before you pay for them.
 
-The stage's real step is compiled for a topology of TPU chips by libtpu (no TPU needed) and read:
+libtpu compiles the real step of a stage for a topology of TPU chips, without a TPU. The plan reports, per chip:
 
-    memory       XLA's own account of the compiled program, a chip
-    FLOPs        by formula, whole rows (embed.training.flops); the program's own count omits kernels and repeats of loops
+    memory       XLA's account of the compiled program
+    FLOPs        by formula for full rows (embed.training.flops); XLA's count omits kernels and the trip counts of loops
     collectives  read from the compiled program (embed.training.hlo)
     HBM traffic  estimated by formula (embed.training.flops)
 """
@@ -30,14 +30,14 @@ class Plan:
 
     chips: int
     slices: int
-    shards: int  # parts of a batch's rows
+    shards: int  # of the rows of a batch
     chip: Chip
     memory: dict[str, float]  # kind -> bytes
-    model_flops: float  # without what is computed again
-    hardware_flops: float
-    hbm: float
+    model_flops: float  # without recomputation
+    hardware_flops: float  # with it
+    hbm: float  # bytes between HBM and core
     collectives: dict[str, float]  # kind -> bytes sent; "… between slices" over the data-centre network
-    tokens: int  # of the global batch
+    tokens: int  # of the global batch, padding included
     compile_seconds: float
 
     @property
@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def bounds(self) -> dict[str, float]:
-        """The least seconds a step takes by compute, memory, interconnect and the network between slices."""
+        """Lower bounds on the seconds of a step, by compute, HBM, interconnect and the network between slices."""
         return {
             "compute": self.hardware_flops / self.chip.flops,
             "HBM": self.hbm / self.chip.bandwidth,
@@ -60,13 +60,13 @@ class Plan:
 
 
 class DoesNotFitError(RuntimeError):
-    """The compiler refused a step that needs more memory than a chip has. The sentence is its own."""
+    """The compiler refused a step that needs more memory than a chip has. The message is the compiler's."""
 
     exit_code = 1
 
 
 def parse_topology(topology: str) -> tuple[str, int]:
-    """("v5p", 128) of "v5p:4x4x8". Raises ValueError for a chip that is not in CHIPS."""
+    """The chip and the number of chips: ("v5p", 128) for "v5p:4x4x8". ValueError for a chip that is not in CHIPS."""
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ValueError(f"topology {topology!r} must be CHIP:AxB or CHIP:AxBxC with a chip of {', '.join(CHIPS)}")
@@ -74,7 +74,7 @@ def parse_topology(topology: str) -> tuple[str, int]:
 
 
 def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int = 0):
-    """The compiled train step of a stage over a mesh, as `loop.train` runs it. DoesNotFitError as it says."""
+    """The compiled train step of a stage over a mesh, the one that `loop.train` runs. May raise DoesNotFitError."""
     lowered = make_step(stage, model, mesh, steps=100, seed=0, mask_id=mask_id, left_shift=True).lower()
     try:
         return lowered.compile()
@@ -88,10 +88,11 @@ def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int
 def make_plan(
     stage, model: transformer.TransformerConfig, topology: str, axes: dict, mask_id: int = 0, slices: int = 1
 ) -> Plan:
-    """Compile a stage's step for so many slices of a topology and account for it. `axes` are those of config.execution.mesh.
+    """Compile a stage's step for `slices` slices of a topology and return its costs.
 
-    ValueError where masked tokens find no room (`check_room`) or rows do not divide.
-    DoesNotFitError if the compiler finds no room for it; a plan may still say that it does not fit.
+    `axes` is config.execution.mesh: {"data": int, "fsdp": int, "tensor": int}.
+    ValueError if the rows do not divide over the devices or the logits buffer is too small (`check_capacity`).
+    DoesNotFitError if the compiler refuses the step for want of memory; a returned plan may not fit either (`fits`).
     """
     from jax.experimental import topologies
 
@@ -101,15 +102,15 @@ def make_plan(
     chips *= slices
     try:
         devices = topologies.get_topology_desc(topology, platform="tpu", **options).devices
-    except Exception as error:  # the plugin raises its own kinds
+    except Exception as error:  # the plugin raises its own exception types
         raise ValueError(f"topology {topology}: {str(error).splitlines()[0]}; needs pip install -e '.[tpu]'") from None
     if len(devices) != chips:  # v4 and v5p may be described by core
         raise ValueError(f"topology {topology} has {len(devices)} devices, expected {chips}")
     mesh = sharding.make_mesh(**axes, devices=devices)
-    if model.attention == "auto":  # of the topology, not of this machine
+    if model.attention == "auto":  # choose the kernel for the topology, not for this machine
         length, head = stage.batch.length, model.head_dim
         model = dataclasses.replace(model, attention="splash" if length % 128 == head % 128 == 0 else "xla")
-    check_room(stage, sharding.batch_shards(mesh))
+    check_capacity(stage, sharding.batch_shards(mesh))
     model = stages.stage_model(stage.kind, model)
     start = time.perf_counter()
     compiled = compile_step(stage, model, mesh, mask_id)
@@ -129,26 +130,30 @@ def make_plan(
     )
 
 
-def check_room(stage, shards: int, draws: int = 8) -> None:
-    """ValueError if a diffusion step on so many devices masks tokens whose logits find no room, in `draws` random batches."""
+def check_capacity(stage, shards: int, draws: int = 8) -> None:
+    """ValueError if a diffusion step over `shards` devices masks more tokens than fit into a device's logits buffer.
+
+    It masks `draws` random batches of full rows and looks at the device and microbatch with the most masked tokens.
+    """
     if stage.kind != "diffusion":
         return
     rows, length, microbatches = stage.batch.rows, stage.batch.length, stage.execution.microbatches
-    room = int(masked_diffusion.capacity(rows, length, shards, microbatches) * rows * length / shards / microbatches)
+    share = masked_diffusion.capacity(rows, length, shards, microbatches)
+    capacity = int(share * rows * length / shards / microbatches)
     full = np.ones((rows, length), np.int32)
     corrupt = jax.jit(lambda key: masked_diffusion.corrupt(key, full, full > 0, mask_id=0)[1].sum(1))
     for k in range(draws):
         masked = np.asarray(corrupt(jax.random.key(k))).reshape(shards * microbatches, -1).sum(1)
-        if masked.max() > room:
+        if masked.max() > capacity:
             raise ValueError(
-                f"{masked.max()} masked tokens of a device's {rows // shards // microbatches} rows find room for {room} among "
-                f"the logits (rows={rows}, length={length}, {shards} devices, microbatches={microbatches}): "
+                f"{masked.max()} masked tokens in a device's {rows // shards // microbatches} rows exceed the capacity "
+                f"of {capacity} logits (rows={rows}, length={length}, {shards} devices, microbatches={microbatches}): "
                 "embed.objectives.masked_diffusion.capacity is too small"
             )
 
 
 def memory(compiled, model: transformer.TransformerConfig, mesh) -> dict[str, float]:
-    """Bytes a chip holds at the peak of a step, by kind, as XLA accounts for the compiled program."""
+    """Bytes that a chip holds at the peak of a step, by kind, from XLA's account of the compiled program."""
     stats = compiled.memory_analysis()
     params = transformer.abstract_params(model)
     shardings = sharding.parameter_shardings(mesh, params)
@@ -166,11 +171,11 @@ def memory(compiled, model: transformer.TransformerConfig, mesh) -> dict[str, fl
 
 
 def parameter_table(model: transformer.TransformerConfig, topology: str, axes: dict, slices: int = 1) -> str:
-    """Each parameter's shape, its sharding as the rules resolve it on a topology, and its float32 bytes a chip."""
+    """A Markdown table: each parameter's shape, its sharding on a topology, its float32 megabytes per chip."""
     _, chips = parse_topology(topology)
     mesh = jax.sharding.AbstractMesh(sharding.mesh_sizes(**axes, devices=chips * slices), sharding.AXES)
     params = transformer.abstract_params(model)
-    lines = ["| parameter | shape | sharding | MB a chip |", "|---|---|---|---:|"]
+    lines = ["| parameter | shape | sharding | MB per chip |", "|---|---|---|---:|"]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, x), s in zip(leaves, jax.tree.leaves(sharding.parameter_shardings(mesh, params))):
         size = math.prod(s.shard_shape(x.shape)) * 4 / 1e6
@@ -179,23 +184,25 @@ def parameter_table(model: transformer.TransformerConfig, topology: str, axes: d
 
 
 def describe(plan: Plan, stage, model, steps: int, mfu: float, dollars: float | None) -> str:
-    """A plan in words and numbers."""
+    """The text of a plan; `steps`, `mfu` (a fraction) and `dollars` per chip hour give the cost of the schedule."""
     chip, bounds = plan.chip, plan.bounds
     bound = max(bounds, key=bounds.get)
     spare = (chip.memory - plan.peak) / 1e9
+    rows, length = flops.tokens(stage) // stage.batch.length, stage.batch.length
+    slices = f" in {plan.slices} slices" if plan.slices > 1 else ""
     lines = [
-        f"{plan.chips} chips{f' in {plan.slices} slices' if plan.slices > 1 else ''}, {plan.shards} parts of {flops.tokens(stage) // stage.batch.length} rows of {stage.batch.length} "
-        f"tokens; compiled in {plan.compile_seconds:.0f} s",
+        f"{plan.chips} chips{slices}, {rows} rows of {length} tokens in {plan.shards} shards; compiled in "
+        f"{plan.compile_seconds:.0f} s",
         "",
-        f"{'fits' if plan.fits else 'does not fit'}: {plan.peak / 1e9:.2f} of {chip.memory / 1e9:.0f} GB a chip, "
+        f"{'fits' if plan.fits else 'does not fit'}: {plan.peak / 1e9:.2f} of {chip.memory / 1e9:.0f} GB per chip, "
         f"{abs(spare):.2f} GB {'to spare' if plan.fits else 'over'}",
         *(f"  {size / 1e9:8.3f} GB  {kind}" for kind, size in plan.memory.items()),
         "",
-        f"model FLOPs a step: {plan.model_flops * plan.chips:.3e} (three forward passes over whole rows: padding and attention "
-        "between segments included)",
-        *(f"  {value:10.3e}  {part}, a forward pass" for part, value in flops.forward_flops(stage, model).items()),
+        f"model FLOPs per step: {plan.model_flops * plan.chips:.3e} (three forward passes over full rows, with "
+        "padding and attention between segments)",
+        *(f"  {value:10.3e}  {part}, one forward pass" for part, value in flops.forward_flops(stage, model).items()),
         "",
-        f"collectives, sent by a chip in a step: {sum(plan.collectives.values()) / 1e9:.3f} GB",
+        f"collectives, sent per chip and step: {sum(plan.collectives.values()) / 1e9:.3f} GB",
         *(f"  {size / 1e9:8.3f} GB  {kind}" for kind, size in sorted(plan.collectives.items())),
         "",
         f"least step time: {bounds[bound]:.3f} s, bound by {bound}",
@@ -206,8 +213,9 @@ def describe(plan: Plan, stage, model, steps: int, mfu: float, dollars: float | 
     hours = seconds / 3600
     lines += [
         "",
-        f"schedule: {steps:,} steps, {total:.3e} tokens: {hours:,.1f} hours, {hours * plan.chips:,.0f} chip hours at {mfu:.0%} MFU",
+        f"schedule: {steps:,} steps, {total:.3e} tokens: {hours:,.1f} hours, {hours * plan.chips:,.0f} chip hours at "
+        f"{mfu:.0%} MFU",
     ]
     if dollars is not None:
-        lines.append(f"  {hours * plan.chips * dollars:,.0f} dollars at {dollars} a chip hour")
+        lines.append(f"  {hours * plan.chips * dollars:,.0f} dollars at {dollars} per chip hour")
     return "\n".join(lines)

@@ -1,11 +1,15 @@
-"""What a stage adds to the one loop: an objective over a batch of rows, and the loader that makes the batches.
+"""What a stage adds to the training loop: a loss function over batches of rows, and the loader of these batches.
 
-A stage's loss function has the signature
+The loss function of a stage has the signature
 
-    loss(params, batch, key, progress) -> (scalar, {name: scalar})
+    loss(params, batch, key, progress) -> (scalar, {metric: scalar})
 
-with `batch` the arrays of the loader, `key` a PRNG key that is a function of (seed, step), and `progress` the
-fraction of the stage that is done.
+    batch      the arrays of the loader (`abstract_batch` has their shapes)
+    key        a PRNG key, a function of (seed, step)
+    progress   the fraction of the stage's steps that are done, 0..1
+
+Shapes: a batch is R rows of L tokens. The encoder gives hidden states [R, L, D]; pooling gives S span embeddings and G
+segment embeddings per row, used as the flat tables [R · S, D] and [R · G, D]. A *slot* is an index into such a table.
 """
 
 import dataclasses
@@ -29,10 +33,11 @@ from embed.rows import RowShape
 KINDS = ("diffusion", "pair", "contextual", "triplet")
 
 
-def _parts(count: int, rows: int) -> tuple[Callable, Callable]:
-    """(split, join): an array [R, …] into `count` parts [count, R / count, …], and back.
+def _microbatches(count: int, rows: int) -> tuple[Callable, Callable]:
+    """(split, join): reshape an array [R, …] to `count` microbatches [count, R / count, …], and back.
 
-    A part has neighbouring rows of each device: each has its share, and in the diffusion stage a stratified sample of t.
+    Each microbatch takes consecutive rows from every device, so that it stays evenly sharded and, in the diffusion
+    stage, has a stratified sample of t.
     """
     if count < 1 or rows % count:
         raise ValueError(f"{rows} rows do not divide into microbatches={count}")
@@ -40,8 +45,8 @@ def _parts(count: int, rows: int) -> tuple[Callable, Callable]:
     devices = 1 if mesh.empty else math.gcd(sharding.batch_shards(mesh), rows // count)
 
     def split(x):
-        parts = jnp.moveaxis(x.reshape(devices, count, -1, *x.shape[1:]), 1, 0)
-        return parts.reshape(count, rows // count, *x.shape[1:])
+        microbatches = jnp.moveaxis(x.reshape(devices, count, -1, *x.shape[1:]), 1, 0)
+        return microbatches.reshape(count, rows // count, *x.shape[1:])
 
     def join(x):
         return jnp.moveaxis(x.reshape(count, devices, -1, *x.shape[2:]), 0, 1).reshape(rows, *x.shape[2:])
@@ -50,60 +55,63 @@ def _parts(count: int, rows: int) -> tuple[Callable, Callable]:
 
 
 def in_microbatches(function: Callable, count: int, *arrays):
-    """function(*arrays) in `count` parts along axis 0, one after the other; its result [R, …] is that of the whole.
+    """function(*arrays) with results [R, …], computed in `count` microbatches of axis 0, one after the other.
 
-    Only results are kept for the backward pass, which makes each part's activations anew while it adds up the
-    gradients: gradient caching, with one compiled pass over the parts.
+    This is gradient caching: the forward pass keeps only the results. The backward pass recomputes the activations of
+    one microbatch at a time while it adds up the gradients.
     """
     if count == 1:
         return function(*arrays)
-    split, join = _parts(count, len(arrays[0]))
-    results = jax.lax.map(jax.checkpoint(lambda part: function(*part)), [split(x) for x in arrays])
+    split, join = _microbatches(count, len(arrays[0]))
+    results = jax.lax.map(jax.checkpoint(lambda inputs: function(*inputs)), [split(x) for x in arrays])
     return jax.tree.map(join, results)
 
 
 def summed_over_microbatches(function: Callable, count: int, params, *arrays):
-    """The sum of function(params, *part) -> (scalar, metrics) over `count` parts of the arrays, one after the other.
+    """The sum of function(params, *arrays) -> (scalar, metrics) over `count` microbatches of the arrays [R, …].
 
-    For a loss that is a sum over rows: each part's gradient is taken while its activations are there, and nothing is
-    computed twice (gradient accumulation). Only the scalar has a gradient, for params.
+    This is gradient accumulation, for a loss that is a sum over rows: the forward pass computes the gradient of each
+    microbatch while its activations exist, so nothing is computed twice. Only the scalar is differentiable, and only
+    with respect to params.
     """
     if count == 1:
         return function(params, *arrays)
 
-    def add_up(one, params, parts):
-        sums = jax.eval_shape(one, params, *(x[0] for x in parts))
-        sums = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums)
-        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(params, *part)), None), sums, parts)[0]
+    def sum_over(term, params, arrays):
+        def add(sums, inputs):
+            return jax.tree.map(jnp.add, sums, term(params, *inputs)), None
 
-    total = jax.custom_vjp(functools.partial(add_up, function))
+        shapes = jax.eval_shape(term, params, *(x[0] for x in arrays))
+        return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), arrays)[0]
+
+    total = jax.custom_vjp(functools.partial(sum_over, function))
     total.defvjp(
-        functools.partial(add_up, jax.value_and_grad(function, has_aux=True)),  # its results, and what to keep
+        functools.partial(sum_over, jax.value_and_grad(function, has_aux=True)),  # (result, gradient as the residual)
         lambda gradients, cotangents: (jax.tree.map(lambda x: cotangents[0] * x, gradients), None),
     )
-    split, _ = _parts(count, len(arrays[0]))
+    split, _ = _microbatches(count, len(arrays[0]))
     return total(params, [split(x) for x in arrays])
 
 
 @jax.custom_vjp
-def _gradient_at_once(x):
-    """x; its gradient is summed and sharded where it arises, not held whole until the optimizer asks for it."""
+def _reduce_gradient_early(x):
+    """The identity. Its gradient is summed over devices and sharded immediately, not held whole until the optimizer."""
     return x
 
 
-_gradient_at_once.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+_reduce_gradient_early.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 def on_each_device(function: Callable, arrays: tuple, table):
-    """function(*arrays, table) with each device's rows of the arrays [R, …] by themselves; its results are [R, …].
+    """function(*arrays, table) with results [R, …]; each device calls it with its own rows of the arrays [R, …].
 
-    The table [V, D] is gathered once from its shards, and its gradient goes back to them once: not in each turn of a
-    loop inside, as the partitioner would have it. Without a mesh in the context this is the plain call.
+    The table [V, D] is gathered from its shards once and its gradient is scattered back once. The partitioner would do
+    both in every iteration of a loop inside `function`. Without a mesh in the context this is the plain call.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*arrays, table)
-    # As embed.models.sharding.RULES shards it.
+    # The axes by which embed.models.sharding.RULES shards the table.
     axes = [axis if size % mesh.shape[axis] == 0 else None for axis, size in zip((HEADS, ROWS[1]), table.shape)]
 
     def inner(*inputs):
@@ -116,19 +124,20 @@ def on_each_device(function: Callable, arrays: tuple, table):
     rows = PartitionSpec(ROWS)
     specs = (*(rows for _ in arrays), PartitionSpec(*axes))
     return jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(
-        *arrays, _gradient_at_once(table)
+        *arrays, _reduce_gradient_early(table)
     )
 
 
 def diffusion_loss(
     params, batch, key, progress, *, model, mask_id: int, left_shift: bool, microbatches: int, chunk: int
 ):
-    """Masked-diffusion ELBO in nats a token (arXiv 2602.11151).
+    """Masked-diffusion ELBO in nats per token (arXiv 2602.11151).
 
-    Of the `masked` tokens `overflow` found no room among the logits and are not in the loss (`masked_diffusion.capacity`).
+    Metrics: `masked` counts the masked tokens; `overflow` those of them that exceed the logits buffer
+    (`masked_diffusion.capacity`) and are left out of the loss; `accuracy` and `masked_nll` are means over the rest.
     """
     tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
-    # With the shift the first token of a segment has no predecessor to be predicted from.
+    # With the shift, a token is predicted from its predecessor. The first token of a segment does not have one.
     valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
     noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id)
     mesh = jax.sharding.get_abstract_mesh()
@@ -141,13 +150,12 @@ def diffusion_loss(
         if left_shift:
             hidden = masked_diffusion.left_shift(hidden)
         table = transformer.output_embedding(params).astype(model.dtype)
-        found = on_each_device(sums, (hidden, *rest), table)
-        loss, *metrics = (x.sum() for x in found)
+        loss, *metrics = (x.sum() for x in on_each_device(sums, (hidden, *rest), table))
         return loss, metrics
 
     def sums(hidden, tokens, masked, weights, table):
-        found = masked_diffusion.masked_nll(hidden, table, tokens, masked, weights, capacity=capacity, chunk=chunk)
-        return [x.sum()[None] for x in found]
+        terms = masked_diffusion.masked_nll(hidden, table, tokens, masked, weights, capacity=capacity, chunk=chunk)
+        return [x.sum()[None] for x in terms]
 
     rows = noised, segment_ids, positions, tokens, masked, weights
     loss, (nll, correct, counted) = summed_over_microbatches(predict, microbatches, params, *rows)
@@ -156,7 +164,7 @@ def diffusion_loss(
 
 
 def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False):
-    """Quantized span embeddings [R * S, D] of a batch and, if asked, of whole segments [R * G, D]."""
+    """[spans], or with `documents` [spans, segments]: quantized embeddings [R * S, D] and [R * G, D] of a batch."""
 
     def pool(tokens, segment_ids, positions, span_ids):
         hidden = transformer.apply(model, params, tokens, segment_ids, positions)
@@ -171,12 +179,13 @@ def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, docu
 
 
 def over_prefixes(prefixes, dimensions: int, loss: Callable):
-    """The mean of `loss(p)` over Matryoshka prefixes, each the first p dimensions of every embedding (arXiv 2602.11151).
+    """The mean of `loss(p)` over Matryoshka prefixes p, the first p dimensions of each embedding (arXiv 2602.11151).
 
-    The backward pass makes the similarities of each prefix anew: at 16,384 pairs one float32 matrix of them is 1.07 GB.
+    The backward pass recomputes the similarities of each prefix: for 16,384 pairs, one float32 matrix of them is
+    1.07 GB.
     """
     if not prefixes:
-        raise ValueError(f"matryoshka=() has no prefix; ({dimensions},) is the whole embedding alone")
+        raise ValueError(f"matryoshka=() needs at least one prefix; ({dimensions},) trains only the whole embedding")
     for p in prefixes:
         if not 0 < p <= dimensions:
             raise ValueError(f"Matryoshka prefix {p} must be between 1 and the {dimensions} dimensions of the model")
@@ -184,7 +193,7 @@ def over_prefixes(prefixes, dimensions: int, loss: Callable):
 
 
 def pair_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin):
-    """The pair stage (arXiv 2602.11151)."""
+    """The loss of the pair stage (arXiv 2602.11151): N queries and N documents, in-batch negatives."""
     (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
     q, d = spans[batch["query_slots"]], spans[batch["document_slots"]]
 
@@ -203,7 +212,7 @@ def pair_loss(params, batch, key, progress, *, model, shape, microbatches, prefi
 
 
 def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature):
-    """The triplet stage (arXiv 2602.11151)."""
+    """The loss of the triplet stage (arXiv 2602.11151): N queries, N documents, N · K hard negatives."""
     (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
     q, d, h = (spans[batch[name]] for name in ("query_slots", "document_slots", "negative_slots"))
 
@@ -226,7 +235,10 @@ def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, pr
 def contextual_loss(
     params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin, alpha, beta
 ):
-    """The contextual stage (arXiv 2602.11151), with β on a cosine from beta[0] to beta[1] over the stage."""
+    """The loss of the contextual stage (arXiv 2602.11151): N queries, C chunks and the N queries' whole documents.
+
+    β follows a cosine from beta[0] to beta[1] over the stage.
+    """
     spans, segments = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches, documents=True)
     q, c, d = spans[batch["query_slots"]], spans[batch["chunk_slots"]], segments[batch["document_slots"]]
     beta_now = beta[1] + (beta[0] - beta[1]) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -253,24 +265,24 @@ def contextual_loss(
 
 
 def _top1(q, d, valid):
-    """How often a query's own document is the most similar of the batch; a progress figure, without gradient."""
+    """The share of valid queries q [N, D] whose own positive d [N, D] is the most similar in the batch; no gradient."""
     q, d = jax.lax.stop_gradient((contrastive.normalize(q), contrastive.normalize(d)))
     scores = jnp.where(valid[None, :], contrastive.cosine(q, d), -2)
     return ((jnp.diagonal(scores) >= scores.max(1)) & valid).sum() / jnp.maximum(valid.sum(), 1)
 
 
 def row_shape(batch) -> RowShape:
-    """The packer's limits out of a stage's batch config."""
+    """The packer's limits, from the batch config of a stage."""
     return RowShape(batch.length, batch.spans, batch.segments)
 
 
 def stage_model(kind: str, model: transformer.TransformerConfig) -> transformer.TransformerConfig:
-    """The model that a stage of this kind trains: the diffusion stage alone has an output layer."""
+    """The model that a stage of this kind trains: only the diffusion stage has an output layer."""
     return model if kind == "diffusion" else dataclasses.replace(model, tied=True)
 
 
 def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_shift: bool = False) -> Callable:
-    """The loss function of a stage's config. Over several devices it is called under `jax.set_mesh`."""
+    """The loss function of a stage's config. With several devices, call it under `jax.set_mesh`."""
     if stage.kind == "diffusion":
         return functools.partial(
             diffusion_loss,
@@ -299,7 +311,7 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
 
 
 def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
-    """{name: (shape, dtype)} of a stage's global batch, as `embed.data.loader` makes it."""
+    """{name: (shape, dtype)} of a stage's global batch, as `embed.data.loader` builds it."""
     batch = stage.batch
     if stage.kind == "diffusion":
         names = ("tokens", "segment_ids", "positions")
@@ -322,13 +334,13 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
 
 
 def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | None, mesh=None):
-    """The loader of a stage's config: of what this process's devices hold of a batch, without a mesh of all of it.
+    """The loader of a stage's config. With a mesh it builds only what this process's devices hold, otherwise all.
 
-    `phases` is [(steps, {task: rate}), …].
+    `phases` is [(steps, {task: rate}), …], see `embed.data.curriculum.Curriculum`.
     """
     batch = stage.batch
-    units = batch.rows if stage.kind == "diffusion" else batch.groups
-    common = dict(seed=seed, own=None if mesh is None else sharding.local_shards(mesh, units))
+    num_shards = batch.rows if stage.kind == "diffusion" else batch.groups
+    common = dict(seed=seed, shards=None if mesh is None else sharding.local_shards(mesh, num_shards))
     if stage.kind == "diffusion":
         return DiffusionLoader(
             stores,

@@ -1,4 +1,4 @@
-"""The training step of a stage over a mesh: shardings and the jitted function, for the loop, the planner and the benchmarks."""
+"""The training step of a stage over a mesh, shardings and jitted function: for the loop, planner and benchmarks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,23 +16,23 @@ from embed.training.optimizer import make_optimizer, wsd_schedule
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What `make_step` built. Called with (params, optimizer state, batch, k) it gives (params, optimizer state, metrics).
+    """A function (params, optimizer state, batch, k) -> (params, optimizer state, metrics); `make_step` builds it.
 
-    The call donates parameters and state; k counts from 0.
+    A call donates parameters and state. k is the number of the step, from 0.
     """
 
     stage: ConfigDict
-    model: transformer.TransformerConfig  # of this stage: see `stages.stage_model`
+    model: transformer.TransformerConfig  # of this stage, see `stages.stage_model`
     mesh: Mesh
     steps: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     abstract_params: dict  # shapes, dtypes and shardings
-    abstract_state: optax.OptState  # the same
-    function: Callable  # jitted; its caller sets the mesh
+    abstract_state: optax.OptState  # the same, of the optimizer state
+    function: Callable  # jitted; the caller must set the mesh
 
     def __call__(self, params, state, batch: dict, k):
-        with jax.set_mesh(self.mesh):  # attention kernels ask for it
+        with jax.set_mesh(self.mesh):  # attention kernels read it
             return self.function(params, state, batch, k)
 
     @property
@@ -40,21 +40,21 @@ class Step:
         return _shardings(self.abstract_params)
 
     def random_params(self, key: jax.Array) -> dict:
-        """Parameters at random, in their shards."""
+        """Random initial parameters, sharded."""
         init = jax.jit(transformer.init, static_argnums=0, out_shardings=self.params_sharding)
         return init(self.model, key)
 
     def init(self, params) -> optax.OptState:
-        """The optimizer's state of the first step, in its shards."""
+        """The initial optimizer state, sharded."""
         return jax.jit(self.optimizer.init, out_shardings=_shardings(self.abstract_state))(params)
 
     def put(self, batch: dict, loader=None) -> dict:
-        """Arrays of a loader's batch, without its stats, as global arrays; without `loader` the batch is a whole one."""
-        own, units = ((0,), 1) if loader is None else (loader.own, loader.units)
-        return sharding.put_batch(self.mesh, batch, own, units)
+        """The arrays of a batch, without stats, as global arrays. Without `loader`, `batch` is the whole batch."""
+        shards, num_shards = ((0,), 1) if loader is None else (loader.shards, loader.num_shards)
+        return sharding.put_batch(self.mesh, batch, shards, num_shards)
 
     def lower(self) -> jax.stages.Lowered:
-        """The step for the stage's whole batch, from shapes alone, to be compiled for devices that need not be here."""
+        """The step lowered from the shapes of a global batch, to be compiled also for devices that are not here."""
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh, shape[0]))
             for name, (shape, dtype) in stages.abstract_batch(self.stage).items()
@@ -75,9 +75,9 @@ def make_step(
     left_shift: bool = False,
     loss: Callable | None = None,
 ) -> Step:
-    """The step of a stage's config with `steps` steps in all; `loss` takes the place of the stage's own.
+    """The step of a stage that has `steps` steps in total; `loss` replaces the loss of the stage's config.
 
-    ValueError where the mesh leaves too many of the parameters whole (`sharding.check_sharded`).
+    ValueError if the mesh leaves too large a share of the parameters unsharded (`sharding.check_sharded`).
     """
     model = stages.stage_model(stage.kind, model)
     settings = stage.optimizer
@@ -110,8 +110,8 @@ def make_step(
 def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, seed: int, steps: int) -> Callable:
     """(params, optimizer state, batch, k) -> (params, optimizer state, metrics), to be jitted with donation.
 
-    A step whose loss or gradient is not finite changes no parameter and no moment; `skipped` is 1. Counts go on, so that
-    the learning rate stays a function of k.
+    A step whose loss or gradient is not finite changes no parameter and no moment, and sets `skipped` to 1. The
+    optimizer's step counts still advance, so the learning rate stays a function of k.
     """
 
     def train_step(params, optimizer_state, batch, k):

@@ -13,7 +13,7 @@ from embed.rows import RowShape
 
 
 class MemoryStore:
-    """The reading side of embed.data.store.Store, over lists of arrays; remembers what was read."""
+    """The reading half of embed.data.store.Store over lists of arrays; records the indices that were read."""
 
     def __init__(self, **columns):
         self.columns = {name: [np.asarray(x, np.int32) for x in column] for name, column in columns.items()}
@@ -46,7 +46,7 @@ def contrastive_stores(stage, count=50):
     rng = np.random.default_rng(0)
 
     def pieces(least, most, longest):
-        """A ragged list of ragged lists: (concatenated, lengths)."""
+        """For each example some random texts: (their tokens concatenated, their lengths)."""
         lists = [texts(rng, n, 1, longest) for n in rng.integers(least, most + 1, count)]
         return [np.concatenate([np.zeros(0, int), *x]) for x in lists], [[len(y) for y in x] for x in lists]
 
@@ -80,12 +80,12 @@ STAGES = {
 }
 
 
-def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, own=None, **changes):
-    stage = stage_name  # `changes` may hold another one, to be refused
-    units = 8 if stage == "diffusion" else 4
-    if own is None:
-        own = range(process_index * units // process_count, (process_index + 1) * units // process_count)
-    common = dict(seed=seed, own=own)
+def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, shards=None, **changes):
+    stage = stage_name  # `changes` may name another, invalid one
+    num_shards = 8 if stage == "diffusion" else 4
+    if shards is None:
+        shards = range(process_index * num_shards // process_count, (process_index + 1) * num_shards // process_count)
+    common = dict(seed=seed, shards=shards)
     if stage == "diffusion":
         arguments = dict(rows=8, length=16, truncate_probability=0.3) | changes
         return DiffusionLoader(stores or diffusion_stores(), PHASES, **common, **arguments)
@@ -127,16 +127,16 @@ def test_the_batches_of_all_processes_together_are_the_batch_of_one(stage, count
         assert np.mean([s["fill"] for s in stats]) == pytest.approx(total["fill"])
 
 
-def test_a_process_reads_its_own_examples_only():
+def test_a_process_reads_only_its_own_examples():
     stores = [contrastive_stores("pair", count=1000) for _ in range(4)]
-    for index, own in enumerate(stores):
-        make("pair", index, 4, stores=own).batch(0)
-    read = [own["a"].seen + own["b"].seen for own in stores]
+    for index, tasks in enumerate(stores):
+        make("pair", index, 4, stores=tasks).batch(0)
+    read = [tasks["a"].seen + tasks["b"].seen for tasks in stores]
     assert [len(r) for r in read] == [5] * 4 and len(set(sum(read, []))) == 20
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_batch_at_step_50000_costs_what_one_at_step_100_does(stage, monkeypatch):
+def test_a_batch_costs_the_same_at_step_50000_as_at_step_100(stage, monkeypatch):
     drawn = []
 
     def counted(key, counters):
@@ -150,7 +150,7 @@ def test_a_batch_at_step_50000_costs_what_one_at_step_100_does(stage, monkeypatc
         drawn.clear()
         make(stage).batch(step)
         work[step] = sum(drawn)
-    assert work[50_000] < 1.3 * work[100]  # permutations within a task walk on by chance
+    assert work[50_000] < 1.3 * work[100]  # not equal: cycle walking takes a random number of rounds
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -160,22 +160,23 @@ def test_every_array_is_int32_or_bool(stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_units_that_do_not_stand_side_by_side_are_those_of_the_whole_batch(stage):
-    """On a pod a process's devices hold rows from several places of a batch."""
-    units = 8 if stage == "diffusion" else 4
-    for own in ([0, 2], [1, 3], [0, 1, 3]):
-        whole, part = make(stage).batch(5), make(stage, own=own).batch(5)
+def test_shards_that_are_not_contiguous_equal_those_of_the_whole_batch(stage):
+    """On a pod, the devices of a process hold shards from several parts of a batch."""
+    num_shards = 8 if stage == "diffusion" else 4
+    for shards in ([0, 2], [1, 3], [0, 1, 3]):
+        whole, part = make(stage).batch(5), make(stage, shards=shards).batch(5)
         for name in part.keys() - {"stats"}:
-            each = len(whole[name]) // units
-            rows = np.concatenate([np.arange(u * each, (u + 1) * each) for u in own])
+            size = len(whole[name]) // num_shards
+            rows = np.concatenate([np.arange(s * size, (s + 1) * size) for s in shards])
             np.testing.assert_array_equal(part[name], whole[name][rows], err_msg=name)
 
 
-@pytest.mark.parametrize("stage, what", [("diffusion", "rows=8"), ("pair", "groups=4")])
-@pytest.mark.parametrize("own", [[], [-1], [1, 8]])
-def test_units_that_a_batch_has_not_are_an_error(stage, what, own):
-    with pytest.raises(ValueError, match=f"{what}: own=.* must be some of 0..{int(what[-1]) - 1}"):
-        make(stage, own=own)
+@pytest.mark.parametrize("stage, total", [("diffusion", "rows=8"), ("pair", "groups=4")])
+@pytest.mark.parametrize("shards", [[], [-1], [1, 8]])
+def test_a_shard_outside_the_batch_is_an_error(stage, total, shards):
+    message = f"{total}: shards=.* must be at least one index, each in 0..{int(total[-1]) - 1}"
+    with pytest.raises(ValueError, match=message):
+        make(stage, shards=shards)
 
 
 # --- the curriculum ---------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def examples(curriculum, steps):
 
 
 @pytest.mark.parametrize("slots", [7, 256, 3000])
-def test_each_epoch_takes_every_example_once_in_an_order_of_its_own_across_blocks_and_phases(slots):
+def test_every_epoch_draws_each_example_once_in_a_new_order_across_blocks_and_phases(slots):
     sizes = {"a": 501, "b": 90}
     curriculum = Curriculum([(4, {"a": 1}), (3, {"a": 1, "b": 2}), (1, {"b": 1, "a": 1})], sizes, seed=3, slots=slots)
     seen = {}
@@ -213,7 +214,7 @@ def test_each_epoch_takes_every_example_once_in_an_order_of_its_own_across_block
         assert epochs[0] != epochs[1]
 
 
-def test_every_block_has_the_exact_shares_of_its_rates():
+def test_every_block_has_the_exact_proportions_of_its_rates():
     rates = {"a": 0.5, "b": 0.3, "c": 0.2001}
     slots = BLOCK // 4
     curriculum = Curriculum([(100, rates)], dict.fromkeys(rates, 10**6), seed=0, slots=slots)
@@ -221,16 +222,16 @@ def test_every_block_has_the_exact_shares_of_its_rates():
         tasks = [task for task, _, _ in examples(curriculum, range(4 * block, 4 * block + 4))]
         for task, rate in rates.items():
             assert abs(tasks.count(task) - BLOCK * rate / sum(rates.values())) < 1
-        assert len({*tasks[:20]}) > 1  # mixed, not one task after the other
+        assert len({*tasks[:20]}) > 1  # the tasks are mixed
 
 
-def test_the_phase_of_the_step_decides_and_the_last_goes_on():
+def test_a_step_uses_its_phase_and_the_last_phase_continues_for_ever():
     curriculum = Curriculum([(2, {"a": 1}), (3, {"b": 1}), (1, {"c": 1})], dict.fromkeys("abc", 100), seed=0, slots=8)
     tasks = ["".join(sorted({task for task, _, _ in examples(curriculum, [step])})) for step in range(8)]
     assert tasks == ["a", "a", "b", "b", "b", "c", "c", "c"]
 
 
-def test_part_of_a_batch_is_that_part_of_the_whole():
+def test_drawing_part_of_a_batch_equals_slicing_the_whole():
     curriculum = Curriculum([(9, {"a": 1, "b": 1})], {"a": 30, "b": 40}, seed=0, slots=1500)
     whole = curriculum.draw(7, 0, 1500)
     for start, stop in ((0, 10), (700, 1300), (1499, 1500)):
@@ -238,7 +239,7 @@ def test_part_of_a_batch_is_that_part_of_the_whole():
             np.testing.assert_array_equal(part, all_[start:stop])
 
 
-def test_a_rate_of_zero_leaves_a_task_out_without_needing_its_data():
+def test_a_task_with_rate_zero_is_left_out_and_needs_no_data():
     curriculum = Curriculum([(1, {"a": 1, "b": 0})], {"a": 5}, seed=0, slots=8)
     assert curriculum.tasks == ["a"]
 
@@ -250,12 +251,12 @@ def test_a_rate_of_zero_leaves_a_task_out_without_needing_its_data():
         ([(0, {"a": 1})], "at least one step and a positive rate"),
         ([(5, {"a": 0})], "at least one step and a positive rate"),
         ([(5, {"a": 1, "b": -1})], "at least one step and a positive rate"),
-        ([(5, {"c": 1})], "no data for the task 'c' of the curriculum; there is: a, b, empty"),
+        ([(5, {"c": 1})], "no data for the task 'c' of the curriculum; prepared tasks: a, b, empty"),
         ([(5, {"empty": 1})], "the task 'empty' has no examples"),
-        ([(5, {"a": 1, "b": 1e-5})], "'b' has the share 1e-05 of its mixture, less than one slot in"),
+        ([(5, {"a": 1, "b": 1e-5})], "'b' has a share of 1e-05 in its mixture, less than one slot in"),
     ],
 )
-def test_a_curriculum_that_cannot_be_kept_is_an_error(phases, message):
+def test_an_impossible_curriculum_is_an_error(phases, message):
     with pytest.raises(ValueError, match=message):
         Curriculum(phases, {"a": 5, "b": 5, "empty": 0}, seed=0, slots=8)
 
@@ -264,7 +265,7 @@ def test_a_curriculum_that_cannot_be_kept_is_an_error(phases, message):
 
 
 def numbered_store(lengths):
-    """Documents whose tokens say where in the flat array they stand."""
+    """Documents whose tokens are their offsets in the flat array."""
     return MemoryStore(tokens=np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]))
 
 
@@ -283,7 +284,7 @@ def test_the_windows_of_an_epoch_tile_the_text_as_a_ring(epoch):
     assert len(set(tokens.ravel().tolist())) == 7 * 16  # no token twice
 
 
-def test_each_epoch_starts_its_windows_elsewhere():
+def test_each_epoch_cuts_its_windows_at_another_offset():
     assert len({numbered_loader().batch(epoch)["tokens"][:, 0].min() for epoch in range(8)}) > 4
 
 
@@ -294,7 +295,7 @@ def test_segments_are_the_documents_and_positions_restart_in_each(epoch):
     for tokens, segments, positions in zip(batch["tokens"], batch["segment_ids"], batch["positions"]):
         segment, position, previous = 0, 0, None
         for token, s, p in zip(tokens, segments, positions):
-            # The ring closes between the last document and the first: a boundary as any other.
+            # Where the ring closes, the last document meets the first: an ordinary boundary.
             position, segment = (position + 1, segment) if document[token] == previous else (0, segment + 1)
             previous = document[token]
             assert (s, p) == (segment, position)
@@ -316,7 +317,7 @@ def test_truncation_keeps_the_start_of_a_row_and_pads_the_rest():
     assert cut["stats"] == {"fill": pytest.approx(kept.mean()), "cut": 7}
 
 
-def test_rows_are_truncated_as_often_as_asked_and_to_any_length():
+def test_rows_are_truncated_with_the_given_probability_to_any_length():
     loader = numbered_loader(truncate_probability=0.2, rows=64)
     kept = np.concatenate([(loader.batch(k)["segment_ids"] > 0).sum(1) for k in range(30)])
     cut = kept[kept < 16]
@@ -333,13 +334,13 @@ def test_less_text_than_a_row_is_an_error():
 
 
 def span(batch, slot):
-    """The tokens that a slot of the span table is the mean of."""
+    """The tokens whose mean is the given slot of the span table."""
     row, k = divmod(int(slot), SHAPE.spans)
     return batch["tokens"][row][batch["span_ids"][row] == k + 1]
 
 
 def drawn(loader, step):
-    """The stored examples of a batch, in order."""
+    """The stored examples of the batch of a step, in order."""
     draw = loader.curriculum.draw(step, 0, loader.curriculum.slots)
     return [loader._stores[loader.curriculum.tasks[t]].read([i])[0] for t, _, i in zip(*draw)]
 
@@ -349,16 +350,16 @@ def content(tokens):
 
 
 @pytest.mark.parametrize("stage, rows_per_group", [("pair", 2), ("pair", 20), ("triplet", 5), ("triplet", 20)])
-def test_slots_point_at_the_texts_of_each_example_and_ids_hash_what_stands_there(stage, rows_per_group):
+def test_slots_point_at_the_texts_of_each_example_and_ids_are_hashes_of_their_tokens(stage, rows_per_group):
     loader = make(stage, rows_per_group=rows_per_group)
     batch = loader.batch(4)
     shortened = 0
     for i, example in enumerate(drawn(loader, 4)):
         for side in ("query", "document"):
-            here = span(batch, batch[f"{side}_slots"][i])
-            assert len(here) and batch[f"{side}_ids"][i] == content(here)
-            np.testing.assert_array_equal(here, example[side][: len(here)])
-            shortened += len(here) < len(example[side])
+            tokens = span(batch, batch[f"{side}_slots"][i])
+            assert len(tokens) and batch[f"{side}_ids"][i] == content(tokens)
+            np.testing.assert_array_equal(tokens, example[side][: len(tokens)])
+            shortened += len(tokens) < len(example[side])
     assert batch["valid"].all() and batch["stats"]["lost"] == 0
     assert (shortened > 0) == (rows_per_group == 2) or stage == "triplet"
     if stage == "pair":
@@ -366,29 +367,29 @@ def test_slots_point_at_the_texts_of_each_example_and_ids_hash_what_stands_there
     assert batch["stats"]["fill"] == (batch["segment_ids"] > 0).mean()
 
 
-def test_each_triplet_has_all_its_negatives_or_a_draw_of_them_without_repeats():
+def test_each_triplet_has_all_its_negatives_or_a_sample_without_replacement():
     loader = make("triplet", rows_per_group=20)
-    counts, chosen_sets = set(), set()
+    counts, samples = set(), set()
     for step in range(6):
         batch = loader.batch(step)
         assert batch["stats"]["cut"] == 0
         for i, example in enumerate(drawn(loader, step)):
             stored = [tuple(x) for x in loading.split(example["negatives"], example["negative_lengths"])]
             valid = batch["negative_valid"][i]
-            here = [tuple(span(batch, slot)) for slot in batch["negative_slots"][i][valid]]
-            assert len(here) == min(len(stored), 3)
-            assert not valid[len(here) :].any() and (batch["negative_slots"][i][~valid] == 0).all()
-            left = list(stored)
-            for negative, identity in zip(here, batch["negative_ids"][i][valid]):
-                left.remove(negative)  # fails where one is taken twice
+            negatives = [tuple(span(batch, slot)) for slot in batch["negative_slots"][i][valid]]
+            assert len(negatives) == min(len(stored), 3)
+            assert not valid[len(negatives) :].any() and (batch["negative_slots"][i][~valid] == 0).all()
+            remaining = list(stored)
+            for negative, identity in zip(negatives, batch["negative_ids"][i][valid]):
+                remaining.remove(negative)  # fails if one is used twice
                 assert identity == content(negative)
             counts.add(len(stored))
             if len(stored) == 5:
-                chosen_sets.add(tuple(stored.index(x) for x in here))
-    assert counts == set(range(6)) and len(chosen_sets) > 3
+                samples.add(tuple(stored.index(x) for x in negatives))
+    assert counts == set(range(6)) and len(samples) > 3
 
 
-def test_chunks_queries_positives_and_documents_of_the_contextual_stage_fit_together():
+def test_chunks_queries_positives_and_documents_of_the_contextual_stage_are_consistent():
     loader = make("contextual", rows_per_group=12)
     for step in range(4):
         batch = loader.batch(step)
@@ -411,12 +412,12 @@ def test_chunks_queries_positives_and_documents_of_the_contextual_stage_fit_toge
                 stored.remove((tuple(text), chunk))  # each at most once, with its own positive
                 assert batch["query_ids"][j] == content(text)
                 row, segment = divmod(int(document), SHAPE.segments)
-                mine = (batch["segment_ids"][row] == segment + 1) & (batch["span_ids"][row] > 0)
-                np.testing.assert_array_equal(batch["tokens"][row][mine], example["document"])
+                pooled = (batch["segment_ids"][row] == segment + 1) & (batch["span_ids"][row] > 0)
+                np.testing.assert_array_equal(batch["tokens"][row][pooled], example["document"])
 
 
 def contextual_store(**changes):
-    """20 times one document of chunks of 6, 5 and 4 tokens with one query on each."""
+    """The same document 20 times: chunks of 6, 5 and 4 tokens with one query each."""
     example = dict(
         document=np.arange(10, 25),
         chunk_lengths=[6, 5, 4],
@@ -427,13 +428,13 @@ def contextual_store(**changes):
     return {name: MemoryStore(**{k: [v] * 20 for k, v in (example | changes).items()}) for name in ("a", "b")}
 
 
-def test_a_query_whose_chunk_was_cut_away_is_invalid_and_counted():
+def test_a_query_whose_chunk_was_cut_off_is_invalid_and_counted():
     changes = dict(max_queries_per_document=3, max_chunks=3, separator_id=None)
     loader = make("contextual", stores=contextual_store(), rows_per_group=3, shape=RowShape(32, 16, 16), **changes)
-    batch = loader.batch(0)  # a group of 5 documents and 15 queries: 105 tokens for 96 places
+    batch = loader.batch(0)  # a group has 5 documents and 15 queries: 105 tokens in a capacity of 96
     assert batch["stats"]["cut"] == 20 and batch["stats"]["lost"] == 0
     loader = make("contextual", stores=contextual_store(), rows_per_group=2, shape=RowShape(40, 16, 16), **changes)
-    batch = loader.batch(0)  # 80 places: the third chunks go
+    batch = loader.batch(0)  # a capacity of 80 tokens: the third chunks are cut off
     assert batch["stats"] == {"fill": pytest.approx((batch["segment_ids"] > 0).mean()), "cut": 20, "lost": 20}
     np.testing.assert_array_equal(batch["valid"], [True, True, False] * 20)
     np.testing.assert_array_equal(batch["chunk_valid"], [True, True, False] * 20)
@@ -453,27 +454,27 @@ def test_a_text_without_tokens_makes_its_example_invalid_and_counted():
     "changes, message",
     [
         ({"stage": "dense"}, "stage='dense' must be one of pair, triplet, contextual"),
-        ({"max_queries_per_document": 0}, "max_queries_per_document=0 of at least 1"),
-        ({"max_chunks": 9}, "max_chunks=9 in 1..8"),
+        ({"max_queries_per_document": 0}, "max_queries_per_document of at least 1, got 0"),
+        ({"max_chunks": 9}, r"max_chunks in 1..8 \(the spans of a row\), got 9"),
     ],
 )
-def test_arguments_that_cannot_work_are_an_error(changes, message):
+def test_invalid_arguments_are_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
         make("contextual", **changes)
 
 
-def test_a_document_of_more_chunks_than_there_is_room_for_is_an_error():
-    with pytest.raises(ValueError, match="a document of 3 chunks is over max_chunks=2"):
+def test_a_document_with_more_than_max_chunks_is_an_error():
+    with pytest.raises(ValueError, match="a document has 3 chunks, more than max_chunks=2"):
         make("contextual", stores=contextual_store(), max_chunks=2).batch(0)
 
 
 def test_a_positive_outside_its_document_is_an_error():
-    with pytest.raises(ValueError, match="outside a document of 3 chunks"):
+    with pytest.raises(ValueError, match=r"positives \[0 1 3\] must be chunks of their document, 0..2"):
         make("contextual", stores=contextual_store(positives=[0, 1, 3])).batch(0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_store_on_disk_gives_the_batches_of_one_in_memory(stage, tmp_path):
+def test_a_store_on_disk_gives_the_same_batches_as_one_in_memory(stage, tmp_path):
     memory = diffusion_stores() if stage == "diffusion" else contrastive_stores(stage)
     disk = {}
     for name, store in memory.items():
@@ -508,7 +509,7 @@ def reader_threads():
     return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def no_reader_is_left():
+def all_readers_end():
     for thread in reader_threads():
         thread.join(timeout=10)
     return not reader_threads()
@@ -521,7 +522,7 @@ def test_prefetch_yields_every_step_in_order(depth):
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_prefetch_reads_ahead_by_its_depth_and_no_further(depth):
+def test_prefetch_reads_at_most_depth_batches_ahead(depth):
     ahead = []
 
     class Watched(Counting):
@@ -532,31 +533,31 @@ def test_prefetch_reads_ahead_by_its_depth_and_no_further(depth):
     taken = -1
     for step, _, _ in prefetch(Watched(), 0, 50, depth):
         taken = step
-    assert 1 <= max(ahead) <= depth + 1  # `taken` counts a batch when the consumer has it, an instant after it left
+    assert 1 <= max(ahead) <= depth + 1  # `taken` is updated an instant after a batch leaves the queue
 
 
-def test_prefetch_raises_the_readers_error_at_its_step():
+def test_prefetch_raises_an_error_of_the_reader_at_its_step():
     got = []
     with pytest.raises(OSError, match="disk on fire") as caught:
         for step, *_ in prefetch(Counting(fail_at=4), 0, 10, 3):
             got.append(step)
     assert got == [0, 1, 2, 3]
     assert caught.value.__notes__ == ["while the counting loader read the batch of step 4"]
-    assert no_reader_is_left()
+    assert all_readers_end()
 
 
 def test_prefetch_ends_its_thread_when_the_consumer_stops():
     for _ in prefetch(Counting(), 0, 10**9, 5):
         break
-    assert no_reader_is_left()
+    assert all_readers_end()
 
 
-def test_a_prefetch_of_no_depth_is_an_error():
+def test_a_prefetch_depth_of_zero_is_an_error():
     with pytest.raises(ValueError, match="depth=0 must be at least 1"):
         next(prefetch(Counting(), 0, 5, 0))
 
 
-def test_a_reader_that_stalls_is_named_with_its_step_and_keeps_no_process_alive():
+def test_a_stalled_reader_is_named_with_its_step_and_does_not_keep_the_process_alive():
     class Stalled(Counting):
         def batch(self, step):
             if step == 2:
@@ -570,4 +571,4 @@ def test_a_reader_that_stalls_is_named_with_its_step_and_keeps_no_process_alive(
     assert got == [0, 1] and caught.value.exit_code == 75
     assert all(thread.daemon for thread in reader_threads())
     release.set()
-    assert no_reader_is_left()
+    assert all_readers_end()

@@ -22,7 +22,7 @@ def path(tmp_path):
     return tmp_path / "store"
 
 
-def test_examples_come_back_in_the_order_asked_for(path):
+def test_examples_are_returned_in_the_order_of_the_indices(path):
     store = Store(path)
     assert len(store) == 4 and store.columns == ["query", "document"] and store.info == {"dropped": {"no tokens": 3}}
     for index, example in zip([3, 0, 2, 1, 3], store.read([3, 0, 2, 1, 3])):
@@ -37,14 +37,14 @@ def test_a_column_is_one_flat_array_with_offsets(path):
     assert store.flat("query", 2, 5).tolist() == [3, 7, 8]
 
 
-def test_columns_too_large_for_memory_are_read_from_disk_with_the_same_result(path, monkeypatch):
+def test_columns_above_the_memory_limit_are_read_from_disk_with_the_same_result(path, monkeypatch):
     monkeypatch.setattr("embed.data.store.MEMORY_BYTES", 0)
     store = Store(path)
     assert [e["document"].tolist() for e in store.read(range(4))] == [e["document"] for e in EXAMPLES]
     assert store.flat("document", 1, 4).tolist() == [5, 6, 10]
 
 
-def test_many_examples_at_once_equal_one_at_a_time(path, tmp_path):
+def test_extending_by_many_examples_equals_appending_each(path, tmp_path):
     writer = Writer(tmp_path / "bulk", ["query", "document"])
     columns = {}
     for name in ("query", "document"):
@@ -57,33 +57,33 @@ def test_many_examples_at_once_equal_one_at_a_time(path, tmp_path):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-def test_a_store_that_was_never_closed_is_no_store(tmp_path):
+def test_a_store_that_was_never_closed_does_not_exist(tmp_path):
     Writer(tmp_path / "store", ["tokens"]).append({"tokens": np.array([1])})
     with pytest.raises(FileNotFoundError, match="never finished"):
         Store(tmp_path / "store")
 
 
-def test_a_complete_store_is_not_written_over(path):
+def test_a_complete_store_is_not_overwritten(path):
     with pytest.raises(FileExistsError, match="complete store already"):
         Writer(path, ["query"])
 
 
-def test_wrong_examples_are_refused_by_name(tmp_path):
+def test_an_example_with_wrong_columns_or_values_is_an_error(tmp_path):
     writer = Writer(tmp_path / "store", ["tokens"])
-    with pytest.raises(ValueError, match=r"columns \['tokens'\], the example \['token'\]"):
+    with pytest.raises(ValueError, match=r"columns \['tokens'\], the example has \['token'\]"):
         writer.append({"token": np.array([1])})
-    with pytest.raises(ValueError, match="takes 0 … 2.31 - 1, got -1"):
+    with pytest.raises(ValueError, match="column 'tokens' must be in 0 … 2.31 - 1, got -1"):
         writer.append({"tokens": np.array([-1])})
 
 
-def test_indices_outside_are_an_error(path):
-    with pytest.raises(IndexError, match="examples 4 … 4 asked of a store of 4"):
+def test_an_index_outside_the_store_is_an_error(path):
+    with pytest.raises(IndexError, match="examples 4 … 4 must be in 0 … 3"):
         Store(path).read([4])
-    with pytest.raises(IndexError, match="window 5 … 7"):
+    with pytest.raises(IndexError, match="window 5 … 7 must be inside the 6 values of column 'query'"):
         Store(path).flat("query", 5, 7)
 
 
-def test_damage_is_noticed(path):
+def test_a_changed_or_missing_chunk_and_a_broken_header_are_errors(path):
     chunk = next(p for p in (path / "query").rglob("*") if p.is_file() and p.name != "zarr.json")
     content = bytearray(chunk.read_bytes())
     content[0] ^= 1

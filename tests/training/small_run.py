@@ -1,9 +1,10 @@
-"""A training that takes seconds, for the tests of the loop; as a program it is killed again and again.
+"""A training run of a few seconds, for the tests of the loop.
 
     python small_run.py FOLDER KILLS
 
-trains under FOLDER in processes that die (signal 9) at random moments, and once more to the end. A moment is a batch read or a
-file operation under the folder, those of saves in the background included: no clock. Prints the step of each death.
+trains in FOLDER in KILLS processes, one after the other, that kill themselves (signal 9) at random moments, and then in
+one that runs to the end. A moment is a batch read or a file operation in the folder, including those of saves in the
+background; no clock is involved. The program prints the last logged step of each process.
 """
 
 import os
@@ -21,7 +22,7 @@ from embed.training import loop
 from embed.training import step as embed_step
 from embed.training.metrics import read_metrics
 
-LIFE = 200  # steps of the run that is killed
+LIFE = 200  # steps of the program's run
 MODEL = transformer.make_config("micro", 64)
 STAGE = ConfigDict(
     dict(
@@ -55,10 +56,10 @@ FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.sca
 
 
 class Loader:
-    """The own ones of four random rows, a function of the step; `read(step)` may make it fail."""
+    """Batches of four random rows, a function of the step. `read(step)` is called first and may raise."""
 
-    def __init__(self, read=lambda step: None, own=range(4)):
-        self.read, self.own, self.units = read, list(own), 4
+    def __init__(self, read=lambda step: None, shards=range(4)):
+        self.read, self.shards, self.num_shards = read, list(shards), 4
 
     def __str__(self):
         return "the small loader"
@@ -66,14 +67,14 @@ class Loader:
     def batch(self, step):
         self.read(step)
         tokens = np.random.default_rng(step).integers(4, 64, (4, 16)).astype(np.int32)
-        tokens = tokens[self.own]
+        tokens = tokens[self.shards]
         positions = np.tile(np.arange(16, dtype=np.int32), (len(tokens), 1))
         stats = {"fill": 1.0, "cut": step}
         return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "positions": positions, "stats": stats}
 
 
 def make_step(*, steps: int = 12, mesh=None, loss=None, **execution):
-    """The step of the small model; `execution` holds changes to STAGE.execution."""
+    """The step of the small model; `execution` overrides fields of STAGE.execution."""
     stage = ConfigDict(STAGE.to_dict())
     stage.execution.update(execution)
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
@@ -81,7 +82,7 @@ def make_step(*, steps: int = 12, mesh=None, loss=None, **execution):
 
 
 def train(folder: Path, loader=None, *, steps: int = 12, stage=None, mesh=None, loss=None, **keywords):
-    """Train the small model; `stage` holds changes to STAGE.execution, `keywords` are those of `loop.train`."""
+    """Train the small model; `stage` overrides fields of STAGE.execution, `keywords` go to `loop.train`."""
     step = make_step(steps=steps, mesh=mesh, loss=loss, **(stage or {}))
 
     def initial_params(shardings):
@@ -91,17 +92,17 @@ def train(folder: Path, loader=None, *, steps: int = 12, stage=None, mesh=None, 
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """{step: loss} of the rows that a run wrote."""
+    """{step: loss} from the metrics of a run."""
     return {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl")}
 
 
 def live(folder: Path, moments: int | None) -> None:
-    """Train in a process of its own that dies at its `moments`-th moment."""
-    left = moments
+    """Train in this process, which kills itself at the given moment (None = never)."""
+    remaining = moments
 
     def tick(step=None):
-        nonlocal left
-        if left is not None and (left := left - 1) <= 0:
+        nonlocal remaining
+        if remaining is not None and (remaining := remaining - 1) <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event, arguments):
@@ -114,13 +115,13 @@ def live(folder: Path, moments: int | None) -> None:
 
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-    # Each life compiles the same programs.
+    # All processes compile the same programs.
     jax.config.update("jax_compilation_cache_dir", f"{folder}-compiled")
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     rng = random.Random(0)
     for life in range(kills + 1):
         moments = rng.randint(1, 250) if life < kills else None
-        child = os.fork()  # before any backend runs: jax is imported here and no more
+        child = os.fork()  # jax is imported but has not started a backend, so forking is safe
         if not child:
             live(folder, moments)
             os._exit(0)

@@ -24,18 +24,18 @@ PAIR = ConfigDict(
         execution=dict(microbatches=1),
     )
 )
-WHOLE = types.SimpleNamespace(own=[0], units=1)
+WHOLE = types.SimpleNamespace(shards=[0], num_shards=1)
 MESH = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
 
 
 def sizes(segment_ids, loader=WHOLE):
     ids = np.array(segment_ids, np.int32)
-    found = loop._sizes({"segment_ids": ids, "tokens": ids}, loader)
-    return found["tokens"], found["squares"]
+    counts = loop._sizes({"segment_ids": ids, "tokens": ids}, loader)
+    return counts["tokens"], counts["squares"]
 
 
 def counted_by_hand(lengths) -> float:
-    """Three forward passes of MODEL's layers: every product of every token, every pair of tokens of a segment."""
+    """Three forward passes of MODEL's layers: all products of each token and of each pair of tokens of a segment."""
     weights = 8 * 4 * 5 + 2 * 8 * 2 * 5 + 4 * 5 * 8 + 3 * 8 * 7  # query, key and value, output, MLP
     total = 0
     for n in lengths:
@@ -46,12 +46,12 @@ def counted_by_hand(lengths) -> float:
     return 3 * total
 
 
-def test_mfu_counts_tokens_and_pairs_of_tokens_inside_segments():
+def test_mfu_counts_tokens_and_pairs_of_tokens_only_inside_segments():
     batch = [[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 0]]  # five segments, two tokens of padding
     lengths = (3, 2, 1, 4)
     assert sizes(batch) == (10, 9 + 4 + 1 + 16)
     layers = counted_by_hand(lengths)
-    assert flops.model_flops(DIFFUSION, MODEL, *sizes(batch)) == layers + 3 * 2 * 10 / 2 * 100 * 8  # half are masked
+    assert flops.model_flops(DIFFUSION, MODEL, *sizes(batch)) == layers + 3 * 2 * 10 / 2 * 100 * 8  # half is masked
     assert flops.model_flops(PAIR, MODEL, *sizes(batch)) == layers + 3 * 2 * 3 * 6 * (2 + 8)
     whole = flops.model_flops(DIFFUSION, MODEL)
     assert whole == counted_by_hand([6, 6]) + 3 * 2 * 12 / 2 * 100 * 8
@@ -59,20 +59,20 @@ def test_mfu_counts_tokens_and_pairs_of_tokens_inside_segments():
 
 
 @pytest.mark.parametrize("stage", [DIFFUSION, PAIR])
-def test_both_conventions_agree_where_a_row_is_one_full_segment(stage):
+def test_both_conventions_are_equal_if_each_row_is_one_full_segment(stage):
     assert flops.model_flops(stage, MODEL, *sizes(np.ones((2, 6)))) == flops.model_flops(stage, MODEL)
 
 
-def test_a_process_counts_for_the_others():
-    """Of four units it has two: its sums stand for half of the batch."""
-    half = types.SimpleNamespace(own=[0, 3], units=4)
+def test_a_process_extrapolates_its_counts_to_the_global_batch():
+    """It has two of four shards, so its sums are half of the batch's."""
+    half = types.SimpleNamespace(shards=[0, 3], num_shards=4)
     assert sizes([[1, 1, 2], [1, 0, 0]], half) == (2 * 4, 2 * (4 + 1 + 1))
 
 
-def test_what_is_computed_again_is_in_the_hardware_flops_alone():
+def test_only_the_hardware_flops_contain_recomputation():
     full = dataclasses.replace(MODEL, remat="full")
     parts = flops.forward_flops(DIFFUSION, MODEL)
-    # One row a device may be masked entirely, so its logits have room for all.
+    # Each device has one row, which may be masked entirely, so the logits buffer holds all of its tokens.
     assert flops.hardware_flops(DIFFUSION, MODEL, MESH) == pytest.approx(
         flops.model_flops(DIFFUSION, MODEL) + 3 * parts["logits"]
     )
@@ -83,7 +83,7 @@ def test_what_is_computed_again_is_in_the_hardware_flops_alone():
     assert flops.model_flops(DIFFUSION, full) == flops.model_flops(DIFFUSION, MODEL)
 
 
-def test_a_device_that_jax_names_has_a_peak_and_an_unknown_one_none(monkeypatch):
+def test_known_devices_have_a_peak_and_unknown_ones_none(monkeypatch):
     def named(kind):
         monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
         return flops.device_peak()
@@ -91,7 +91,7 @@ def test_a_device_that_jax_names_has_a_peak_and_an_unknown_one_none(monkeypatch)
     assert named("TPU v5p") == 459e12 and named("NVIDIA H100 80GB HBM3") == 989e12 and named("TPU v99") is None
 
 
-def test_flops_are_those_that_the_compiler_counts_in_an_unrolled_forward_pass():
+def test_flops_match_the_compilers_count_of_an_unrolled_forward_pass():
     model = transformer.make_config("micro", 512, unroll=2)
     stage = configs.load("configs/quickstart.py:runlocal").stages.pair
     length, rows = stage.batch.length, stage.batch.groups * stage.batch.rows_per_group
@@ -100,5 +100,5 @@ def test_flops_are_those_that_the_compiler_counts_in_an_unrolled_forward_pass():
     compiled = forward.lower(transformer.abstract_params(model), array, array, array).compile()
     ours = flops.forward_flops(stage, model)
     counted = compiled.cost_analysis()["flops"]
-    # The compiler counts the element-wise operations as well.
+    # The compiler also counts element-wise operations.
     assert 0.75 * counted < ours["layers"] + ours["attention"] < counted

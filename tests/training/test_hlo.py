@@ -47,18 +47,18 @@ HLO = textwrap.dedent(
 )
 
 
-def test_collectives_are_counted_by_kind_times_the_trips_of_their_loops():
+def test_collectives_are_counted_by_kind_times_the_trip_counts_of_their_loops():
     got = hlo.collective_bytes(HLO, 8)
     assert got == {
         "all-gather": 3 * 5 * 32 * 4 * 2 * 3 / 4 + 16 * 4 * 7 / 8,  # groups of four chips in the loops
         "collective-permute": 3 * 5 * 8 * 4 * 2,
-        "reduce-scatter": 2 * 8 * 4 * 7 / 8,  # its result is an eighth of what is reduced
+        "reduce-scatter": 2 * 8 * 4 * 7 / 8,  # its result is an eighth of its operand
         "all-reduce": 16 * 4 * 2 * 3 / 4 + (16 * 4 + 8 * 2) * 2 / 2,
     }
 
 
-def test_what_slices_exchange_is_counted_apart():
-    """Not as collectives: they stand in a slice's program as transfers through its hosts."""
+def test_traffic_between_slices_is_counted_separately():
+    """The program of a slice contains it as transfers through the hosts, not as collectives."""
     sent = (
         "%send = (f32[2,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}'
@@ -70,8 +70,8 @@ def test_what_slices_exchange_is_counted_apart():
     assert got == hlo.collective_bytes(HLO, 8)
 
 
-def test_a_program_compiled_for_eight_devices_moves_what_its_arrays_hold():
-    """On real text of the compiler: a gather in a loop of seven turns, and a sum over devices behind it."""
+def test_a_program_compiled_for_eight_devices_sends_the_bytes_of_its_arrays():
+    """Real output of the compiler: a gather in a loop of seven iterations, followed by a sum over devices."""
     program = """
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec as P

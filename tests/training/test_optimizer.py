@@ -22,7 +22,7 @@ CONFIG = ConfigDict(
 )
 
 
-def test_schedule_warms_up_linearly_stays_and_decays_linearly_towards_zero():
+def test_schedule_warms_up_linearly_stays_constant_and_decays_linearly_to_zero():
     schedule = wsd_schedule(2.0, steps=20, warmup=0.2, decay=0.25)
     rates = [float(schedule(jnp.asarray(step))) for step in range(20)]
     expected = [0.5, 1.0, 1.5, 2.0] + [2.0] * 11 + [2 * k / 6 for k in (5, 4, 3, 2, 1)]
@@ -34,12 +34,12 @@ def test_schedule_without_phases_is_constant():
     assert [float(schedule(jnp.asarray(s))) for s in range(5)] == [3.0] * 5
 
 
-def test_overlapping_warmup_and_decay_are_refused():
+def test_overlapping_warmup_and_decay_are_an_error():
     with pytest.raises(ValueError, match="warmup=0.7 and decay=0.6"):
         wsd_schedule(1.0, 10, 0.7, 0.6)
 
 
-def test_clip_bounds_the_gradient_and_0_leaves_it_alone():
+def test_clip_bounds_the_gradient_and_0_turns_clipping_off():
     params, gradients = {"w": jnp.zeros(4)}, {"w": jnp.full(4, 10.0)}
     for clip, first_moment in ((1.0, 0.1 * 0.5), (0.0, 0.1 * 10)):
         optimizer = make_optimizer(ConfigDict({**CONFIG, "clip": clip}), wsd_schedule(0.1, 10, 0, 0))
@@ -47,7 +47,7 @@ def test_clip_bounds_the_gradient_and_0_leaves_it_alone():
         np.testing.assert_allclose(state[1][0].mu["w"], first_moment, rtol=1e-6)
 
 
-def test_norm_scales_are_not_decayed_and_everything_else_is():
+def test_weight_decay_applies_to_everything_but_norm_scales():
     config = transformer.make_config("micro", 16)
     params = transformer.init(config, jax.random.key(0))
     optimizer = make_optimizer(CONFIG, wsd_schedule(0.1, 10, 0, 0))

@@ -12,7 +12,7 @@ from embed.training import flops, plan
 
 
 @pytest.mark.parametrize("topology", ["v6e", "v9:2x2", "v6e:2", "v6e:axb"])
-def test_a_topology_that_does_not_exist_is_an_error(topology):
+def test_an_unknown_topology_is_an_error(topology):
     with pytest.raises(ValueError, match="must be CHIP:AxB or CHIP:AxBxC with a chip of v4, v5e, v5p, v6e"):
         plan.parse_topology(topology)
     assert plan.parse_topology("v5p:4x4x8") == ("v5p", 128)
@@ -39,7 +39,7 @@ GOLDEN = {
 @pytest.mark.parametrize(
     "topology, axes", [("v6e:8x8", dict(data=1, fsdp=64, tensor=1)), ("v5p:4x4x8", dict(data=4, fsdp=16, tensor=2))]
 )
-def test_every_tensor_of_the_real_sizes_is_sharded_as_written(size, topology, axes):
+def test_every_tensor_of_the_real_sizes_has_the_golden_sharding(size, topology, axes):
     model = transformer.make_config(size, 151936)
     mesh = jax.sharding.AbstractMesh(
         sharding.mesh_sizes(**axes, devices=plan.parse_topology(topology)[1]), sharding.AXES
@@ -52,8 +52,8 @@ def test_every_tensor_of_the_real_sizes_is_sharded_as_written(size, topology, ax
     assert plan.parameter_table(model, topology, axes).count("\n") == 2 + len(GOLDEN)
 
 
-def test_a_mesh_that_leaves_parameters_whole_is_an_error():
-    model = transformer.make_config("micro", 512)  # 32 wide: 5 does not divide it
+def test_a_mesh_that_leaves_parameters_unsharded_is_an_error():
+    model = transformer.make_config("micro", 512)  # 5 does not divide its width of 32
     mesh = jax.sharding.AbstractMesh((1, 5, 1), sharding.AXES)
     params = transformer.abstract_params(model)
     with pytest.raises(ValueError, match="100.0% of the parameters' bytes stay unsharded on mesh .*'fsdp': 5"):
@@ -75,21 +75,20 @@ PLAN = plan.Plan(
 )
 
 
-def test_a_plan_says_what_binds_it_and_whether_it_fits():
-    found = PLAN
-    assert not found.fits and found.bounds == {"compute": 1.0, "HBM": 2.0, "interconnect": 0.5, "network": 0.25}
+def test_a_plan_says_what_bounds_its_step_and_whether_it_fits():
+    assert not PLAN.fits and PLAN.bounds == {"compute": 1.0, "HBM": 2.0, "interconnect": 0.5, "network": 0.25}
     config = configs.load("configs/quickstart.py:runlocal")
     model = transformer.make_config("micro", 512)
-    text = plan.describe(found, config.stages.pair, model, 100, 0.5, 2.0)
-    assert text.startswith("4 chips in 2 slices, ")
-    assert "does not fit: 33.00 of 32 GB a chip, 1.00 GB over" in text
-    assert "three forward passes over whole rows: padding and attention between segments included" in text
-    assert "least step time: 2.000 s, bound by HBM" in text and "dollars at 2.0 a chip hour" in text
-    assert dataclasses.replace(found, memory={"parameters": 1e9}).fits
+    text = plan.describe(PLAN, config.stages.pair, model, 100, 0.5, 2.0)
+    assert text.startswith("4 chips in 2 slices, 16 rows of 128 tokens in 4 shards; ")
+    assert "does not fit: 33.00 of 32 GB per chip, 1.00 GB over" in text
+    assert "three forward passes over full rows, with padding and attention between segments" in text
+    assert "least step time: 2.000 s, bound by HBM" in text and "dollars at 2.0 per chip hour" in text
+    assert dataclasses.replace(PLAN, memory={"parameters": 1e9}).fits
 
 
 @pytest.mark.parametrize("needed", [4, 16])
-def test_fit_passes_over_what_the_compiler_refuses_and_says_where_nothing_fits(monkeypatch, capsys, needed):
+def test_fit_skips_plans_that_the_compiler_refuses_and_says_if_none_fits(monkeypatch, capsys, needed):
     def make_plan(stage, *arguments, **keywords):
         if stage.execution.microbatches < needed:
             raise plan.DoesNotFitError("does not fit: used 40G of 32G hbm")
@@ -108,18 +107,20 @@ def test_fit_passes_over_what_the_compiler_refuses_and_says_where_nothing_fits(m
     assert "embed: error: does not fit: used 40G of 32G hbm" in capsys.readouterr().err
 
 
-def test_a_plan_whose_masked_tokens_find_no_room_is_refused(monkeypatch):
+def test_a_plan_that_masks_more_tokens_than_the_logits_buffer_holds_is_an_error(monkeypatch):
     stage = configs.load("configs/quickstart.py").stages.diffusion  # 32 rows of 128 tokens
     for shards, microbatches in ((1, 1), (32, 1), (4, 8), (4, 2)):
         stage.execution.microbatches = microbatches
-        plan.check_room(stage, shards)
+        plan.check_capacity(stage, shards)
     monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.55)
-    with pytest.raises(ValueError, match=r"\d+ masked tokens of a device's 4 rows find room for 281 .*microbatches=2"):
-        plan.check_room(stage, 4)
+    with pytest.raises(
+        ValueError, match=r"\d+ masked tokens in a device's 4 rows exceed the capacity of 281 .*microbatches=2"
+    ):
+        plan.check_capacity(stage, 4)
 
 
 def test_rows_that_do_not_divide_into_devices_and_microbatches_are_an_error():
     stage = configs.load("configs/quickstart.py").stages.diffusion
     stage.execution.microbatches = 3
     with pytest.raises(ValueError, match="32 rows per batch do not divide into 4 devices .* times microbatches=3"):
-        plan.check_room(stage, 4)
+        plan.check_capacity(stage, 4)

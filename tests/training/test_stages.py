@@ -24,7 +24,7 @@ STAGE = dict(
 
 @functools.cache
 def batch() -> dict:
-    """R rows of three texts and padding, with the tables of every contrastive stage."""
+    """R rows of three texts and padding, with the slots and ids of every contrastive stage."""
     rng = np.random.default_rng(0)
     two = np.arange(2 * N).reshape(N, 2)
     arrays = dict(
@@ -70,8 +70,8 @@ def test_gradient_caching_gives_the_gradient_of_the_whole_batch(kind, microbatch
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
-def test_the_mean_of_the_losses_of_parts_has_another_gradient():
-    """The negative control: gradient accumulation is not gradient caching, its queries see fewer negatives."""
+def test_gradient_accumulation_has_another_gradient_than_gradient_caching():
+    """The negative control: with accumulation, the queries of each part see fewer negatives."""
     whole = jax.jit(jax.grad(loss_of("pair", 1)))(params(), batch())
 
     def accumulated(params):
@@ -88,8 +88,8 @@ def test_the_mean_of_the_losses_of_parts_has_another_gradient():
     assert np.abs(a - b).max() > 0.05 * np.abs(a).max()
 
 
-def test_activations_of_one_part_alone_are_held():
-    """Memory of the compiled gradient: it falls with the number of parts and not with the batch."""
+def test_only_the_activations_of_one_microbatch_are_held():
+    """The memory of the compiled gradient depends on the size of a microbatch, not of the batch."""
     wide = transformer.make_config("micro", 64, num_layers=4, intermediate_size=512)
     shapes = transformer.abstract_params(wide)
 
@@ -111,9 +111,9 @@ def test_rows_that_do_not_divide_into_microbatches_are_an_error():
 
 
 @pytest.mark.parametrize(
-    "prefixes, message", [((), "matryoshka=.. has no prefix"), ((33,), "prefix 33 must be between 1")]
+    "prefixes, message", [((), "matryoshka=.. needs at least one prefix"), ((33,), "prefix 33 must be between 1")]
 )
-def test_prefixes_that_the_model_has_not_are_an_error(prefixes, message):
+def test_prefixes_outside_the_dimensions_of_the_model_are_an_error(prefixes, message):
     with pytest.raises(ValueError, match=message):
         stages.over_prefixes(prefixes, 32, lambda p: jnp.float32(p))
 
@@ -123,7 +123,7 @@ def diffusion_loss(microbatches, left_shift=False):
     return stages.make_loss(ConfigDict(dict(kind="diffusion", execution=execution)), MODEL, 2, left_shift)
 
 
-def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
+def test_microbatches_of_a_diffusion_batch_give_the_gradient_of_the_whole():
     def gradient(microbatches):
         loss = diffusion_loss(microbatches, left_shift=True)
         return jax.jit(jax.grad(lambda p: loss(p, batch(), jax.random.key(0), 0.0)[0]))(params())
@@ -133,22 +133,22 @@ def test_parts_of_a_diffusion_batch_give_the_gradient_of_the_whole():
 
 
 @pytest.mark.parametrize("microbatches", [1, 4, R])
-def test_the_logits_of_every_masked_token_have_room(microbatches, monkeypatch):
-    """One row a part may be masked as a whole. The loss is the one with room for all tokens."""
+def test_the_logits_buffer_holds_every_masked_token(microbatches, monkeypatch):
+    """Even with one row per microbatch, which may be masked entirely. A buffer for all tokens gives the same loss."""
     full = batch() | dict(segment_ids=np.ones((R, L), np.int32))
-    derived = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
-    found = [derived(params(), jax.random.key(k)) for k in range(20)]
+    limited = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
+    results = [limited(params(), jax.random.key(k)) for k in range(20)]
     monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 1.0)
-    whole = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
-    for k, (loss, metrics) in enumerate(found):
-        want, all_metrics = whole(params(), jax.random.key(k))
+    unlimited = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
+    for k, (loss, metrics) in enumerate(results):
+        want, all_metrics = unlimited(params(), jax.random.key(k))
         assert metrics["overflow"] == 0 and metrics["masked"] == all_metrics["masked"]
         np.testing.assert_allclose(loss, want, rtol=1e-6)
 
 
-def test_a_part_of_a_diffusion_batch_goes_through_the_network_once_and_one_of_a_contrastive_batch_twice():
+def test_microbatches_recompute_the_network_in_contrastive_stages_but_not_in_the_diffusion_stage():
     def products(loss):
-        """Matrix products in the gradient's program, which says a loop's body once."""
+        """The number of matrix products in the program of the gradient, which contains the body of a loop once."""
         return str(jax.make_jaxpr(jax.grad(loss))(params())).count("dot_general[")
 
     def diffusion(microbatches):
@@ -158,11 +158,11 @@ def test_a_part_of_a_diffusion_batch_goes_through_the_network_once_and_one_of_a_
         return lambda p: loss_of("pair", microbatches)(p, batch())
 
     assert products(diffusion(4)) == products(diffusion(1))
-    assert products(pair(4)) > products(pair(1))  # the count does see what is computed again
+    assert products(pair(4)) > products(pair(1))  # so the count does see recomputation
 
 
-def test_the_diffusion_loss_counts_masked_tokens_that_found_no_room(monkeypatch):
+def test_the_diffusion_loss_counts_masked_tokens_beyond_the_logits_buffer(monkeypatch):
     monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.25)
     metrics = diffusion_loss(1)(params(), batch(), jax.random.key(0), 0.0)[1]
-    room = R * L // 4
-    assert metrics["overflow"] == metrics["masked"] - room > 0
+    capacity = R * L // 4
+    assert metrics["overflow"] == metrics["masked"] - capacity > 0

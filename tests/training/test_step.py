@@ -23,26 +23,25 @@ PAIR = ConfigDict(
 )
 
 
-def of(tree):
+def layout(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
 
 
-def test_what_a_step_takes_and_gives_lies_where_its_shapes_say():
+def test_inputs_and_outputs_of_a_step_have_its_abstract_shapes_and_shardings():
     step, loader = make_step(), Loader()
     params = step.random_params(jax.random.key(0))
     state = step.init(params)
-    assert of(params) == of(step.abstract_params) and of(state) == of(step.abstract_state)
+    assert layout(params) == layout(step.abstract_params) and layout(state) == layout(step.abstract_state)
     batch = loader.batch(0)
     batch.pop("stats")
     before = params["embedding"]
     params, state, metrics = step(params, state, step.put(batch, loader), 0)
-    assert of(params) == of(step.abstract_params) and of(state) == of(step.abstract_state)
+    assert layout(params) == layout(step.abstract_params) and layout(state) == layout(step.abstract_state)
     assert before.is_deleted()  # donated
     assert set(metrics) == {"loss", "gradient_norm", "skipped", "accuracy", "masked_nll", "masked", "overflow"}
 
 
-def test_the_step_that_is_compiled_from_shapes_is_the_one_that_runs():
-    """Same program: no second compilation, and the same numbers."""
+def test_the_step_compiled_from_shapes_gives_the_same_metrics_as_the_step_that_runs():
     step = make_step()
     compiled = step.lower().compile()
     batch = Loader().batch(0)
@@ -54,7 +53,7 @@ def test_the_step_that_is_compiled_from_shapes_is_the_one_that_runs():
     assert {name: float(x) for name, x in results[0].items()} == {name: float(x) for name, x in results[1].items()}
 
 
-def test_the_batch_that_is_lowered_is_what_the_loader_of_every_kind_makes():
+def test_the_lowered_batch_has_the_shapes_of_abstract_batch():
     lowered = make(PAIR, MODEL, make_step().mesh, steps=10, seed=0, mask_id=2).lower()
     (_, _, batch, _), _ = lowered.args_info
     assert {name: x.shape for name, x in batch.items()} == {
@@ -63,21 +62,21 @@ def test_the_batch_that_is_lowered_is_what_the_loader_of_every_kind_makes():
 
 
 @pytest.mark.parametrize("kind", stages.KINDS)
-def test_the_diffusion_stage_alone_has_an_output_layer(kind):
+def test_only_the_diffusion_stage_has_an_output_layer(kind):
     untied = transformer.make_config("micro", 64, tied=False)
     model = stages.stage_model(kind, untied)
     assert ("head" in transformer.abstract_params(model)) == (kind == "diffusion")
     assert stages.stage_model(kind, MODEL) == MODEL
 
 
-def test_a_step_of_a_contrastive_stage_has_no_output_layer():
+def test_the_parameters_of_a_contrastive_step_have_no_output_layer():
     untied = transformer.make_config("micro", 64, tied=False)
     step = make(PAIR, untied, make_step().mesh, steps=10, seed=0, mask_id=2)
     assert step.model.tied and "head" not in step.abstract_params and "head" not in step.params_sharding
 
 
-def test_a_mesh_that_leaves_parameters_whole_is_an_error_before_anything_is_compiled():
-    mesh = jax.sharding.AbstractMesh((1, 5, 1), sharding.AXES)  # 32 wide: 5 does not divide it
+def test_a_mesh_that_leaves_parameters_unsharded_is_an_error_before_compilation():
+    mesh = jax.sharding.AbstractMesh((1, 5, 1), sharding.AXES)  # 5 does not divide the width of 32
     with pytest.raises(ValueError, match="100.0% of the parameters' bytes stay unsharded"):
         make_step(mesh=mesh)
 
@@ -92,7 +91,7 @@ def test_every_stage_of_a_config_can_be_lowered(name):
     assert params["embedding"].shape == (512, 32) and params["embedding"].donated and not k.donated
 
 
-def test_rows_of_whole_and_partial_batches_are_put_where_the_mesh_has_them():
+def test_a_batch_put_with_or_without_its_loader_has_the_same_rows():
     step, loader = make_step(), Loader()
     batch = loader.batch(3)
     batch.pop("stats")

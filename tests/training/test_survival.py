@@ -536,7 +536,7 @@ def test_padding_is_not_counted_as_tokens():
     batch = Loader().batch(0)
     batch["segment_ids"][:, 10:] = 0
     assert loop._sizes(batch, Loader()) == {"tokens": 40, "squares": 4 * 10**2, "examples": 4}
-    assert loop._sizes(batch | {"valid": np.ones(7, bool)}, Loader(own=[1]))["examples"] == 7 * 4
+    assert loop._sizes(batch | {"valid": np.ones(7, bool)}, Loader(shards=[1]))["examples"] == 7 * 4
 
 
 def test_profile_steps_write_a_trace(tmp_path):
