@@ -72,7 +72,9 @@ class SentencePieceTokenizer:
     def _id(self, piece: str) -> int:
         index = self._processor.piece_to_id(piece)
         if self._processor.id_to_piece(index) != piece or not self._processor.is_control(index):
-            raise ValueError(f"the SentencePiece model has no control symbol {piece!r}: train it with that control symbol")
+            raise ValueError(
+                f"the SentencePiece model has no control symbol {piece!r}: train it with that control symbol"
+            )
         return index
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -173,7 +175,7 @@ class HuggingFaceTokenizer:
             raise ValueError(f"the unknown token {unknown!r} cannot be the separator or the mask: texts yield it")
         added = self._tokenizer.get_added_tokens_decoder()
         control = {i: token.content for i, token in added.items() if token.special and token.content != unknown}
-        for index, name in control.items():
+        for name in control.values():
             probes = self._tokenizer.encode_batch([name, f" {name} ", f"a{name}a"], add_special_tokens=False)
             if found := control.keys() & {i for probe in probes for i in probe.ids}:
                 raise ValueError(

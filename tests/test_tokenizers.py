@@ -115,7 +115,9 @@ def test_a_sentencepiece_model_whose_separator_is_no_control_symbol_is_refused(t
 
 def test_what_is_no_unicode_text_is_refused_by_its_place(split, tmp_path):
     for tokenizer in (split, tokenizers.load(bpe(tmp_path))):
-        with pytest.raises(ValueError, match=r"^text 3 holds a lone surrogate U\+D800 at character 17: not valid Unicode"):
+        with pytest.raises(
+            ValueError, match=r"^text 3 holds a lone surrogate U\+D800 at character 17: not valid Unicode"
+        ):
             tokenizer.encode(["a", "b", "🙂", "x" * 17 + "\ud800", "\udc00"])
         for wrong, shown in ((None, r"None \(NoneType"), (b"x", r"b'x' \(bytes"), (["x"], r"\['x'\] \(list")):
             with pytest.raises(ValueError, match=f"^text 1 is {shown}"):
@@ -254,7 +256,9 @@ def test_missing_and_wrong_files_are_named(huggingface, tmp_path):
     with pytest.raises(FileNotFoundError, match="it must say what separates chunks"):
         tokenizers.load(huggingface)
     (tmp_path / "sentencepiece.model").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="holds sentencepiece.model and tokenizer.json: which one is meant is not clear"):
+    with pytest.raises(
+        ValueError, match="holds sentencepiece.model and tokenizer.json: which one is meant is not clear"
+    ):
         tokenizers.load(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="not a SentencePiece model"):

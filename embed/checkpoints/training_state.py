@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from embed import paths
+from embed.checkpoints import names
 
 
 class CheckpointError(OSError):
@@ -261,7 +262,7 @@ def digest(folder, step: int) -> str:
 def load_params(folder, step: int, abstract_params):
     """The parameters of the checkpoint of `step`, laid out as the abstract tree says, on the first local device if it does not.
 
-    CheckpointError where they cannot be read, or are not those that were saved.
+    CheckpointError where they cannot be read, or are not those that were saved. ValueError where they are not finite.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
@@ -279,6 +280,7 @@ def load_params(folder, step: int, abstract_params):
     elif int(checksum(found["params"])) != sums["params"]:
         error = CheckpointError("its checksum is wrong")
     else:
+        names.check_finite(found["params"], f"checkpoint {step} under {folder}")
         return found["params"]
     raise CheckpointError(
         f"checkpoint {step} under {folder} cannot be read: {_first_line(error)}. If it is damaged, train that stage again, "
