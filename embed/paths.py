@@ -84,7 +84,7 @@ def read_json(file):
     """What `write_json` wrote. ValueError names a file that is not JSON."""
     try:
         return json.loads(path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+    except (ValueError, RecursionError, IsADirectoryError) as error:  # or not UTF-8, or nested without end
         raise ValueError(f"{file} is not JSON ({error})") from None
 
 

@@ -197,7 +197,7 @@ def _check_modules(reader: _Reader, modules: list) -> None:
     for kind, path in zip(kinds, [module["path"] for module in modules]):
         if kind == "Transformer" and path not in ("", "."):
             reader.problems.append(f"{MODULES} has its Transformer in {path!r}, expected the folder itself, ''")
-        elif kind != "Transformer" and (len(Path(path).parts) != 1 or path in ("/", "..")):
+        elif kind in ("Pooling", "Normalize") and (len(Path(path).parts) != 1 or path in ("/", "..")):
             reader.problems.append(f"{MODULES} names {path!r}, expected a folder in this one")
         elif kind == "Pooling":
             name = f"{path}/config.json"

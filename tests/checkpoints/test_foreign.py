@@ -223,6 +223,13 @@ def test_a_normalize_of_tokens_is_refused_and_one_of_vectors_is_not(folder):
     refused(folder, "2_Normalize/config.json has module_input_name='token_embeddings', expected .sentence_embedding.")
 
 
+def test_the_modules_of_the_released_pplx_embed_are_read(folder):
+    modules = [dict(type=ST + "Transformer", path=""), dict(type=ST + "Pooling", path=NAME)]
+    modules.append(dict(type="st_quantize.FlexibleQuantizer", path="", kwargs=["quantization"]))
+    (folder / "modules.json").write_text(json.dumps([dict(m, idx=i, name=str(i)) for i, m in enumerate(modules)]))
+    assert not model_folder.open_model(folder).causal
+
+
 def test_every_wrong_file_is_listed_in_one_error(folder):
     edit(folder / TRANSFORMER, do_lower_case=True)
     edit(folder / MODEL, truncate_dim=8)
