@@ -138,8 +138,8 @@ class HuggingFaceTokenizer:
         if not 0 <= separator_id < entries:
             raise ValueError(f"separator_id = {separator_id} is outside the vocabulary of {entries} tokens")
         mask_id = entries if mask_id is None else mask_id
-        if mask_id < 0:
-            raise ValueError(f"mask_id = {mask_id} must be 0 or more")
+        if not 0 <= mask_id < 2**31:
+            raise ValueError(f"mask_id = {mask_id} must be in 0..{2**31 - 1}")
         self.vocab_size = entries
         self.mask_id = mask_id
         self.adds_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0  # left to itself, to a text

@@ -243,7 +243,8 @@ def test_missing_and_wrong_files_are_named(huggingface, tmp_path):
         tokenizers.load(tmp_path / "nowhere")
     for fields, message in [
         (dict(separator_id=99), "separator_id = 99 is outside the vocabulary of 5 tokens"),
-        (dict(separator_id=4, mask_id=-1), "mask_id = -1 must be 0 or more"),
+        (dict(separator_id=4, mask_id=-1), "mask_id = -1 must be in 0..2147483647"),
+        (dict(separator_id=4, mask_id=10**30), "mask_id = 1000000000000000000000000000000 must be in 0..2147483647"),
         (dict(separator_id="4"), "has separator_id = '4', it must be an integer"),
         (dict(pad_token="[PAD]"), "the separator '.PAD.', which tokenizer_config.json names, is not in the vocabulary"),
         (dict(sep_token=[3]), "has sep_token = .3., it must be a token"),
