@@ -227,10 +227,11 @@ def _read_tokenizer(reader: _Reader) -> dict:
         reader.problems.append(
             f"{name} has add_prefix_space={wanted!r:.80}, but tokenizer.json has {(prefix or [False])[0]!r:.80}"
         )
-    entries = model.get("added_tokens")
+    entries = model.get("added_tokens")  # what is no token there, `tokenizers.load` refuses
     entries = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
-    added = {entry.get("id"): entry for entry in entries}
-    ids = {entry.get("content"): entry.get("id") for entry in entries}
+    entries = [e for e in entries if isinstance(e.get("id"), int) and isinstance(e.get("content"), str)]
+    added = {entry["id"]: entry for entry in entries}
+    ids = {entry["content"]: entry["id"] for entry in entries}
     decoder = config.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict):
         reader.problems.append(f"{name} has added_tokens_decoder={decoder!r:.80}, expected an object")
@@ -241,7 +242,7 @@ def _read_tokenizer(reader: _Reader) -> dict:
             reader.problems.append(f"{name} has another token {key}, {entry!r:.160}, than tokenizer.json")
     vocabulary = model["model"].get("vocab") if isinstance(model.get("model"), dict) else None
     if isinstance(vocabulary, list):  # of a Unigram: token and score
-        vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
+        vocabulary = {x[0]: i for i, x in enumerate(vocabulary) if isinstance(x, list) and x and isinstance(x[0], str)}
     vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
     for token, index in reader.read(ADDED_TOKENS).items():
         if (known := ids.get(token, vocabulary.get(token))) != index:
