@@ -10,6 +10,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,7 +38,18 @@ def folders(tmp_path_factory):
         params = small.random_params(config)
         embedding = {"matryoshka": [8], "separator": False}
         found[kind] = small.write_model(root / kind, params, config, tokenizer, embedding=embedding)
+    found["two files of weights"] = split(small.foreign(shutil.copytree(found["sentencepiece"], root / "split")))
     return found
+
+
+def split(folder):
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, name in enumerate(arrays)}
+    for file in set(where.values()):
+        safetensors.numpy.save_file({n: x for n, x in arrays.items() if where[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
 
 
 def summary(folder) -> str:
@@ -80,9 +92,9 @@ def paths_of(value, at=()):
 
 
 @given(data=st.data())
-@settings(max_examples=120, **FUZZ)
+@settings(max_examples=80, **FUZZ)
 def test_bytes_cut_off_or_turned_in_any_file_of_an_export_are_noticed(data, folders, undamaged, tmp_path):
-    kind = data.draw(st.sampled_from(sorted(folders)))
+    kind = data.draw(st.sampled_from([k for k, folder in sorted(folders.items()) if (folder / "embed.json").exists()]))
     folder = copy(folders[kind], tmp_path / "m")
     name = data.draw(st.sampled_from(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())))
     file, content = folder / name, bytearray((folder / name).read_bytes())
@@ -102,12 +114,12 @@ def test_bytes_cut_off_or_turned_in_any_file_of_an_export_are_noticed(data, fold
 
 
 @given(data=st.data())
-@settings(max_examples=300, **FUZZ)
+@settings(max_examples=200, **FUZZ)
 def test_other_values_in_any_json_file_are_refused_or_change_no_vector(data, folders, undamaged, tmp_path):
     kind = data.draw(st.sampled_from(sorted(folders)))
     folder = copy(folders[kind], tmp_path / "m")
     if data.draw(st.booleans()):
-        small.foreign(folder)
+        (folder / "embed.json").unlink(missing_ok=True)
     name = data.draw(st.sampled_from(json_files(folder)))
     document = json.loads((folder / name).read_text())
     at = data.draw(st.sampled_from([(), *paths_of(document)]))
@@ -146,7 +158,7 @@ def is_another_model(name, at, how, value) -> bool:
 
 
 @given(data=st.data())
-@settings(max_examples=60, **FUZZ)
+@settings(max_examples=40, **FUZZ)
 def test_a_damaged_header_of_the_weights_is_refused(data, folders, undamaged, tmp_path):
     """Without embed.json: bits of the weights themselves are then any other weights."""
     folder = small.foreign(copy(folders["sentencepiece"], tmp_path / "m"))
@@ -165,7 +177,7 @@ def test_what_is_no_json_in_utf_8_is_refused(content, folders, undamaged, tmp_pa
         for name in json_files(folders[kind]):
             folder = copy(folders[kind], tmp_path / "m")
             if name != "embed.json":
-                small.foreign(folder)
+                (folder / "embed.json").unlink(missing_ok=True)
             (folder / name).write_bytes(content)
             with pytest.raises(ValueError, match=name):
                 inference.load(folder)
