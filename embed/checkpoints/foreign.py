@@ -71,14 +71,10 @@ TOKENIZER_FIELDS = {
     "sp_model_kwargs": ({}, None),
     "fix_mistral_regex": (False, None),
 }
-# Classes of transformers that tokenize as tokenizer.json says, for a model of this architecture.
-TOKENIZER_CLASSES = (
-    "PreTrainedTokenizerFast",
-    "TokenizersBackend",
-    "Qwen2Tokenizer",
-    "Qwen2TokenizerFast",
-    None,
-)
+# Classes of transformers that tokenize as tokenizer.json says; Qwen's put their own normalizer and pre-tokenizer in the place of its.
+QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+TOKENIZER_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", *QWEN, None)
+POSITIONS = 32768  # max_position_embeddings of a config.json without it
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -141,7 +137,7 @@ def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tu
     transformer = _read_modules(reader, hidden_size)
     tokenizer = _read_tokenizer(reader)
     limits = {
-        ("config.json", "max_position_embeddings"): fields.get("max_position_embeddings"),
+        ("config.json", "max_position_embeddings"): fields.get("max_position_embeddings", POSITIONS),
         (tokenizers.CONFIG_FILE, "model_max_length"): tokenizer.get("model_max_length"),
         (TRANSFORMER[0], "max_seq_length"): transformer.get("max_seq_length"),
     }
@@ -222,6 +218,13 @@ def _read_tokenizer(reader: _Reader) -> dict:
     reader.check(name, config, TOKENIZER_FIELDS | {"tokenizer_class": classes})
     if not model:
         return config
+    steps = [*_find(model.get("pre_tokenizer"), "type")]
+    if config.get("tokenizer_class") in QWEN and (
+        model.get("normalizer") != {"type": "NFC"} or steps != ["Sequence", "Split", "ByteLevel"]
+    ):
+        reader.problems.append(
+            f"{name} has tokenizer_class={config['tokenizer_class']!r}, but tokenizer.json another normalizer or pre-tokenizer"
+        )
     prefix, wanted = [*_find(model.get("pre_tokenizer"), "add_prefix_space")], config.get("add_prefix_space")
     if wanted is not None and any(not _same(x, wanted) for x in prefix or [False]):
         reader.problems.append(

@@ -163,6 +163,7 @@ TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}
         (TOKENIZER, dict(do_lower_case=True), "tokenizer_config.json has do_lower_case=True, expected false"),
         (TOKENIZER, dict(truncation_side="left"), "truncation_side='left', expected .right. or null"),
         (TOKENIZER, dict(tokenizer_class="BertTokenizer"), "tokenizer_class='BertTokenizer', expected"),
+        (TOKENIZER, dict(tokenizer_class="Qwen2Tokenizer"), "but tokenizer.json another normalizer or pre-tokenizer"),
         (TOKENIZER, dict(model_max_length=0), "model_max_length=0, expected a positive number of tokens or null"),
         (TOKENIZER, dict(eos_token="a"), "eos_token='a', expected a special token of tokenizer.json"),
         (TOKENIZER, dict(additional_special_tokens=["b"]), "additional_special_tokens='b', expected a special token"),
@@ -280,6 +281,7 @@ def test_the_digest_covers_every_file_that_is_read(folder):
 
 
 def test_the_shortest_limit_holds_and_a_tokenizer_that_adds_tokens_is_refused(folder):
+    edit_config(folder, max_position_embeddings=None)
     assert inference.load(folder).max_length == 32768
     edit(folder / TRANSFORMER, max_seq_length=9)
     assert model_folder.open_model(folder).embedding["max_length"] == 9
@@ -295,6 +297,14 @@ def test_the_shortest_limit_holds_and_a_tokenizer_that_adds_tokens_is_refused(fo
     edit(folder / "tokenizer.json", post_processor=processor)
     with pytest.raises(ValueError, match="tokenizer.json adds tokens to each text"):
         inference.load(folder)
+
+
+def test_the_tokenizer_class_of_qwen_is_read_with_a_tokenizer_json_like_qwen_s(folder):
+    edit(folder / TOKENIZER, tokenizer_class="Qwen2Tokenizer")
+    split = {"type": "Split", "pattern": {"Regex": r"\s+|\S+"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    edit(folder / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split, level]})
+    assert model_folder.open_model(folder).tokenizer().encode(["parse"])[0].size
 
 
 def test_a_lowercase_normalizer_of_tokenizer_json_is_honoured(folder):

@@ -128,3 +128,12 @@ def test_what_is_refused_makes_other_vectors_in_sentence_transformers(what, fold
     except IndexError:  # a token that the table does not have
         return
     assert got.shape != want.shape or np.abs(got - want).max() > 1e-3
+
+
+def test_the_tokenizer_class_of_qwen_that_is_refused_does_not_do_what_tokenizer_json_says(folder):
+    edit(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
+    want = inference.load(folder).encode(TEXTS)
+    edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    with pytest.raises(ValueError, match="tokenizer_class='Qwen2Tokenizer', but tokenizer.json another normalizer"):
+        inference.load(folder)
+    assert np.abs(theirs(folder).encode(TEXTS) - want).max() > 1e-3
