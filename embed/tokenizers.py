@@ -1,8 +1,8 @@
 """SentencePiece and Hugging Face tokenizers behind one small face. Encoding adds no special tokens.
 
-A text never yields a control token: the mask, the separator, the padding or any other special token. One that is written out in a
-text, "<|endoftext|>", is tokenized as the characters that it is, by both kinds of tokenizers. So no text can end a document,
-split a chunk or hide a token. In transformers that is `split_special_tokens=True`.
+A text never yields a control token: the mask, the separator, the padding or any other special token. One that is
+written out in a text, "<|endoftext|>", is tokenized as the characters that it is, by both kinds of tokenizers. So no text
+can end a document, split a chunk or hide a token. In transformers that is `split_special_tokens=True`.
 """
 
 import hashlib
@@ -152,7 +152,7 @@ class HuggingFaceTokenizer:
         self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _control(self, model: str) -> str:
-        """Have no text yield a control token; returns the tokenizer.json in which separator and mask are special tokens.
+        """Have no text yield a control token; returns the tokenizer.json with separator and mask as special tokens.
 
         ValueError where that cannot be: the vocabulary itself gives the token to texts.
         """
@@ -175,12 +175,12 @@ class HuggingFaceTokenizer:
             raise ValueError(f"the unknown token {unknown!r} cannot be the separator or the mask: texts yield it")
         added = self._tokenizer.get_added_tokens_decoder()
         control = {i: token.content for i, token in added.items() if token.special and token.content != unknown}
-        for name in control.values():
-            probes = self._tokenizer.encode_batch([name, f" {name} ", f"a{name}a"], add_special_tokens=False)
-            if found := control.keys() & {i for probe in probes for i in probe.ids}:
+        probes = [probe for name in control.values() for probe in (name, f" {name} ", f"a{name}a")]
+        for probe, encoding in zip(probes, self._tokenizer.encode_batch(probes, add_special_tokens=False)):
+            if found := control.keys() & set(encoding.ids):
                 raise ValueError(
-                    f"a text that contains {name!r} yields the control token {control[min(found)]!r}: a separator, mask or "
-                    "other special token must be no word of the vocabulary"
+                    f"the text {probe!r} yields the control token {control[min(found)]!r}: a separator, mask or other "
+                    "special token must not be a word of the vocabulary"
                 )
         return model
 

@@ -90,7 +90,7 @@ def test_a_token_that_is_not_special_is_a_token_of_texts_until_it_is_the_mask_or
 
 def test_a_control_token_that_the_vocabulary_itself_gives_to_texts_is_refused(huggingface, tmp_path):
     config(huggingface, sep_token="file")
-    with pytest.raises(ValueError, match="contains 'file' yields the control token 'file': a separator, mask or other"):
+    with pytest.raises(ValueError, match="the text 'file' yields the control token 'file': a separator, mask or other"):
         tokenizers.load(huggingface)
     config(huggingface, sep_token="[UNK]")
     with pytest.raises(ValueError, match="the unknown token '.UNK.' cannot be the separator or the mask"):

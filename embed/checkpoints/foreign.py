@@ -1,7 +1,7 @@
 """How texts become vectors in somebody else's folder, as the files of transformers and sentence-transformers say it.
 
-A field that changes a vector is honoured, or refused by one sentence that names file, field, value and what is allowed; so is a field
-that a loader would not know. docs/checkpoints.md has the list. Written after transformers 5.24 and sentence-transformers 6.2.
+A field that changes a vector is honoured, or refused by one sentence that names file, field, value and what is allowed.
+docs/checkpoints.md has the list, after transformers 5.24 and sentence-transformers 6.2.
 """
 
 import json
@@ -25,8 +25,8 @@ TRANSFORMER = (
 ADAPTER, ADDED_TOKENS, SPECIAL_TOKENS = "adapter_config.json", "added_tokens.json", "special_tokens_map.json"
 # Files that a loader reads beside config.json, weights and tokenizer: a folder's vectors may depend on them.
 FILES = (MODULES, MODEL, *TRANSFORMER, ADAPTER, ADDED_TOKENS, SPECIAL_TOKENS)
-# A module of the released pplx-embed. It and Normalize change nothing of a vector but its precision and its length, which are
-# what `encode` is asked for.
+# A module of the released pplx-embed. It and Normalize change a vector's precision and its length alone, which are what
+# `encode` is asked for.
 QUANTIZER = "st_quantize.FlexibleQuantizer"
 
 BOTH = (False, True, None)
@@ -71,7 +71,7 @@ TOKENIZER_FIELDS = {
     "sp_model_kwargs": ({}, None),
     "fix_mistral_regex": (False, None),
 }
-# Classes of transformers that tokenize as tokenizer.json says; Qwen's put their own normalizer and pre-tokenizer in the place of its.
+# Classes of transformers that tokenize as tokenizer.json says. Qwen's have their own normalizer and pre-tokenizer.
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 TOKENIZER_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", *QWEN, None)
 POSITIONS = 32768  # max_position_embeddings of a config.json without it
@@ -100,7 +100,7 @@ class _Reader:
         return found
 
     def check(self, name: str, fields: Mapping, allowed: Mapping, known: bool = False) -> None:
-        """A problem for each field that has none of its allowed values, with `known` also for each that is not known."""
+        """A problem for each field that has none of its allowed values, with `known` also for each unknown field."""
         for field, value in fields.items():
             values = allowed.get(field, () if known else ...)
             if values is ...:
@@ -164,12 +164,14 @@ def _read_modules(reader: _Reader, hidden_size: int | None) -> dict:
     cut = model.get("truncate_dim")
     if cut is not None and hidden_size and not (type(cut) is int and cut >= hidden_size):
         reader.problems.append(
-            f"{MODEL} has truncate_dim={cut!r:.80}, expected null or at least {hidden_size}: `encode` takes truncate_dim"
+            f"{MODEL} has truncate_dim={cut!r:.80}, expected null or at least {hidden_size}: "
+            "`encode` takes truncate_dim"
         )
     prompts, default = model.get("prompts"), model.get("default_prompt_name")
     if not isinstance(prompts, dict | None) or not isinstance(default, str | None):
         reader.problems.append(
-            f"{MODEL} has prompts={prompts!r:.80} and default_prompt_name={default!r:.80}, expected an object and a name in it"
+            f"{MODEL} has prompts={prompts!r:.80} and default_prompt_name={default!r:.80}, "
+            "expected an object and a name in it"
         )
     elif default is not None and (prompt := (prompts or {}).get(default)) != "":
         reader.problems.append(f"{MODEL} puts the prompt {prompt!r} before texts, which is not done here")
@@ -205,7 +207,7 @@ def _check_modules(reader: _Reader, modules: list) -> None:
 
 
 def _kind(type_: str) -> str | None:
-    """The class of a module of sentence-transformers, or the quantizer of the released pplx-embed; None for any other."""
+    """The class of a module of sentence-transformers, or the quantizer of the released pplx-embed; None for others."""
     package, _, name = type_.rpartition(".")
     return name if package.partition(".")[0] == "sentence_transformers" or type_ == QUANTIZER else None
 
@@ -223,7 +225,8 @@ def _read_tokenizer(reader: _Reader) -> dict:
         model.get("normalizer") != {"type": "NFC"} or steps != ["Sequence", "Split", "ByteLevel"]
     ):
         reader.problems.append(
-            f"{name} has tokenizer_class={config['tokenizer_class']!r}, but tokenizer.json another normalizer or pre-tokenizer"
+            f"{name} has tokenizer_class={config['tokenizer_class']!r}, but tokenizer.json another normalizer or "
+            "pre-tokenizer"
         )
     prefix, wanted = [*_find(model.get("pre_tokenizer"), "add_prefix_space")], config.get("add_prefix_space")
     if wanted is not None and any(not _same(x, wanted) for x in prefix or [False]):

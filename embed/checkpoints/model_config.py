@@ -1,4 +1,4 @@
-"""How a model folder says what its model is: config.json, read and written, and the files of sentence-transformers, written."""
+"""How a model folder says what its model is: config.json, read and written; sentence-transformers' files, written."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 DENSE, TANH = "sentence_transformers.base.modules.dense.Dense", "torch.nn.modules.activation.Tanh"
 QUANTIZER = "st_quantize.FlexibleQuantizer"
 
-# What our encoder computes: allowed values of fields that are an architecture of their own, the one of a missing field first.
+# What our encoder computes: allowed values of fields that could say otherwise, the one of a missing field first.
 ALLOWED = {name: (value,) for name, value in FIXED.items()} | {
     "is_causal": (True, False),
     "use_bidirectional_attention": (None, True, False),

@@ -126,8 +126,8 @@ class ModelFolder:
         """The parameter tree, float32 or bfloat16, one array after the other straight into its shards.
 
         `shardings` is a tree like the parameters', None for this process's first device. Beside the arrays themselves
-        no more is held than the blocks of one array that go to this process's devices. ValueError names a tensor that is not
-        finite, in that dtype; all processes of a mesh call this and learn it.
+        no more is held than the blocks of one array that go to this process's devices. ValueError names tensors that
+        are not finite in that dtype; all processes of a mesh call this and learn it.
         """
         abstract = names.flatten(abstract_params(self.config))
         if shardings is None:
@@ -146,7 +146,7 @@ class ModelFolder:
         return params
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The folder's tokenizer. ValueError if an encoder's adds tokens to each text: which is not done here."""
+        """The folder's tokenizer. ValueError if that of an encoder adds tokens to each text, which is not done here."""
         tokenizer = tokenizers.load(self.folder)
         if not self.causal and getattr(tokenizer, "adds_tokens", False):
             raise ValueError(f"{self.source}: tokenizer.json adds tokens to each text, which is not done here")

@@ -129,8 +129,9 @@ def _layer(stacked, layer):
 
 
 def check_finite(params: Mapping, source: str, prefix: str = "") -> None:
-    """ValueError that names the tensors, as in a model folder, that hold NaN or an infinity; `source` is where they come from.
+    """ValueError that names the tensors, as in a model folder, that hold NaN or an infinity.
 
+    `source` is where they come from, `prefix` what stands before their names.
     Arrays may be sharded over devices and processes; then all processes call this, and all learn it.
     """
     if not _is_finite(params):

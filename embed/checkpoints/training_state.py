@@ -262,7 +262,7 @@ def digest(folder, step: int) -> str:
 def load_params(folder, step: int, abstract_params):
     """The parameters of the checkpoint of `step`, laid out as the abstract tree says, on the first local device if it does not.
 
-    CheckpointError where they cannot be read, or are not those that were saved. ValueError where they are not finite.
+    CheckpointError where they cannot be read, or are not those that were saved; ValueError where they are not finite.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
