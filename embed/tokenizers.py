@@ -1,8 +1,8 @@
 """SentencePiece and Hugging Face tokenizers behind one small face. Encoding adds no special tokens.
 
 A text never yields a control token: the mask, the separator, the padding or any other special token. One that is
-written out in a text, "<|endoftext|>", is tokenized as the characters that it is, by both kinds of tokenizers. So no text
-can end a document, split a chunk or hide a token. In transformers that is `split_special_tokens=True`.
+written out in a text, "<|endoftext|>", is tokenized as the characters that it is, by both kinds of tokenizers. So no
+text can end a document, split a chunk or hide a token. In transformers that is `split_special_tokens=True`.
 """
 
 import hashlib
