@@ -83,8 +83,8 @@ def write_json(file, value) -> None:
 def read_json(file):
     """What `write_json` wrote. ValueError names a file that is not JSON."""
     try:
-        return json.loads(path(file).read_text())
-    except ValueError as error:
+        return json.loads(path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, IsADirectoryError) as error:  # or not UTF-8, or nested without end
         raise ValueError(f"{file} is not JSON ({error})") from None
 
 

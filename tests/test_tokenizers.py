@@ -1,7 +1,9 @@
+import io
 import json
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers as hf
 
 from embed import tokenizers
@@ -43,6 +45,85 @@ def test_control_tokens_have_fixed_ids_and_text_never_yields_them(split, plain):
         assert (tokenizer.mask_id, tokenizer.separator_id) == (2, 3)
         ids = np.concatenate(tokenizer.encode(["<mask> <sep> <pad> <unk>", "a<mask>b"]))
         assert not np.isin(ids, [0, 2, 3]).any()
+
+
+def bpe(folder, **changes):
+    """A byte-level BPE without a pre-tokenizer that cuts words, so that special tokens stand inside them."""
+    model = hf.Tokenizer(hf.models.BPE())
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = hf.decoders.ByteLevel()
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(TEXTS, hf.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    model.add_special_tokens(["<|end|>", "ing"])  # "ing" stands in words
+    model.add_tokens(["<tool>"])
+    fields = json.loads(model.to_str())
+    (folder / "tokenizer.json").write_text(json.dumps(fields | changes))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|end|>"}))
+    return folder
+
+
+def test_special_tokens_that_a_text_writes_out_are_plain_text_also_inside_words(tmp_path):
+    tokenizer = tokenizers.load(bpe(tmp_path))
+    end, ing = tokenizer.separator_id, tokenizer.separator_id + 1
+    for text in ("<|end|>", "a <|end|> b", "a<|end|><|end|>b", "singing", "ing"):
+        (ids,) = tokenizer.encode([text])
+        assert not {end, ing} & set(ids.tolist()) and tokenizer.decode(ids) == text
+    plain = bpe(tmp_path, added_tokens=[]) and hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a <|end|> singing", *TEXTS[:3]):  # as without any special token
+        np.testing.assert_array_equal(tokenizer.encode([text])[0], plain.encode(text).ids)
+
+
+def test_a_token_that_is_not_special_is_a_token_of_texts_until_it_is_the_mask_or_the_separator(tmp_path):
+    tokenizer = tokenizers.load(bpe(tmp_path))
+    (tool,) = tokenizer.encode(["<tool>"])[0]
+    for ids in (dict(mask_id=int(tool)), dict(mask_id=1000, separator_id=int(tool))):
+        config(tmp_path, **dict(separator_id=tokenizer.separator_id) | ids)
+        other = tokenizers.load(tmp_path)
+        (found,) = other.encode(["a <tool>"])
+        assert tool not in found and other.decode(found) == "a <tool>" and other.decode([tool]) == ""
+        assert other.digest != tokenizer.digest
+        for save in ("save", "save_for_transformers"):
+            (tmp_path / save).mkdir(exist_ok=True)
+            getattr(other, save)(tmp_path / save, *([None] if save != "save" else []))
+            assert tokenizers.load(tmp_path / save).digest == other.digest
+
+
+def test_a_control_token_that_the_vocabulary_itself_gives_to_texts_is_refused(huggingface, tmp_path):
+    config(huggingface, sep_token="file")
+    with pytest.raises(ValueError, match="the text 'file' yields the control token 'file': a separator, mask or other"):
+        tokenizers.load(huggingface)
+    config(huggingface, sep_token="[UNK]")
+    with pytest.raises(ValueError, match="the unknown token '.UNK.' cannot be the separator or the mask"):
+        tokenizers.load(huggingface)
+    fields = json.loads(bpe(tmp_path).joinpath("tokenizer.json").read_text())
+    fields["model"]["dropout"] = 0.1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="dropout=0.1 draws other tokens each time, expected null"):
+        tokenizers.load(tmp_path)
+
+
+def test_a_sentencepiece_model_whose_separator_is_no_control_symbol_is_refused(tmp_path):
+    model = io.BytesIO()
+    options = dict(vocab_size=60, hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, user_defined_symbols=["<mask>", "<sep>"], **options
+    )
+    (tmp_path / "spiece.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="spiece.model: the SentencePiece model has no control symbol '<mask>'"):
+        tokenizers.load(tmp_path)
+
+
+def test_what_is_no_unicode_text_is_refused_by_its_place(split, tmp_path):
+    for tokenizer in (split, tokenizers.load(bpe(tmp_path))):
+        with pytest.raises(
+            ValueError, match=r"^text 3 holds a lone surrogate U\+D800 at character 17: not valid Unicode"
+        ):
+            tokenizer.encode(["a", "b", "🙂", "x" * 17 + "\ud800", "\udc00"])
+        for wrong, shown in ((None, r"None \(NoneType"), (b"x", r"b'x' \(bytes"), (["x"], r"\['x'\] \(list")):
+            with pytest.raises(ValueError, match=f"^text 1 is {shown}"):
+                tokenizer.encode(["a", wrong])
+        with pytest.raises(ValueError, match="not one string"):
+            tokenizer.encode("a")
 
 
 def test_encoding_adds_nothing_and_an_empty_text_has_no_tokens(split):
@@ -106,7 +187,7 @@ def test_a_digest_knows_the_tokens_of_texts_and_nothing_of_how_a_file_is_written
     same = {**dict(reversed(fields.items())), "post_processor": None, "padding": None, "truncation": None}
     file.write_text(json.dumps(same, indent=4))
     assert tokenizers.load(huggingface).digest == digest
-    fields["pre_tokenizer"] = None
+    fields["pre_tokenizer"] = {"type": "BertPreTokenizer"}
     file.write_text(json.dumps(fields))
     assert tokenizers.load(huggingface).digest != digest
 
@@ -149,7 +230,7 @@ def test_the_mask_is_by_default_an_id_behind_the_vocabulary_that_no_text_yields(
     [
         (dict(sep_token="<m>", pad_token="<s>"), 3),
         (dict(sep_token=None, pad_token={"content": "<s>"}), 4),
-        (dict(eos_token="file"), 2),
+        (dict(eos_token="<s>"), 4),
     ],
 )
 def test_the_separator_of_a_folder_of_others_is_its_sep_or_pad_or_eos_token(huggingface, fields, separator):
@@ -162,9 +243,11 @@ def test_missing_and_wrong_files_are_named(huggingface, tmp_path):
         tokenizers.load(tmp_path / "nowhere")
     for fields, message in [
         (dict(separator_id=99), "separator_id = 99 is outside the vocabulary of 5 tokens"),
-        (dict(separator_id=4, mask_id=-1), "mask_id = -1 must be 0 or more"),
+        (dict(separator_id=4, mask_id=-1), "mask_id = -1 must be in 0..2147483647"),
+        (dict(separator_id=4, mask_id=10**30), "mask_id = 1000000000000000000000000000000 must be in 0..2147483647"),
         (dict(separator_id="4"), "has separator_id = '4', it must be an integer"),
-        (dict(pad_token="[PAD]"), "pad_token = '.PAD.', which is not in the vocabulary"),
+        (dict(pad_token="[PAD]"), "the separator '.PAD.', which tokenizer_config.json names, is not in the vocabulary"),
+        (dict(sep_token=[3]), "has sep_token = .3., it must be a token"),
         (dict(mask_id=3), "names no separator: it has none of separator_id, sep_token, pad_token, eos_token"),
     ]:
         config(huggingface, **fields)
@@ -174,5 +257,10 @@ def test_missing_and_wrong_files_are_named(huggingface, tmp_path):
     with pytest.raises(FileNotFoundError, match="it must say what separates chunks"):
         tokenizers.load(huggingface)
     (tmp_path / "sentencepiece.model").write_bytes(b"nonsense")
+    with pytest.raises(
+        ValueError, match="holds sentencepiece.model and tokenizer.json: which one is meant is not clear"
+    ):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="not a SentencePiece model"):
         tokenizers.load(tmp_path)

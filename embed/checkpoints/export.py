@@ -51,12 +51,13 @@ def write(
     no limit); its tanh, if any, is not read. `tanh` has programs give tanh(v), what int8 training saw, for a float32 vector v.
     `provenance` is a JSON object (see `card`), to which commit and versions are added where it has none.
 
-    ValueError lists everything that is wrong, before anything is written; a tensor that is not finite is named when it is met.
+    ValueError lists everything that is wrong, or the tensors that are not finite, before anything is written.
     """
     config, params = encoder_only(config, params)
     embedding = {**embedding, "tanh": tanh}
     _check(folder, params, config, tokenizer, embedding, format)
     check_replaceable(folder)
+    names.check_finite(params, f"the model for {folder}")
     provenance = made_with() | dict(provenance)
     if format == "onnx":
         params, stream = jax.tree.map(names.fetch, params), iter(())
@@ -149,8 +150,6 @@ def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tup
         for _ in wanted:
             name, tensor = next(stream)
             shard[name] = np.ascontiguousarray(tensor, np.float32)
-            if not np.isfinite(shard[name]).all():
-                raise ValueError(f"tensor {name} is not finite: nothing was exported")
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(shard, file)
     if len(files) > 1:

@@ -1,20 +1,29 @@
-"""How a model folder says what its model is: config.json and the files of sentence-transformers, read and written."""
+"""How a model folder says what its model is: config.json, read and written; sentence-transformers' files, written."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 from embed.checkpoints.names import CONFIG, FIELDS, FIXED, PPLX
 from embed.models.transformer import TransformerConfig
 
-# Modules of sentence-transformers that change nothing of a vector but its length or its precision.
-MODULES = ("Transformer", "Pooling", "Normalize", "FlexibleQuantizer")
 # Where sentence-transformers finds its Transformer module. The same class is at home in base.modules, but that path exists in 5.4
 # to 5.6 as well, which allow a transformers that ignores is_causal. This one exists from 6.0: older releases fail.
 TRANSFORMER = "sentence_transformers.multi_vector_encoder.model.Transformer"
 POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 DENSE, TANH = "sentence_transformers.base.modules.dense.Dense", "torch.nn.modules.activation.Tanh"
 QUANTIZER = "st_quantize.FlexibleQuantizer"
+
+# What our encoder computes: allowed values of fields that could say otherwise, the one of a missing field first.
+ALLOWED = {name: (value,) for name, value in FIXED.items()} | {
+    "is_causal": (True, False),
+    "use_bidirectional_attention": (None, True, False),
+    "tie_word_embeddings": (False, True),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "quantization": (None,),
+    "per_layer_config": (None, {}),
+    "transformers_weights": (None,),  # another file of weights
+}
 
 
 def read(fields) -> tuple[TransformerConfig | None, list[str]]:
@@ -23,30 +32,36 @@ def read(fields) -> tuple[TransformerConfig | None, list[str]]:
     if kind not in ("qwen3", PPLX):
         return None, [f"config.json has model_type {kind!r}, expected qwen3 or {PPLX}"]
     problems, values = [], {}
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope, scaling = fields.get("rope_parameters"), fields.get("rope_scaling")
+    if rope and scaling and rope != scaling:  # transformers takes the latter alone, older ones the former
+        problems.append(f"config.json has rope_scaling={scaling!r} beside other rope_parameters={rope!r}, expected one")
+    rope = scaling or rope or {}
     if not isinstance(rope, dict):
         problems.append(f"config.json has rope parameters {rope!r}, expected an object")
         rope = {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.keys() - {"rope_type", "type", "rope_theta"}:
+    kinds = [rope[name] for name in ("rope_type", "type") if name in rope]
+    if any(kind != "default" for kind in kinds) or rope.keys() - {"rope_type", "type", "rope_theta"}:
         problems.append(f"config.json has rope parameters {rope!r}, expected rope_type 'default'")
-    thetas = {x for x in (fields.get("rope_theta"), rope.get("rope_theta")) if x is not None}
-    if len(thetas) > 1:
-        problems.append(f"config.json has two values of rope_theta, {sorted(thetas, key=str)}")
+    thetas = [x for x in (fields.get("rope_theta"), rope.get("rope_theta")) if x is not None]
+    if any(theta != thetas[0] for theta in thetas):
+        problems.append(f"config.json has two values of rope_theta, {thetas}")
     named = {ours: (theirs, fields.get(theirs)) for ours, theirs in FIELDS.items()}
     named["rope_theta"] = "rope_theta", next(iter(thetas), None)
     for ours, (theirs, value) in named.items():
         whole = ours not in ("norm_eps", "rope_theta")
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < float("inf"):
+        if not number or not 0 < value < (2**31 if whole else float("inf")):
             problems.append(f"config.json has {theirs}={value!r}, expected a positive {'whole ' * whole}number")
         values[ours] = value
-    for name, expected in FIXED.items():
-        if (value := fields.get(name, expected)) != expected:
-            problems.append(f"config.json has {name}={value!r}, expected {expected!r}")
-    layers = fields.get("layer_types") or []
-    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        problems.append(f"config.json has layer_types {layers!r:.80}, expected full_attention alone")
+    for name, allowed in ALLOWED.items():
+        value = fields.get(name, allowed[0])
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            problems.append(f"config.json has {name}={value!r:.80}, expected {' or '.join(repr(x) for x in allowed)}")
+    layers = fields.get("layer_types")
+    full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
+    if layers is not None and not (full and len(layers) == values["num_layers"]):
+        problems.append(f"config.json has layer_types {layers!r:.80}, expected full_attention alone, one a layer")
+    problems += _causal_problems(fields)
     if problems:
         return None, problems
     try:
@@ -55,48 +70,19 @@ def read(fields) -> tuple[TransformerConfig | None, list[str]]:
         return None, [f"config.json: {error}"]
 
 
-def read_embedding(fields: dict, folder: Path) -> tuple[dict, list[str]]:
-    """How texts become vectors in a folder of others, and what of it is not done here.
-
-    The separator is that of the released contextual models (arXiv 2602.11151); the files of sentence-transformers, where they
-    are, must say mean pooling and nothing beyond.
-    """
-    model = fields.get("auto_map")
-    model = model.get("AutoModel") if isinstance(model, dict) else ""
-    tokenizer = _json(folder / "tokenizer_config.json") or {}
-    limits = [fields.get("max_position_embeddings"), tokenizer.get("model_max_length")]
-    limits += [(_json(folder / "sentence_bert_config.json") or {}).get("max_seq_length")]
-    limits = [n for n in limits if isinstance(n, int) and not isinstance(n, bool) and 0 < n < 10**9]
-    contextual = "Contextual" in str(model)
-    embedding = {"matryoshka": [], "separator": contextual, "contextual": contextual, "tanh": False}
-    embedding["max_length"] = min(limits, default=None)
-    problems = []
-    modules = _json(folder / "modules.json")
-    for module in [m for m in modules if isinstance(m, dict)] if isinstance(modules, list) else []:
-        if str(module.get("type")).rpartition(".")[2] not in MODULES:
-            problems.append(f"modules.json has {module.get('type')}, expected no other than {', '.join(MODULES)}")
-        if "Pooling" in str(module.get("type")):
-            pooling = _json(folder / str(module.get("path")) / "config.json") or {}
-            modes = {
-                k.removeprefix("pooling_mode_") for k, on in pooling.items() if k.startswith("pooling_mode_") and on
-            }
-            modes |= {pooling["pooling_mode"]} if "pooling_mode" in pooling else set()
-            if not modes <= {"mean", "mean_tokens"}:
-                problems.append(f"{module.get('path')}/config.json pools by {sorted(modes)}, expected the mean")
-    prompts = _json(folder / "config_sentence_transformers.json") or {}
-    if prompt := (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")):
-        problems.append(
-            f"config_sentence_transformers.json puts the prompt {prompt!r} before texts, which is not done here"
-        )
-    return embedding, problems
+def is_causal(fields: Mapping) -> bool:
+    """Whether a config.json is that of a causal language model."""
+    return fields["model_type"] != PPLX and fields.get("is_causal", True)
 
 
-def _json(path: Path):
-    """A JSON file's content, None where there is none or it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _causal_problems(fields: Mapping) -> list[str]:
+    causal, both = is_causal(fields), fields.get("use_bidirectional_attention")
+    if both is not None and both is causal:
+        kind = "a causal model" if causal else "an encoder"
+        return [f"config.json has use_bidirectional_attention={both!r}, but model_type and is_causal say {kind}"]
+    if fields["model_type"] == PPLX and fields.get("is_causal", False):
+        return [f"config.json has is_causal=True, but {PPLX} is an encoder"]
+    return []
 
 
 def documents(config: TransformerConfig, format: str, embedding: Mapping, end_id: int) -> dict[str, object]:

@@ -26,8 +26,8 @@ import numpy as np
 import safetensors
 
 from embed import paths, tokenizers
-from embed.checkpoints import model_config, names, settings
-from embed.checkpoints.names import CONFIG, INDEX, INPUTS, NAMES, PPLX
+from embed.checkpoints import foreign, model_config, names, settings
+from embed.checkpoints.names import CONFIG, INDEX, INPUTS, NAMES, WEIGHTS
 from embed.models.transformer import TransformerConfig, abstract_params
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -126,7 +126,8 @@ class ModelFolder:
         """The parameter tree, float32 or bfloat16, one array after the other straight into its shards.
 
         `shardings` is a tree like the parameters', None for this process's first device. Beside the arrays themselves
-        no more is held than the blocks of one array that go to this process's devices.
+        no more is held than the blocks of one array that go to this process's devices. ValueError names tensors that
+        are not finite in that dtype; all processes of a mesh call this and learn it.
         """
         abstract = names.flatten(abstract_params(self.config))
         if shardings is None:
@@ -140,18 +141,23 @@ class ModelFolder:
                 return self._block(name, shape, index, dtype)
 
             arrays[name] = jax.make_array_from_callback(leaf.shape, shardings[name], read)
-        return names.unflatten(arrays)
+        params = names.unflatten(arrays)
+        names.check_finite(params, self.source, self.prefix)
+        return params
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The folder's tokenizer."""
-        return tokenizers.load(self.folder)
+        """The folder's tokenizer. ValueError if that of an encoder adds tokens to each text, which is not done here."""
+        tokenizer = tokenizers.load(self.folder)
+        if not self.causal and getattr(tokenizer, "adds_tokens", False):
+            raise ValueError(f"{self.source}: tokenizer.json adds tokens to each text, which is not done here")
+        return tokenizer
 
     @functools.cached_property
     def digest(self) -> str:
         """sha256 (hex) over weights, tokenizer and settings: all that changes a vector."""
         files = self.exported
         if files is None:
-            pooling = [str(path.relative_to(self.folder)) for path in self.folder.glob("*_*/config.json")]
+            pooling = [str(path.relative_to(self.folder)) for path in self.folder.glob("*/config.json")]
             there = [name for name in settings.READ if (self.folder / name).is_file()]
             files = settings.digests(self.folder, {*there, *pooling, *(f.name for f in self.tensors.values())})
         how = {name: value for name, value in self.embedding.items() if name != "matryoshka"}
@@ -205,17 +211,18 @@ def _open(source: str, folder: Path) -> ModelFolder:
 
 def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolder:
     """A folder with `document`, its embed.json, or as somebody else's."""
-    try:
-        fields = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON ({error})") from None
+    fields = paths.read_json(folder / CONFIG)
     config, problems = model_config.read(fields)
-    causal = bool(config) and fields["model_type"] != PPLX and fields.get("is_causal", True) is not False
+    causal = bool(config) and model_config.is_causal(fields)
+    if (folder / foreign.ADAPTER).is_file():
+        problems.append(f"{foreign.ADAPTER} is an adapter, which is not applied here: merge it into the weights")
     if document is not None:
         embedding = document.get("embedding")
         problems += [f"{settings.FILE}: {p}" for p in settings.problems(embedding, config)] if config else []
     else:
-        embedding, how_problems = model_config.read_embedding(fields if isinstance(fields, dict) else {}, folder)
+        embedding, how_problems = foreign.read_embedding(
+            fields if isinstance(fields, dict) else {}, folder, config and config.hidden_size
+        )
         problems += [] if causal else how_problems  # how a causal model's texts become vectors is not taken over
     files, file_problems = _tensor_files(folder)
     problems += file_problems
@@ -266,9 +273,11 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
 def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:
     if (index := folder / INDEX).is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = sorted(set(paths.read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
             return [], [f"{INDEX} has no weight_map"]
+        if WEIGHTS not in files and (folder / WEIGHTS).is_file():  # which transformers would read
+            return [], [f"{INDEX} does not name {WEIGHTS}, which is there too: remove one of them"]
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     outside = [
@@ -289,6 +298,8 @@ def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig, prefix: str) -> list[str]:
+    if config.num_layers > len(shapes):  # before so many layers are listed
+        return [f"config.json has num_hidden_layers={config.num_layers}, but there are {len(shapes)} tensors"]
     expected = names.shapes(config, prefix)
     problems = [f"tensor {name} is missing" for name in expected if name not in shapes]
     problems += [f"tensor {name} is not part of this architecture" for name in sorted(shapes.keys() - expected.keys())]

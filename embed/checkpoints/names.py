@@ -127,3 +127,20 @@ def fetch(array, layer: int | None = None) -> np.ndarray:
 @jax.jit
 def _layer(stacked, layer):
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def check_finite(params: Mapping, source: str, prefix: str = "") -> None:
+    """ValueError that names the tensors, as in a model folder, that hold NaN or an infinity.
+
+    `source` is where they come from, `prefix` what stands before their names.
+    Arrays may be sharded over devices and processes; then all processes call this, and all learn it.
+    """
+    if not _is_finite(params):
+        wrong = [name for name, tensor in tensors(params, prefix) if not np.isfinite(tensor).all()]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{source} has weights that are not finite: {', '.join(wrong[:3])}{more}")
+
+
+@jax.jit
+def _is_finite(params):
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from embed.checkpoints.names import flatten
 from embed.models.transformer import TransformerConfig
 
 FILE, DATA = "onnx/model.onnx", "model.onnx_data"  # the names that transformers.js and sentence-transformers expect
@@ -57,10 +56,6 @@ def build(params: Mapping, config: TransformerConfig):
         import onnx
     except ImportError:
         raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'") from None
-
-    for name, value in flatten(params).items():
-        if not np.isfinite(value).all():
-            raise ValueError(f"parameter {name} is not finite: nothing was exported")
 
     D, H, K, d = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     if D % 8:

@@ -15,20 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from embed import paths
+from embed.checkpoints import foreign
 from embed.checkpoints.names import CONFIG, INDEX, TOKENIZER_FILES
 from embed.models.transformer import TransformerConfig
 
 FILE, CARD = "embed.json", "README.md"
 EMBEDDING = ("matryoshka", "separator", "contextual", "tanh", "max_length")
 # What is read of a folder beside its weights and what lies in the folders of modules.
-READ = (
-    CONFIG,
-    INDEX,
-    *TOKENIZER_FILES,
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)
+READ = (CONFIG, INDEX, *TOKENIZER_FILES, *foreign.FILES)
 
 
 def problems(embedding, config: TransformerConfig) -> list[str]:
@@ -79,8 +73,9 @@ def read(folder) -> dict | None:
     if not file.exists():
         return None
     document = paths.read_json(file)
-    if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
-        raise ValueError(f"{file} is not what `embed export` writes: it has no files")
+    for name in ("files", "provenance"):
+        if not isinstance(document, dict) or not isinstance(document.get(name), dict):
+            raise ValueError(f"{file} is not what `embed export` writes: it has no {name}")
     return document
 
 

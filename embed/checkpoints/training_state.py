@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from embed import paths
+from embed.checkpoints import names
 
 
 class CheckpointError(OSError):
@@ -266,7 +267,7 @@ def load_params(folder, step: int, abstract_params):
     """The parameters of the checkpoint of `step`, with the shapes, dtypes and shardings of the abstract tree.
 
     An array without a sharding goes to the first local device. CheckpointError if they cannot be read or their checksum
-    differs.
+    differs; ValueError if they are not finite.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
@@ -284,6 +285,7 @@ def load_params(folder, step: int, abstract_params):
     elif int(checksum(restored["params"])) != checksums["params"]:
         error = CheckpointError("its checksum is wrong")
     else:
+        names.check_finite(restored["params"], f"checkpoint {step} under {folder}")
         return restored["params"]
     raise CheckpointError(
         f"checkpoint {step} under {folder} cannot be read: {_first_line(error)}. If it is damaged, train that stage "

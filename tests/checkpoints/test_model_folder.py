@@ -15,7 +15,7 @@ import small
 from huggingface_hub.utils import filter_repo_objects
 from small import edit_config, random_params
 
-from embed import inference, tokenizers
+from embed import inference, runs, tokenizers
 from embed.checkpoints import model_folder, names, settings
 from embed.models import transformer
 
@@ -180,36 +180,6 @@ def test_everything_that_is_wrong_is_listed_in_one_error(folder):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "fields, message",
-    [
-        (dict(model_type="llama"), "model_type 'llama', expected qwen3 or bidirectional_pplx_qwen3"),
-        (dict(hidden_act="gelu"), "hidden_act='gelu', expected 'silu'"),
-        (dict(attention_bias=True), "attention_bias=True, expected False"),
-        (
-            dict(rope_parameters=None, rope_scaling={"type": "yarn", "factor": 4.0}),
-            "rope parameters .*yarn.*, expected",
-        ),
-        (
-            dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
-            "rope parameters .*yarn.*, expected rope_type",
-        ),
-        (dict(rope_parameters={"rope_theta": 5e6}), "two values of rope_theta, .10000.0, 5000000.0."),
-        (dict(rope_parameters=[1]), "rope parameters .1., expected an object"),
-        (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types .*sliding_attention.*, expected"),
-        (dict(layer_types=3), "layer_types 3, expected full_attention alone"),
-        (dict(num_hidden_layers=0), "num_hidden_layers=0, expected a positive whole number"),
-        (dict(num_hidden_layers=2.0), "num_hidden_layers=2.0, expected a positive whole number"),
-        (dict(rms_norm_eps=float("inf")), "rms_norm_eps=inf, expected a positive number"),
-        (dict(num_attention_heads=3, num_key_value_heads=2), "num_heads=3 must be a multiple of num_kv_heads=2"),
-    ],
-)
-def test_another_architecture_is_refused(fields, message, folder):
-    edit_config(folder, **fields)
-    with pytest.raises(ValueError, match=message):
-        model_folder.open_model(folder)
-
-
 def test_truncated_files_pickles_and_paths_that_leave_the_folder_are_refused(folder, causal):
     path = causal / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -228,6 +198,45 @@ def test_truncated_files_pickles_and_paths_that_leave_the_folder_are_refused(fol
     (causal / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="no .safetensors file; pytorch_model.bin is a pickle"):
         model_folder.open_model(causal)
+
+
+def test_an_adapter_and_weights_that_transformers_would_rather_read_are_refused(folder, causal):
+    write_json(causal / "adapter_config.json", {"peft_type": "LORA"})
+    with pytest.raises(ValueError, match="adapter_config.json is an adapter, which is not applied here: merge it into"):
+        model_folder.open_model(causal)
+    (causal / "adapter_config.json").unlink()
+    shutil.copy(folder / "model.safetensors", causal)
+    with pytest.raises(ValueError, match="index.json does not name model.safetensors, which is there too: remove one"):
+        model_folder.open_model(causal)
+
+
+@pytest.mark.parametrize("value, kind", [(np.nan, np.float32), (np.inf, np.float16), (-np.inf, ml_dtypes.bfloat16)])
+def test_a_weight_that_is_not_finite_is_refused_by_the_name_of_its_tensor(value, kind, folder, causal, config):
+    def spoil(arrays, name):
+        arrays[name] = arrays[name].copy()
+        arrays[name].flat[-1] = value
+        return arrays
+
+    rewrite(folder, lambda t: spoil(t, "layers.1.mlp.down_proj.weight"), kind)
+    with pytest.raises(ValueError, match=r"copy has weights that are not finite: layers.1.mlp.down_proj.weight$"):
+        inference.load(folder)
+    with pytest.raises(ValueError, match=r"not finite: layers.1.mlp.down_proj.weight$"):
+        merge(folder, folder)
+    file = causal / "model-00001-of-00002.safetensors"
+    safetensors.numpy.save_file(spoil(safetensors.numpy.load_file(file), "model.embed_tokens.weight"), file)
+    with pytest.raises(ValueError, match=r"not finite: model.embed_tokens.weight$"):
+        model_folder.open_model(causal).params()
+
+
+def merge(*folders):
+    return runs.merged("merged", *(runs.model_checkpoint(str(folder), None) for folder in folders), 0.5).params()
+
+
+def test_a_weight_that_the_dtype_of_the_computation_cannot_hold_is_refused(folder):
+    rewrite(folder, lambda t: {**t, "norm.weight": np.full_like(t["norm.weight"], np.finfo(np.float32).max)})
+    assert np.isfinite(model_folder.open_model(folder).params()["norm"]).all()
+    with pytest.raises(ValueError, match="not finite: norm.weight$"):
+        model_folder.open_model(folder).params(dtype=ml_dtypes.bfloat16)
 
 
 def test_a_hub_id_is_found_in_the_cache_without_a_network(encoder_folder, tmp_path):
@@ -303,54 +312,6 @@ def write_json(path, content):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    "file, content, message",
-    [
-        (
-            "1_Pooling/config.json",
-            {"pooling_mode": "lasttoken"},
-            "1_Pooling/config.json pools by .'lasttoken'., expected",
-        ),
-        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pools by .'cls_token'., expected the mean"),
-        (
-            "modules.json",
-            [{"type": "sentence_transformers.models.Dense"}],
-            "has sentence_transformers.models.Dense, exp",
-        ),
-        (
-            "config_sentence_transformers.json",
-            {"prompts": {"q": "Query: "}, "default_prompt_name": "q"},
-            "'Query: ' before",
-        ),
-    ],
-)
-def test_a_folder_that_makes_its_vectors_otherwise_is_refused(folder, file, content, message):
-    assert inference.load(folder).max_length == 32768
-    write_json(folder / file, content)
-    with pytest.raises(ValueError, match=message):
-        inference.load(folder)
-
-
-def test_a_tokenizer_that_adds_tokens_and_a_shorter_limit_are_heard(folder):
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    write_json(folder / "tokenizer_config.json", config | {"model_max_length": 8})
-    assert inference.load(folder).max_length == 8
-    model = json.loads((folder / "tokenizer.json").read_text())
-    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    model["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
-        "pair": [],
-        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
-    }
-    write_json(folder / "tokenizer.json", model)
-    with pytest.raises(ValueError, match="tokenizer.json adds tokens to each text"):
-        inference.load(folder)
-    (folder / "tokenizer_config.json").write_text('{"model_max')
-    with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
-        inference.load(folder)
-
-
 def test_what_a_hub_repository_is_filtered_to_is_all_that_load_needs(encoder_folder, tmp_path):
     tanh = small.write_model(tmp_path / "tanh", tanh=True)
     for source in (encoder_folder, tanh):
@@ -413,8 +374,12 @@ def test_files_that_change_no_vector_may_be_added(exported):
     [
         ("{", "embed.json is not JSON"),
         ("[]", "embed.json is not what `embed export` writes: it has no files"),
-        ('{"files": {}, "embedding": 3}', "embedding is 3, expected an object"),
-        ('{"files": {}, "embedding": {"separator": 1}}', "embedding lacks matryoshka; .*lacks contextual"),
+        ('{"files": {}, "provenance": 3}', "it has no provenance"),
+        ('{"files": {}, "provenance": {}, "embedding": 3}', "embedding is 3, expected an object"),
+        (
+            '{"files": {}, "provenance": {}, "embedding": {"separator": 1}}',
+            "embedding lacks matryoshka; .*lacks contextual",
+        ),
     ],
 )
 def test_a_wrong_embed_json_is_one_sentence(document, message, exported):

@@ -18,8 +18,9 @@ from embed import cli, inference, tokenizers
 from embed.checkpoints import onnx
 from embed.models import transformer
 
-# What SentencePiece takes for text and transformers' class for a symbol is no text here.
-SAMPLES = [*small.sentences(6, seed=5), *TEXTS]
+# With control tokens written out, also inside words: they are plain text.
+WRITTEN_OUT = ["a <sep> b<mask>c <pad>", "of<|endoftext|> the <|endoftext|>", "<|endoftext|>"]
+SAMPLES = [*small.sentences(6, seed=5), *TEXTS, *WRITTEN_OUT]
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "tokenizer.json"])

@@ -150,6 +150,19 @@ def test_parameters_that_are_damaged_start_no_other_stage(tmp_path, unbroken, da
         load(tmp_path / "run")
 
 
+def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_the_names_of_the_tensors(tmp_path):
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), transformer.abstract_params(MODEL))
+    params["layers"]["gate"][1, 0, 0] = np.inf
+    params["norm"][0] = np.nan
+    with training_state.open_manager(tmp_path / "checkpoints", save_every=1, keep=1) as manager:
+        training_state.save(manager, 12, jax.tree.map(jnp.asarray, params))
+    said = (
+        "checkpoint 12 under .*checkpoints has weights that are not finite: layers.1.mlp.gate_proj.weight, norm.weight$"
+    )
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path)
+
+
 def test_a_bit_that_the_files_own_checks_do_not_see_is_seen_by_the_checksum(tmp_path, interrupted):
     shutil.copytree(interrupted, tmp_path / "run")
     sums = tmp_path / "run" / "checkpoints" / "10" / "checksums"
