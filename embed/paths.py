@@ -150,7 +150,7 @@ def _check_output(target, is_ours: Callable | None, overwrite: bool) -> None:
         if found.is_dir() or not (is_bucket(found) or found.parent.is_dir()):
             raise ValueError(f"{target} must be a file in a folder that exists")
         occupied = found.exists()
-        if occupied and not found.is_file():
+        if occupied and not is_bucket(found) and not os.path.isfile(found):
             raise ValueError(f"{target} is neither a file nor a folder: choose another path")
     else:
         if found.exists() and not found.is_dir():
