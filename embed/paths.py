@@ -109,7 +109,10 @@ def read_json(file):
 def is_empty(folder) -> bool:
     """Whether nothing is there, or a folder without content."""
     folder = path(folder)
-    return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
+    try:
+        return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
+    except FileNotFoundError:  # another process has just moved it away
+        return True
 
 
 def files(folder) -> dict[str, epath.Path]:
@@ -150,10 +153,10 @@ def _check_output(target, is_ours: Callable | None, overwrite: bool) -> None:
         if found.is_dir() or not (is_bucket(found) or found.parent.is_dir()):
             raise ValueError(f"{target} must be a file in a folder that exists")
         occupied = found.exists()
-        if occupied and not is_bucket(found) and not os.path.isfile(found):
+        if occupied and not is_bucket(found) and not os.path.isfile(found):  # epath takes a device for a file
             raise ValueError(f"{target} is neither a file nor a folder: choose another path")
     else:
-        if found.exists() and not found.is_dir():
+        if found.is_file() if is_bucket(found) else os.path.isfile(found):
             raise ValueError(f"{target} must be a folder, but it is a file")
         occupied = not is_empty(found)
         if occupied and not is_partial(found) and not is_ours(found):
