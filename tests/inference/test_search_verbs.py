@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -256,3 +260,19 @@ def test_tables_that_no_terminal_shows_are_not_cut(model, tmp_path, capsys):
     output = tmp_path / ("long" * 40)
     assert cli.main(["encode", f"--model={model}", "--text=the", f"--output={output}"]) == 0
     assert capsys.readouterr().out.endswith(f"written to {output}\n")
+
+
+def test_the_commands_of_the_page_run_as_written(model, corpus, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    commands = re.search(r"```bash\n(.*?)```", page, re.S)[1].splitlines()
+    shutil.copy(corpus, tmp_path / "corpus.jsonl")
+    data = tmp_path / "set"
+    data.mkdir()
+    (data / "corpus.jsonl").write_text(json.dumps({"_id": "c", "text": "the"}))
+    (data / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "a"}))
+    (data / "qrels.jsonl").write_text(json.dumps({"query-id": "q", "corpus-id": "c", "score": 1}))
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        arguments = shlex.split(command.replace("MODEL", model).replace("SET", "set"))
+        assert arguments[0] == "embed" and cli.main(arguments[1:]) == 0, command
+    assert len(commands) == 6
