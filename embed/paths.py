@@ -45,7 +45,7 @@ def path(name) -> epath.Path:
 
 
 def resolve(name) -> epath.Path:
-    """`path`, but what a symbolic link leads to instead of the link. ValueError for a link that leads back to itself."""
+    """`path`, but what a symbolic link leads to. ValueError for a link that leads back to itself."""
     found = path(name)
     if is_bucket(found):
         return found
@@ -136,8 +136,9 @@ def is_partial(folder) -> bool:
 def check_output(target, *, is_ours: Callable | None = None, overwrite: bool = True) -> None:
     """Refuse a file, or with `is_ours` a folder, that could not be written: for before the work, not after it.
 
-    What is there already may be replaced only with `overwrite`, and a folder only if `is_ours(folder)` holds, which may also
-    raise a ValueError of its own. The folder of a file must exist; the parents of a folder are made when it is written.
+    What is there already may be replaced only with `overwrite`, and a folder only if `is_ours(folder)` holds, which
+    may also raise a ValueError of its own. The folder of a file must exist; the parents of a folder are made when it
+    is written.
     """
     try:
         _check_output(target, is_ours, overwrite)
@@ -178,9 +179,9 @@ def _aside(target, suffix: str = ".partial") -> dict:
 def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = True) -> Iterator[Path]:
     """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
 
-    `check_output` says what may be replaced; a block that is interrupted leaves it as it was. A symbolic link stays one. A bucket
-    gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where that is
-    interrupted, the folder is `is_partial` and may be replaced.
+    `check_output` says what may be replaced; a block that is interrupted leaves it as it was. A symbolic link stays
+    one. A bucket gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where
+    that is interrupted, the folder is `is_partial` and may be replaced.
     """
     check_output(folder, is_ours=is_ours, overwrite=overwrite)
     target = resolve(folder)
@@ -267,8 +268,9 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def lock(folder) -> Iterator[Callable[[], None]]:
-    """Hold a folder or file for this process; BusyError where another holds it. It is free again when the process ends, however
-    it does.
+    """Hold a folder or file for this process; BusyError where another holds it.
+
+    It is free again when the process ends, however it does.
 
     Yields a function to be called before something is written: LeaseLostError where the folder is another's by now.
 

@@ -94,7 +94,7 @@ def differences(folder: Path, files: Mapping[str, str]) -> list[str]:
 
 
 def check_output(folder, overwrite: bool = True) -> None:
-    """ValueError unless an export may be written to `folder`: nothing is there or, with `overwrite`, nothing but an export."""
+    """ValueError unless an export may be written to `folder`: nothing is there or, with `overwrite`, an export."""
     paths.check_output(folder, is_ours=is_export, overwrite=overwrite)
 
 

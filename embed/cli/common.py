@@ -57,7 +57,7 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
 def _show_warning(message, category, *_) -> None:
     """A warning as one line, by process 0."""
     if not distributed.is_joined() or is_first():
-        print(f"embed: warning: {message}", file=sys.stderr)
+        print(f"embed: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _leave(code: int) -> NoReturn:
@@ -93,10 +93,11 @@ def add_output_arguments(parser: argparse.ArgumentParser, what: str, required: b
 def output(
     arguments: argparse.Namespace, inputs: Sequence[str | None] = (), is_ours: Callable | None = None
 ) -> Iterator[None]:
-    """Keep --output, a file or with `is_ours` a folder, for this command until the block ends; nothing where it is not given.
+    """Keep --output, a file or with `is_ours` a folder, for this command until the block ends, if it is given.
 
-    What could not be written at the end is refused now (`paths.check_output`), and so is what another command is writing, and a
-    path that is one of the `inputs` (files, model folders), lies inside one or holds one. After `join`: all processes call it.
+    What could not be written at the end is refused now (`paths.check_output`), and so is what another command is
+    writing, and a path that is one of the `inputs` (files, model folders), lies inside one or holds one. After
+    `join`: all processes call it.
     """
     from embed import runs
 

@@ -5,8 +5,8 @@
     score(rankings["int8"], data)                                  {"ndcg@10", "recall@10", "mrr@10", "recall@100"}
 
 A set is a folder with corpus.jsonl, queries.jsonl and qrels.jsonl in the layout of BEIR; where corpus rows name a
-`document` and their position in it (`chunk`), they are the chunks of that document, in order. Rows are read as in every verb
-(`embed.inference.index.read_rows`, docs/search.md).
+`document` and their position in it (`chunk`), they are the chunks of that document, in order. Rows are read as in
+every verb (`embed.inference.index.read_rows`, docs/search.md).
 """
 
 import math
@@ -163,7 +163,10 @@ def embed_set(
 def rank(
     encoder: Encoder, data: RetrievalSet, precisions: Sequence[str], *, depth: int = DEPTH, **keywords
 ) -> dict[str, np.ndarray]:
-    """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}; encodes once (`embed_set`, with `keywords`)."""
+    """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}.
+
+    Texts are encoded once, with `keywords` as in `embed_set`.
+    """
     queries, corpus = embed_set(encoder, data, **keywords)
     empty = np.flatnonzero(~corpus.any(1))
     return {

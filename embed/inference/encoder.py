@@ -64,9 +64,9 @@ def quantize(
 ) -> np.ndarray:
     """Pooled float32 vectors [..., D] in another precision: the prefix first, then `normalize`, then bits.
 
-    float32 [..., D], with `tanh` tanh(v); int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits of v >= 0, the first
-    dimension highest; binary int8 [..., D/8] = ubinary - 128, as sentence-transformers has it. NotFiniteError for a vector that
-    is not finite, which int8 and bits would hide.
+    float32 [..., D], with `tanh` tanh(v); int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits
+    of v >= 0, the first dimension highest; binary int8 [..., D/8] = ubinary - 128, as sentence-transformers has it.
+    NotFiniteError for a vector that is not finite, which int8 and bits would hide.
     """
     check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
     pooled = jnp.asarray(pooled)
@@ -145,12 +145,12 @@ class Encoder:
     ) -> np.ndarray:
         """One vector a text, in the order of the texts; a single str gives a single vector.
 
-        Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or binary int8 / ubinary uint8 [N, D/8].
-        `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for float32
-        alone. `batch_tokens` is the size of a batch in tokens (None: for each device that has rows of its own 4,096 on CPU,
-        65,536 on accelerators); it changes no result. A text longer than `max_length` is an error, or with `truncate=True` is cut with a
-        warning. A text without tokens is an error, and so is a vector that is not finite (NotFiniteError). Errors call a text by
-        its index, or as `names` say, one a text.
+        Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or packed bits [N, D/8], binary int8
+        or ubinary uint8. `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for
+        float32 alone. `batch_tokens` is the size of a batch in tokens (None: for each device that has rows of its own
+        4,096 on CPU, 65,536 on accelerators); it changes no result. A text longer than `max_length` is an error, or
+        with `truncate=True` is cut with a warning. A text without tokens is an error, and so is a vector that is not
+        finite (NotFiniteError). Errors call a text by its index, or as `names` say, one a text.
         """
         if isinstance(texts, str):
             return self.encode(
@@ -240,7 +240,7 @@ class Encoder:
         show_progress_bar: bool = False,
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """The vectors of all spans of the segments of `fit_documents`, in order: [spans, D], keywords as in `encode`."""
+        """Vectors of all spans of the segments of `fit_documents`, in order: [spans, D]; keywords as in `encode`."""
         name = _namer("document", names)
         return self._embed(segments, name, precision, truncate_dim, False, batch_tokens, show_progress_bar)
 
@@ -288,8 +288,8 @@ class Encoder:
             slots = list(zip(members, packed.span_slots()))
             if bad := sorted(i for i, slot in slots if not finite[slot : slot + segments[i].num_spans].all()):
                 raise NotFiniteError(
-                    f"the vector of {name(bad[0])} is not finite (NaN or infinity), and so are those of {len(bad)} of the "
-                    f"{len(members)} in its batch: the model's weights are broken, or its activations overflow"
+                    f"the vector of {name(bad[0])} is not finite (NaN or infinity), and so are those of {len(bad)} of "
+                    f"the {len(members)} in its batch: the model's weights are broken, or its activations overflow"
                 )
             for i, slot in slots:
                 out[first[i] : first[i + 1]] = vectors[slot : slot + segments[i].num_spans]
@@ -337,7 +337,7 @@ def _namer(noun: str, names: Sequence[str] | None = None) -> Callable[[int], str
 
 
 def _check_memory(lowered, name: str, segment: Segment) -> None:
-    """TooLongError if the program of a text's row needs more memory than the device has; the first batch has the longest row."""
+    """TooLongError if the program of a text's row needs more memory than the device has."""
     analysis = lowered.compile().memory_analysis()
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     statistics = jax.local_devices()[0].memory_stats() or {}
@@ -352,8 +352,8 @@ def _check_memory(lowered, name: str, segment: Segment) -> None:
 
 def _too_long(name: str, segment: Segment, why: str) -> str:
     return (
-        f"{name} has {len(segment.tokens):,} tokens, too many for the memory of this machine ({why}): shorten it, or cut it with "
-        f"truncate=True and a max_length (--truncate --max_length=N)"
+        f"{name} has {len(segment.tokens):,} tokens, too many for the memory of this machine ({why}): shorten it, "
+        f"or cut it with truncate=True and a max_length (--truncate --max_length=N)"
     )
 
 

@@ -63,10 +63,10 @@ class Index:
     ):
         """`vectors` as `Encoder.encode` gives them in `precision`. The rest is kept for whoever shows results.
 
-        `ids` (default "0", "1", …) and `texts` are one a vector. `empty` are the indices of the vectors that stand for no text
-        and are never found; by default those that are zero, and of packed bits, which do not show it, none. `truncate_dim`,
-        `model` ({"path", "digest"}), the longest text that was taken whole (`max_length`) and how many were `cut` say
-        how the vectors were made.
+        `ids` (default "0", "1", …) and `texts` are one a vector. `empty` are the indices of the vectors that stand
+        for no text and are never found; by default those that are zero, and of packed bits, which do not show it,
+        none. `truncate_dim`, `model` ({"path", "digest"}), the longest text that was taken whole (`max_length`) and
+        how many were `cut` say how the vectors were made.
         """
         self.vectors = _checked(vectors, precision, "stored vectors")
         if not len(self.vectors):
@@ -95,8 +95,8 @@ class Index:
         """The k best vectors of each query, best first: scores [Q, k] and their indices int32 [Q, k].
 
         `queries` [Q, D] in the index's precision. Scores are float32 cosines, or minus the number of differing bits
-        (int32). Of equal scores the lower index comes first. An empty vector is never found: k larger than what can be found gives
-        all of that. All devices of the process search, a block of queries each.
+        (int32). Of equal scores the lower index comes first. An empty vector is never found: k larger than what can
+        be found gives all of that. All devices of the process search, a block of queries each.
         """
         queries = _checked(queries, self.precision, "queries")
         if queries.shape[1] != self.vectors.shape[1]:
@@ -127,7 +127,7 @@ class Index:
         return scores, self._kept[indices]
 
     def check_model(self, encoder: Encoder) -> None:
-        """ValueError unless the stored vectors are known to come from the encoder's model: weights, tokenizer and settings."""
+        """ValueError unless the vectors are known to come from the encoder's model: weights, tokenizer, settings."""
         made_by = self.model.get("digest")
         if not made_by or not encoder.digest:
             which = "the index does not say which model made it" if not made_by else "the model has no digest"
@@ -244,9 +244,9 @@ class Corpus(NamedTuple):
 
 
 def read_jsonl(path) -> list[tuple[str, dict]]:
-    """(where, row) of each line of a JSONL file in UTF-8, also one in gzip; blank lines are skipped, an invalid line is an error.
+    """(where, row) of each line of a JSONL file in UTF-8, plain or in gzip.
 
-    `where` names the file and the line, for further errors.
+    Blank lines are skipped, an invalid one is an error. `where` names the file and the line, for further errors.
     """
     file = paths.path(path)
     if file.is_dir():
@@ -312,8 +312,8 @@ def _no_number(name: str):
 def read_rows(path, *, queries: bool = False) -> list[Row]:
     """The rows of a corpus file, or of one of `queries`; an id or text that is missing, wrong or repeated is an error.
 
-    The text of a row is (title + " " + text).strip(), as in MTEB, and without a title text.strip(). A title of a document with
-    "chunks" is put in front of the first chunk by the same rule. A query is its text as it is.
+    The text of a row is (title + " " + text).strip(), as in MTEB, and without a title text.strip(). A title of a
+    document with "chunks" is put in front of the first chunk by the same rule. A query is its text as it is.
     """
     rows, seen, expected = [], {}, '"text"' if queries else '"text" or a list "chunks"'
     for where, fields in read_jsonl(path):
@@ -393,7 +393,7 @@ def build(
     truncate: bool = False,
     **keywords,
 ) -> Index:
-    """Encode a corpus into an index; `truncate` as in `encode_documents`, further `keywords` go to `encode_segments`."""
+    """Encode a corpus into an index; `truncate` as in `encode_documents`, other `keywords` go to `encode_segments`."""
     segments, cut = encoder.fit_documents(corpus.documents, truncate=truncate, names=corpus.names)
     vectors = encoder.encode_segments(
         segments, precision=precision, truncate_dim=truncate_dim, names=corpus.names, **keywords

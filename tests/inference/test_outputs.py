@@ -104,6 +104,24 @@ def test_an_output_that_another_is_writing_is_refused(verb, tmp_path, refused):
             refused(verb, tmp_path / name, "is in use by another process")
 
 
+@pytest.mark.parametrize("verb", ["encode", "index"])
+def test_a_verb_holds_its_output_from_before_the_model_is_read_and_a_dead_one_does_not(
+    verb, inputs, tmp_path, monkeypatch
+):
+    load, held = runs.load_encoder, []
+
+    def load_while_held(*given):
+        with pytest.raises(paths.BusyError), paths.lock(tmp_path / "out"):
+            pass
+        held.append(verb)
+        return load(*given)
+
+    (tmp_path / ".out.lock").write_text("")  # left by a process that was killed
+    monkeypatch.setattr(runs, "load_encoder", load_while_held)
+    assert cli.main(arguments(verb, inputs, tmp_path / "out")) == 0
+    assert held == [verb] and [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_output_of_the_wrong_kind_is_refused(verb, tmp_path, refused):
     (tmp_path / "file").write_text("theirs")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -265,7 +264,6 @@ def test_tables_that_no_terminal_shows_are_not_cut(model, tmp_path, capsys):
 def test_the_commands_of_the_page_run_as_written(model, corpus, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
     commands = re.search(r"```bash\n(.*?)```", page, re.S)[1].splitlines()
-    shutil.copy(corpus, tmp_path / "corpus.jsonl")
     data = tmp_path / "set"
     data.mkdir()
     (data / "corpus.jsonl").write_text(json.dumps({"_id": "c", "text": "the"}))
