@@ -96,7 +96,7 @@ def output(
     """Keep --output, a file or with `is_ours` a folder, for this command until the block ends, if it is given.
 
     What could not be written at the end is refused now (`paths.check_output`), and so is what another command is
-    writing, and a path that is one of the `inputs` (files, model folders), lies inside one or holds one. After
+    writing, and a path that is one of the `inputs` (files, model folders), lies inside a model or holds an input. After
     `join`: all processes call it.
     """
     from embed import runs
@@ -104,8 +104,9 @@ def output(
     def refuse():
         for given in filter(None, inputs):
             written, read = paths.resolve(arguments.output), paths.resolve(given)
-            if read.exists() and (written == read or read in written.parents or written in read.parents):
-                how = "is" if written == read else "lies in" if read in written.parents else "holds"
+            lies_in = read in written.parents and (read / "config.json").exists()  # a model or stage
+            if read.exists() and (written == read or lies_in or written in read.parents):
+                how = "is" if written == read else "lies in" if lies_in else "holds"
                 raise ValueError(
                     f"--output={arguments.output} {how} {given}, which this command reads: choose another path"
                 )

@@ -255,11 +255,13 @@ def read_jsonl(path) -> list[tuple[str, dict]]:
         raise FileNotFoundError(f"no file {path}: expected JSON lines")
     rows = []
     with file.open("rb") as opened:
-        start = opened.read(8)
+        piped = hasattr(opened, "peek") and not opened.seekable()
+        start = opened.peek(8)[:8] if piped else opened.read(8)
         for magic, what in NOT_TEXT.items():
             if start.startswith(magic):
                 raise ValueError(f"{path} is {what}, expected JSON lines in UTF-8, plain or in gzip")
-        opened.seek(0)
+        if not piped:
+            opened.seek(0)
         for number, line in enumerate(_unpacked(path, opened) if start.startswith(GZIP) else opened, 1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)

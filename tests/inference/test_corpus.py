@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import threading
 
 import pytest
 
@@ -63,6 +65,15 @@ def test_a_query_is_its_text_as_it_is(tmp_path):
 def test_the_same_rows_are_read_from_every_form_of_a_text_file(tmp_path, change):
     (tmp_path / "c").write_bytes(change('{"_id": "ä", "text": "ü"}\n{"_id": "b", "text": "x"}\n'.encode()))
     assert [row for _, row in read_jsonl(tmp_path / "c")] == [{"_id": "ä", "text": "ü"}, {"_id": "b", "text": "x"}]
+
+
+def test_a_corpus_may_come_out_of_a_pipe(tmp_path):
+    for name, content in (("plain", GOOD.encode()), ("gzip", gzip.compress(GOOD.encode()))):
+        os.mkfifo(tmp_path / name)
+        writer = threading.Thread(target=(tmp_path / name).write_bytes, args=[content])
+        writer.start()
+        assert read_corpus(tmp_path / name).texts == ["ü"]
+        writer.join()
 
 
 GOOD = '{"_id": "a", "text": "ü"}\n'
