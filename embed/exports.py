@@ -15,7 +15,7 @@ def export_model(
     run: Run, name: str, folder, *, step: int = 0, entry: ConfigDict | None = None, format: str = "", tanh: bool = False
 ):
     """Write a checkpoint as a model folder; what `entry` of config.exports says of it, or the only one that it has."""
-    export.check_replaceable(folder)
+    export.check_output(folder)
     found = run.checkpoint(name, step)
     entries = [e for e in run.config.exports.values() if e.checkpoint == name]
     if entry is None and len(entries) > 1:
@@ -43,9 +43,7 @@ def export_source(
     source: str, folder, *, step: int = 0, contextual: bool = False, format: str = "", tanh: bool = False
 ):
     """Write a model folder, hub id or stage folder as a model folder, or in another format."""
-    if paths.path(source) == paths.path(folder):
-        raise ValueError(f"{folder} is the model itself; choose another folder")
-    export.check_replaceable(folder)
+    export.check_output(folder)
     found = runs.find(source, step)
     found = dataclasses.replace(found, contextual=found.contextual or contextual)
     return write_model(found, folder, runs.over_all_devices, origin(found), format=format, tanh=tanh)
@@ -53,7 +51,7 @@ def export_source(
 
 def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
     """Write the slerp of two models or stage folders, each with the step of a stage, as a model folder."""
-    export.check_replaceable(folder)
+    export.check_output(folder)
     found = runs.merged(f"{a[0]} and {b[0]}", runs.find(*a), runs.find(*b), ratio)
     return write_model(found, folder, runs.over_all_devices, origin(found))
 

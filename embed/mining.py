@@ -62,11 +62,8 @@ def mine(
             raise ValueError(f"{name} has shape {list(array.shape)}, expected [{length}]")
     if len(positives) and not (0 <= positives.min() and positives.max() < len(documents)):
         raise ValueError(f"positives must be in 0..{len(documents) - 1}, got {positives.min()}..{positives.max()}")
+    check_window(num_negatives, rank_window)
     low, high = rank_window
-    if not 0 <= low < high:
-        raise ValueError(f"rank_window={rank_window} must be (lo, hi) with 0 <= lo < hi")
-    if num_negatives < 1:
-        raise ValueError(f"num_negatives={num_negatives} must be positive")
     high = min(high, len(documents))
 
     # One number for each pair of contents, so that one np.isin tests a whole block.
@@ -107,6 +104,15 @@ def mine(
             negatives, counts = _gather(negatives, counts, mesh)
     counts["negatives"] = int((negatives >= 0).sum())
     return negatives, counts
+
+
+def check_window(num_negatives: int, rank_window: tuple[int, int]) -> None:
+    """ValueError unless `mine` can take so many negatives from a window of ranks."""
+    low, high = rank_window
+    if not 0 <= low < high:
+        raise ValueError(f"rank_window={rank_window} must be (lo, hi) with 0 <= lo < hi")
+    if num_negatives < 1:
+        raise ValueError(f"num_negatives={num_negatives} must be positive")
 
 
 def _ranked(queries, documents, positives, high: int, devices: list) -> Iterator[tuple[int, np.ndarray, ...]]:

@@ -6,6 +6,7 @@ in a bucket it counts once its marker, one named file, has been written last.
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import shutil
@@ -43,6 +44,17 @@ def path(name) -> epath.Path:
     return found if is_bucket(found) else epath.Path(os.path.abspath(found))
 
 
+def resolve(name) -> epath.Path:
+    """`path`, but what a symbolic link leads to. ValueError for a link that leads back to itself."""
+    found = path(name)
+    if is_bucket(found):
+        return found
+    found = path(os.path.realpath(found))
+    if os.path.islink(found):
+        raise ValueError(f"{name} is a symbolic link that leads back to itself")
+    return found
+
+
 def is_bucket(name) -> bool:
     """Whether a path lies in a bucket."""
     return "://" in os.fspath(name)
@@ -60,18 +72,24 @@ def kvstore(name) -> str | dict:
 
 
 def write(file, content: str | bytes) -> None:
-    """Write a file; it appears whole or stays as it was."""
-    file, content = path(file), content.encode() if isinstance(content, str) else content
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if is_bucket(file):
-        file.write_bytes(content)
+    """Write a file; it appears whole or stays as it was. A symbolic link stays one, and its target gets the content."""
+    target, content = resolve(file), content.encode() if isinstance(content, str) else content
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_bucket(target):
+        target.write_bytes(content)
         return
-    aside = file.with_name(f".{file.name}.{os.getpid()}.partial")  # several processes may write the same file
+    aside = None
     try:
-        aside.write_bytes(content)
-        aside.replace(file)
-    except BaseException:
-        aside.unlink(missing_ok=True)
+        handle, aside = tempfile.mkstemp(**_aside(target))  # a name of its own: several may write the same file at once
+        with open(handle, "wb") as opened:
+            opened.write(content)
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, target)
+    except BaseException as error:
+        if aside:
+            os.unlink(aside)
+        if isinstance(error, OSError):
+            error.add_note(f"{file} was not written, and what was there is unchanged")
         raise
 
 
@@ -91,7 +109,10 @@ def read_json(file):
 def is_empty(folder) -> bool:
     """Whether nothing is there, or a folder without content."""
     folder = path(folder)
-    return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
+    try:
+        return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
+    except FileNotFoundError:  # another process has just moved it away
+        return True
 
 
 def files(folder) -> dict[str, epath.Path]:
@@ -112,56 +133,107 @@ def is_partial(folder) -> bool:
     return is_bucket(folder) and (path(folder) / PARTIAL).exists()
 
 
-def check_replaceable(folder, is_ours: Callable) -> None:
-    """Refuse a folder that `replace_folder` would refuse: for before the work, not behind it."""
-    folder = path(folder)
-    if not is_empty(folder) and not is_partial(folder) and not is_ours(folder):
-        raise ValueError(f"{folder} exists and was not written by this command; remove it or choose another path")
+def check_output(target, *, is_ours: Callable | None = None, overwrite: bool = True) -> None:
+    """Refuse a file, or with `is_ours` a folder, that could not be written: for before the work, not after it.
+
+    What is there already may be replaced only with `overwrite`, and a folder only if `is_ours(folder)` holds, which
+    may also raise a ValueError of its own. The folder of a file must exist; the parents of a folder are made when it
+    is written.
+    """
+    try:
+        _check_output(target, is_ours, overwrite)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PermissionError(f"{target} cannot be written: {error.strerror or error}") from None
+
+
+def _check_output(target, is_ours: Callable | None, overwrite: bool) -> None:
+    found = resolve(target)
+    if is_ours is None:
+        if found.is_dir() or not (is_bucket(found) or found.parent.is_dir()):
+            raise ValueError(f"{target} must be a file in a folder that exists")
+        occupied = found.exists()
+        if occupied and not is_bucket(found) and not os.path.isfile(found):  # epath takes a device for a file
+            raise ValueError(f"{target} is neither a file nor a folder: choose another path")
+    else:
+        if found.is_file() if is_bucket(found) else os.path.isfile(found):
+            raise ValueError(f"{target} must be a folder, but it is a file")
+        occupied = not is_empty(found)
+        if occupied and not is_partial(found) and not is_ours(found):
+            raise ValueError(f"{target} exists and was not written by this command; remove it or choose another path")
+    if occupied and not overwrite:
+        raise ValueError(f"{target} exists: choose another path, or replace it with --overwrite")
+    if not is_bucket(found):
+        parent = next(folder for folder in found.parents if folder.exists())
+        with tempfile.NamedTemporaryFile(**_aside(found) | {"dir": parent}):
+            pass
+
+
+def _aside(target, suffix: str = ".partial") -> dict:
+    """How tempfile names what stands beside a file or folder until it takes its place."""
+    return {"prefix": f".{target.name}.", "suffix": suffix, "dir": target.parent}
 
 
 @contextlib.contextmanager
-def replace_folder(folder, *, is_ours: Callable, marker: str) -> Iterator[Path]:
+def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = True) -> Iterator[Path]:
     """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
 
-    What stands there already is replaced only if it is empty or `is_ours(folder)` holds; a block that is interrupted leaves it as
-    it was. A bucket gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where that is
-    interrupted, the folder is `is_partial` and may be replaced.
+    `check_output` says what may be replaced; a block that is interrupted leaves it as it was. A symbolic link stays
+    one. A bucket gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where
+    that is interrupted, the folder is `is_partial` and may be replaced.
     """
-    check_replaceable(folder, is_ours)
-    folder = path(folder)
-    if is_bucket(folder):
+    check_output(folder, is_ours=is_ours, overwrite=overwrite)
+    target = resolve(folder)
+    if is_bucket(target):
         with tempfile.TemporaryDirectory(prefix="embed-") as aside:
             yield Path(aside)
-            old, new = files(folder) if folder.exists() else {}, files(aside)
-            write(folder / PARTIAL, "")
+            old, new = files(target) if target.exists() else {}, files(aside)
+            write(target / PARTIAL, "")
             if marker in old:
                 old.pop(marker).unlink()
             for name in sorted(new, key=lambda name: name == marker):
-                copy_file(new[name], folder / name)
+                copy_file(new[name], target / name)
             for name in old.keys() - new.keys() - {PARTIAL}:
                 old[name].unlink()
-            (folder / PARTIAL).unlink()
+            (target / PARTIAL).unlink()
         return
-    folder = Path(os.path.realpath(folder))  # a link stays one
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(**_aside(target)))
     try:
         os.chmod(aside, 0o777 & ~_umask())
         yield aside
-        old = None
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-            os.rename(folder, old)  # over the empty folder
-        try:
-            os.rename(aside, folder)
-        except OSError:
-            if old:
-                os.rename(old, folder)
-            raise
-        if old:
-            shutil.rmtree(old)
+        check_output(folder, is_ours=is_ours, overwrite=overwrite)  # what is there now
+        _swap(aside, target)
+    except OSError as error:
+        error.add_note(f"{folder} was not written, and what was there is unchanged")
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(aside, target) -> None:
+    """Rename a folder to `target` and remove what was there. Of several at once the last one stays, whole."""
+    replaced = []
+    try:
+        while True:
+            try:
+                os.rename(aside, target)  # over an empty folder or nothing
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            old = tempfile.mkdtemp(**_aside(target, ".old"))
+            replaced.append(old)
+            with contextlib.suppress(FileNotFoundError):  # another one has just moved it away
+                os.rename(target, old)
+    except BaseException:
+        if replaced and not target.exists():
+            os.rename(replaced.pop(), target)
+        raise
+    finally:
+        for old in replaced:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def copy_file(source, target) -> None:
@@ -196,14 +268,16 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def lock(folder) -> Iterator[Callable[[], None]]:
-    """Hold `folder` for this process; BusyError where another holds it. It is free again when the process ends, however it does.
+    """Hold a folder or file for this process; BusyError where another holds it.
+
+    It is free again when the process ends, however it does.
 
     Yields a function to be called before something is written: LeaseLostError where the folder is another's by now.
 
     On a disk by flock. In a bucket by a lease that is renewed: one that was left by a process that died ends after
     LEASE_SECONDS, or at once for the run that a launcher named (EMBED_RUN_ID), which starts it again.
     """
-    folder = path(folder)
+    folder = resolve(folder)
     if is_bucket(folder):
         with _lease(folder) as check:
             yield check
@@ -221,6 +295,9 @@ def lock(folder) -> Iterator[Callable[[], None]]:
     try:
         yield lambda: None
     finally:
+        if held.is_locked:
+            with contextlib.suppress(OSError):  # while it is held: nobody holds a lock on a file that is gone
+                os.unlink(held.lock_file)
         held.release()
 
 

@@ -11,6 +11,7 @@ A stage owns its folder from its first checkpoint on. Any run may start from it 
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -482,24 +483,42 @@ def over_all_devices(model: transformer.TransformerConfig):
 def make_encoder(checkpoint: Checkpoint, mesh, params=None) -> Encoder:
     """A checkpoint as an encoder over a mesh, with its own tokenizer and settings; ValueError for a causal model.
 
-    `params` are its parameters where they lie on the mesh already.
+    `params`, where they lie on the mesh already, are taken instead of its own; then the encoder has no digest.
     """
     checkpoint.check_encoder()
-    model = dataclasses.replace(checkpoint.model, tied=True)
+    model, tokenizer, digest = dataclasses.replace(checkpoint.model, tied=True), checkpoint.load_tokenizer(), None
     if params is None:
+        digest = _vectors_digest(checkpoint, tokenizer)
         params = checkpoint.params(sharding.parameter_shardings(mesh, transformer.abstract_params(model)))
     return Encoder(
         transformer.encoder_only(model, params)[1],
         model,
-        checkpoint.load_tokenizer(),
+        tokenizer,
         separator=checkpoint.separator,
         max_length=checkpoint.max_length,
         tanh=checkpoint.tanh,
         matryoshka=checkpoint.matryoshka,
         mesh=mesh,
         path=checkpoint.name,
-        digest=checkpoint.identity.get("digest"),
+        digest=digest,
     )
+
+
+def _vectors_digest(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> str:
+    """sha256 (hex) over all that changes a checkpoint's vectors: parameters, tokenizer and settings."""
+    if checkpoint.provenance is not None:  # a model folder, whose digest is that of all its files
+        return checkpoint.identity["digest"]
+    how = [checkpoint.separator, checkpoint.max_length, checkpoint.tanh]
+    model = {name: getattr(checkpoint.model, name) for name in ARCHITECTURE}
+    parts = [portable(checkpoint.identity), model, tokenizer_identity(tokenizer), how]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def vector_size(source: str) -> int:
+    """D of a model folder, hub id or stage folder, out of its config.json alone: for before anything is loaded."""
+    if is_stage(source):
+        return paths.read_json(paths.path(source) / "config.json")["model"]["hidden_size"]
+    return model_folder.read_architecture(source).hidden_size
 
 
 def load_encoder(source: str, step: int = 0) -> Encoder:
@@ -549,17 +568,22 @@ def check_identity(folder, stage: str, identity: Mapping) -> None:
 
 
 @contextlib.contextmanager
-def hold(folder) -> Iterator[Callable[[], None]]:
-    """`paths.lock` of process 0, for all processes of the job, which leave the block together."""
+def hold(folder, refuse: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
+    """`paths.lock` of process 0, for all processes of the job, which leave the block together.
+
+    An error of `refuse`, which process 0 calls, is one for all of them.
+    """
     with contextlib.ExitStack() as stack:
         error, check = None, lambda: None
         if jax.process_index() == 0:
             try:
+                refuse()
                 check = stack.enter_context(paths.lock(folder))
-            except paths.BusyError as caught:
+                refuse()  # again: another process may have written it before this one held it
+            except (ValueError, OSError) as caught:
                 error = caught
         if jax.process_count() > 1 and multihost_utils.process_allgather(error is not None).any():
-            error = error or paths.BusyError(f"{folder} is in use by another process")
+            error = error or ValueError(f"process 0 does not write {folder}: it says why")
         if error:
             raise error
         yield check

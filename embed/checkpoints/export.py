@@ -56,7 +56,7 @@ def write(
     config, params = encoder_only(config, params)
     embedding = {**embedding, "tanh": tanh}
     _check(folder, params, config, tokenizer, embedding, format)
-    check_replaceable(folder)
+    check_output(folder)
     names.check_finite(params, f"the model for {folder}")
     provenance = made_with() | dict(provenance)
     if format == "onnx":
@@ -84,9 +84,9 @@ def write(
     return paths.path(folder)
 
 
-def check_replaceable(folder) -> None:
-    """ValueError unless an export may be written to `folder`: for before the work. All processes call it, process 0 looks."""
-    _on_first_process(lambda: settings.check_replaceable(folder))
+def check_output(folder, overwrite: bool = True) -> None:
+    """`settings.check_output`, for before the work. All processes call it, process 0 looks."""
+    _on_first_process(lambda: settings.check_output(folder, overwrite))
 
 
 def check_format(format: str, tanh: bool) -> None:

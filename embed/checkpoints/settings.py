@@ -88,9 +88,9 @@ def differences(folder: Path, files: Mapping[str, str]) -> list[str]:
     return found + [f"{name} was added" for name in others if name in READ or name.endswith(".safetensors")]
 
 
-def check_replaceable(folder) -> None:
-    """ValueError unless an export may be written to `folder`: nothing is there, or nothing but an export."""
-    paths.check_replaceable(folder, is_export)
+def check_output(folder, overwrite: bool = True) -> None:
+    """ValueError unless an export may be written to `folder`: nothing is there or, with `overwrite`, an export."""
+    paths.check_output(folder, is_ours=is_export, overwrite=overwrite)
 
 
 def is_export(folder) -> bool:

@@ -1,11 +1,12 @@
 """What the verbs share: errors of the user as one sentence, the config argument, the other processes of a job."""
 
 import argparse
+import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from embed import distributed, paths
@@ -29,7 +30,9 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
     """
     keep_freed_memory()
     try:
-        code = main(argv) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = main(argv) or 0
         distributed.meet()  # no process ends before process 0 has written
         return code
     except BrokenPipeError:  # of `embed … | head`
@@ -49,6 +52,12 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("embed: interrupted", file=sys.stderr)
         _leave(130)
+
+
+def _show_warning(message, category, *_) -> None:
+    """A warning as one line, by process 0."""
+    if not distributed.is_joined() or is_first():
+        print(f"embed: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _leave(code: int) -> NoReturn:
@@ -74,10 +83,72 @@ def keep_freed_memory() -> bool:
     )
 
 
-def check_output(path: str | None) -> None:
-    """Refuse a file that could not be written, before the work rather than behind it."""
-    if path and not paths.is_bucket(path) and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise FileNotFoundError(f"--output={path} must be a file in a folder that exists")
+def add_output_arguments(parser: argparse.ArgumentParser, what: str, required: bool = True) -> None:
+    """--output and --overwrite: the arguments of `output`."""
+    parser.add_argument("--output", required=required, help=what)
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output, if this verb wrote it")
+
+
+@contextlib.contextmanager
+def output(
+    arguments: argparse.Namespace, inputs: Sequence[str | None] = (), is_ours: Callable | None = None
+) -> Iterator[None]:
+    """Keep --output, a file or with `is_ours` a folder, for this command until the block ends, if it is given.
+
+    What could not be written at the end is refused now (`paths.check_output`), and so is what another command is
+    writing, and a path that is one of the `inputs` (files, model folders), lies inside a model or holds an input. After
+    `join`: all processes call it.
+    """
+    from embed import runs
+
+    def refuse():
+        for given in filter(None, inputs):
+            written, read = paths.resolve(arguments.output), paths.resolve(given)
+            lies_in = read in written.parents and (read / "config.json").exists()  # a model or stage
+            if read.exists() and (written == read or lies_in or written in read.parents):
+                how = "is" if written == read else "lies in" if lies_in else "holds"
+                raise ValueError(
+                    f"--output={arguments.output} {how} {given}, which this command reads: choose another path"
+                )
+        paths.check_output(arguments.output, is_ours=is_ours, overwrite=arguments.overwrite)
+
+    if not arguments.output:
+        yield
+        return
+    with runs.hold(arguments.output, refuse):
+        yield
+
+
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Refuse an argument without text in it, or with bytes that are not text."""
+    for text in texts:
+        if not text.strip():
+            raise ValueError(f"{name}={text!r} is empty: expected a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}={text!r:.80} is not text in UTF-8 (character {error.start})") from None
+
+
+def say(sentence: str) -> None:
+    """A line for whoever watches, never broken or cut."""
+    from rich.console import Console
+
+    Console(soft_wrap=True).print(sentence, markup=False, highlight=False)
+
+
+def print_table(table) -> None:
+    """A table as wide as the terminal; where there is none, as in a log, as wide as its content."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+        return
+    table.expand, console = False, Console(width=10**6)
+    with console.capture() as printed:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def parse_range(name: str, text: str) -> range:
@@ -111,6 +182,50 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run"
     )
     parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
+
+
+def add_vector_arguments(parser: argparse.ArgumentParser) -> None:
+    """--precision and --truncate_dim, which `check_vectors` checks."""
+    from embed import inference
+
+    parser.add_argument("--precision", choices=inference.PRECISIONS, default="float32")
+    parser.add_argument("--truncate_dim", type=int, help="keep this many dimensions (a Matryoshka prefix)")
+
+
+def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | None = None) -> None:
+    """Refuse precisions and a prefix that a model's vectors do not have; its config.json alone is read."""
+    from embed import runs
+    from embed.inference.encoder import check_precision
+
+    size = runs.vector_size(model)
+    for precision in precisions:
+        check_precision(precision, size, truncate_dim)
+
+
+def add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """--max_length and --truncate: what happens to long texts."""
+    parser.add_argument(
+        "--max_length", type=int, help="most tokens of a text or document (default: what the model says)"
+    )
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut longer texts, with a warning; otherwise they are an error"
+    )
+
+
+def load_encoder(arguments: argparse.Namespace):
+    """The encoder of --model and --step, with the --max_length of `add_length_arguments`."""
+    from embed import runs
+
+    longest = arguments.max_length
+    if longest is not None and longest < 1:
+        raise ValueError(f"--max_length={longest} must be positive")
+    encoder = runs.load_encoder(arguments.model, arguments.step)
+    if longest and encoder.max_length and longest > encoder.max_length:
+        raise ValueError(
+            f"--max_length={longest} must be at most {encoder.max_length}, the most that {arguments.model} takes"
+        )
+    encoder.max_length = longest or encoder.max_length
+    return encoder
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:

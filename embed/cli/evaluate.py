@@ -6,10 +6,9 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
-    from rich.console import Console
     from rich.table import Table
 
-    from embed import inference, paths, runs
+    from embed import inference, paths
     from embed.cli import common
     from embed.evaluation import retrieval
 
@@ -18,22 +17,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"], choices=inference.PRECISIONS)
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
-    parser.add_argument("--output", help="also write the figures as JSON")
+    common.add_length_arguments(parser)
+    common.add_output_arguments(parser, "also write the figures, as JSON, to this file", required=False)
     common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
-    common.check_output(arguments.output)
-    data = retrieval.read_set(arguments.data)
     common.join(arguments, saves_at_sigterm=False)
-    encoder = runs.load_encoder(arguments.model, arguments.step)
-    figures = retrieval.evaluate_retrieval(encoder, data, arguments.precision, alone=arguments.alone)
-    if not common.is_first():
-        return 0
-    table = Table("precision", *next(iter(figures.values())))
-    for precision, row in figures.items():
-        table.add_row(precision, *(f"{value:.4f}" for value in row.values()))
-    Console().print(table)
-    if arguments.output:
-        paths.write_json(arguments.output, figures)
+    with common.output(arguments, inputs=[arguments.model, *retrieval.files(arguments.data)]):
+        common.check_vectors(arguments.model, arguments.precision)
+        data = retrieval.read_set(arguments.data)
+        figures = retrieval.evaluate_retrieval(
+            common.load_encoder(arguments),
+            data,
+            arguments.precision,
+            alone=arguments.alone,
+            truncate=arguments.truncate,
+        )
+        if not common.is_first():
+            return 0
+        table = Table("precision", *next(iter(figures.values())))
+        for precision, row in figures.items():
+            table.add_row(precision, *(f"{value:.4f}" for value in row.values()))
+        common.print_table(table)
+        if arguments.output:
+            paths.write_json(arguments.output, figures)
     return 0
 
 

@@ -19,21 +19,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--contextual", action="store_true", help="of a stage folder: the product is a contextual model"
     )
-    parser.add_argument("--output", required=True, help="folder to write")
+    common.add_output_arguments(parser, "folder to write")
     arguments, overrides = parser.parse_known_args(argv)
     run = [arguments.config, arguments.workdir, arguments.checkpoint]
     if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
         parser.error("needs either --config, --workdir and --checkpoint, or --model alone")
     common.join(arguments, saves_at_sigterm=False)
     from embed import config, exports, nodes, runs
+    from embed.checkpoints import settings
 
     options = dict(step=arguments.step, format=arguments.format, tanh=arguments.tanh)
-    if arguments.model:
-        path = exports.export_source(arguments.model, arguments.output, contextual=arguments.contextual, **options)
-    else:
-        resolved = config.load(arguments.config, overrides)
-        run = runs.Run(resolved, arguments.workdir, arguments.config)
-        path = exports.export_model(run, arguments.checkpoint, arguments.output, **options)
+    with common.output(arguments, inputs=[arguments.model], is_ours=settings.is_export):
+        if arguments.model:
+            path = exports.export_source(arguments.model, arguments.output, contextual=arguments.contextual, **options)
+        else:
+            resolved = config.load(arguments.config, overrides)
+            run = runs.Run(resolved, arguments.workdir, arguments.config)
+            path = exports.export_model(run, arguments.checkpoint, arguments.output, **options)
     nodes.say(str(path))
     return 0
 

@@ -3,39 +3,38 @@
 import argparse
 import sys
 
-from rich.console import Console
-
-from embed import runs
 from embed.cli import common
-from embed.cli.encode import add_model_arguments
-from embed.inference.index import build, read_corpus
+from embed.cli.encode import CORPUS
+from embed.inference.index import build, is_index, read_corpus
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed index arguments`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed index", description=__doc__)
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--corpus", required=True, help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)'
-    )
-    parser.add_argument("--output", required=True, help="the folder to write")
+    common.add_model_argument(parser)
+    common.add_vector_arguments(parser)
+    common.add_length_arguments(parser)
+    parser.add_argument("--corpus", required=True, help=CORPUS)
+    common.add_output_arguments(parser, "the folder to write")
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
-
-    corpus = read_corpus(args.corpus)
     common.join(args, saves_at_sigterm=False)
-    index = build(
-        runs.load_encoder(args.model, args.step),
-        corpus,
-        precision=args.precision,
-        truncate_dim=args.truncate_dim,
-        show_progress_bar=True,
-    )
-    if not common.is_first():
-        return 0
-    index.save(args.output)
+    with common.output(args, inputs=[args.model, args.corpus], is_ours=is_index):
+        common.check_vectors(args.model, [args.precision], args.truncate_dim)
+        corpus = read_corpus(args.corpus)
+        index = build(
+            common.load_encoder(args),
+            corpus,
+            precision=args.precision,
+            truncate_dim=args.truncate_dim,
+            truncate=args.truncate,
+            show_progress_bar=True,
+        )
+        if not common.is_first():
+            return 0
+        index.save(args.output, overwrite=args.overwrite)
     size = f"{len(index):,} {index.precision} vectors, {index.vectors.nbytes / 1e6:.1f} MB"
-    Console().print(f"{size}, written to {args.output}", highlight=False, markup=False)
+    common.say(f"{size}, written to {args.output}")
     return 0
 
 

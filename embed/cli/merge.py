@@ -17,15 +17,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step_a", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--step_b", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--ratio", type=float, default=0.5, help="how far from a to b (default 0.5)")
-    parser.add_argument("--output", required=True, help="folder to write")
+    common.add_output_arguments(parser, "folder to write")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.ratio <= 1:
         raise ValueError(f"--ratio={arguments.ratio} must be between 0 and 1")
     common.join(arguments, saves_at_sigterm=False)
     from embed import exports, nodes
+    from embed.checkpoints import settings
 
     a, b = (arguments.a, arguments.step_a), (arguments.b, arguments.step_b)
-    nodes.say(str(exports.merge_sources(a, b, arguments.ratio, arguments.output)))
+    with common.output(arguments, inputs=[arguments.a, arguments.b], is_ours=settings.is_export):
+        path = exports.merge_sources(a, b, arguments.ratio, arguments.output)
+    nodes.say(str(path))
     return 0
 
 

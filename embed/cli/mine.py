@@ -8,12 +8,11 @@ import json
 import sys
 
 import numpy as np
-from rich.console import Console
 
-from embed import paths, runs
+from embed import paths
 from embed.cli import common
-from embed.evaluation.retrieval import embed_set, read_set
-from embed.mining import mine
+from embed.evaluation.retrieval import embed_set, files, read_set
+from embed.mining import check_window, mine
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="embed mine", description=__doc__)
     common.add_model_argument(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
-    parser.add_argument("--output", required=True, help="the JSONL file to write")
+    common.add_output_arguments(parser, "the JSONL file to write")
+    common.add_length_arguments(parser)
     parser.add_argument("--num_negatives", type=int, default=7)
     parser.add_argument(
         "--rank_window", type=int, nargs=2, default=(0, 100), metavar=("LO", "HI"), help="ranks LO..HI-1, 0 = best"
@@ -36,38 +36,43 @@ def main(argv: list[str] | None = None) -> int:
     )
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
-    common.check_output(args.output)
-
-    data = read_set(args.data)
+    check_window(args.num_negatives, tuple(args.rank_window))
     common.join(args, saves_at_sigterm=False)
-    encoder = runs.load_encoder(args.model, args.step)
-    queries, corpus = (encoder.quantize(x, args.precision) for x in embed_set(encoder, data, show_progress_bar=True))
-    # A query with several positives stands once for each; its id keeps all of them out of its negatives.
-    query_rows = np.repeat(np.arange(len(data.queries)), [len(r.indices) for r in data.relevant])
-    positives = np.concatenate([r.indices for r in data.relevant])
-    content = {text: i for i, text in enumerate(data.corpus)}
-    negatives, counts = mine(
-        queries[query_rows],
-        corpus,
-        positives,
-        num_negatives=args.num_negatives,
-        rank_window=tuple(args.rank_window),
-        margin=args.margin,
-        relative=args.relative,
-        query_ids=query_rows,
-        document_ids=np.array([content[text] for text in data.corpus]),
-        mesh=encoder.mesh,
-    )
-    if not common.is_first():
-        return 0
-    lines = []
-    for row, positive, found in zip(query_rows, positives, negatives):
-        ids = [data.corpus_ids[i] for i in found if i >= 0]
-        line = {"query-id": data.query_ids[row], "corpus-id": data.corpus_ids[positive], "negatives": ids}
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    paths.write(args.output, "".join(lines))
+    with common.output(args, inputs=[args.model, *files(args.data)]):
+        data = read_set(args.data)
+        encoder = common.load_encoder(args)
+        found = embed_set(encoder, data, show_progress_bar=True, truncate=args.truncate)
+        texts = np.flatnonzero(found[1].any(1))  # an empty one is nobody's negative
+        for relevant in data.relevant:
+            if missing := sorted(set(relevant.indices) - set(texts)):
+                raise ValueError(f"{data.corpus_names[missing[0]]} answers a query and has no text: no rank can be had")
+        queries, corpus = encoder.quantize(found[0], args.precision), encoder.quantize(found[1][texts], args.precision)
+        # A query with several positives stands once for each; its id keeps all of them out of its negatives.
+        query_rows = np.repeat(np.arange(len(data.queries)), [len(r.indices) for r in data.relevant])
+        positives = np.concatenate([r.indices for r in data.relevant])
+        content = {text: i for i, text in enumerate(data.corpus)}
+        negatives, counts = mine(
+            queries[query_rows],
+            corpus,
+            np.searchsorted(texts, positives),
+            num_negatives=args.num_negatives,
+            rank_window=tuple(args.rank_window),
+            margin=args.margin,
+            relative=args.relative,
+            query_ids=query_rows,
+            document_ids=np.array([content[data.corpus[row]] for row in texts]),
+            mesh=encoder.mesh,
+        )
+        if not common.is_first():
+            return 0
+        lines = []
+        for row, positive, chosen in zip(query_rows, positives, negatives):
+            ids = [data.corpus_ids[texts[i]] for i in chosen if i >= 0]
+            line = {"query-id": data.query_ids[row], "corpus-id": data.corpus_ids[positive], "negatives": ids}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        paths.write(args.output, "".join(lines))
     counted = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    Console().print(f"{counted}; written to {args.output}", highlight=False, markup=False)
+    common.say(f"{counted}; written to {args.output}")
     return 0
 
 

@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
     parser.add_argument("--tokens_per_step", type=int, default=1, help="tokens unmasked a step (default 1)")
     arguments, config = common.parse_config(parser, argv)
+    common.check_texts("--text", [arguments.text])
     common.join(arguments, saves_at_sigterm=False)
     import numpy as np
 

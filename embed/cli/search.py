@@ -4,53 +4,63 @@ import argparse
 import sys
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from embed import inference, runs
+from embed import inference
 from embed.cli import common
-from embed.cli.encode import add_model_arguments
+from embed.cli.encode import CORPUS
 from embed.inference.index import build, read_corpus
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed search arguments`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="embed search", description=__doc__)
-    add_model_arguments(parser)
+    common.add_model_argument(parser)
+    common.add_vector_arguments(parser)
+    common.add_length_arguments(parser)
     parser.set_defaults(precision=None)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--corpus", help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)')
+    source.add_argument("--corpus", help=CORPUS)
     source.add_argument("--index", help="folder that `embed index` wrote; it fixes precision and truncate_dim")
     parser.add_argument("--query", required=True, action="append", help="may be repeated")
     parser.add_argument("--top", type=int, default=10, help="how many results")
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
-
+    common.check_texts("--query", args.query)
+    if args.top < 1:
+        raise ValueError(f"--top={args.top} must be positive")
+    if args.index and (args.precision or args.truncate_dim):
+        raise ValueError("--precision and --truncate_dim are fixed by --index; leave them out")
+    common.join(args, saves_at_sigterm=False)
     if args.index:
-        if args.precision or args.truncate_dim:
-            raise ValueError("--precision and --truncate_dim are fixed by --index; leave them out")
         index = inference.Index.load(args.index)
-        common.join(args, saves_at_sigterm=False)
-        encoder = runs.load_encoder(args.model, args.step)
+        encoder = common.load_encoder(args)
         index.check_model(encoder)
     else:
+        common.check_vectors(args.model, [args.precision or "float32"], args.truncate_dim)
         corpus = read_corpus(args.corpus)
-        common.join(args, saves_at_sigterm=False)
-        encoder = runs.load_encoder(args.model, args.step)
+        encoder = common.load_encoder(args)
         index = build(
             encoder,
             corpus,
             precision=args.precision or "float32",
             truncate_dim=args.truncate_dim,
+            truncate=args.truncate,
             show_progress_bar=True,
         )
-    queries = encoder.encode(args.query, precision=index.precision, truncate_dim=index.truncate_dim)
+    queries = encoder.encode(
+        args.query,
+        precision=index.precision,
+        truncate_dim=index.truncate_dim,
+        truncate=args.truncate,
+        names=[f"--query={query!r:.40}" for query in args.query],
+    )
     found = index.search(queries, args.top)
     if not common.is_first():
         return 0
     for query, scores, indices in zip(args.query, *found):
-        Console().print(results_table(query, index, scores, indices))
+        common.print_table(results_table(query, index, scores, indices))
     return 0
 
 

@@ -5,17 +5,20 @@
     score(rankings["int8"], data)                                  {"ndcg@10", "recall@10", "mrr@10", "recall@100"}
 
 A set is a folder with corpus.jsonl, queries.jsonl and qrels.jsonl in the layout of BEIR; where corpus rows name a
-`document` and their place in it (`chunk`), they are the chunks of that document, in order.
+`document` and their position in it (`chunk`), they are the chunks of that document, in order. Rows are read as in
+every verb (`embed.inference.index.read_rows`, docs/search.md).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from embed import paths
 from embed.inference.encoder import Encoder
-from embed.inference.index import Index, read_jsonl
+from embed.inference.index import Index, Row, check_id, read_jsonl, read_rows, refuse_empty
 
 DEPTH = 100  # how far down a ranking is kept
 
@@ -37,6 +40,8 @@ class RetrievalSet(NamedTuple):
     corpus: list[str]
     documents: list[np.ndarray]  # corpus rows of each document, in order: int[chunks]; alone where there are none
     relevant: list[Relevance]  # of each query
+    query_names: list[str] | None = None  # what errors call them
+    corpus_names: list[str] | None = None
 
 
 def ndcg(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.ndarray:
@@ -74,63 +79,100 @@ def metrics(ranking: np.ndarray, relevant: Sequence[Relevance]) -> dict[str, flo
     }
 
 
+def files(folder) -> list:
+    """The three files of a set: corpus, queries, qrels."""
+    return [paths.path(folder) / f"{name}.jsonl" for name in ("corpus", "queries", "qrels")]
+
+
 def read_set(folder) -> RetrievalSet:
-    """Read an evaluation set. Every query must have an answer in the corpus: anything else is an error."""
+    """Read an evaluation set. Every query must have a text, and an answer in the corpus: anything else is an error.
+
+    A corpus row may be empty, as some are in BEIR: it is never found. A warning counts them.
+    """
     folder = paths.path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: expected corpus.jsonl, queries.jsonl and qrels.jsonl in it")
-    corpus, queries, qrels = (folder / f"{name}.jsonl" for name in ("corpus", "queries", "qrels"))
-    corpus_ids, texts, rows = _read_texts(corpus)
-    query_ids, query_texts, _ = _read_texts(queries)
+    corpus, queries, qrels = files(folder)
+    texts, asked = read_rows(corpus), read_rows(queries, queries=True)
+    refuse_empty(asked, queries)
+    documents = _documents(corpus, texts)
+    if empty := sum(row.is_empty for row in texts):
+        if empty == len(texts):
+            refuse_empty(texts, corpus)
+        warnings.warn(
+            f"{empty:,} of the {len(texts):,} rows of {corpus} have no text; they are never found", stacklevel=2
+        )
 
-    row_of = {name: row for row, name in enumerate(corpus_ids)}
-    query_of = {name: row for row, name in enumerate(query_ids)}
-    answers: list[dict[int, float]] = [{} for _ in query_ids]
+    row_of = {row.id: i for i, row in enumerate(texts)}
+    query_of = {row.id: i for i, row in enumerate(asked)}
+    answers: list[dict[int, float]] = [{} for _ in asked]
+    judged: dict[tuple[str, str], float] = {}
     for where, row in read_jsonl(qrels):
-        query, text, grade = row.get("query-id"), row.get("corpus-id"), row.get("score")
-        if query not in query_of or text not in row_of or not isinstance(grade, (int, float)):
+        query, text, grade = check_id(where, row, "query-id"), check_id(where, row, "corpus-id"), row.get("score")
+        number = isinstance(grade, (int, float)) and not isinstance(grade, bool) and math.isfinite(grade)
+        if query not in query_of or text not in row_of or not number:
             raise ValueError(
                 f"{where}: query-id {query!r}, corpus-id {text!r}, score {grade!r}: expected ids of {queries.name} "
                 f"and {corpus.name} and a number"
             )
+        if judged.setdefault((query, text), grade) != grade:
+            raise ValueError(f"{where}: {text!r} has score {grade!r} for {query!r}, and {judged[query, text]!r} before")
         if grade > 0:
             answers[query_of[query]][row_of[text]] = grade
-    without = [name for name, answer in zip(query_ids, answers) if not answer]
+    without = [row.id for row, answer in zip(asked, answers) if not answer]
     if without:
         raise ValueError(f"{qrels}: {len(without)} queries have no relevant text, the first is {without[0]!r}")
-    relevant = [Relevance(np.array(list(a)), np.array(list(a.values()), float)) for a in answers]
-    return RetrievalSet(str(folder), query_ids, query_texts, corpus_ids, texts, _documents(corpus, rows), relevant)
+    return RetrievalSet(
+        str(folder),
+        [row.id for row in asked],
+        [row.chunks[0] for row in asked],
+        [row.id for row in texts],
+        [row.chunks[0] for row in texts],
+        documents,
+        [Relevance(np.array(list(a)), np.array(list(a.values()), float)) for a in answers],
+        [row.where for row in asked],
+        [row.where for row in texts],
+    )
 
 
 def embed_set(
-    encoder: Encoder, data: RetrievalSet, *, alone: bool = False, show_progress_bar: bool = False
+    encoder: Encoder,
+    data: RetrievalSet,
+    *,
+    alone: bool = False,
+    show_progress_bar: bool = False,
+    truncate: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """float32 vectors of the queries [Q, D] and of the corpus [C, D].
+    """float32 vectors of the queries [Q, D] and of the corpus [C, D], zero where a text is empty.
 
-    Chunks of one document are encoded in its context (late chunking), with `alone` each by itself.
+    Chunks of one document are encoded in its context (late chunking), with `alone` each by itself. `truncate` as in
+    `Encoder.encode`.
     """
-    queries = encoder.encode(data.queries, show_progress_bar=show_progress_bar)
-    if alone:
-        return queries, encoder.encode(data.corpus, show_progress_bar=show_progress_bar)
-    chunked = [[data.corpus[row] for row in rows] for rows in data.documents]
-    vectors = encoder.encode_documents(chunked, show_progress_bar=show_progress_bar)
-    corpus = np.empty((len(data.corpus), encoder.dimensions), np.float32)
-    corpus[np.concatenate(data.documents)] = np.concatenate(vectors)
+    keywords = {"show_progress_bar": show_progress_bar, "truncate": truncate}
+    queries = encoder.encode(data.queries, names=data.query_names, **keywords)
+    documents = [np.array([row]) for row in range(len(data.corpus))] if alone else data.documents
+    documents = [rows for rows in documents if any(data.corpus[row].strip() for row in rows)]
+    chunked = [[data.corpus[row] for row in rows] for rows in documents]
+    names = data.corpus_names and [data.corpus_names[rows[0]] for rows in documents]
+    vectors = encoder.encode_documents(chunked, names=names, **keywords)
+    corpus = np.zeros((len(data.corpus), encoder.dimensions), np.float32)
+    corpus[np.concatenate(documents)] = np.concatenate(vectors)
     return queries, corpus
 
 
 def rank(
-    encoder: Encoder,
-    data: RetrievalSet,
-    precisions: Sequence[str],
-    *,
-    alone: bool = False,
-    depth: int = DEPTH,
-    show_progress_bar: bool = False,
+    encoder: Encoder, data: RetrievalSet, precisions: Sequence[str], *, depth: int = DEPTH, **keywords
 ) -> dict[str, np.ndarray]:
-    """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}; encodes once (see `embed_set`)."""
-    queries, corpus = embed_set(encoder, data, alone=alone, show_progress_bar=show_progress_bar)
-    return {p: Index(encoder.quantize(corpus, p), p).search(encoder.quantize(queries, p), depth)[1] for p in precisions}
+    """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}.
+
+    Texts are encoded once, with `keywords` as in `embed_set`.
+    """
+    queries, corpus = embed_set(encoder, data, **keywords)
+    empty = np.flatnonzero(~corpus.any(1))
+    return {
+        p: Index(encoder.quantize(corpus, p), p, empty=empty).search(encoder.quantize(queries, p), depth)[1]
+        for p in precisions
+    }
 
 
 def score(ranking: np.ndarray, data: RetrievalSet) -> dict[str, float]:
@@ -139,10 +181,10 @@ def score(ranking: np.ndarray, data: RetrievalSet) -> dict[str, float]:
 
 
 def evaluate_retrieval(
-    encoder: Encoder, data: RetrievalSet, precisions: Sequence[str], *, alone: bool = False
+    encoder: Encoder, data: RetrievalSet, precisions: Sequence[str], **keywords
 ) -> dict[str, dict[str, float]]:
-    """{precision: metrics} of an encoder on a set."""
-    return {p: score(ranking, data) for p, ranking in rank(encoder, data, precisions, alone=alone).items()}
+    """{precision: metrics} of an encoder on a set; `keywords` as in `embed_set`."""
+    return {p: score(ranking, data) for p, ranking in rank(encoder, data, precisions, **keywords).items()}
 
 
 def _gains(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.ndarray:
@@ -154,33 +196,21 @@ def _gains(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.nda
     return gains
 
 
-def _read_texts(path) -> tuple[list[str], list[str], list[tuple[str, Mapping]]]:
-    """(ids, texts, rows) of a file of {"_id", "text"} and perhaps "title"."""
-    rows = read_jsonl(path)
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    for where, row in rows:
-        if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
-            raise ValueError(f'{where}: expected "_id" and "text", both strings, got {row!r:.80}')
-        if not isinstance(row.get("title", ""), str):
-            raise ValueError(f'{where}: "title" must be a string, got {row["title"]!r:.80}')
-    ids = [row["_id"] for _, row in rows]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{path}: {len(ids) - len(set(ids))} ids stand more than once")
-    # A title stands in front of its text, as in BEIR's own evaluation.
-    texts = [f"{row['title']} {row['text']}" if row.get("title") else row["text"] for _, row in rows]
-    return ids, texts, rows
-
-
-def _documents(path, rows: Sequence[tuple[str, Mapping]]) -> list[np.ndarray]:
+def _documents(path, rows: Sequence[Row]) -> list[np.ndarray]:
     """The corpus rows of each document in chunk order; a row without a document is one by itself."""
     documents: dict[object, list[int]] = {}
-    for i, (where, row) in enumerate(rows):
-        chunks = documents.setdefault(row.get("document", i), [])
-        if row.get("chunk", 0) != len(chunks):
+    for i, row in enumerate(rows):
+        if "chunks" in row.fields:
             raise ValueError(
-                f"{where}: chunk {row.get('chunk')!r} of document {row.get('document')!r} should be {len(chunks)}; "
-                f"chunks stand in order"
+                f'{row.where} has "chunks": in {path.name} each chunk is a row, with "document" and "chunk"'
+            )
+        document, chunk = row.fields.get("document"), row.fields.get("chunk", 0)
+        if not isinstance(document, (str, int, type(None))):
+            raise ValueError(f'{row.where}: "document" is {document!r:.80}, expected a string or a whole number')
+        chunks = documents.setdefault(("row", i) if document is None else (type(document), document), [])
+        if chunk != len(chunks):
+            raise ValueError(
+                f"{row.where}: chunk {chunk!r} of document {document!r} should be {len(chunks)}; chunks stand in order"
             )
         chunks.append(i)
     return [np.array(chunks) for chunks in documents.values()]

@@ -1,10 +1,12 @@
 """From text to vectors: tokenise, pack into rows, one forward pass, mean over spans, quantise (ARCHITECTURE.md)."""
 
 import bisect
+import contextlib
 import dataclasses
 import functools
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,14 @@ from embed.rows import RowShape, Segment, chunked, cut, dense, write_rows
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 MIN_ROW_LENGTH = 64
 TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
+
+
+class NotFiniteError(ValueError):
+    """A model gave vectors with NaN or infinity in them."""
+
+
+class TooLongError(ValueError):
+    """A text needs more memory than there is."""
 
 
 def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=None) -> "Encoder":
@@ -54,11 +64,21 @@ def quantize(
 ) -> np.ndarray:
     """Pooled float32 vectors [..., D] in another precision: the prefix first, then `normalize`, then bits.
 
-    float32 [..., D], with `tanh` tanh(v); int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits of v >= 0, the first
-    dimension highest; binary int8 [..., D/8] = ubinary - 128, as sentence-transformers has it.
+    float32 [..., D], with `tanh` tanh(v); int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits
+    of v >= 0, the first dimension highest; binary int8 [..., D/8] = ubinary - 128, as sentence-transformers has it.
+    NotFiniteError for a vector that is not finite, which int8 and bits would hide.
     """
-    _check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
-    pooled = jnp.asarray(pooled)[..., :truncate_dim]
+    check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
+    pooled = jnp.asarray(pooled)
+    bad = np.flatnonzero(~np.asarray(_is_finite(pooled)))
+    if len(bad):
+        raise NotFiniteError(f"vector {bad[0]} is not finite; of {pooled[..., 0].size} vectors {len(bad)} are not")
+    return _quantize(pooled, precision, truncate_dim, normalize, tanh)
+
+
+def _quantize(pooled, precision: str, truncate_dim: int | None, normalize: bool, tanh: bool) -> np.ndarray:
+    """`quantize` of what is checked already."""
+    pooled = pooled[..., :truncate_dim]
     if precision == "int8":
         return np.array(quantization.int8(pooled))
     if precision in ("binary", "ubinary"):
@@ -121,14 +141,16 @@ class Encoder:
         batch_tokens: int | None = None,
         show_progress_bar: bool = False,
         truncate: bool = False,
+        names: Sequence[str] | None = None,
     ) -> np.ndarray:
         """One vector a text, in the order of the texts; a single str gives a single vector.
 
-        Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or binary int8 / ubinary uint8 [N, D/8].
-        `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for float32
-        alone. `batch_tokens` is the size of a batch in tokens (None: for each device that has rows of its own 4,096 on CPU,
-        65,536 on accelerators); it changes no result. A text longer than `max_length` is an error, or with `truncate=True` is cut with a
-        warning. A text without tokens is an error.
+        Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or packed bits [N, D/8], binary int8
+        or ubinary uint8. `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for
+        float32 alone. `batch_tokens` is the size of a batch in tokens (None: for each device that has rows of its own
+        4,096 on CPU, 65,536 on accelerators); it changes no result. A text longer than `max_length` is an error, or
+        with `truncate=True` is cut with a warning. A text without tokens is an error, and so is a vector that is not
+        finite (NotFiniteError). Errors call a text by its index, or as `names` say, one a text.
         """
         if isinstance(texts, str):
             return self.encode(
@@ -139,26 +161,29 @@ class Encoder:
                 batch_tokens=batch_tokens,
                 truncate=truncate,
             )[0]
-        texts = list(texts)
+        texts, name = list(texts), _namer("text", names)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise ValueError(f"text {i} is {text!r:.80} ({type(text).__name__}), expected a str")
+                raise ValueError(f"{name(i)} is {text!r:.80} ({type(text).__name__}), expected a str")
         tokens = self.tokenizer.encode(texts)
         for i, ids in enumerate(tokens):
             if not len(ids):
-                raise ValueError(f"text {i} has no tokens: {texts[i]!r:.80}")
-        segments = self._fit([dense(ids) for ids in tokens], "text", truncate)
-        return self._embed(segments, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar)
+                raise ValueError(f"{name(i)} has no tokens: {texts[i]!r:.80}")
+        segments, _ = self._fit([dense(ids) for ids in tokens], "text", name, truncate)
+        return self._embed(
+            segments, name, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar
+        )
 
     def quantize(self, vectors, precision: str) -> np.ndarray:
         """Vectors that `encode` gave as float32 (not normalized) in another precision, as if encoded so."""
         if self.tanh and precision == "int8":
+            quantize(vectors, "float32")  # for its check
             return np.array(jnp.round(jnp.asarray(vectors) * 127).astype(jnp.int8))
         return quantize(vectors, precision)
 
     def encode_tokens(self, tokens: Sequence[np.ndarray], precision: str = "float32") -> np.ndarray:
         """`encode` of texts that are tokenized already; the mean over one without tokens is a zero vector."""
-        return self._embed([dense(ids) for ids in tokens], precision, None, False, None, False)
+        return self._embed([dense(ids) for ids in tokens], _namer("text"), precision)
 
     def encode_documents(
         self,
@@ -170,35 +195,64 @@ class Encoder:
         batch_tokens: int | None = None,
         show_progress_bar: bool = False,
         truncate: bool = False,
+        names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
         """One array [chunks, D] a document: each chunk pooled from hidden states that saw the whole document.
 
         Late chunking; keywords and precisions as in `encode`. An empty chunk is a zero vector (in binary: every bit
         set), and so is a chunk that `truncate=True` cut off entirely. A document without tokens is an error.
         """
-        documents = [d if isinstance(d, str) else list(d) for d in documents]
+        segments, _ = self.fit_documents(documents, truncate=truncate, names=names)
+        vectors = self._embed(
+            segments,
+            _namer("document", names),
+            precision,
+            truncate_dim,
+            normalize_embeddings,
+            batch_tokens,
+            show_progress_bar,
+        )
+        return np.split(vectors, np.cumsum([s.num_spans for s in segments])[:-1]) if segments else []
+
+    def fit_documents(
+        self, documents: Sequence[Sequence[str]], *, truncate: bool = False, names: Sequence[str] | None = None
+    ) -> tuple[list[Segment], int]:
+        """What `encode_documents` embeds, a segment a document with a span a chunk, and how many of them were cut."""
+        documents, name = [d if isinstance(d, str) else list(d) for d in documents], _namer("document", names)
         for i, document in enumerate(documents):
             if isinstance(document, str) or not all(isinstance(chunk, str) for chunk in document):
-                raise ValueError(f"document {i} is {document!r:.80}, expected a list of str, one a chunk")
+                raise ValueError(f"{name(i)} is {document!r:.80}, expected a list of str, one a chunk")
         tokens = iter(self.tokenizer.encode([chunk for document in documents for chunk in document]))
         separator_id = self.tokenizer.separator_id if self.separator else None
         segments = [chunked([next(tokens) for _ in document], separator_id) for document in documents]
         for i, segment in enumerate(segments):
             if not segment.spans.any():
-                raise ValueError(f"document {i} has no tokens in any of its {segment.num_spans} chunks")
-        segments = self._fit(segments, "document", truncate)
-        vectors = self._embed(segments, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar)
-        return np.split(vectors, np.cumsum([s.num_spans for s in segments])[:-1]) if segments else []
+                raise ValueError(f"{name(i)} has no tokens in any of its {segment.num_spans} chunks")
+        return self._fit(segments, "document", name, truncate)
 
-    def _fit(self, segments: list[Segment], noun: str, truncate: bool) -> list[Segment]:
-        """The segments, none longer than max_length: cut with a warning, or an error."""
+    def encode_segments(
+        self,
+        segments: Sequence[Segment],
+        *,
+        precision: str = "float32",
+        truncate_dim: int | None = None,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> np.ndarray:
+        """Vectors of all spans of the segments of `fit_documents`, in order: [spans, D]; keywords as in `encode`."""
+        name = _namer("document", names)
+        return self._embed(segments, name, precision, truncate_dim, False, batch_tokens, show_progress_bar)
+
+    def _fit(self, segments: list[Segment], noun: str, name: Callable, truncate: bool) -> tuple[list[Segment], int]:
+        """The segments, none longer than max_length, and how many were cut, with a warning; or an error."""
         long = [i for i, s in enumerate(segments) if self.max_length and len(s.tokens) > self.max_length]
         if not long:
-            return segments
+            return segments, 0
         if not truncate:
             raise ValueError(
-                f"{noun} {long[0]} has {len(segments[long[0]].tokens)} tokens, the model takes {self.max_length} "
-                f"({len(long)} of {len(segments)} are too long): shorten it, or cut with truncate=True"
+                f"{name(long[0])} has {len(segments[long[0]].tokens)} tokens, the model takes {self.max_length} "
+                f"({len(long)} of {len(segments)} are too long): shorten it, or cut with truncate=True (--truncate)"
             )
         kept = [cut(s, self.max_length) for s in segments]
         tokens = sum(len(s.tokens) for s in segments) - sum(len(s.tokens) for s in kept)
@@ -207,40 +261,55 @@ class Encoder:
         warnings.warn(
             f"{len(long)} of {len(segments)} {noun}s were cut to {self.max_length} tokens (lost: {lost})", stacklevel=3
         )
-        return kept
+        return kept, len(long)
 
-    def _embed(self, segments, precision, truncate_dim, normalize, batch_tokens, progress) -> np.ndarray:
+    def _embed(
+        self, segments, name, precision, truncate_dim=None, normalize=False, batch_tokens=None, progress=False
+    ) -> np.ndarray:
         """Vectors of all spans of all segments, in order: [total spans, D or D/8]."""
-        _check_precision(precision, self.dimensions, truncate_dim, normalize)
+        check_precision(precision, self.dimensions, truncate_dim, normalize)
         shards = sharding.batch_shards(self.mesh)
         if batch_tokens is None:
             batch_tokens = shards * (4096 if _on_cpu() else 65536)  # 4,096: activations stay in a CPU's cache
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         finish = functools.partial(
-            quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
+            _quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
         )
-        empty = finish(np.zeros((0, self.dimensions), np.float32))
+        empty = finish(jnp.zeros((0, self.dimensions), jnp.float32))
         first = np.cumsum([0] + [s.num_spans for s in segments])
         out = np.empty((first[-1], empty.shape[1]), empty.dtype)
         bar = tqdm(total=len(segments), desc="encode", unit="text", disable=not (progress and distributed.is_first()))
 
         def store(members, packed, spans):
             # Every device has all of them. One quantizes, so that the number of devices makes no other program of it.
-            vectors = finish(spans.addressable_data(0)).reshape(-1, out.shape[1])  # R·S D
-            for i, slot in zip(members, packed.span_slots()):
+            spans = spans.addressable_data(0)
+            finite, vectors = np.asarray(_is_finite(spans)), finish(spans).reshape(-1, out.shape[1])  # R·S, R·S D
+            slots = list(zip(members, packed.span_slots()))
+            if bad := sorted(i for i, slot in slots if not finite[slot : slot + segments[i].num_spans].all()):
+                raise NotFiniteError(
+                    f"the vector of {name(bad[0])} is not finite (NaN or infinity), and so are those of {len(bad)} of "
+                    f"the {len(members)} in its batch: the model's weights are broken, or its activations overflow"
+                )
+            for i, slot in slots:
                 out[first[i] : first[i + 1]] = vectors[slot : slot + segments[i].num_spans]
             bar.update(len(members))
 
         waiting = None  # the batch on the device, while the next one is packed
-        with bar, distributed.peers():
+        longest = max(range(len(segments)), key=lambda i: len(segments[i].tokens), default=0)
+        with bar, distributed.peers(but=(NotFiniteError, TooLongError)), _out_of_memory(name, segments, longest):
             for members, where, shape, num_rows in _batches(segments, batch_tokens, shards):
                 packed = write_rows([segments[i] for i in members], where, shape, num_rows)
                 rows = packed.rows
                 if self.mesh.size > 1:  # every process has packed them all and puts its part
                     rows = sharding.put_batch(self.mesh, rows._asdict()).values()
                 with jax.set_mesh(self.mesh):  # attention kernels ask for it
-                    spans = _pooled(self.params, *rows, config=self.config, num_spans=shape.spans)
+                    arguments = {"config": self.config, "num_spans": shape.spans}
+                    if (
+                        not waiting and shape.length * shards > batch_tokens
+                    ):  # a row alone is more than a batch should be
+                        _check_memory(_pooled.lower(self.params, *rows, **arguments), name(longest), segments[longest])
+                    spans = _pooled(self.params, *rows, **arguments)
                 if waiting:
                     store(*waiting)
                 waiting = members, packed, spans
@@ -254,6 +323,50 @@ def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spa
     """Rows [R, L] -> the mean of each span, float32 [R, S, D], on every device. Compiled once for each R, L, mesh and config."""
     hidden = transformer.apply(config, params, tokens, segment_ids, positions)
     return jax.lax.with_sharding_constraint(pool_spans(hidden, span_ids, num_spans), PartitionSpec())
+
+
+@jax.jit
+def _is_finite(vectors):
+    """Whether each vector [..., D] is finite: bool, flat."""
+    return jnp.isfinite(vectors).all(-1).reshape(-1)
+
+
+def _namer(noun: str, names: Sequence[str] | None = None) -> Callable[[int], str]:
+    """What errors call text i."""
+    return lambda i: f"{noun} {i}" if names is None else names[i]
+
+
+def _check_memory(lowered, name: str, segment: Segment) -> None:
+    """TooLongError if the program of a text's row needs more memory than the device has."""
+    analysis = lowered.compile().memory_analysis()
+    needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    there = statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
+    if _on_cpu():
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if there and needed > there:
+        raise TooLongError(
+            _too_long(name, segment, f"they need {needed / 1e9:,.1f} GB, there are {there / 1e9:,.1f} GB")
+        )
+
+
+def _too_long(name: str, segment: Segment, why: str) -> str:
+    return (
+        f"{name} has {len(segment.tokens):,} tokens, too many for the memory of this machine ({why}): shorten it, "
+        f"or cut it with truncate=True and a max_length (--truncate --max_length=N)"
+    )
+
+
+@contextlib.contextmanager
+def _out_of_memory(name: Callable, segments: Sequence[Segment], longest: int) -> Iterator[None]:
+    """What the runtime raises when memory is used up, as TooLongError."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = "it was used up; a smaller batch_tokens helps where there are many texts"
+        raise TooLongError(_too_long(name(longest), segments[longest], why)) from error
 
 
 def _on_mesh(x, mesh, dtype) -> jax.Array:
@@ -302,7 +415,8 @@ def _batches(
         yield members, np.array(where), RowShape(length, spans, spans), num_rows
 
 
-def _check_precision(precision: str, dimensions: int, truncate_dim: int | None, normalize: bool) -> None:
+def check_precision(precision: str, dimensions: int, truncate_dim: int | None = None, normalize: bool = False) -> None:
+    """ValueError unless vectors of so many dimensions can be had in a precision, cut to `truncate_dim`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     if truncate_dim is not None and not 1 <= truncate_dim <= dimensions:

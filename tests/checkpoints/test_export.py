@@ -333,7 +333,7 @@ def test_the_verb_writes_a_model_that_exists_in_every_format(tmp_path, capsys):
         card = (path / "README.md").read_text()  # what a model says of its run stays with it
         assert "commit abc" in card and "| functions | int8 | 0.250 |" in card and "Made from" in card
     assert main(["export", f"--model={path}", f"--output={path}"]) == 2
-    assert "is the model itself" in capsys.readouterr().err
+    assert f"is {path}, which this command reads" in capsys.readouterr().err
     assert main(["export", f"--model={path}", f"--output={tmp_path / 'x'}", "--format=gguf"]) == 2
     assert "format 'gguf' must be one of pplx, onnx" in capsys.readouterr().err
 

@@ -113,9 +113,34 @@ QREL = {"query-id": "q", "corpus-id": "c", "score": 1}
         (CORPUS, QUERIES, [], "qrels.jsonl: 1 queries have no relevant text, the first is 'q'"),
         (CORPUS, QUERIES, [QREL | {"score": 0}], "1 queries have no relevant text"),
         (CORPUS, QUERIES, [QREL | {"corpus-id": "z"}], "qrels.jsonl, line 1: query-id 'q', corpus-id 'z'"),
-        (CORPUS * 2, QUERIES, [QREL], "corpus.jsonl: 1 ids stand more than once"),
-        ([{"_id": "c"}], QUERIES, [QREL], 'corpus.jsonl, line 1: expected "_id" and "text"'),
+        (CORPUS * 2, QUERIES, [QREL], "corpus.jsonl, line 2: the id 'c' stands for more than one text"),
+        ([{"_id": "c"}], QUERIES, [QREL], "corpus.jsonl, line 1 ._id .c.. has no text"),
         ([CORPUS[0] | {"document": "d", "chunk": 1}], QUERIES, [QREL], "chunk 1 of document 'd' should be 0"),
+        ([CORPUS[0] | {"document": ["d"]}], QUERIES, [QREL], r"line 1 .*: \"document\" is \['d'\], expected a string"),
+        (
+            [{"_id": "c", "chunks": ["x"]}],
+            QUERIES,
+            [QREL],
+            'line 1 .* has "chunks": in corpus.jsonl each chunk is a row',
+        ),
+        (
+            [{"_id": "c", "text": ""}],
+            QUERIES,
+            [QREL],
+            "corpus.jsonl, line 1 .* has no text, and so have 1 of the 1 rows",
+        ),
+        (CORPUS, [{"_id": "q", "text": " "}], [QREL], "queries.jsonl, line 1 .* has no text"),
+        (CORPUS, [{"_id": "q", "chunks": ["x"]}], [QREL], 'queries.jsonl, line 1 .* has no text: expected "text"$'),
+        (
+            CORPUS,
+            QUERIES,
+            [QREL | {"query-id": ["q"]}],
+            r"qrels.jsonl, line 1: \"query-id\" is \['q'\], expected a string",
+        ),
+        (CORPUS, QUERIES, [QREL | {"corpus-id": 7}], '"corpus-id" is 7, expected a string: write "7"'),
+        (CORPUS, QUERIES, [QREL | {"score": True}], "score True: expected"),
+        (CORPUS, QUERIES, [QREL | {"score": "1"}], "score '1': expected"),
+        (CORPUS, QUERIES, [QREL, QREL | {"score": 2}], "line 2: 'c' has score 2 for 'q', and 1 before"),
     ],
 )
 def test_a_broken_set_is_one_sentence(tmp_path, corpus, queries, qrels, message):
@@ -126,6 +151,13 @@ def test_a_broken_set_is_one_sentence(tmp_path, corpus, queries, qrels, message)
 def test_a_wrong_path_says_what_is_expected_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected corpus.jsonl, queries.jsonl and qrels.jsonl"):
         retrieval.read_set(tmp_path / "nowhere")
+
+
+def test_rows_with_and_without_a_document_stand_beside_each_other(tmp_path):
+    corpus = [{"_id": "a", "text": "x", "document": 1}, {"_id": "b", "text": "y"}, {"_id": "c", "text": "z"}]
+    corpus.append({"_id": "d", "text": "u", "document": 1, "chunk": 1})
+    folder = write(tmp_path / "set", corpus, [{"_id": "q", "text": "x"}], [QREL | {"corpus-id": "a"}])
+    assert [rows.tolist() for rows in retrieval.read_set(folder).documents] == [[0, 3], [1], [2]]
 
 
 # Models
@@ -146,7 +178,7 @@ def test_a_title_stands_in_front_of_its_text(tmp_path):
     corpus = [{"_id": "c0", "title": "Trees", "text": "of arrays"}, {"_id": "c1", "title": "", "text": " as it is "}]
     qrels = [{"query-id": "q0", "corpus-id": "c0", "score": 1}]
     folder = write(tmp_path / "set", corpus, [{"_id": "q0", "text": "tree"}], qrels)
-    assert retrieval.read_set(folder).corpus == ["Trees of arrays", " as it is "]
+    assert retrieval.read_set(folder).corpus == ["Trees of arrays", "as it is"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 TEXTS = small.sentences(150, seed=5, longest=90)
 VERBS = {
     "encode": ["--corpus={folder}/corpus.jsonl", "--precision=int8", "--output=encode"],
+    "index": ["--corpus={folder}/corpus.jsonl", "--precision=binary", "--output=index"],
     "evaluate": ["--data={folder}", "--output=evaluate"],
     "mine": ["--data={folder}", "--num_negatives=3", "--margin=-2", "--output=mine"],
 }
@@ -55,8 +56,8 @@ def arguments(verb, folder):
 
 def assert_same_files(one, other):
     assert sorted(path.name for path in other.iterdir()) == sorted(VERBS)
-    for verb in VERBS:
-        assert (other / verb).read_bytes() == (one / verb).read_bytes(), verb
+    for file in sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file()):
+        assert (other / file).read_bytes() == (one / file).read_bytes(), file
 
 
 EIGHT = textwrap.dedent(

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import small
@@ -230,6 +231,61 @@ def test_float32_vectors_of_a_tanh_model_are_quantized_with_one_tanh(encoder):
         got, want = model.quantize(model.encode(TEXTS), precision), encoder.encode(TEXTS, precision=precision)
         np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(model.quantize(model.encode(TEXTS), "float32"), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("precision", inference.PRECISIONS)
+def test_a_vector_that_is_not_finite_is_named_in_every_precision(precision):
+    params = {**small.params(), "norm": np.array([np.nan, *small.params()["norm"][1:]], np.float32)}
+    encoder = inference.Encoder(params, small.config(), small.tokenizer())
+    message = "the vector of {} is not finite .NaN or infinity., and so are those of 3 of the 3 in its batch"
+    with pytest.raises(room.NotFiniteError, match=message.format("text 0")):
+        encoder.encode(["the", "a", "open the file"], precision=precision)
+    with pytest.raises(ValueError, match=message.format("row 7")):
+        encoder.encode_documents([["the", ""], ["a"], ["b"]], precision=precision, names=["row 7", "row 8", "row 9"])
+    bad = np.array([[1.0] * 8, [np.inf] * 8], np.float32)
+    for quantize in (small.encoder().quantize, small.encoder(tanh=True).quantize, room.quantize):
+        with pytest.raises(ValueError, match="vector 1 is not finite; of 2 vectors 1 are not"):
+            quantize(bad, precision)
+
+
+def test_one_text_that_overflows_is_named_among_many():
+    """Its row may have others, which stay as they are: it is told by its index."""
+    table = small.params()["embedding"].copy()
+    unknown = small.tokenizer().encode(["ß"])[0]
+    table[unknown[-1]] = np.inf
+    encoder = inference.Encoder({**small.params(), "embedding": table}, small.config(), small.tokenizer())
+    with pytest.raises(ValueError, match="the vector of text 40 is not finite"):
+        encoder.encode([*small.sentences(40), "ß"], batch_tokens=1)
+
+
+def test_names_are_what_errors_call_a_text(encoder):
+    with pytest.raises(ValueError, match="line 8 has no tokens"):
+        encoder.encode(["the", " "], names=["line 7", "line 8"])
+    with pytest.raises(ValueError, match="line 8 has no tokens in any of its 1 chunks"):
+        encoder.encode_documents([["the"], [" "]], names=["line 7", "line 8"])
+
+
+def test_a_text_that_the_memory_of_the_machine_does_not_hold_is_refused_before_it_is_tried(encoder, monkeypatch):
+    """The memory is that of its compiled program; here the machine has less than it takes."""
+    pages = {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(room.os, "sysconf", pages.get)
+    texts = ["the", "a list of " * 1200]
+    message = (
+        "text 1 has 3,600 tokens, too many for the memory of this machine .they need .* GB, there are 0.0 GB.: shorten"
+    )
+    with pytest.raises(room.TooLongError, match=message):
+        encoder.encode(texts, batch_tokens=256)
+    pages["SC_PHYS_PAGES"] = 10**9
+    assert encoder.encode(texts, batch_tokens=256).shape == (2, 32)
+
+
+def test_memory_that_is_used_up_is_one_sentence(encoder, monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 35003121664 bytes.")
+
+    monkeypatch.setattr(room, "_pooled", fail)
+    with pytest.raises(room.TooLongError, match="text 1 has 4 tokens, too many for the memory .*it was used up"):
+        encoder.encode(["the", "a list of file"])
 
 
 # Batches

@@ -76,10 +76,36 @@ def test_of_equal_scores_the_lower_index_comes_first(precision):
     assert indices.tolist() == [[0, 1, 2, 3]]
 
 
-def test_a_zero_vector_is_found_last_with_cosine_zero():
-    scores, indices = Index(np.array([[0, 0], [3, 4]], np.int8), "int8").search(np.array([[3, 4]], np.int8), 2)
-    assert indices.tolist() == [[1, 0]]
-    np.testing.assert_allclose(scores, [[1, 0]], atol=1e-7)
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_zero_vector_is_never_found_and_the_others_keep_their_indices(precision):
+    stored = vectors(6, precision=precision)
+    stored[[0, 3]] = 0
+    made = Index(stored, precision)
+    scores, indices = made.search(stored[[4, 5]], 10)
+    assert made.empty.tolist() == [0, 3] and len(made) == 6
+    assert sorted(indices[0]) == [1, 2, 4, 5] and indices[:, 0].tolist() == [4, 5]
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
+
+
+def test_of_packed_bits_those_are_never_found_that_are_said_to_be_empty():
+    stored = np.array([[255], [255], [1]], np.uint8)
+    assert Index(stored, "ubinary").search(stored[:1], 3)[1].tolist() == [[0, 1, 2]]
+    assert Index(stored, "ubinary", empty=[0]).search(stored[:1], 3)[1].tolist() == [[1, 2]]
+
+
+def test_an_index_in_which_nothing_can_be_found_is_refused():
+    with pytest.raises(ValueError, match="none of its 2 vectors stands for a text"):
+        Index(np.zeros((2, 8), np.int8), "int8")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])
+def test_an_empty_chunk_of_a_corpus_has_an_id_and_is_never_found(precision, tmp_path):
+    path = lines(tmp_path / "c", {"_id": "a", "chunks": ["the file", "", "a list"]}, {"_id": "b", "text": "open"})
+    encoder = small.encoder(digest="1")
+    index.build(encoder, index.read_corpus(path), precision=precision).save(tmp_path / "i")
+    made = Index.load(tmp_path / "i")
+    assert made.ids == ["a#0", "a#1", "a#2", "b"] and made.empty.tolist() == [1]
+    assert sorted(made.search(encoder.encode(["open"], precision=precision), 9)[1][0]) == [0, 2, 3]
 
 
 def test_more_results_than_vectors_gives_all_of_them():
@@ -95,11 +121,15 @@ def test_an_index_is_loaded_as_it_was_saved(tmp_path):
         texts=["x", "y", "ü"],
         truncate_dim=24,
         model={"path": "m", "digest": "d"},
+        empty=[2],
+        max_length=9,
+        cut=1,
     )
     made.save(tmp_path / "index")
     loaded = Index.load(tmp_path / "index")
     np.testing.assert_array_equal(loaded.vectors, made.vectors, strict=True)
-    for name in ("precision", "ids", "texts", "truncate_dim", "model"):
+    np.testing.assert_array_equal(loaded.empty, made.empty, strict=True)
+    for name in ("precision", "ids", "texts", "truncate_dim", "model", "max_length", "cut"):
         assert getattr(loaded, name) == getattr(made, name)
     assert sorted(f.name for f in (tmp_path / "index").iterdir()) == ["index.json", "vectors.safetensors"]
 
@@ -107,11 +137,50 @@ def test_an_index_is_loaded_as_it_was_saved(tmp_path):
 def test_a_damaged_or_missing_index_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="no index at .*: expected a folder with index.json"):
         Index.load(tmp_path)
-    Index(vectors(3), "float32").save(tmp_path / "i")
-    data = (tmp_path / "i" / "vectors.safetensors").read_bytes()
-    (tmp_path / "i" / "vectors.safetensors").write_bytes(data[:-4])
-    with pytest.raises(ValueError, match="is not a usable index"):
+    folder = tmp_path / "i"
+    Index(vectors(3), "float32").save(folder)
+    data = (folder / "vectors.safetensors").read_bytes()
+    (folder / "vectors.safetensors").write_bytes(data[:-4])
+    with pytest.raises(ValueError, match="i/vectors.safetensors is not the file that index.json was written with"):
+        Index.load(folder)
+
+
+def test_vectors_of_another_index_in_the_place_of_its_own_are_noticed(tmp_path):
+    for seed in (0, 1):
+        Index(vectors(3, seed=seed), "float32").save(tmp_path / str(seed))
+    (tmp_path / "1" / "vectors.safetensors").replace(tmp_path / "0" / "vectors.safetensors")
+    with pytest.raises(ValueError, match="is not the file that index.json was written with"):
+        Index.load(tmp_path / "0")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("truncate_dim", 16, "was changed after it was written"),
+        ("ids", ["x", "b", "c"], "was changed after it was written"),
+        ("format_version", 1, "has format version 1, this program reads 2: make the index again"),
+        ("format", "other", "it has no format 'embed-index'"),
+    ],
+)
+def test_an_index_whose_description_was_changed_is_refused(tmp_path, field, value, message):
+    Index(vectors(3), "float32", ids=["a", "b", "c"]).save(tmp_path / "i")
+    file = tmp_path / "i" / "index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=message):
         Index.load(tmp_path / "i")
+
+
+def test_an_index_is_replaced_only_if_asked_and_with_nothing_else_in_its_folder(tmp_path):
+    folder, new = tmp_path / "i", Index(vectors(3), "float32")
+    Index(vectors(2), "float32").save(folder)
+    with pytest.raises(ValueError, match="i exists: choose another path, or replace it with --overwrite"):
+        new.save(folder)
+    new.save(folder, overwrite=True)
+    assert len(Index.load(folder)) == 3
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="i holds notes.txt, which is not part of an index"):
+        Index(vectors(4), "float32").save(folder, overwrite=True)
+    assert len(Index.load(folder)) == 3 and (folder / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -138,17 +207,6 @@ def test_queries_that_do_not_fit_the_vectors_are_refused():
         Index(vectors(3), "float32").search(vectors(1), 0)
 
 
-# Corpus files
-
-
-def test_a_corpus_holds_texts_and_chunked_documents(tmp_path):
-    path = lines(tmp_path / "c", {"_id": "a", "text": "one"}, "", {"_id": "b", "chunks": ["two", "", "four"]})
-    corpus = index.read_corpus(path)
-    assert corpus.documents == [["one"], ["two", "", "four"]]
-    assert corpus.ids == ["a", "b#0", "b#1", "b#2"]
-    assert corpus.texts == ["one", "two", "", "four"]
-
-
 def test_an_index_of_a_corpus_finds_texts_and_chunks_in_context(tmp_path):
     path = lines(tmp_path / "c", {"_id": "a", "text": "the file"}, {"_id": "b", "chunks": ["open", "a list of"]})
     encoder = small.encoder()
@@ -158,34 +216,23 @@ def test_an_index_of_a_corpus_finds_texts_and_chunks_in_context(tmp_path):
     assert built.search(encoder.encode(["the file"], precision="int8"), 1)[1] == [[0]]
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "is an empty corpus"),
-        ([{"_id": "a", "text": "x"}, "{oops"], "line 2: invalid JSON"),
-        (["[1]"], r"line 1: expected an object, got '\[1\]'"),
-        ([{"text": "x"}], 'line 1: "_id" is None, expected a string'),
-        ([{"_id": "a"}], "line 1 .*_id 'a'.* has no text"),
-        ([{"_id": "a", "text": " "}], "has no text"),
-        ([{"_id": "a", "chunks": ["", ""]}], "has no text"),
-        ([{"_id": "a", "chunks": "x"}], "has no text"),
-        ([{"_id": "a", "text": 3}], "has no text"),
-        ([{"_id": "a", "text": "x"}, {"_id": "a", "text": "y"}], "the id 'a' stands for more than one text"),
-    ],
-)
-def test_a_bad_corpus_is_one_sentence_that_names_the_line(tmp_path, rows, message):
-    with pytest.raises(ValueError, match=message):
-        index.read_corpus(lines(tmp_path / "c", *rows) if rows else lines(tmp_path / "c", ""))
-
-
-def test_a_missing_corpus_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no file .*nothing.jsonl: expected JSON lines"):
-        index.read_corpus(tmp_path / "nothing.jsonl")
-
-
-def test_an_index_of_other_weights_is_refused():
+def test_an_index_of_other_weights_or_of_unknown_ones_is_refused():
     encoder = small.encoder(digest="1" * 64)
     made = Index(vectors(2), "float32", model={"path": "old", "digest": "2" * 64})
     with pytest.raises(ValueError, match="made with the model at old .digest 222222222222., not with"):
         made.check_model(encoder)
+    with pytest.raises(ValueError, match="the index does not say which model made it"):
+        Index(vectors(2), "float32").check_model(encoder)
+    with pytest.raises(ValueError, match="the model has no digest"):
+        made.check_model(small.encoder())
     Index(vectors(2), "float32", model={"path": "old", "digest": "1" * 64}).check_model(encoder)
+
+
+def test_an_index_says_how_many_texts_were_cut_and_to_what(tmp_path):
+    path = lines(tmp_path / "c", {"_id": "a", "text": "the file " * 9}, {"_id": "b", "text": "open"})
+    encoder = small.encoder(max_length=5, digest="1")
+    with pytest.raises(ValueError, match="c, line 1 ._id 'a'. has .* tokens, the model takes 5"):
+        index.build(encoder, index.read_corpus(path))
+    with pytest.warns(UserWarning, match="1 of 2 documents were cut to 5 tokens"):
+        made = index.build(encoder, index.read_corpus(path), truncate=True)
+    assert (made.cut, made.max_length) == (1, 5)

@@ -1,12 +1,17 @@
 """embed encode, index, search and mine, from files to what they print and write."""
 
+import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 import small
 
-from embed import cli, inference
+from embed import cli, inference, runs
+from embed.evaluation import retrieval
 
 TEXTS = ["parse the config file", "a list of numbers", "open a vector index and search"]
 
@@ -50,7 +55,8 @@ def test_encode_writes_a_row_a_text_or_chunk(model, corpus, tmp_path):
     assert cli.main(["encode", "--model", model, "--corpus", corpus, "--precision", "ubinary", "--output", output]) == 0
     expected = inference.load(model).encode_documents([[t] for t in TEXTS] + [TEXTS[:2]], precision="ubinary")
     np.testing.assert_array_equal(np.load(output, allow_pickle=False), np.concatenate(expected), strict=True)
-    assert cli.main(["encode", "--model", model, "--text", "the", "--text", "of a", "--output", output]) == 0
+    more = ["--text", "the", "--text", "of a", "--overwrite"]
+    assert cli.main(["encode", "--model", model, *more, "--output", output]) == 0
     assert np.load(output).shape == (2, 32)
 
 
@@ -87,7 +93,7 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
         (["--model", "nowhere", "--corpus", "{corpus}"], "expected a model folder"),
         (["--model", "{model}", "--corpus", "nowhere"], "no file nowhere"),
         (["--model", "{model}", "--corpus", "{corpus}", "--truncate_dim", "99"], "truncate_dim=99 must be in 1..32"),
-        (["--model", "{model}", "--corpus", "{corpus}", "--top", "0"], "k=0 must be positive"),
+        (["--model", "{model}", "--corpus", "{corpus}", "--top", "0"], "--top=0 must be positive"),
         (["--model", "{model}", "--index", "nowhere"], "no index at nowhere"),
         (["--model", "{model}", "--index", "x", "--precision", "int8"], "fixed by --index"),
     ],
@@ -99,6 +105,172 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(model, corpus, capsys, argu
     assert len(error) == 1 and message in error[0]
 
 
-def test_a_query_without_tokens_is_one_sentence(model, corpus, capsys):
-    assert cli.main(["search", "--model", model, "--corpus", corpus, "--query", " "]) == 2
-    assert "text 0 has no tokens" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [(" ", "--query=' ' is empty"), ("", "--query='' is empty"), ("x\udcfc", "is not text in UTF-8 (character 1)")],
+)
+def test_a_query_that_is_no_text_is_one_sentence(model, corpus, capsys, query, message):
+    assert cli.main(["search", "--model", model, "--corpus", corpus, "--query", query]) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main(["encode", "--model", model, "--text", query, "--output", corpus + ".npy"]) == 2
+    assert message.replace("query", "text") in capsys.readouterr().err
+
+
+# One text, one vector
+
+
+def test_a_title_is_part_of_the_text_in_every_verb(model, tmp_path, capsys):
+    rows = [{"_id": f"t{i}", "title": "open query", "text": text} for i, text in enumerate(TEXTS)]
+    whole = [{"_id": row["_id"], "text": f"open query {row['text']}"} for row in rows]
+    queries = [{"_id": "q", "text": "parse"}]
+    qrels = [{"query-id": "q", "corpus-id": "t0", "score": 1}]
+    found = []
+    for name, corpus in (("titles", rows), ("whole", whole)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, lines in (("corpus", corpus), ("queries", queries), ("qrels", qrels)):
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source, options = ["--model", model, "--corpus", str(folder / "corpus.jsonl")], ["--margin", "-2"]
+        data = ["--model", model, "--data", str(folder)]
+        assert cli.main(["encode", *source, "--output", str(folder / "v.npy")]) == 0
+        assert cli.main(["index", *source, "--output", str(folder / "i")]) == 0
+        assert cli.main(["evaluate", *data, "--output", str(folder / "e.json")]) == 0
+        assert cli.main(["mine", *data, *options, "--output", str(folder / "n")]) == 0
+        capsys.readouterr()
+        assert cli.main(["search", *source, "--query", "parse"]) == 0
+        index = inference.Index.load(folder / "i")
+        written = [(folder / file).read_bytes() for file in ("v.npy", "e.json", "n")]
+        found.append([*written, index.vectors.tobytes(), index.texts, capsys.readouterr().out])
+        vectors = np.load(folder / "v.npy")
+        np.testing.assert_array_equal(vectors, index.vectors)
+        np.testing.assert_array_equal(
+            vectors, retrieval.embed_set(inference.load(model), retrieval.read_set(folder))[1]
+        )
+    assert found[0] == found[1]
+
+
+def test_an_empty_corpus_row_of_a_set_is_counted_and_never_found(model, tmp_path, capsys):
+    files = {
+        "corpus": [{"_id": "e", "text": " "}, *({"_id": f"c{i}", "text": text} for i, text in enumerate(TEXTS))],
+        "queries": [{"_id": "q", "text": "config file"}],
+        "qrels": [{"query-id": "q", "corpus-id": "c0", "score": 1}],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model", model, "--data", str(tmp_path)]
+    assert cli.main(["evaluate", *arguments, "--output", str(tmp_path / "e")]) == 0
+    assert "embed: warning: 1 of the 4 rows of" in (said := capsys.readouterr().err) and "UserWarning" not in said
+    encoder = inference.load(model)
+    with pytest.warns(UserWarning, match="1 of the 4 rows of"):
+        data = retrieval.read_set(tmp_path)
+    for ranking in retrieval.rank(encoder, data, inference.PRECISIONS).values():
+        assert sorted(ranking[0]) == [1, 2, 3]
+    assert cli.main(["mine", *arguments, "--margin", "-2", "--output", str(tmp_path / "n")]) == 0
+    assert sorted(json.loads((tmp_path / "n").read_text())["negatives"]) == ["c1", "c2"]
+    (tmp_path / "qrels.jsonl").write_text('{"query-id": "q", "corpus-id": "e", "score": 1}')
+    assert cli.main(["mine", *arguments, "--output", str(tmp_path / "m")]) == 2
+    assert "corpus.jsonl, line 1 (_id 'e') answers a query and has no text" in capsys.readouterr().err
+
+
+# Long texts
+
+
+@pytest.mark.parametrize("verb", ["encode", "index", "search", "evaluate", "mine"])
+def test_a_long_text_is_named_by_line_and_id_and_cut_if_asked(verb, model, tmp_path, capsys):
+    rows = {
+        "corpus": [{"_id": "a", "text": "the"}, {"_id": "b", "text": "the file " * 20}, {"_id": "c", "text": "a list"}],
+        "queries": [{"_id": "q", "text": "the"}],
+        "qrels": [{"query-id": "q", "corpus-id": "a", "score": 1}],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = f"--data={tmp_path}" if verb in ("evaluate", "mine") else f"--corpus={tmp_path / 'corpus.jsonl'}"
+    more = ["--query=the"] if verb == "search" else [f"--output={tmp_path / 'out'}"]
+    arguments = [verb, f"--model={model}", source, *more, "--max_length=9"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "corpus.jsonl, line 2 (_id 'b') has" in error and "the model takes 9" in error and "--truncate" in error
+    assert cli.main([*arguments, "--truncate"]) == 0
+    assert "embed: warning: 1 of 3 documents were cut to 9 tokens" in capsys.readouterr().err
+
+
+def test_max_length_is_at_most_that_of_the_model(tmp_path, capsys):
+    model = small.write_model(tmp_path / "m", embedding={"max_length": 5})
+    for value, message in ((6, "--max_length=6 must be at most 5"), (0, "--max_length=0 must be positive")):
+        arguments = [f"--model={model}", "--text=x", f"--max_length={value}", f"--output={tmp_path / 'v.npy'}"]
+        assert cli.main(["encode", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+# Which model an index is of
+
+
+@pytest.mark.parametrize("change", ["weights", "separator", "tanh", "max_length"])
+def test_an_index_is_refused_when_its_model_was_replaced(change, tmp_path, corpus, capsys):
+    model, folder = tmp_path / "model", str(tmp_path / "index")
+    small.write_model(model)
+    assert cli.main(["index", f"--model={model}", f"--corpus={corpus}", f"--output={folder}"]) == 0
+    search = ["search", f"--model={model}", f"--index={folder}", "--query=the"]
+    assert cli.main(search) == 0
+    changes = {
+        "weights": dict(params_=small.random_params(small.config(), 1)),
+        "separator": dict(embedding={"separator": False}),
+        "tanh": dict(tanh=True),
+        "max_length": dict(embedding={"max_length": 99}),
+    }
+    small.write_model(model, **changes[change])
+    capsys.readouterr()
+    assert cli.main(search) == 2
+    error = capsys.readouterr().err
+    assert f"the index was made with the model at {model} (digest " in error and len(error.splitlines()) == 1
+
+
+def test_a_checkpoint_s_digest_is_that_of_all_that_changes_a_vector_and_not_of_where_it_lies():
+    made = runs.Checkpoint(
+        "stage",
+        {"folder": "a", "step": 3, "digest": "0123"},
+        small.config(),
+        lambda shardings: small.params(),
+        small.tokenizer,
+        {},
+        True,
+    )
+    mesh = inference.encoder.sharding.make_mesh()
+
+    def digest(**changes):
+        return runs.make_encoder(dataclasses.replace(made, **changes), mesh).digest
+
+    assert digest(identity=made.identity | {"folder": "b"}) == digest()
+    changes = [{"separator": False}, {"max_length": 9}, {"tanh": True}, {"identity": made.identity | {"digest": "4"}}]
+    changes += [{"identity": {"merge": [made.identity, made.identity], "ratio": ratio}} for ratio in (0.5, 0.6)]
+    assert len({digest(), *(digest(**change) for change in changes)}) == 7
+    assert runs.make_encoder(made, mesh, small.params()).digest is None  # of parameters that are not the checkpoint's
+
+
+# What is printed
+
+
+def test_tables_that_no_terminal_shows_are_not_cut(model, tmp_path, capsys):
+    text, name = "parse the config file " * 20, "a/very/long/identifier/" * 9
+    (tmp_path / "c").write_text(json.dumps({"_id": name, "text": text}))
+    assert cli.main(["search", f"--model={model}", f"--corpus={tmp_path / 'c'}", "--query=parse"]) == 0
+    found = capsys.readouterr().out
+    assert text.strip() in found and name in found and all(line == line.rstrip() for line in found.splitlines())
+    output = tmp_path / ("long" * 40)
+    assert cli.main(["encode", f"--model={model}", "--text=the", f"--output={output}"]) == 0
+    assert capsys.readouterr().out.endswith(f"written to {output}\n")
+
+
+def test_the_commands_of_the_page_run_as_written(model, corpus, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    commands = re.search(r"```bash\n(.*?)```", page, re.S)[1].splitlines()
+    data = tmp_path / "set"
+    data.mkdir()
+    (data / "corpus.jsonl").write_text(json.dumps({"_id": "c", "text": "the"}))
+    (data / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "a"}))
+    (data / "qrels.jsonl").write_text(json.dumps({"query-id": "q", "corpus-id": "c", "score": 1}))
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        arguments = shlex.split(command.replace("MODEL", model).replace("SET", "set"))
+        assert arguments[0] == "embed" and cli.main(arguments[1:]) == 0, command
+    assert len(commands) == 6

@@ -1,0 +1,237 @@
+"""Files that were damaged: what is read is exactly what was written, or an error of one line names the file."""
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from embed.evaluation import retrieval
+from embed.inference import Index, quantize
+from embed.inference.index import read_corpus
+
+bounded = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=150,
+    suppress_health_check=list(HealthCheck),
+)
+ROWS = [
+    {"_id": "a", "title": "Ünïcode", "text": "one \u2028 two", "n": [1, None, {"x": 2.5}]},
+    {"_id": "b", "chunks": ["first", "", "thïrd"]},
+    {"_id": "c", "text": "\U0001f600 three"},
+]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("a"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["_id", "text", "x"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@st.composite
+def damaged(draw, content: bytes):
+    """The content with some bytes flipped, cut out, repeated, cut off or put in."""
+    content = bytearray(content)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, max(0, len(content) - 1)))
+        kind = draw(st.sampled_from(["flip", "set", "cut off", "cut out", "repeat", "insert"]))
+        if kind == "flip" and content:
+            content[at] ^= 1 << draw(st.integers(0, 7))
+        elif kind == "set" and content:
+            content[at] = draw(st.sampled_from(b'\x00\xff"{}[]:,\\ \n\r9'))
+        elif kind == "cut off":
+            del content[at:]
+        elif kind == "cut out":
+            del content[at : at + draw(st.integers(1, 20))]
+        elif kind == "repeat":
+            content[at:at] = content[at : at + draw(st.integers(1, 40))]
+        elif kind == "insert":
+            content[at:at] = draw(st.binary(min_size=1, max_size=4))
+    return bytes(content)
+
+
+def assert_sentence(error, *files):
+    """The error is one line that names one of the files."""
+    said = str(error)
+    assert type(error) in (ValueError, FileNotFoundError), repr(error)
+    assert "\n" not in said and any(str(file) in said for file in files), said
+
+
+@functools.cache
+def scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="embed-damage-"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_scratch_is_left():
+    yield
+    shutil.rmtree(scratch())
+    scratch.cache_clear()
+
+
+def corpus(rows, newline="\n") -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + newline for row in rows).encode()
+
+
+@bounded
+@given(damaged(corpus(ROWS)))
+def test_a_corpus_with_damaged_bytes_is_read_as_its_lines_say_or_refused_by_name(content):
+    """What the lines say is read here once more, in the plainest way there is."""
+    file = scratch() / "corpus.jsonl"
+    file.write_bytes(content)
+    try:
+        found = read_corpus(file)
+    except (ValueError, FileNotFoundError) as error:
+        assert_sentence(error, file)
+        return
+    rows = [json.loads(line) for line in content.removeprefix(b"\xef\xbb\xbf").decode().split("\n") if line.strip()]
+    assert found.ids == [
+        n for r in rows for n in ([r["_id"]] if "text" in r else [f"{r['_id']}#{k}" for k in range(len(r["chunks"]))])
+    ]
+    expected = []
+    for row in rows:
+        chunks = [row["text"].strip()] if "text" in row else list(row["chunks"])
+        if row.get("title"):
+            chunks[0] = (row["title"] + " " + (row["text"] if "text" in row else chunks[0])).strip()
+        expected.append(chunks)
+    assert found.documents == expected and all(any(map(str.strip, chunks)) for chunks in expected)
+
+
+@bounded
+@given(st.integers(0, 2), st.sampled_from(["_id", "text", "chunks", "title", "more"]), VALUES)
+def test_a_corpus_row_with_another_value_is_read_or_refused_by_its_line(which, field, value):
+    rows = [dict(row) for row in ROWS]
+    rows[which][field] = value
+    file = scratch() / "corpus.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        found = read_corpus(file)
+    except ValueError as error:
+        assert_sentence(error, file)
+        assert f"line {which + 1}" in str(error) or "more than one text" in str(error)
+        return
+    assert len(found.documents) == 3
+    assert all(isinstance(text, str) for text in found.texts) and len(found.texts) == len(found.ids) == len(
+        set(found.ids)
+    )
+
+
+SET = {
+    "corpus": [
+        {"_id": "a", "text": "x", "document": "d", "chunk": 0},
+        {"_id": "b", "text": "y", "document": "d", "chunk": 1},
+    ],
+    "queries": [{"_id": "q", "text": "x"}],
+    "qrels": [{"query-id": "q", "corpus-id": "a", "score": 1}],
+}
+
+
+@bounded
+@given(
+    st.sampled_from(
+        [
+            ("corpus", "document"),
+            ("corpus", "chunk"),
+            ("corpus", "text"),
+            ("queries", "text"),
+            ("queries", "_id"),
+            ("qrels", "query-id"),
+            ("qrels", "corpus-id"),
+            ("qrels", "score"),
+        ]
+    ),
+    VALUES,
+)
+@pytest.mark.filterwarnings("ignore:.*have no text")
+def test_a_set_with_another_value_is_read_or_refused_by_its_file(field, value):
+    name, key = field
+    for file, rows in SET.items():
+        rows = [dict(row) for row in rows]
+        if file == name:
+            rows[0][key] = value
+        (scratch() / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        found = retrieval.read_set(scratch())
+    except ValueError as error:
+        assert_sentence(error, *(scratch() / f"{file}.jsonl" for file in SET))
+        return
+    assert found.corpus_ids == ["a", "b"] and sorted(np.concatenate(found.documents)) == [0, 1]
+    assert all(np.isfinite(r.grades).all() and (r.grades > 0).all() for r in found.relevant)
+
+
+@functools.cache
+def index() -> Index:
+    vectors = quantize(np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32), "int8")
+    how = {"texts": ["x", "ü", "", "z"], "empty": [2], "model": {"path": "m", "digest": "d"}, "truncate_dim": 16}
+    made = Index(vectors, "int8", ids=["a", "b", "c", "d"], **how)
+    made.save(scratch() / "good", overwrite=True)
+    return made
+
+
+def load_as_it_was(change) -> None:
+    """Load the index after a change of its folder: it is the one that was saved, or the change is an error."""
+    made, folder = index(), scratch() / "index"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(scratch() / "good", folder)
+    change(folder)
+    try:
+        found = Index.load(folder)
+    except (ValueError, FileNotFoundError) as error:
+        assert_sentence(error, folder)
+        return
+    np.testing.assert_array_equal(found.vectors, made.vectors, strict=True)
+    np.testing.assert_array_equal(found.empty, made.empty, strict=True)
+    for name in ("precision", "ids", "texts", "truncate_dim", "model", "max_length", "cut"):
+        assert getattr(found, name) == getattr(made, name)
+
+
+@bounded
+@given(st.sampled_from(["index.json", "vectors.safetensors"]), st.data())
+def test_an_index_with_a_damaged_file_is_loaded_as_it_was_or_refused_by_name(file, data):
+    index()
+    content = data.draw(damaged((scratch() / "good" / file).read_bytes()))
+    load_as_it_was(lambda folder: (folder / file).write_bytes(content))
+
+
+FIELDS = [
+    "format",
+    "format_version",
+    "precision",
+    "truncate_dim",
+    "model",
+    "empty",
+    "vectors",
+    "ids",
+    "texts",
+    "sha256",
+]
+
+
+@bounded
+@given(st.sampled_from([*FIELDS, "more"]), VALUES | st.just("binary") | st.just("float32"))
+def test_an_index_with_another_value_in_its_description_is_loaded_as_it_was_or_refused(field, value):
+    def change(folder):
+        described = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps(described | {field: value}))
+
+    load_as_it_was(change)
+
+
+@pytest.mark.parametrize("file", ["index.json", "vectors.safetensors"])
+def test_an_index_with_a_missing_file_is_refused_and_other_files_beside_it_change_nothing(file):
+    load_as_it_was(lambda folder: (folder / file).unlink())
+    load_as_it_was(lambda folder: (folder / "more.safetensors").write_text("x"))
+
+    def a_folder(folder):
+        (folder / file).unlink()
+        (folder / file).mkdir()
+
+    load_as_it_was(a_folder)

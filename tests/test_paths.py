@@ -1,0 +1,156 @@
+"""Files and folders that appear whole: symbolic links, several writers, a disk that takes no more."""
+
+import errno
+import os
+import resource
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from embed import paths
+
+
+def anything(folder):
+    return True
+
+
+@pytest.fixture
+def small_files():
+    """A context in which no file of this process may grow beyond 4,096 bytes, as on a disk that is full."""
+
+    class Limited:
+        def __enter__(self):
+            self.handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            self.old = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, self.old[1]))
+
+        def __exit__(self, *_):
+            resource.setrlimit(resource.RLIMIT_FSIZE, self.old)
+            signal.signal(signal.SIGXFSZ, self.handler)
+
+    return Limited()
+
+
+def test_a_file_that_cannot_be_written_to_its_end_stays_as_it_was(tmp_path, small_files):
+    file = tmp_path / "f"
+    paths.write(file, "old")
+    with small_files, pytest.raises(OSError) as caught:
+        paths.write(file, b"x" * 10_000)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.__notes__ == [f"{file} was not written, and what was there is unchanged"]
+    assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_folder_that_cannot_be_written_to_its_end_stays_as_it_was(tmp_path, small_files):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "f").write_text("old")
+    with small_files, pytest.raises(OSError), paths.replace_folder(folder, is_ours=anything, marker="f") as aside:
+        (aside / "f").write_bytes(b"x" * 10_000)
+    assert (folder / "f").read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["d"]
+
+
+def test_a_file_that_is_replaced_has_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").write_text("")
+    paths.write(tmp_path / "f", "x")
+    assert (tmp_path / "f").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_symbolic_link_stays_one_and_its_target_gets_the_content(tmp_path, dangling):
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("file", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    if not dangling:
+        (tmp_path / "elsewhere" / "file").write_text("old")
+        (tmp_path / "elsewhere" / "folder").mkdir()
+        (tmp_path / "elsewhere" / "folder" / "old").write_text("old")
+    paths.write(tmp_path / "file", "new")
+    with paths.replace_folder(tmp_path / "folder", is_ours=anything, marker="m") as aside:
+        (aside / "m").write_text("new")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_text() == "new"
+    assert [f.name for f in (tmp_path / "elsewhere" / "folder").iterdir()] == ["m"]
+    assert sorted(f.name for f in (tmp_path / "elsewhere").iterdir()) == ["file", "folder"]
+
+
+def test_a_link_that_leads_back_to_itself_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for is_ours in (None, anything):
+        with pytest.raises(ValueError, match="a is a symbolic link that leads back to itself"):
+            paths.check_output(tmp_path / "a", is_ours=is_ours)
+    with pytest.raises(ValueError, match="leads back to itself"):
+        paths.write(tmp_path / "a", "x")
+
+
+def test_many_writers_of_one_file_or_folder_leave_that_of_one_of_them_whole(tmp_path):
+    contents = [str(i) * 100_000 for i in range(8)]
+
+    def write(content):
+        paths.write(tmp_path / "file", content)
+        with paths.replace_folder(tmp_path / "folder", is_ours=anything, marker="b") as aside:
+            for name in "ab":
+                (aside / name).write_text(content)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, contents * 4))
+    assert (tmp_path / "file").read_text() in contents
+    assert (tmp_path / "folder" / "a").read_text() == (tmp_path / "folder" / "b").read_text()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_folder_that_another_wrote_meanwhile_is_not_replaced_unasked(tmp_path):
+    with (
+        pytest.raises(ValueError, match="d exists: choose another path, or replace it with --overwrite"),
+        paths.replace_folder(tmp_path / "d", is_ours=anything, marker="f", overwrite=False) as aside,
+    ):
+        (aside / "f").write_text("mine")
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "f").write_text("theirs")
+    assert (tmp_path / "d" / "f").read_text() == "theirs" and [f.name for f in tmp_path.iterdir()] == ["d"]
+
+
+def test_what_is_held_is_busy_under_each_of_its_names_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with paths.lock(tmp_path / "file"):
+        for name in ("file", "link"):
+            with pytest.raises(paths.BusyError, match="is in use by another process"), paths.lock(tmp_path / name):
+                pass
+    with paths.lock(tmp_path / "link"):
+        pass
+    assert [f.name for f in tmp_path.iterdir()] == ["link"]
+
+
+def test_outputs_that_could_not_be_written_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "theirs").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for name, is_ours, message in (
+        ("folder", None, "must be a file in a folder that exists"),
+        ("none/x", None, "must be a file in a folder that exists"),
+        ("file/x", None, "must be a file in a folder that exists"),
+        ("pipe", None, "is neither a file nor a folder"),
+        ("x" * 300, None, "cannot be written: File name too long"),
+        ("file", anything, "must be a folder, but it is a file"),
+        ("file/x", anything, "cannot be written: Not a directory"),
+        ("folder", lambda folder: False, "exists and was not written by this command"),
+    ):
+        with pytest.raises((ValueError, PermissionError), match=message):
+            paths.check_output(tmp_path / name, is_ours=is_ours)
+    for name, is_ours in (("file", None), ("folder", anything)):
+        paths.check_output(tmp_path / name, is_ours=is_ours)
+        with pytest.raises(ValueError, match="exists: choose another path, or replace it with --overwrite"):
+            paths.check_output(tmp_path / name, is_ours=is_ours, overwrite=False)
+    paths.check_output(tmp_path / "new" / "and" / "deeper", is_ours=anything, overwrite=False)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which not even root may write")
+def test_a_folder_in_which_nobody_may_write_is_refused():
+    for is_ours in (None, anything):
+        with pytest.raises(PermissionError, match="/proc/self/x cannot be written"):
+            paths.check_output("/proc/self/x", is_ours=is_ours)
