@@ -48,7 +48,7 @@ def prepare(run: Run) -> dict:
     data, tokenizer = run.config.data, None
     if not data.gin_file:
         raise ValueError("config.data.gin_file is empty: name the file that binds the mixtures of this config")
-    gin_file = configs.find(data.gin_file)
+    gin_file = configs.find(data.gin_file, run.config_path)
     done = (run.data / "info.json").exists()
     missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
     if jax.process_count() > 1 and not done:

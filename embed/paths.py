@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -22,9 +23,12 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # or epath would import TensorFl
 from etils import epath  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
-PARTIAL = ".partial"  # in a folder of a bucket whose writing was begun and has not ended
+PARTIAL = ".embed.partial"  # in a folder that is written file by file, until all of it is there
+# What file systems and desktops leave in folders, and what locks and interrupted writes of this module are called.
+FOREIGN = re.compile(r"lost\+found|Thumbs\.db|\.DS_Store|\._.*|\.snapshots?|\.nfs.*|\.Trash.*|\..*\.(lock|partial|old)")
 LEASE_SECONDS = 180.0  # a lease in a bucket that was not renewed for so long is over
 RENEW_SECONDS = 30.0
+RELEASE_SECONDS = 10.0  # for giving a lease back; one that is not given back ends by itself
 
 
 class BusyError(ValueError):
@@ -38,9 +42,12 @@ class LeaseLostError(RuntimeError):
 
 
 def path(name) -> epath.Path:
-    """The file or folder of a name or URL; a local one is absolute."""
+    """The file or folder of a name or URL; a local one is absolute, and a ~ at its beginning is the home folder.
+
+    A shell expands that ~ itself, but not after the = of an option, nor in a config.
+    """
     found = epath.Path(name)
-    return found if is_bucket(found) else epath.Path(os.path.abspath(found))
+    return found if is_bucket(found) else epath.Path(os.path.abspath(os.path.expanduser(found)))
 
 
 def is_bucket(name) -> bool:
@@ -89,17 +96,19 @@ def read_json(file):
 
 
 def is_empty(folder) -> bool:
-    """Whether nothing is there, or a folder without content."""
+    """Whether nothing is there, or a folder without content of its own (`FOREIGN`)."""
     folder = path(folder)
-    return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
+    return not folder.exists() or (folder.is_dir() and all(FOREIGN.fullmatch(e.name) for e in folder.iterdir()))
 
 
 def files(folder) -> dict[str, epath.Path]:
-    """{path below the folder, with slashes: file} of all files below it, in order."""
+    """{path below the folder, with slashes: file} of all files below it that are its own (`FOREIGN`), in order."""
     found, folders = {}, [("", path(folder))]
     while folders:
         prefix, current = folders.pop()
         for entry in current.iterdir():
+            if FOREIGN.fullmatch(entry.name):
+                continue
             if entry.is_dir():
                 folders.append((f"{prefix}{entry.name}/", entry))
             else:
@@ -108,12 +117,12 @@ def files(folder) -> dict[str, epath.Path]:
 
 
 def is_partial(folder) -> bool:
-    """Whether `replace_folder` was interrupted in a folder of a bucket: what is there is no whole."""
-    return is_bucket(folder) and (path(folder) / PARTIAL).exists()
+    """Whether `replace_folder` was interrupted while it wrote into a folder: what is there is no whole."""
+    return (path(folder) / PARTIAL).exists()
 
 
 def check_replaceable(folder, is_ours: Callable) -> None:
-    """Refuse a folder that `replace_folder` would refuse: for before the work, not behind it."""
+    """Refuse a folder that `replace_folder` would refuse: before the work rather than after it."""
     folder = path(folder)
     if not is_empty(folder) and not is_partial(folder) and not is_ours(folder):
         raise ValueError(f"{folder} exists and was not written by this command; remove it or choose another path")
@@ -123,14 +132,21 @@ def check_replaceable(folder, is_ours: Callable) -> None:
 def replace_folder(folder, *, is_ours: Callable, marker: str) -> Iterator[Path]:
     """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
 
-    What stands there already is replaced only if it is empty or `is_ours(folder)` holds; a block that is interrupted leaves it as
-    it was. A bucket gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where that is
-    interrupted, the folder is `is_partial` and may be replaced.
+    What is there already is replaced only if it is empty or `is_ours(folder)` holds; a block that is interrupted leaves it as
+    it was. A folder that cannot be renamed, in a bucket or where a disk is mounted, and one that holds files of others (`FOREIGN`)
+    gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where that is interrupted, the
+    folder is `is_partial` and may be replaced.
     """
     check_replaceable(folder, is_ours)
     folder = path(folder)
-    if is_bucket(folder):
-        with tempfile.TemporaryDirectory(prefix="embed-") as aside:
+    bucket = is_bucket(folder)
+    if bucket or (
+        folder.exists()
+        and (os.path.ismount(folder) or any(FOREIGN.fullmatch(entry.name) for entry in folder.iterdir()))
+    ):
+        with tempfile.TemporaryDirectory(
+            prefix=".embed-", suffix=".partial", dir=None if bucket else Path(folder)
+        ) as aside:
             yield Path(aside)
             old, new = files(folder) if folder.exists() else {}, files(aside)
             write(folder / PARTIAL, "")
@@ -138,7 +154,7 @@ def replace_folder(folder, *, is_ours: Callable, marker: str) -> Iterator[Path]:
                 old.pop(marker).unlink()
             for name in sorted(new, key=lambda name: name == marker):
                 copy_file(new[name], folder / name)
-            for name in old.keys() - new.keys() - {PARTIAL}:
+            for name in old.keys() - new.keys():
                 old[name].unlink()
             (folder / PARTIAL).unlink()
         return
@@ -269,7 +285,7 @@ def _lease(folder) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         over.set()
-        thread.join()
+        thread.join(RELEASE_SECONDS)  # a bucket that does not answer must not keep a process that is done
         with contextlib.suppress(Exception):  # it ends by itself
             if state["generation"] is not None:
-                store.write(key, None, if_equal=state["generation"]).result()
+                store.write(key, None, if_equal=state["generation"]).result(RELEASE_SECONDS)

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import sys
 
 import numpy as np
 from rich.console import Console
@@ -21,7 +20,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed encode arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed encode", description=__doc__)
+    parser = common.Parser("encode", __doc__)
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus", help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)')
@@ -51,4 +50,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)

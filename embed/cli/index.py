@@ -1,8 +1,5 @@
 """embed index: encode a corpus once and store it for `embed search --index`."""
 
-import argparse
-import sys
-
 from rich.console import Console
 
 from embed import runs
@@ -13,7 +10,7 @@ from embed.inference.index import build, read_corpus
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed index arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed index", description=__doc__)
+    parser = common.Parser("index", __doc__)
     add_model_arguments(parser)
     parser.add_argument(
         "--corpus", required=True, help='JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context)'
@@ -40,4 +37,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)

@@ -3,9 +3,7 @@
 Writes JSON lines {"query-id", "corpus-id": its positive, "negatives": [ids, best-ranked first]}.
 """
 
-import argparse
 import json
-import sys
 
 import numpy as np
 from rich.console import Console
@@ -18,7 +16,7 @@ from embed.mining import mine
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed mine arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed mine", description=__doc__)
+    parser = common.Parser("mine", __doc__)
     common.add_model_argument(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     parser.add_argument("--output", required=True, help="the JSONL file to write")
@@ -72,4 +70,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)

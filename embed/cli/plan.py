@@ -1,15 +1,15 @@
 """What a stage's step takes on a TPU topology, without one: --config=… --topology=v5p:4x4x8."""
 
-import argparse
 import dataclasses
 import itertools
 import os
-import sys
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed plan arguments`; returns the exit code, 1 if the step does not fit."""
-    parser = argparse.ArgumentParser("embed plan", description=__doc__)
+    from embed.cli import common
+
+    parser = common.Parser("plan", __doc__)
     parser.add_argument("--config", required=True, help="config file with its stage: FILE.py:stage=diffusion")
     parser.add_argument("--topology", required=True, help="chips and their arrangement: v6e:8x8, v5p:4x4x8")
     parser.add_argument(
@@ -83,6 +83,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

@@ -1,8 +1,5 @@
 """embed search: the texts of a corpus nearest to a query, by exact search."""
 
-import argparse
-import sys
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +13,7 @@ from embed.inference.index import build, read_corpus
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed search arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed search", description=__doc__)
+    parser = common.Parser("search", __doc__)
     add_model_arguments(parser)
     parser.set_defaults(precision=None)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -70,4 +67,4 @@ def results_table(query: str, index: inference.Index, scores, indices) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)
