@@ -17,11 +17,10 @@
 # of the environment, which a verb without a workdir needs, and one with a workdir in a bucket.
 source "$(dirname "$0")/common.sh"
 
-verb=${1:-}
-case "$verb" in -h | --help) usage; exit 0 ;; esac
-(($#)) && shift
 nodes='' gpus='' name=embed time=24:00:00 partition='' account='' cpus=8 run_id='' job='' workdir=''
 options "nodes gpus name time partition account cpus run_id job workdir" "$@"
+need_command
+need_number nodes gpus cpus job
 
 batch_script() {
   cat <<SCRIPT
@@ -76,9 +75,8 @@ case "$verb" in
     run tail -n 100 "$logs/slurm-$job.log" ;;
   stop)
     need job
-    # The signal goes to the processes alone; the script behind them may then not put the job back into the queue.
+    # The signal goes to the processes alone; the script after them may then not put the job back into the queue.
     run scontrol update "JobId=$job" Requeue=0
     run scancel --state=PENDING "$job" # has no processes yet: a signal would not end it
     run scancel --signal=TERM --state=RUNNING "$job" ;;
-  *) usage >&2; exit 2 ;;
 esac

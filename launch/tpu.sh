@@ -17,11 +17,10 @@
 # and a run continues. One that is done keeps its slices until stop.
 source "$(dirname "$0")/common.sh"
 
-verb=${1:-}
-case "$verb" in -h | --help) usage; exit 0 ;; esac
-(($#)) && shift
 name='' zone='' type='' runtime='' slices=1 spot='' project='' run_id=''
 options "name zone type runtime slices spot! project run_id" "$@"
+need_command
+need_number slices
 where=(${zone:+"--zone=$zone"} ${project:+"--project=$project"})
 
 # What a host does when it starts. The program's exit codes: docs/runs.md.
@@ -119,5 +118,4 @@ case "$verb" in
     if [[ "$verb" == stop ]]; then
       run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
     fi ;;
-  *) usage >&2; exit 2 ;;
 esac
