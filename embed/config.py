@@ -72,7 +72,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         sys.modules["configs"] = package = types.ModuleType("configs")
         package.__path__ = [str(shipped())]
     config = _call_get_config(find(name), arg).lock()
-    known = dict(_leaves(config))
+    known = dict(leaves(config))
     for item in overrides:
         name, equals, text = item.removeprefix("--config.").partition("=")
         if not item.startswith("--config.") or not equals:
@@ -107,10 +107,11 @@ def _call_get_config(file: Path, arg: str) -> ConfigDict:
         ) from error
 
 
-def _leaves(config, prefix: str = ""):
+def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(key, value) of every field of a config, keys of nested ones joined with dots."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

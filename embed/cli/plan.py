@@ -29,10 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans side by side
 
     from embed import config as configs
+    from embed import fields
     from embed.models import sharding, transformer
     from embed.training import plan, stages
 
     config = configs.load(arguments.config, overrides)
+    fields.check(config)
     if config.stage not in config.stages:
         raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
     stage, axes = config.stages[config.stage], config.execution.mesh.to_dict()

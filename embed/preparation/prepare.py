@@ -27,12 +27,12 @@ from pathlib import Path
 
 import gin
 import numpy as np
-import rich.console
 import rich.progress
 import rich.table
 
 from embed import paths, tokenizers
 from embed.config import differences
+from embed.console import make_console
 from embed.data import store
 from embed.preparation import evaluation_sets, sources, vocabulary
 
@@ -139,7 +139,7 @@ def prepare(
         "tokenizer": tokenizer.digest if tokenizer else None,
     }
     arguments = json.loads(json.dumps(arguments))
-    console = rich.console.Console(stderr=True)
+    console = make_console(stderr=True)
     if (directory / "info.json").exists():
         found = paths.read_json(directory / "info.json")["arguments"]
         if differing := list(differences(found, arguments)):

@@ -10,10 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 from embed import paths
 
 FILE = "metrics.jsonl"
@@ -29,6 +25,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder, start_step: int, wandb: str = ""):
+        from tensorboardX.event_file_writer import EventsWriter  # takes seconds: it imports torch where that is
+
         self.folder = paths.path(folder)
         self.bucket = paths.is_bucket(folder)
         self.local = Path(tempfile.mkdtemp(prefix="embed-") if self.bucket else self.folder)
@@ -38,8 +36,8 @@ class MetricsWriter:
         self.file = (self.local / FILE).open("a")
         # Not its SummaryWriter, whose thread ends when the disk is full and whose caller then waits for ever.
         self.events = EventsWriter(str(self.local / "tensorboard" / "events"), f".{os.getpid()}")
-        start = SessionLog(status=SessionLog.START)  # TensorBoard forgets what an earlier file has from this step on
-        self.events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=start))
+        # TensorBoard forgets what an earlier file has from this step on.
+        self._write_event(start_step + 1, session_log={"status": "START"})
         self.wandb = None
         if wandb:
             try:
@@ -57,16 +55,21 @@ class MetricsWriter:
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """One row, of a step after those before."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        values = [{"tag": name, "simple_value": value} for name, value in row.items()]
         try:
             self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
-            self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._write_event(step, summary={"value": values})
             self.events.flush()
         except OSError as error:  # which says no file
             raise OSError(error.errno, error.strerror, str(self.folder)) from error
         if self.wandb:
             self.wandb.log(row, step=step)
+
+    def _write_event(self, step: int, **what) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def flush(self) -> None:
         """Bring what was written, profiles included, to the folder."""
