@@ -266,6 +266,9 @@ def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
         total["search"] = results["search"]
     logged = {stage: read_metrics(run.folder(stage) / FILE) for stage in of("stage")}
     return total | {
+        "stages": {
+            name: {"kind": run.config.stages[name].kind, "init": run.config.stages[name].init} for name in logged
+        },
         "seconds": seconds,
         "seconds_per_step": {stage: rows[-1]["seconds_per_step"] for stage, rows in logged.items() if rows},
         "data": data,
