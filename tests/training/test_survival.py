@@ -118,12 +118,12 @@ if ignored:
 def read(step):
     if step == 7:
         os.kill(os.getpid(), signal.SIGINT)
-    if step == 8 and times == 2:
+    if step == 7 and times == 2:
         while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:  # until the first one was noticed
             pass
         os.kill(os.getpid(), signal.SIGINT)
 
-end(run, lambda argv: train(Path(sys.argv[2]), Loader(read), steps=10_000 if times == 2 else 12) and 0)
+end(run, lambda argv: train(Path(sys.argv[2]), Loader(read), steps=12) and 0)
 """
 
 
