@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.gin_file = ""  # what the data are: tasks, mixtures, lengths
     config.data.gin_bindings = ()  # over those of the file
     config.data.tokenizer = ""  # a folder or hub id that has one; "" = a SentencePiece vocabulary is trained
-    config.data.mask_id = -1  # of a tokenizer.json: the diffusion mask; -1 = the first id behind the vocabulary
+    config.data.mask_id = -1  # of a tokenizer.json: the diffusion mask; -1 = the first id after the vocabulary
     config.data.vocab_size = 8192  # of the SentencePiece model that is trained
     config.data.split_identifiers = True  # case-folded, parse_config and parseConfig become two words
     config.data.limit = 0  # examples a split, 0 = all

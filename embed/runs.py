@@ -234,7 +234,7 @@ class Run:
             for name in ARCHITECTURE
             if getattr(ours, name) != getattr(parent.model, name)
         ]
-        # An output layer that is not needed is left behind.
+        # An output layer that is not needed is left out.
         if self.config.stages[stage].kind == "diffusion" and ours.tied != parent.model.tied:
             problems.append(f"config.model.tied is {ours.tied}, the checkpoint's {parent.model.tied}")
         problems += self.tokenizer_problems(parent)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,35 @@ def test_the_program_itself_ends_so():
         assert "end(" in (ROOT / "embed" / "cli" / f"{verb}.py").read_text().splitlines()[-1]
     done = subprocess.run([sys.executable, "-m", "embed.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout
+
+
+# --- what others write to the standard error ------------------------------------------------------------------------
+
+
+def test_plan_says_nothing_but_its_own():
+    """Without libtpu, which tells of chips that are not there, it says what is missing."""
+    embed = "from embed.cli import entry; entry()"
+    done = run_program(embed, "plan", "--help")
+    assert done.returncode == 0 and not done.stderr
+    if find_spec("libtpu"):
+        pytest.skip("libtpu is installed: this would compile")
+    done = run_program(embed, "plan", "--config=configs/quickstart.py:stage=pair", "--topology=v6e:2x2")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("embed: error: topology v6e:2x2: ")
+
+
+def test_what_a_library_writes_while_it_is_loaded_is_dropped_unless_it_fails():
+    program = """
+import os, sys
+from embed.console import quiet
+with quiet():
+    os.write(2, b"noise of C++\\n")
+os.write(2, b"ours\\n")
+try:
+    with quiet():
+        os.write(2, b"the reason\\n")
+        raise ImportError
+except ImportError:
+    print("failed", file=sys.stderr)
+"""
+    assert run_program(program).stderr.splitlines() == ["ours", "the reason", "failed"]
