@@ -38,7 +38,7 @@ def parse_arg(arg: str, **defaults):
 
 
 def shipped() -> Path:
-    """The folder of the configs that ship: configs/ beside embed/ in a clone, inside of it where the package is installed."""
+    """The folder of the configs that ship: beside embed/ in a clone, inside of it where the package is installed."""
     installed = Path(__file__).with_name("configs")
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 

@@ -1,4 +1,4 @@
-"""Which values the fields of a config may have (configs/base.py says what they mean): refused before the work, each by its name."""
+"""Which values the fields of a config may have: others are refused before the work, by name."""
 
 import fnmatch
 import math

@@ -132,10 +132,10 @@ def check_replaceable(folder, is_ours: Callable) -> None:
 def replace_folder(folder, *, is_ours: Callable, marker: str) -> Iterator[Path]:
     """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
 
-    What is there already is replaced only if it is empty or `is_ours(folder)` holds; a block that is interrupted leaves it as
-    it was. A folder that cannot be renamed, in a bucket or where a disk is mounted, and one that holds files of others (`FOREIGN`)
-    gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where that is interrupted, the
-    folder is `is_partial` and may be replaced.
+    What is there already is replaced only if it is empty or `is_ours(folder)` holds; a block that is interrupted leaves
+    it as it was. A folder that cannot be renamed, in a bucket or where a disk is mounted, and one that holds files of
+    others (`FOREIGN`) gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where
+    that is interrupted, the folder is `is_partial` and may be replaced.
     """
     check_replaceable(folder, is_ours)
     folder = path(folder)

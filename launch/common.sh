@@ -32,8 +32,8 @@ run() {
   if $dry_run; then quoted "$@"; else "$@"; fi
 }
 
-# --name=value options before `--` as variables of that name, the one word between them as `words`, and what follows `--`
-# as the array `arguments`. options "name zone …" "$@"; a name with ! after it is a switch.
+# --name=value options before `--` as variables of that name, the one word between them as `words`, and what follows
+# `--` as the array `arguments`. options "name zone …" "$@"; a name with ! after it is a switch.
 options() {
   local known=" $1 dry_run! " option
   shift
@@ -89,7 +89,7 @@ need() {
 need_verb() {
   local verb=${arguments[0]:-} known wanted
   known=" $(cd "$root/embed/cli" && grep -l 'common\.join(' -- *.py | sed 's/\.py$//' | tr '\n' ' ')"
-  [[ -n "$verb" && "$known" == *" $verb "* ]] || die "after -- stands a verb of embed, not '$verb'; there are:${known% }"
+  [[ -n "$verb" && "$known" == *" $verb "* ]] || die "after -- stands a verb of embed, not '$verb': one of${known% }"
   if [[ "$verb" == train || "$verb" == pipeline ]]; then
     for wanted in --config --workdir; do
       [[ " ${arguments[*]} " == *" $wanted"[=\ ]* ]] || die "embed $verb needs $wanted=…"

@@ -113,7 +113,7 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", "--", "common"], "not 'common'"),
         ("slurm.sh", ["stop"], "--job=VALUE is missing"),
         ("slurm.sh", ["logs", "--job=7"], "--workdir=VALUE is missing"),
-        ("local.sh", ["2", "--", "trane"], "after -- stands a verb of embed, not 'trane'; there are: encode evaluate"),
+        ("local.sh", ["2", "--", "trane"], "after -- stands a verb of embed, not 'trane': one of encode evaluate"),
         ("local.sh", ["2", "--"], "after -- stands a verb of embed, not ''"),
         ("local.sh", ["2", "--", "train", "--config=c.py", "--colour"], "embed train needs --workdir="),
         ("local.sh", ["two", *TRAIN], "N=two must be a whole number of processes, at least 1"),
@@ -139,7 +139,7 @@ def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, scrip
 
 
 def test_the_verbs_are_those_that_join_others(launch):
-    named = launch("local.sh", "2", "--", "x")[0].stderr.partition("there are: ")[2].splitlines()[0].split()
+    named = launch("local.sh", "2", "--", "x")[0].stderr.partition("one of ")[2].splitlines()[0].split()
     takes = "add_distributed_arguments(parser)"
     assert named == [verb for verb in cli.verbs() if takes in (ROOT / "embed" / "cli" / f"{verb}.py").read_text()]
     assert {"train", "pipeline", "mine", "encode", "index", "search", "evaluate", "merge", "export", "sample"} <= {

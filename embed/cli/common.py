@@ -129,7 +129,7 @@ def parse_range(name: str, text: str) -> range:
 class Parser(argparse.ArgumentParser):
     """Whose errors are a ValueError of one sentence, which names the nearest option where one is unknown.
 
-    Options are written out. Those of the form --config.key=value are left over by `parse_known_args`, for `config.load`.
+    Options are written out. `parse_known_args` leaves those of the form --config.key=value over, for `config.load`.
     """
 
     def __init__(self, verb: str, description: str):

@@ -14,7 +14,7 @@ results.json; everything but `checkpoints` is optional, and a section stands in 
     stages            {stage: {"kind": its objective, "init": the checkpoint that it started from}}
     seconds           {stage: wall seconds}
     seconds_per_step  {stage: seconds}
-    data              {name: count, text, or a dictionary of such}; of the dictionaries only `counts` and `dropped` are shown
+    data              {name: count, text, or a dictionary of such}; shown are counts and those in `counts`, `dropped`
     command, commit, machine   strings
     versions          {package: version}
 """
@@ -163,7 +163,7 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
         yield "## Training"
         plot_losses(folder / "plots" / "loss.png", metrics)
         yield "![Training loss of each stage](plots/loss.png)"
-        yield "Pale: each logged step; dark: running mean, which the table has too. Every row of it is in STAGE/metrics.jsonl."
+        yield "Pale: each logged step; dark: running mean, as in the table. STAGE/metrics.jsonl has every row of the log."
         yield _losses(results, metrics)
         yield "\n".join(f"- {sentence}" for sentence in _about_losses(results, metrics))
     if results.get("slerp_sweep"):
@@ -224,14 +224,14 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
 # What a reader has to know of an objective to read its loss; true of any stage of this kind.
 LOSSES = {
     "diffusion": "the bound on the negative log-likelihood of a token, in nats, at noise levels drawn anew each step",
-    "pair": "cross-entropy of finding a query's document among the other documents and queries of its batch; a larger batch or a "
-    "lower temperature changes its level",
-    "contextual": "a weighted sum of three cross-entropies: of a query's chunk among the chunks of its own document, which are "
-    "alike, of that chunk among all chunks of the batch, and of the whole document among documents. Their weights shift over "
-    "the stage",
-    "triplet": "cross-entropy of finding a query's document among the documents of the batch and the mined negatives, which a "
-    "checkpoint ranked high for these queries. Those are harder than texts drawn at random, so a loss above that of the "
-    "stage before is no sign of a worse model",
+    "pair": "cross-entropy of finding a query's document among the other documents and queries of its batch; a larger "
+    "batch or a lower temperature changes its level",
+    "contextual": "a weighted sum of three cross-entropies: of a query's chunk among the chunks of its own document, "
+    "which are alike, of that chunk among all chunks of the batch, and of the whole document among documents. Their "
+    "weights shift over the stage",
+    "triplet": "cross-entropy of finding a query's document among the documents of the batch and the mined negatives, "
+    "which a checkpoint ranked high for these queries. Those are harder than texts drawn at random, so a loss above "
+    "that of the stage before is no sign of a worse model",
 }
 
 
@@ -243,23 +243,23 @@ def _kinds(results: Mapping) -> dict[str, str]:
 def _about_figures(results: Mapping) -> Iterator[str]:
     """How to read the table, of the rows that are in it."""
     rows, kinds = results["checkpoints"], _kinds(results)
-    yield "nDCG@10 is 1 where every query has its relevant texts first, recall@10 the share of them among the first ten."
+    yield "nDCG@10 is 1 where each query has its relevant texts first; recall@10 is the share of them in the first ten."
     shown = [precision for precision, _ in _sections(results)]
     if len(shown) > 1:
         yield (
-            f"{', '.join(shown)} are the same vectors: int8 takes a quarter of float32's memory, binary a thirty-second. The plot "
-            "shows float32."
+            f"{', '.join(shown)} are the same vectors: int8 takes a quarter of float32's memory, binary 1/32. "
+            "The plot shows float32."
         )
     if "random init" in rows:
         yield (
-            "random init is the model before any training. It is no zero: the mean of random vectors of tokens is much the same "
-            "for texts that share words."
+            "random init is the model before any training. It is no zero: the mean of random vectors of tokens is much "
+            "the same for texts that share words."
         )
     if diffusion := [name for name in rows if kinds.get(name) == "diffusion"]:
         yield (
-            f"{', '.join(diffusion)}: masked diffusion trains the state of each token to predict tokens. Nothing in it compares "
-            "the mean of a text's states with that of another, so such a checkpoint may rank below random init. The stages that "
-            "start from it are what it is for."
+            f"{', '.join(diffusion)}: masked diffusion trains the state of each token to predict tokens. Nothing in it "
+            "compares the mean of a text's states with that of another, so such a checkpoint may rank below random "
+            "init. It is there for the stages that start from it."
         )
     if "BM25" in rows:
         yield "BM25 is the lexical baseline: it compares words and learns nothing."
@@ -287,8 +287,8 @@ def _about_losses(results: Mapping, metrics: Mapping[str, Path]) -> Iterator[str
             yield f"{', '.join(stages)} ({kind}): {sentence}."
     if any(results.get("stages", {}).get(stage, {}).get("init") for stage in metrics):
         yield (
-            "A stage that starts from a trained checkpoint begins with the low loss of a learning rate that had gone to zero. Its own "
-            "rate goes up first, so its loss may rise before it falls; what it has gained is in the table above."
+            "A stage that starts from a trained checkpoint may lose ground first: the learning rate of that one fell "
+            "at its end, and its own rises at its beginning. What a stage gained is in the table above."
         )
 
 

@@ -109,7 +109,8 @@ def train(
     steps and at the end all processes call `evaluate(params)`, whose figure goes into the row as `evaluation`; the checkpoint with the
     highest is kept. `check_held()` raises where the folder is another's by now. A batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
     known. `profile_steps` are traced. `writer(folder, start)` makes a MetricsWriter, `progress(k, row)` is told of each logged
-    step, `warn(sentence)` of what went wrong and was mended, or was left out, `tell(sentence)` of the checkpoint that it continues from.
+    step, `warn(sentence)` of what went wrong and was mended, or was left out, `tell(sentence)` of the checkpoint that
+    it continues from.
 
     The host reads a step's metrics when it has sent off the next, so it never waits for the step it has just sent off.
     NonFiniteLossError after more than max_skipped steps in a row without a finite loss and gradient; PreemptedError after a
