@@ -58,7 +58,9 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         print("embed: interrupted; what is complete stays, and the same command does the rest", file=sys.stderr)
-        _leave(130)
+        if distributed.is_joined():
+            _leave(130)
+        return 130
 
 
 def end(main: Callable[..., int], *arguments) -> NoReturn:

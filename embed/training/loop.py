@@ -249,7 +249,7 @@ class _Log:
             *(() if error is None else (Exception,))
         ):  # the error that ended the work matters more
             if self.writer:
-                self.writer.close()
+                self.writer.close(error)
 
     def _read(self, step: int, row: dict[str, float], stats: dict, write: bool) -> None:
         self.stats.append(stats | {name: row[name] for name in COUNTED if name in row})

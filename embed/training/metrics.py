@@ -78,15 +78,18 @@ class MetricsWriter:
                 if not name.startswith("wandb/"):
                     paths.copy_file(file, self.folder / name)
 
-    def close(self) -> None:
-        """Write no more."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Write no more; `error` is what ended the work. A folder that is another's by now gets nothing."""
         self.file.close()
         self.events.close()
-        self.flush()
-        if self.wandb:
-            self.wandb.finish()
-        if self.bucket:
-            shutil.rmtree(self.local)
+        try:
+            if not isinstance(error, paths.LeaseLostError):
+                self.flush()
+        finally:
+            if self.wandb:
+                self.wandb.finish(exit_code=int(error is not None))
+            if self.bucket:
+                shutil.rmtree(self.local)
 
 
 def read_metrics(path) -> list[dict]:

@@ -611,17 +611,24 @@ def test_weights_and_biases_gets_every_row_under_one_run_a_folder(tmp_path, monk
         def log(self, row, step):
             self.rows.append((step, row["loss"]))
 
-        def finish(self):
-            self.rows.append("finished")
+        def finish(self, exit_code):
+            self.rows.append(f"finished {exit_code}")
+
+    def fails(step):
+        if step == 2:
+            raise OSError("the reader fails")
 
     service = Service()
     monkeypatch.setitem(sys.modules, "wandb", service)
     writer = functools.partial(MetricsWriter, wandb="project")
     train(tmp_path / "run" / "pair", steps=3, writer=writer)
     train(tmp_path / "run" / "pair", steps=3, writer=writer)
-    assert service.rows[:3] == list(losses(tmp_path / "run" / "pair").items()) and service.rows[3] == "finished"
+    assert service.rows[:3] == list(losses(tmp_path / "run" / "pair").items()) and service.rows[3] == "finished 0"
     first, second = service.opened
     assert first == second and first["name"] == "run/pair" and first["project"] == "project"
+    with pytest.raises(OSError, match="the reader fails"):
+        train(tmp_path / "run" / "triplet", Loader(fails), steps=3, writer=writer)
+    assert service.rows[-1] == "finished 1"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="--wandb=project needs the package wandb"):
         MetricsWriter(tmp_path, 0, wandb="project")
