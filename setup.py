@@ -8,9 +8,11 @@ setup(
     description="Diffusion-pretrained text embeddings in JAX: training, export and inference",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=[*find_packages(include=["embed", "embed.*"]), "configs"],
-    package_data={"configs": ["data/*.gin"]},
-    entry_points={"console_scripts": ["embed = embed.cli:main"]},
+    # The configs lie at the top of a clone and inside the package where it is installed (embed/config.py, `shipped`).
+    packages=[*find_packages(include=["embed", "embed.*"]), "embed.configs"],
+    package_dir={"embed.configs": "configs"},
+    package_data={"embed.configs": ["**/*.py", "**/*.gin"]},
+    entry_points={"console_scripts": ["embed = embed.cli:entry"]},
     install_requires=[
         "absl-py",
         "beartype",

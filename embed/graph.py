@@ -1,6 +1,6 @@
 """The stage graph of a config, walked in order; what is complete is skipped.
 
-    prepare ─ stages, each behind its parent and what is mined for it ─ merges ─ evaluations ─ exports ─ report
+    prepare ─ stages, each after its parent and what is mined for it ─ merges ─ evaluations ─ exports ─ report
 
 Every node leaves steps/NAME.json with its result, its seconds and what the result depends on. When that has changed, an evaluation, a merge or an
 export is done again; a stage or mined negatives whose config has changed are refused.
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from embed import exports, nodes, paths, runs
 from embed.checkpoints import model_folder
 from embed.checkpoints.provenance import made_with
+from embed.config import differences
 from embed.data.store import read_header
 from embed.evaluation import report
 from embed.runs import Run
@@ -36,7 +37,7 @@ class Node(NamedTuple):
 
 
 def order(config: ConfigDict) -> list[str]:
-    """The stages, each behind those that it starts from or is mined by; ValueError where they wait for each other."""
+    """The stages, each after those that it starts from or is mined by; ValueError where they wait for each other."""
     waits = {
         stage: (runs.parents(config, stage) - {stage}).union(
             *(runs.parents(config, config.mining[task].checkpoint) for task in nodes.mined_tasks(config, stage))
@@ -186,6 +187,28 @@ def is_done(run: Run, node: Node, saved: Mapping | None) -> bool:
     return runs.portable(saved["inputs"]) == runs.portable(inputs(run, node))
 
 
+def outcome(run: Run, node: Node):
+    """Where the result of a node lies."""
+    return {
+        "prepare": run.data,
+        "stage": run.folder(node.of),
+        "mine": run.store_path(node.of),
+        "export": run.workdir / "export",
+    }.get(node.kind, run.workdir / "steps" / f"{node.name}.json")
+
+
+def _why_again(run: Run, node: Node, saved: Mapping | None) -> str:
+    """What the log says of a node besides its name: why it is done again, and what of it is replaced."""
+    folders = [run.workdir / "export" / name for name in run.config.exports] if node.kind == "export" else []
+    replaced = [str(folder) for folder in folders if folder.exists()]
+    why = ""
+    if saved is not None and node.kind not in ("stage", "mine"):  # which are continued, or refused
+        changed = [name for name, *_ in differences(runs.portable(saved["inputs"]), runs.portable(inputs(run, node)))]
+        why = f" again, since {', '.join(changed)} changed" if changed else " again, since its result is gone"
+        replaced = replaced or [str(outcome(run, node))] * bool(changed)
+    return f"{why}{': replaces ' if replaced else ''}{', '.join(replaced)}"
+
+
 def walk(run: Run) -> dict:
     """Every node that is not yet complete, then the report; returns what results.json holds."""
     check(run.config)
@@ -194,8 +217,10 @@ def walk(run: Run) -> dict:
         for node in make_nodes(run.config):
             file = run.workdir / "steps" / f"{node.name}.json"
             saved = paths.read_json(file) if file.exists() else None
-            if not runs.agreed(is_done(run, node, saved)):
-                nodes.say(node.name)
+            if runs.agreed(is_done(run, node, saved)):
+                nodes.say(f"{node.name} is complete: {outcome(run, node)}")
+            else:
+                nodes.say(f"{node.name}{_why_again(run, node, saved)}")
                 start = time.perf_counter()
                 result = node.work(run)
                 taken = time.perf_counter() - start
@@ -241,6 +266,9 @@ def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
         total["search"] = results["search"]
     logged = {stage: read_metrics(run.folder(stage) / FILE) for stage in of("stage")}
     return total | {
+        "stages": {
+            name: {"kind": run.config.stages[name].kind, "init": run.config.stages[name].init} for name in logged
+        },
         "seconds": seconds,
         "seconds_per_step": {stage: rows[-1]["seconds_per_step"] for stage, rows in logged.items() if rows},
         "data": data,
@@ -259,7 +287,8 @@ def _report(run: Run, total: dict) -> None:
     if search := total.get("search"):
         nodes.console.print(f"[bold]embed search[/bold]: {search['query']}")
         for hit in search["hits"]:
-            nodes.console.print(f"  {hit['rank']}  {hit['score']:.3f}  {hit['id']}", markup=False, highlight=False)
+            line = f"  {hit['rank']}  {hit['score']:.3f}  {hit['id']}  {hit['text']}"
+            nodes.console.print(line, markup=False, highlight=False)
     exported = ", ".join(str(run.workdir / "export" / name) for name in run.config.exports)
     told = f"{sum(total['seconds'].values()):.0f} s in all. Report: {run.workdir / 'report.md'}"
     nodes.console.print(told + (f"; models: {exported}" if exported else ""))

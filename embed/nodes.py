@@ -11,13 +11,13 @@ from importlib.util import find_spec
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from embed import config as configs
 from embed import mining, paths, runs, tokenizers
 from embed.checkpoints import model_folder, training_state
 from embed.checkpoints.names import TOKENIZER_FILES
 from embed.checkpoints.provenance import made_with
+from embed.console import make_console
 from embed.data.store import Writer, read_header
 from embed.evaluation import baselines, retrieval
 from embed.inference import denoise, load
@@ -31,7 +31,7 @@ from embed.training.step import make_step
 
 PRECISIONS = ("float32", "int8", "binary")
 HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
-console = Console(soft_wrap=True)
+console = make_console()
 
 
 def say(sentence: str) -> None:
@@ -48,7 +48,7 @@ def prepare(run: Run) -> dict:
     data, tokenizer = run.config.data, None
     if not data.gin_file:
         raise ValueError("config.data.gin_file is empty: name the file that binds the mixtures of this config")
-    gin_file = configs.find(data.gin_file)
+    gin_file = configs.find(data.gin_file, run.config_path)
     done = (run.data / "info.json").exists()
     missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
     if jax.process_count() > 1 and not done:
@@ -101,6 +101,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
         identity = run.identity(name)
         if run.is_complete(name, identity):  # by another process, while this one waited; or its end was interrupted
             training_state.finish(folder / "checkpoints", execution.evaluate_on)
+            say(f"{name} is complete: {folder}, step {steps}")
             return {"steps": steps}
         step, loader = _stage_parts(run, name, identity)
         runs.write_json(folder / "config.json", identity)
@@ -120,6 +121,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             writer=functools.partial(MetricsWriter, wandb=wandb),
             progress=update,
             warn=lambda sentence: say(f"embed: warning: {sentence}"),
+            tell=lambda sentence: say(f"{name} {sentence}"),
         )
     return {"steps": steps}
 

@@ -9,6 +9,7 @@ import datetime
 import errno
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -23,9 +24,12 @@ os.environ.setdefault("EPATH_USE_TF", "false")  # or epath would import TensorFl
 from etils import epath  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
-PARTIAL = ".partial"  # in a folder of a bucket whose writing was begun and has not ended
+PARTIAL = ".embed.partial"  # in a folder that is written file by file, until all of it is there
+# What file systems and desktops leave in folders, and what locks and interrupted writes of this module are called.
+FOREIGN = re.compile(r"lost\+found|Thumbs\.db|\.DS_Store|\._.*|\.snapshots?|\.nfs.*|\.Trash.*|\..*\.(lock|partial|old)")
 LEASE_SECONDS = 180.0  # a lease in a bucket that was not renewed for so long is over
 RENEW_SECONDS = 30.0
+RELEASE_SECONDS = 10.0  # for giving a lease back; one that is not given back ends by itself
 
 
 class BusyError(ValueError):
@@ -39,9 +43,12 @@ class LeaseLostError(RuntimeError):
 
 
 def path(name) -> epath.Path:
-    """The file or folder of a name or URL; a local one is absolute."""
+    """The file or folder of a name or URL; a local one is absolute, and a ~ at its beginning is the home folder.
+
+    A shell expands that ~ itself, but not after the = of an option, nor in a config.
+    """
     found = epath.Path(name)
-    return found if is_bucket(found) else epath.Path(os.path.abspath(found))
+    return found if is_bucket(found) else epath.Path(os.path.abspath(os.path.expanduser(found)))
 
 
 def resolve(name) -> epath.Path:
@@ -107,20 +114,22 @@ def read_json(file):
 
 
 def is_empty(folder) -> bool:
-    """Whether nothing is there, or a folder without content."""
+    """Whether nothing is there, or a folder without content of its own (`FOREIGN`)."""
     folder = path(folder)
     try:
-        return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
+        return not folder.exists() or (folder.is_dir() and all(FOREIGN.fullmatch(e.name) for e in folder.iterdir()))
     except FileNotFoundError:  # another process has just moved it away
         return True
 
 
 def files(folder) -> dict[str, epath.Path]:
-    """{path below the folder, with slashes: file} of all files below it, in order."""
+    """{path below the folder, with slashes: file} of all files below it that are its own (`FOREIGN`), in order."""
     found, folders = {}, [("", path(folder))]
     while folders:
         prefix, current = folders.pop()
         for entry in current.iterdir():
+            if FOREIGN.fullmatch(entry.name):
+                continue
             if entry.is_dir():
                 folders.append((f"{prefix}{entry.name}/", entry))
             else:
@@ -129,8 +138,8 @@ def files(folder) -> dict[str, epath.Path]:
 
 
 def is_partial(folder) -> bool:
-    """Whether `replace_folder` was interrupted in a folder of a bucket: what is there is no whole."""
-    return is_bucket(folder) and (path(folder) / PARTIAL).exists()
+    """Whether `replace_folder` was interrupted while it wrote into a folder: what is there is no whole."""
+    return (path(folder) / PARTIAL).exists()
 
 
 def check_output(target, *, is_ours: Callable | None = None, overwrite: bool = True) -> None:
@@ -179,14 +188,22 @@ def _aside(target, suffix: str = ".partial") -> dict:
 def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = True) -> Iterator[Path]:
     """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
 
-    `check_output` says what may be replaced; a block that is interrupted leaves it as it was. A symbolic link stays
-    one. A bucket gets the files one by one, the file `marker` first out and last in; meanwhile, and for good where
+    `check_output` says what may be replaced. A block that is interrupted leaves it as it was. A symbolic link stays one.
+
+    A folder that cannot be renamed (in a bucket, or where a disk is mounted) and one that also holds files of the system
+    (`FOREIGN`) get the files one by one: the file `marker` is removed first and written last. Meanwhile, and for good if
     that is interrupted, the folder is `is_partial` and may be replaced.
     """
     check_output(folder, is_ours=is_ours, overwrite=overwrite)
     target = resolve(folder)
-    if is_bucket(target):
-        with tempfile.TemporaryDirectory(prefix="embed-") as aside:
+    bucket = is_bucket(target)
+    if bucket or (
+        target.exists()
+        and (os.path.ismount(target) or any(FOREIGN.fullmatch(entry.name) for entry in target.iterdir()))
+    ):
+        with tempfile.TemporaryDirectory(
+            prefix=".embed-", suffix=".partial", dir=None if bucket else Path(target)
+        ) as aside:
             yield Path(aside)
             old, new = files(target) if target.exists() else {}, files(aside)
             write(target / PARTIAL, "")
@@ -346,7 +363,7 @@ def _lease(folder) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         over.set()
-        thread.join()
+        thread.join(RELEASE_SECONDS)  # a bucket that does not answer must not keep a process that is done
         with contextlib.suppress(Exception):  # it ends by itself
             if state["generation"] is not None:
-                store.write(key, None, if_equal=state["generation"]).result()
+                store.write(key, None, if_equal=state["generation"]).result(RELEASE_SECONDS)

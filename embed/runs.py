@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from embed import config as configs
-from embed import distributed, inference, paths, tokenizers
+from embed import distributed, fields, inference, paths, tokenizers
 from embed.checkpoints import merge, model_folder, training_state
 from embed.data.store import Store, read_header
 from embed.inference import Encoder
@@ -106,6 +106,7 @@ class Run:
             raise ValueError(f"workdir {workdir} must be a folder or gs://: checkpoints are not written to s3://")
         self.config, self.workdir, self.config_path = config, paths.path(workdir), config_path
         self._found: dict[tuple[str, int], Checkpoint] = {}
+        fields.check(config)
         check_names(config)
 
     @property
@@ -234,7 +235,7 @@ class Run:
             for name in ARCHITECTURE
             if getattr(ours, name) != getattr(parent.model, name)
         ]
-        # An output layer that is not needed is left behind.
+        # An output layer that is not needed is left out.
         if self.config.stages[stage].kind == "diffusion" and ours.tied != parent.model.tied:
             problems.append(f"config.model.tied is {ours.tied}, the checkpoint's {parent.model.tied}")
         problems += self.tokenizer_problems(parent)

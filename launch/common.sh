@@ -14,7 +14,7 @@ usage() {
 
 die() {
   echo "${0##*/}: $*" >&2
-  echo "${0##*/} --help says more" >&2
+  echo "launch/${0##*/} --help says more" >&2
   exit 2
 }
 
@@ -32,26 +32,50 @@ run() {
   if $dry_run; then quoted "$@"; else "$@"; fi
 }
 
-# --name=value options in front of `--` as variables of that name; what follows `--` as the array `arguments`.
-# options "name zone …" "$@"; a name with ! behind it is a switch.
+# --name=value options before `--` as variables of that name, the one word between them as `words`, and what follows
+# `--` as the array `arguments`. options "name zone …" "$@"; a name with ! after it is a switch.
 options() {
-  local known=" $1 " option
+  local known=" $1 dry_run! " option
   shift
-  arguments=()
+  words=() arguments=()
   while (($#)); do
     option=${1%%=*}; option=${option#--}; option=${option//-/_}
     case "$1" in
       --) shift; arguments=("$@"); return ;;
-      --dry-run) dry_run=true ;;
+      -h | --help) usage; exit 0 ;;
       --*=*)
-        [[ "$known" == *" $option "* ]] || die "unknown option ${1%%=*}; there are:${known//_/-}"
+        [[ "$known" != *" $option! "* ]] || die "${1%%=*} takes no value"
+        [[ "$known" == *" $option "* ]] || die "unknown option ${1%%=*}; there are:$(option_names "$known")"
         printf -v "$option" %s "${1#*=}" ;;
       --*)
-        [[ "$known" == *" $option! "* ]] || die "$1 is unknown or needs =VALUE; there are:${known//_/-}"
+        [[ "$known" == *" $option! "* ]] || die "$1 is unknown or needs =VALUE; there are:$(option_names "$known")"
         printf -v "$option" true ;;
-      *) die "unexpected argument $1" ;;
+      -*) die "unknown option $1; there are:$(option_names "$known")" ;;
+      *)
+        ((!${#words[@]})) || die "unexpected argument $1; the verb of embed and its arguments stand after --"
+        words+=("$1") ;;
     esac
     shift
+  done
+}
+
+option_names() {
+  local name
+  for name in $1; do name=${name%!}; printf ' --%s' "${name//_/-}"; done
+}
+
+# The one word of submit, list, logs and stop, as `verb`.
+need_command() {
+  verb=${words[0]:-}
+  case "$verb" in submit | list | logs | stop) ;; *) usage >&2; exit 2 ;; esac
+  [[ "$verb" == submit ]] || ((!${#arguments[@]})) || die "$verb takes nothing after --"
+}
+
+# need_number nodes gpus …: these options must be whole numbers where they are given.
+need_number() {
+  local option
+  for option in "$@"; do
+    [[ "${!option:-1}" =~ ^[1-9][0-9]{0,8}$ ]] || die "--${option//_/-}=${!option} must be a whole number of at least 1"
   done
 }
 
@@ -65,7 +89,7 @@ need() {
 need_verb() {
   local verb=${arguments[0]:-} known wanted
   known=" $(cd "$root/embed/cli" && grep -l 'common\.join(' -- *.py | sed 's/\.py$//' | tr '\n' ' ')"
-  [[ -n "$verb" && "$known" == *" $verb "* ]] || die "behind -- stands a verb of embed, not '$verb'; there are:${known% }"
+  [[ -n "$verb" && "$known" == *" $verb "* ]] || die "after -- stands a verb of embed, not '$verb': one of${known% }"
   if [[ "$verb" == train || "$verb" == pipeline ]]; then
     for wanted in --config --workdir; do
       [[ " ${arguments[*]} " == *" $wanted"[=\ ]* ]] || die "embed $verb needs $wanted=…"
@@ -96,5 +120,6 @@ log_folder() {
       --workdir) workdir=${arguments[k + 1]:-} ;;
     esac
   done
+  workdir=${workdir/#"~/"/"$HOME/"} # as embed does: a shell leaves the ~ of --workdir=~/runs as it is
   if [[ -n "${LOGS:-}" ]]; then echo "$LOGS"; elif [[ -n "$workdir" && "$workdir" != *://* ]]; then echo "$workdir.logs"; fi
 }

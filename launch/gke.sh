@@ -17,11 +17,10 @@
 # the run continues. Wrong input (exit codes 1 and 2) fails the set at once.
 source "$(dirname "$0")/common.sh"
 
-verb=${1:-}
-case "$verb" in -h | --help) usage; exit 0 ;; esac
-(($#)) && shift
 name='' accelerator='' topology='' image='' slices=1 chips_per_host=4 service_account='' restarts=100 run_id=''
 options "name accelerator topology image slices chips_per_host service_account restarts run_id" "$@"
+need_command
+need_number slices chips_per_host restarts
 
 # Text as a YAML scalar.
 scalar() { printf "'%s'" "${1//\'/\'\'}"; }
@@ -111,5 +110,4 @@ case "$verb" in
   stop)
     need name
     run kubectl delete jobset "$name" --cascade=foreground ;; # waits for the pods
-  *) usage >&2; exit 2 ;;
 esac

@@ -3,7 +3,7 @@
 #
 #   launch/local.sh N -- VERB ARGUMENTS...
 #   launch/local.sh 2 -- train --config=configs/quickstart.py:stage=pair --workdir=runs/quickstart
-#   launch/local.sh --dry-run 2 -- ...     print the commands, run nothing
+#   launch/local.sh 2 --dry-run -- ...     print the commands, run nothing
 #
 # What is computed is that of one process, up to the rounding of sums in another order. Each process logs to
 # process-K.log in LOGS (default: WORKDIR.logs where the workdir is a folder, otherwise a new folder that is named here);
@@ -14,10 +14,9 @@
 source "$(dirname "$0")/common.sh"
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then die "needs bash 5.1 or later; this is $BASH_VERSION"; fi
-if [[ "${1:-}" =~ ^(-h|--help)$ ]]; then usage; exit 0; fi
-if [[ "${1:-}" == --dry-run ]]; then dry_run=true; shift; fi
-if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ || "${2:-}" != -- ]]; then usage >&2; exit 2; fi
-processes=$1 arguments=("${@:3}")
+options "" "$@"
+processes=${words[0]:-}
+[[ "$processes" =~ ^[1-9][0-9]{0,3}$ ]] || die "N=$processes must be a whole number of processes, at least 1"
 need_verb
 
 port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
@@ -45,7 +44,7 @@ for ((k = 0; k < processes; k++)); do
   fi
   pids+=($!)
 done
-if $stopping; then kill -TERM "${pids[@]}" 2>/dev/null || true; fi # those that were started behind the signal
+if $stopping; then kill -TERM "${pids[@]}" 2>/dev/null || true; fi # those that were started after the signal
 
 code=0 timer=
 while ((${#pids[@]})); do

@@ -17,11 +17,10 @@
 # folder of the variable LOGS, which is required without a workdir and for a workdir in a bucket.
 source "$(dirname "$0")/common.sh"
 
-verb=${1:-}
-case "$verb" in -h | --help) usage; exit 0 ;; esac
-(($#)) && shift
 nodes='' gpus='' name=embed time=24:00:00 partition='' account='' cpus=8 run_id='' job='' workdir=''
 options "nodes gpus name time partition account cpus run_id job workdir" "$@"
+need_command
+need_number nodes gpus cpus job
 
 batch_script() {
   cat <<SCRIPT
@@ -80,5 +79,4 @@ case "$verb" in
     run scontrol update "JobId=$job" Requeue=0
     run scancel --state=PENDING "$job" # a pending job has no processes that a signal could end
     run scancel --signal=TERM --state=RUNNING "$job" ;;
-  *) usage >&2; exit 2 ;;
 esac

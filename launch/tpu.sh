@@ -17,11 +17,10 @@
 # stop, submit under the same name again, and the run continues. Slices cost until stop, also those of a finished run.
 source "$(dirname "$0")/common.sh"
 
-verb=${1:-}
-case "$verb" in -h | --help) usage; exit 0 ;; esac
-(($#)) && shift
 name='' zone='' type='' runtime='' slices=1 spot='' project='' run_id=''
 options "name zone type runtime slices spot! project run_id" "$@"
+need_command
+need_number slices
 location=(${zone:+"--zone=$zone"} ${project:+"--project=$project"})
 
 # The startup script of a host. The exit codes of embed: docs/runs.md.
@@ -119,5 +118,4 @@ case "$verb" in
     if [[ "$verb" == stop ]]; then
       run gcloud compute tpus queued-resources delete "$name" "${location[@]}" --force --quiet
     fi ;;
-  *) usage >&2; exit 2 ;;
 esac

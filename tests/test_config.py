@@ -91,9 +91,9 @@ def test_every_field_of_a_shipped_config_stands_in_base(name, arg):
     for part, make in made.items():
         for entry in shipped[part].values():
             fresh = make(entry.kind) if part == "stages" else make()
-            assert dict(config._leaves(entry)).keys() == dict(config._leaves(fresh)).keys()
-    rest = {key for key, _ in config._leaves(shipped) if key.partition(".")[0] not in made}
-    assert rest == {key for key, _ in config._leaves(base.get_config())}
+            assert dict(config.leaves(entry)).keys() == dict(config.leaves(fresh)).keys()
+    rest = {key for key, _ in config.leaves(shipped) if key.partition(".")[0] not in made}
+    assert rest == {key for key, _ in config.leaves(base.get_config())}
 
 
 def test_a_field_that_base_does_not_have_is_refused_and_so_is_a_kind():
@@ -118,7 +118,7 @@ def test_the_curriculum_of_the_paper_goes_from_english_over_cross_lingual_to_all
 
 
 def test_every_override_that_the_docs_show_is_a_field():
-    known = {key for name in SHIPPED for key, _ in config._leaves(config.load(f"configs/{name}.py"))}
+    known = {key for name in SHIPPED for key, _ in config.leaves(config.load(f"configs/{name}.py"))}
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").iterdir()]
     shown = {(page.name, key) for page in pages for key in re.findall(r"--config\.([\w.]+)=", page.read_text())}
     # "--config.key.key=value" tells of the form

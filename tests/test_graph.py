@@ -136,13 +136,27 @@ def test_a_finished_stage_keeps_its_parameters_and_its_tokenizer_and_says_what_i
             assert json.loads((workdir / name / file).read_text())["parent"] == pair
 
 
-def test_a_complete_pipeline_is_not_run_again(workdir):
+def test_a_complete_pipeline_is_not_run_again_and_says_what_it_skips_and_where_that_is(workdir, capsys):
     before = {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()}
     assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={workdir}"]) == 0
     assert {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()} == before
+    said = capsys.readouterr().out.splitlines()
+    names = [node.name for node in graph.make_nodes(config.load(CONFIG))]
+    assert [line.partition(" is complete: ")[0] for line in said if " is complete: " in line] == names
+    for line in (
+        f"prepare is complete: {workdir / 'data'}",
+        f"pair is complete: {workdir / 'pair'}",
+        f"evaluate merged is complete: {workdir / 'steps' / 'evaluate merged.json'}",
+    ):
+        assert line in said
+    # Output that is no terminal has room for every column and text.
+    assert not any("…" in line for line in said)
+    hits = json.loads((workdir / "results.json").read_text())["search"]["hits"]
+    for line, hit in zip(said[-1 - len(hits) : -1], hits):
+        assert line.rstrip().endswith(f"{hit['id']}  {hit['text']}".rstrip())
 
 
-def test_a_node_whose_inputs_changed_is_done_again_and_no_other(workdir, tmp_path):
+def test_a_node_whose_inputs_changed_is_done_again_and_no_other(workdir, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("data"), symlinks=True)
     (copy / "data").symlink_to(workdir / "data")
@@ -153,6 +167,70 @@ def test_a_node_whose_inputs_changed_is_done_again_and_no_other(workdir, tmp_pat
     changed = {path.name for path in steps.iterdir() if path.stat().st_mtime_ns != before[path.name]}
     assert changed == {f"{name}.json" for name in ("merge", "evaluate merged", "baselines", "export", "search")}
     assert json.loads((copy / "results.json").read_text())["slerp_ratio"] == 0.4
+    said = capsys.readouterr().out.splitlines()
+    assert f"merge again, since merge.ratio changed: replaces {steps / 'merge.json'}" in said
+    (line,) = (line for line in said if line.startswith("export again, since "))
+    assert "changed: replaces " in line
+    assert line.endswith(f"{copy / 'export' / 'embed'}, {copy / 'export' / 'embed-context'}")
+    # Its record is lost, and what it exported is there.
+    (steps / "export.json").unlink()
+    assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={copy}", "--config.merges.merged.ratio=0.4"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"export: replaces {copy / 'export' / 'embed'}, {copy / 'export' / 'embed-context'}" in said
+
+
+A_COMPLETE_STAGE = """
+import sys
+from embed import cli
+assert cli.main(sys.argv[1:]) == 0
+late = {"tensorboardX", "matplotlib.pyplot", "tensorflow", "torch", "wandb"} & sys.modules.keys()
+assert not late, late
+"""
+
+
+def test_a_stage_says_what_it_continues_from_and_a_complete_one_that_it_is_with_nothing_loaded_that_training_needs(
+    tmp_path,
+):
+    (tmp_path / "graph.py").write_text(small.GRAPH)
+    small.write_data(tmp_path / "data")
+    run = [
+        f"--config={tmp_path}/graph.py:diffusion",
+        f"--workdir={tmp_path}/run",
+        f"--config.data.directory={tmp_path}/data",
+    ]
+    folder = tmp_path / "run" / "diffusion"
+    options = dict(env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    first = subprocess.run([sys.executable, "-m", "embed.cli", "train", *run], **options)
+    assert first.returncode == 0 and not first.stderr  # nothing but its own
+    assert all(line.startswith("diffusion  step ") for line in first.stdout.splitlines())
+    done = subprocess.run([sys.executable, "-c", A_COMPLETE_STAGE, "train", *run], **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"diffusion is complete: {folder}, step 6"] and not done.stderr
+
+
+def test_a_relative_gin_file_is_found_beside_the_config_from_any_working_directory(tmp_path, monkeypatch):
+    mine = tmp_path / "mine"
+    (mine / "data").mkdir(parents=True)
+    (mine / "graph.py").write_text(small.GRAPH)
+    (mine / "data" / "mine.gin").write_text("")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for found in (f"{mine}/graph.py:stage=x", "../mine/graph.py"):
+        assert config.find("data/mine.gin", found) == mine / "data" / "mine.gin"
+        assert config.find("mine/data/mine.gin", found) == mine / "data" / "mine.gin"  # from the folder above
+        assert config.find("configs/data/python_docs.gin", found) == ROOT / "configs/data/python_docs.gin"
+    (tmp_path / "here" / "data").mkdir()
+    (tmp_path / "here" / "data" / "mine.gin").write_text("")
+    assert config.find("data/mine.gin", str(mine / "graph.py")) == tmp_path / "here" / "data" / "mine.gin"
+    with pytest.raises(
+        FileNotFoundError, match="no file none.gin in .*here, the folder of the config or one above it, nor"
+    ):
+        config.find("none.gin", str(mine / "graph.py"))
+    run = runs.Run(
+        config.load(str(mine / "graph.py"), ["--config.data.gin_file=data/nowhere.gin"]), tmp_path / "run", "x.py"
+    )
+    with pytest.raises(FileNotFoundError, match="no file data/nowhere.gin"):
+        nodes.prepare(run)
 
 
 def test_the_export_searches_a_corpus_file(workdir, tmp_path, capsys):

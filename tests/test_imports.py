@@ -15,10 +15,10 @@ FLOORS = [
     {"nodes", "exports"},
     {"runs", "evaluation"},
     {"inference", "training", "mining", "preparation"},
-    {"checkpoints", "data"},
+    {"checkpoints", "data", "fields"},
     {"objectives", "models"},
     {"rows", "tokenizers", "config", "distributed"},
-    {"typing", "paths"},
+    {"typing", "paths", "console"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FORBIDDEN = {"inference": {"data", "training"}}  # although below or on the same floor

@@ -105,7 +105,7 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         (
             "tpu.sh",
             ["submit", *TPU, "--", *TRAIN[2:]],
-            "behind -- stands a verb of embed, not '--config=c.py:stage=pair'",
+            "after -- stands a verb of embed, not '--config=c.py:stage=pair'",
         ),
         ("tpu.sh", ["submit", *TPU, "--", "prepare", *TRAIN[2:]], "not 'prepare'"),  # one process
         ("slurm.sh", ["submit", "--nodes=2", *TRAIN], "--gpus=VALUE is missing"),
@@ -113,9 +113,24 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", "--", "common"], "not 'common'"),
         ("slurm.sh", ["stop"], "--job=VALUE is missing"),
         ("slurm.sh", ["logs", "--job=7"], "--workdir=VALUE is missing"),
-        ("local.sh", ["2", "--", "trane"], "behind -- stands a verb of embed, not 'trane'; there are: encode evaluate"),
-        ("local.sh", ["2", "--"], "behind -- stands a verb of embed, not ''"),
+        ("local.sh", ["2", "--", "trane"], "after -- stands a verb of embed, not 'trane': one of encode evaluate"),
+        ("local.sh", ["2", "--"], "after -- stands a verb of embed, not ''"),
         ("local.sh", ["2", "--", "train", "--config=c.py", "--colour"], "embed train needs --workdir="),
+        ("local.sh", ["two", *TRAIN], "N=two must be a whole number of processes, at least 1"),
+        ("local.sh", ["0", *TRAIN], "N=0 must be a whole number"),
+        ("local.sh", ["1.5", *TRAIN], "N=1.5 must be a whole number"),
+        ("local.sh", TRAIN, "N= must be a whole number"),
+        ("local.sh", ["2", "3", *TRAIN], "unexpected argument 3"),
+        ("local.sh", ["2", "train", *TRAIN[2:]], "unexpected argument train"),
+        ("local.sh", ["2", "--colour", *TRAIN], "--colour is unknown or needs =VALUE; there are: --dry-run"),
+        ("local.sh", ["--processes=2", *TRAIN], "unknown option --processes; there are: --dry-run"),
+        ("local.sh", ["-n", "2", *TRAIN], "unknown option -n"),
+        ("local.sh", ["2", "--dry-run=yes", *TRAIN], "--dry-run takes no value"),
+        ("tpu.sh", ["submit", *TPU, "--slices=a[0]", *TRAIN], "--slices=a[0] must be a whole number of at least 1"),
+        ("gke.sh", ["submit", *GKE, "--restarts=many", *TRAIN], "--restarts=many must be a whole number"),
+        ("slurm.sh", ["submit", "--nodes=0", "--gpus=8", *TRAIN], "--nodes=0 must be a whole number"),
+        ("slurm.sh", ["list", "all"], "unexpected argument all"),
+        ("slurm.sh", ["list", "--", "train"], "list takes nothing after --"),
     ],
 )
 def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, script, arguments, sentence):
@@ -124,7 +139,7 @@ def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, scrip
 
 
 def test_the_verbs_are_those_that_join_others(launch):
-    named = launch("local.sh", "2", "--", "x")[0].stderr.partition("there are: ")[2].splitlines()[0].split()
+    named = launch("local.sh", "2", "--", "x")[0].stderr.partition("one of ")[2].splitlines()[0].split()
     takes = "add_distributed_arguments(parser)"
     assert named == [verb for verb in cli.verbs() if takes in (ROOT / "embed" / "cli" / f"{verb}.py").read_text()]
     assert {"train", "pipeline", "mine", "encode", "index", "search", "evaluate", "merge", "export", "sample"} <= {
@@ -132,9 +147,15 @@ def test_the_verbs_are_those_that_join_others(launch):
     }
 
 
-def test_local_prints_one_command_a_process(launch):
-    done, _ = launch("local.sh", "--dry-run", "2", "--", "train", "--config=c.py:stage=pair", "--workdir=a b")
-    common = "embed train --config=c.py:stage=pair --workdir=a\\ b --coordinator=127.0.0.1:1234 --num_processes=2"
+@pytest.mark.parametrize("first", [["--dry-run", "2"], ["2", "--dry-run"]])
+def test_a_dry_run_of_local_prints_one_command_a_process_and_starts_none(launch, tmp_path, first):
+    embed = tmp_path / "embed"
+    embed.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    embed.chmod(0o755)
+    run = ["train", "--config=c.py:stage=pair", f"--workdir={tmp_path}/a b"]
+    done, _ = launch("local.sh", *first, "--", *run, EMBED=str(embed))
+    common = f"{embed} {run[0]} {run[1]} --workdir={tmp_path}/a\\ b --coordinator=127.0.0.1:1234 --num_processes=2"
+    assert not (tmp_path / "started").exists() and not (tmp_path / "a b.logs").exists()
     assert done.stdout.splitlines() == [f"{common} --process_id=0", f"{common} --process_id=1"]
 
 
@@ -319,6 +340,28 @@ def test_gke_submit_list_logs_and_stop_call_kubectl(launch):
     assert launch("gke.sh", "list")[1][0][1] == ["get", "jobsets", "-l", "app=embed"]
     assert "jobset.sigs.k8s.io/jobset-name=pair" in launch("gke.sh", "logs", "--name=pair")[1][0][1]
     assert launch("gke.sh", "stop", "--name=pair")[1][0][1] == ["delete", "jobset", "pair", "--cascade=foreground"]
+
+
+@pytest.mark.parametrize(
+    "script, arguments", [("tpu.sh", TPU), ("gke.sh", GKE), ("slurm.sh", ["--nodes=1", "--gpus=8"])]
+)
+def test_a_dry_run_may_be_said_anywhere_before_the_verb(launch, script, arguments):
+    said = set()
+    for line in (
+        ["--dry-run", "submit", *arguments],
+        ["submit", "--dry-run", *arguments],
+        ["submit", *arguments, "--dry-run"],
+    ):
+        done, called = launch(script, *line, "--run-id=one", *TRAIN, LOGS="/shared/logs")
+        assert done.returncode == 0 and not called, done.stderr
+        said.add(done.stdout)
+    assert len(said) == 1
+
+
+def test_the_logs_of_a_workdir_in_the_home_folder_lie_beside_it(launch, tmp_path):
+    train = ["--", "train", "--config=c.py", "--workdir=~/run"]
+    done, _ = launch("slurm.sh", "submit", "--nodes=1", "--gpus=8", "--dry-run", *train, HOME=str(tmp_path))
+    assert f"--output={tmp_path}/run.logs/slurm-%j.log" in done.stdout
 
 
 # --- Slurm ---------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def resolve(source, revision: str | None = None, files=FILES) -> Path:
     A hub id is downloaded by huggingface_hub unless it is in the cache; HF_HUB_OFFLINE=1 downloads nothing.
     `revision` is a branch, tag or commit of a hub id. FileNotFoundError says why there is none.
     """
-    folder = Path(source)
+    folder = Path(paths.path(source))
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is for a hub id, {source} is a folder")

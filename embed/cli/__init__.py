@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import sys
+from typing import NoReturn
 
 
 def verbs() -> dict[str, str]:
@@ -30,6 +31,17 @@ def main(argv: list[str] | None = None) -> int:
         print("\nEMBED_TRACEBACK=1 in the environment shows where an error was found.")
         return 0 if argv else 2
     if argv[0] not in known:
-        print(f"embed: {argv[0]!r} is not a verb; there are {', '.join(known)}", file=sys.stderr)
+        from embed.config import nearest
+
+        print(
+            f"embed: {argv[0]!r} is not a verb; there are {', '.join(known)}{nearest(argv[0], known)}", file=sys.stderr
+        )
         return 2
     return run(importlib.import_module(f"embed.cli.{argv[0]}").main, argv[1:])
+
+
+def entry() -> NoReturn:
+    """The program `embed`: `main`, after which the process ends whatever it left running."""
+    from embed.cli.common import end
+
+    end(main)

@@ -1,5 +1,3 @@
-import sys
+from embed.cli import entry
 
-from embed.cli import main
-
-sys.exit(main())
+entry()

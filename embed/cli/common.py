@@ -1,15 +1,20 @@
 """What the verbs share: errors of the user as one sentence, the config argument, the other processes of a job."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import os
 import sys
+import threading
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from embed import distributed, paths
+from embed.config import nearest
 from embed.distributed import is_first as is_first
 
 WRONG_INPUT = (
@@ -22,11 +27,16 @@ WRONG_INPUT = (
 )
 
 
+LAST_SECONDS = (
+    30.0  # for what libraries do at the end of a process: remove temporary folders, say goodbye to other processes
+)
+
+
 def run(main: Callable, argv: list[str] | None = None) -> int:
     """Run a verb. What a user can mend ends in one sentence and an exit code; with EMBED_TRACEBACK=1 also where it was found.
 
     0 done; 2 wrong input; 1 the machine's fault, as a full disk; 75 try the same command again, as when another process
-    of the run died; 130 interrupted; 143 ended by SIGTERM behind a checkpoint.
+    of the run died; 130 interrupted, in training after a checkpoint; 143 ended by SIGTERM after a checkpoint.
     """
     keep_freed_memory()
     try:
@@ -44,14 +54,40 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         )
         if not code or os.environ.get("EMBED_TRACEBACK"):
             raise
-        kind = "" if code == 143 else "error: "
+        saved = code in (130, 143)
+        kind = "" if saved else "error: "
         print(f"embed: {kind}{'; '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
-        if code == 75 or (code != 143 and distributed.is_joined()):
+        if code == 75 or (not saved and distributed.is_joined()):
             _leave(code)
         return code
     except KeyboardInterrupt:
-        print("embed: interrupted", file=sys.stderr)
-        _leave(130)
+        print("embed: interrupted; what is complete stays, and the same command does the rest", file=sys.stderr)
+        if distributed.is_joined():
+            _leave(130)
+        return 130
+
+
+def end(main: Callable[..., int], *arguments) -> NoReturn:
+    """Run `main(*arguments)` and end the process with the code that it returns: for the first call of a process alone.
+
+    No thread keeps the process: not a reader, a save or a library that hangs.
+    """
+    try:
+        code = main(*arguments)
+    except SystemExit as ended:  # of --help
+        code = ended.code if isinstance(ended.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+
+    def give_up():
+        time.sleep(LAST_SECONDS)
+        _leave(code)
+
+    threading.Thread(target=give_up, name="end", daemon=True).start()
+    # What the interpreter does at its end, without what it does before: wait for every thread that is no daemon.
+    atexit._run_exitfuncs()
+    _leave(code)
 
 
 def _show_warning(message, category, *_) -> None:
@@ -62,8 +98,11 @@ def _show_warning(message, category, *_) -> None:
 
 def _leave(code: int) -> NoReturn:
     """End at once: threads of the runtime may be at work, and with a process gone jax would wait for it to say goodbye."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # whoever read it went away
+            code = code or 141
     os._exit(code)
 
 
@@ -159,6 +198,44 @@ def parse_range(name: str, text: str) -> range:
     if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
         raise ValueError(f"{name}={text} must be A:B with whole numbers A < B")
     return range(int(start), int(stop))
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are a ValueError of one sentence, which names the nearest option where one is unknown.
+
+    Options are written out. `parse_known_args` leaves those of the form --config.key=value over, for `config.load`.
+    """
+
+    def __init__(self, verb: str, description: str):
+        super().__init__(f"embed {verb}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}; {self.prog} --help lists the options")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:  # before argparse, which would rather name what is missing for it
+            name = argument.partition("=")[0]
+            if argument == "--":
+                break
+            if name.startswith("--") and name not in self._option_string_actions and not name.startswith("--config."):
+                self._refuse(name)
+        found, left = super().parse_known_args(args, namespace)
+        for argument in left:
+            if not argument.startswith("--config."):
+                self._refuse(argument)
+        return found, left
+
+    def parse_args(self, args=None, namespace=None):
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            self._refuse(left[0])
+        return found
+
+    def _refuse(self, argument: str) -> NoReturn:
+        name = argument.partition("=")[0]
+        near = nearest(name, self._option_string_actions) if name.startswith("--") else "; options are --name=value"
+        raise ValueError(f"{self.prog}: unknown argument {name!r}{near}")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -1,8 +1,6 @@
 """embed encode: turn a corpus file or single texts into vectors, written as .npy."""
 
-import argparse
 import io
-import sys
 
 import numpy as np
 
@@ -17,7 +15,7 @@ CORPUS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed encode arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed encode", description=__doc__)
+    parser = common.Parser("encode", __doc__)
     common.add_model_argument(parser)
     common.add_vector_arguments(parser)
     common.add_length_arguments(parser)
@@ -56,4 +54,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)

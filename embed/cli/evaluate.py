@@ -1,8 +1,5 @@
 """Retrieval figures of an exported model on a retrieval set: what the report shows, for a model and data of your own."""
 
-import argparse
-import sys
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
@@ -12,7 +9,7 @@ def main(argv: list[str] | None = None) -> int:
     from embed.cli import common
     from embed.evaluation import retrieval
 
-    parser = argparse.ArgumentParser("embed evaluate", description=__doc__)
+    parser = common.Parser("evaluate", __doc__)
     common.add_model_argument(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"], choices=inference.PRECISIONS)
@@ -44,6 +41,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

@@ -1,14 +1,11 @@
 """Write a checkpoint as a model folder, or in the format of other programs: --format=pplx or onnx."""
 
-import argparse
-import sys
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed export arguments`; returns the exit code."""
     from embed.cli import common
 
-    parser = argparse.ArgumentParser("embed export", description=__doc__)
+    parser = common.Parser("export", __doc__)
     common.add_config_arguments(parser, required=False)
     common.add_distributed_arguments(parser)
     parser.add_argument("--checkpoint", help="with --config and --workdir: a stage or merge of the config")
@@ -41,6 +38,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

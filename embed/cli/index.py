@@ -1,8 +1,5 @@
 """embed index: encode a corpus once and store it for `embed search --index`."""
 
-import argparse
-import sys
-
 from embed.cli import common
 from embed.cli.encode import CORPUS
 from embed.inference.index import build, is_index, read_corpus
@@ -10,7 +7,7 @@ from embed.inference.index import build, is_index, read_corpus
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed index arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed index", description=__doc__)
+    parser = common.Parser("index", __doc__)
     common.add_model_argument(parser)
     common.add_vector_arguments(parser)
     common.add_length_arguments(parser)
@@ -39,4 +36,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)

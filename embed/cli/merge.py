@@ -1,14 +1,11 @@
 """Merge two models on the sphere, weight by weight: --a=FOLDER --b=FOLDER --ratio=0.5 --output=FOLDER."""
 
-import argparse
-import sys
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed merge arguments`; returns the exit code."""
     from embed.cli import common
 
-    parser = argparse.ArgumentParser("embed merge", description=__doc__)
+    parser = common.Parser("merge", __doc__)
     common.add_distributed_arguments(parser)
     parser.add_argument("--a", required=True, help="a model folder, hub id or stage folder; ratio 0 gives it back")
     parser.add_argument(
@@ -33,6 +30,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

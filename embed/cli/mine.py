@@ -3,9 +3,7 @@
 Writes JSON lines {"query-id", "corpus-id": its positive, "negatives": [ids, best-ranked first]}.
 """
 
-import argparse
 import json
-import sys
 
 import numpy as np
 
@@ -17,7 +15,7 @@ from embed.mining import check_window, mine
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed mine arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed mine", description=__doc__)
+    parser = common.Parser("mine", __doc__)
     common.add_model_argument(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     common.add_output_arguments(parser, "the JSONL file to write")
@@ -77,4 +75,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)

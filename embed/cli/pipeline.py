@@ -1,14 +1,11 @@
 """Walk the graph of a config, skipping what is complete: --config=FILE.py --workdir=DIR."""
 
-import argparse
-import sys
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed pipeline arguments`; returns the exit code."""
     from embed.cli import common
 
-    parser = argparse.ArgumentParser("embed pipeline", description=__doc__)
+    parser = common.Parser("pipeline", __doc__)
     common.add_config_arguments(parser)
     common.add_distributed_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
@@ -20,6 +17,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

@@ -1,15 +1,15 @@
 """What a stage's step takes on a TPU topology, without one: --config=… --topology=v5p:4x4x8."""
 
-import argparse
 import dataclasses
 import itertools
 import os
-import sys
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed plan arguments`; returns the exit code, 1 if the step does not fit."""
-    parser = argparse.ArgumentParser("embed plan", description=__doc__)
+    from embed.cli import common
+
+    parser = common.Parser("plan", __doc__)
     parser.add_argument("--config", required=True, help="config file with its stage: FILE.py:stage=diffusion")
     parser.add_argument("--topology", required=True, help="chips and their arrangement: v6e:8x8, v5p:4x4x8")
     parser.add_argument(
@@ -27,12 +27,18 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans side by side
+    # libtpu tells of chips and metadata servers that are not here; what the compiler finds wrong comes as an exception.
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
     from embed import config as configs
+    from embed import fields
     from embed.models import sharding, transformer
     from embed.training import plan, stages
 
     config = configs.load(arguments.config, overrides)
+    fields.check(config)
     if config.stage not in config.stages:
         raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
     stage, axes = config.stages[config.stage], config.execution.mesh.to_dict()
@@ -83,6 +89,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

@@ -1,14 +1,11 @@
 """Build the data of a config: sources, tokenizer, prepared tasks, evaluation sets."""
 
-import argparse
-import sys
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed prepare arguments`; returns the exit code."""
     from embed.cli import common
 
-    parser = argparse.ArgumentParser("embed prepare", description=__doc__)
+    parser = common.Parser("prepare", __doc__)
     common.add_config_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
     from embed import nodes, runs
@@ -18,6 +15,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

@@ -1,14 +1,11 @@
 """Denoise a text with a diffusion stage's checkpoint: masks become words, the most certain first."""
 
-import argparse
-import sys
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed sample arguments`; returns the exit code."""
     from embed.cli import common
 
-    parser = argparse.ArgumentParser("embed sample", description=__doc__)
+    parser = common.Parser("sample", __doc__)
     common.add_config_arguments(parser)
     common.add_distributed_arguments(parser)
     parser.add_argument("--text", required=True, help="with <mask> for each token to be filled in")
@@ -47,6 +44,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

@@ -1,8 +1,5 @@
 """embed search: the texts of a corpus nearest to a query, by exact search."""
 
-import argparse
-import sys
-
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +12,7 @@ from embed.inference.index import build, read_corpus
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed search arguments`; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="embed search", description=__doc__)
+    parser = common.Parser("search", __doc__)
     common.add_model_argument(parser)
     common.add_vector_arguments(parser)
     common.add_length_arguments(parser)
@@ -80,4 +77,4 @@ def results_table(query: str, index: inference.Index, scores, indices) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(common.run(main))
+    common.end(common.run, main)

@@ -1,14 +1,11 @@
 """Train one stage: --config=FILE.py:stage=pair --workdir=DIR; started again, it continues."""
 
-import argparse
-import sys
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed train arguments`; returns the exit code."""
     from embed.cli import common
 
-    parser = argparse.ArgumentParser("embed train", description=__doc__)
+    parser = common.Parser("train", __doc__)
     common.add_config_arguments(parser)
     common.add_distributed_arguments(parser)
     parser.add_argument(
@@ -26,6 +23,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from embed.cli.common import run
+    from embed.cli.common import end, run
 
-    sys.exit(run(main))
+    end(run, main)

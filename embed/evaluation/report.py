@@ -11,9 +11,10 @@ results.json; everything but `checkpoints` is optional, and a section stands in 
     elbo              the diffusion model's bound, nats per token
     denoising         [{"step": number or name, "text": …}, …] a sample as it is unmasked
     search            {"query": …, "precision": …, "hits": [{"rank", "score", "id", "text"}, …]}
+    stages            {stage: {"kind": its objective, "init": the checkpoint that it started from}}
     seconds           {stage: wall seconds}
     seconds_per_step  {stage: seconds}
-    data              {name: count, text, or a dictionary of such}
+    data              {name: count, text, or a dictionary of such}; shown are counts and those in `counts`, `dropped`
     command, commit, machine   strings
     versions          {package: version}
 """
@@ -96,7 +97,7 @@ def plot_losses(path, metrics: Mapping[str, Path]) -> None:
     """One panel a stage: the loss at each logged step, and its running mean."""
     figure, axes = _figure(len(metrics), (2.9 * len(metrics) + 0.4, 2.8))
     for axis, (stage, file) in zip(axes, metrics.items()):
-        rows = [row for row in read_metrics(Path(file)) if "loss" in row]
+        rows = [row for row in read_metrics(file) if "loss" in row]
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         axis.plot(steps, losses, color="#9DC3E6", linewidth=0.8)
         axis.plot(steps, _running_mean(losses), color=COLOURS[0], linewidth=1.6)
@@ -156,12 +157,15 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
     yield f"{_legend(results)} A dash: this row has no such vectors (BM25) or was not measured. Bold: best of the column.".strip()
     plot_ndcg(folder / "plots" / "ndcg.png", results)
     yield "![nDCG@10 of each checkpoint](plots/ndcg.png)"
+    yield "\n".join(f"- {sentence}" for sentence in _about_figures(results))
 
     if metrics:
         yield "## Training"
         plot_losses(folder / "plots" / "loss.png", metrics)
         yield "![Training loss of each stage](plots/loss.png)"
-        yield "Pale: each logged step; dark: running mean. Each stage has a loss of its own: compare within a panel."
+        yield "Pale: each logged step; dark: running mean, as in the table. STAGE/metrics.jsonl has every row of the log."
+        yield _losses(results, metrics)
+        yield "\n".join(f"- {sentence}" for sentence in _about_losses(results, metrics))
     if results.get("slerp_sweep"):
         yield "## Merging: the slerp ratio on the development split"
         sweep = results["slerp_sweep"]
@@ -200,10 +204,92 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
         yield _table(["stage", "seconds", "seconds a step"], rows)
     if results.get("data"):
         yield "## Data"
-        yield _table(["what", "count"], list(_flat(results["data"])))
+        data = results["data"]
+        if counts := data.get("counts"):
+            heads = list(dict.fromkeys(key for count in counts.values() for key in count))
+            rows = [[_cell(name), *(_total(count.get(key)) for key in heads)] for name, count in counts.items()]
+            yield _table(["task or evaluation set", *heads], rows)
+        rows = [[_cell(k), _total(v)] for k, v in data.items() if isinstance(v, int) and not isinstance(v, bool)]
+        rows += [
+            [f"dropped: {_cell(reason)}", _total(count)] for reason, count in data.get("dropped", {}).items() if count
+        ]
+        if rows:
+            yield _table(["what", "count"], rows)
+        yield "Everything else about the data, as arguments and packages, is in results.json."
     if results.get("versions"):
         yield "## Versions"
         yield ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+
+
+# What a reader has to know of an objective to read its loss; true of any stage of this kind.
+LOSSES = {
+    "diffusion": "the bound on the negative log-likelihood of a token, in nats, at noise levels drawn anew each step",
+    "pair": "cross-entropy of finding a query's document among the other documents and queries of its batch; a larger "
+    "batch or a lower temperature changes its level",
+    "contextual": "a weighted sum of three cross-entropies: of a query's chunk among the chunks of its own document, "
+    "which are alike, of that chunk among all chunks of the batch, and of the whole document among documents. Their "
+    "weights shift over the stage",
+    "triplet": "cross-entropy of finding a query's document among the documents of the batch and the mined negatives, "
+    "which a checkpoint ranked high for these queries. Those are harder than texts drawn at random, so a loss above "
+    "that of the stage before is no sign of a worse model",
+}
+
+
+def _kinds(results: Mapping) -> dict[str, str]:
+    """{stage: the kind of its objective}."""
+    return {name: stage["kind"] for name, stage in results.get("stages", {}).items()}
+
+
+def _about_figures(results: Mapping) -> Iterator[str]:
+    """How to read the table, of the rows that are in it."""
+    rows, kinds = results["checkpoints"], _kinds(results)
+    yield "nDCG@10 is 1 where each query has its relevant texts first; recall@10 is the share of them in the first ten."
+    shown = [precision for precision, _ in _sections(results)]
+    if len(shown) > 1:
+        yield (
+            f"{', '.join(shown)} are the same vectors: int8 takes a quarter of float32's memory, binary 1/32. "
+            "The plot shows float32."
+        )
+    if "random init" in rows:
+        yield (
+            "random init is the model before any training. It is no zero: the mean of random vectors of tokens is much "
+            "the same for texts that share words."
+        )
+    if diffusion := [name for name in rows if kinds.get(name) == "diffusion"]:
+        yield (
+            f"{', '.join(diffusion)}: masked diffusion trains the state of each token to predict tokens. Nothing in it "
+            "compares the mean of a text's states with that of another, so such a checkpoint may rank below random "
+            "init. It is there for the stages that start from it."
+        )
+    if "BM25" in rows:
+        yield "BM25 is the lexical baseline: it compares words and learns nothing."
+    if any(name.startswith("BM25 + ") for name in rows):
+        yield "BM25 + NAME fuses the two rankings by reciprocal rank."
+
+
+def _losses(results: Mapping, metrics: Mapping[str, Path]) -> str:
+    """The course of each stage's loss in a line: its running mean at five places."""
+    kinds, lines = _kinds(results), []
+    for stage, file in metrics.items():
+        rows = [row for row in read_metrics(file) if "loss" in row]
+        means, last = _running_mean([row["loss"] for row in rows]), len(rows) - 1
+        course = [_number(means[round(last * part)]) if rows else NONE for part in (0, 0.25, 0.5, 0.75, 1)]
+        lines.append([_cell(stage), kinds.get(stage, NONE), f"{rows[-1]['step']:,}" if rows else NONE, *course])
+    return _table(["stage", "objective", "steps", "loss at first", "25%", "50%", "75%", "at last"], lines)
+
+
+def _about_losses(results: Mapping, metrics: Mapping[str, Path]) -> Iterator[str]:
+    """How to read the losses, by the objectives of the stages."""
+    kinds = _kinds(results)
+    yield "Each objective has its own loss, and each stage its own batches: compare within a row."
+    for kind, sentence in LOSSES.items():
+        if stages := [stage for stage in metrics if kinds.get(stage) == kind]:
+            yield f"{', '.join(stages)} ({kind}): {sentence}."
+    if any(results.get("stages", {}).get(stage, {}).get("init") for stage in metrics):
+        yield (
+            "A stage that starts from a trained checkpoint may lose ground first: the learning rate of that one fell "
+            "at its end, and its own rises at its beginning. What a stage gained is in the table above."
+        )
 
 
 def _sections(results: Mapping) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
@@ -248,15 +334,10 @@ def _table(heads: list[str], rows: list[list[str]], right: int | None = None) ->
     return "\n".join(map(_row, [heads, rule, *rows]))
 
 
-def _flat(values: Mapping, prefix: str = "") -> Iterator[list[str]]:
-    """[dotted name, value in words] of a nested dictionary."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            items = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            yield [_cell(f"{prefix}{name}"), f"{value:,}" if number else _cell(items)]
+def _total(value) -> str:
+    """A count, or the sum of a dictionary of counts, in words."""
+    value = sum(value.values()) if isinstance(value, Mapping) else value
+    return NONE if value is None else f"{value:,}"
 
 
 def _code(text: str) -> str:

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import gc
 import hashlib
+import io
 import json
 import os
 import random
@@ -27,12 +28,12 @@ from pathlib import Path
 
 import gin
 import numpy as np
-import rich.console
 import rich.progress
 import rich.table
 
 from embed import paths, tokenizers
 from embed.config import differences
+from embed.console import make_console, quiet
 from embed.data import store
 from embed.preparation import evaluation_sets, sources, vocabulary
 
@@ -139,7 +140,7 @@ def prepare(
         "tokenizer": tokenizer.digest if tokenizer else None,
     }
     arguments = json.loads(json.dumps(arguments))
-    console = rich.console.Console(stderr=True)
+    console = make_console(stderr=True)
     if (directory / "info.json").exists():
         found = paths.read_json(directory / "info.json")["arguments"]
         if differing := list(differences(found, arguments)):
@@ -188,11 +189,14 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
         packages = packages or sources.PACKAGES
         reading = sources.Reading(packages, limit=limit)
         with timed("import tensorflow"):
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-            import tensorflow_datasets as tfds
+            # Missing GPUs do not matter here. jax has set the level to 1, unless somebody asked for more.
+            loud = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "0"
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0" if loud else "3"
+            with contextlib.nullcontext() if loud else quiet():
+                import tensorflow_datasets as tfds
 
+                from embed.preparation import python_docs, tasks
             tfds.disable_progress_bar()  # there is one here
-            from embed.preparation import python_docs, tasks
 
             if unknown := [name for name in names if name not in tasks.TASKS]:
                 raise ValueError(f"mixtures.rates: no task {unknown[0]!r}{_nearest(unknown[0], tasks.TASKS)}")
@@ -219,10 +223,13 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
         )
         with timed("build python_docs"):
             for config in ("functions", "modules"):
+                if trained.done():  # it fails, where it does, within seconds
+                    trained.result()
                 builder = python_docs.PythonDocs(
                     config=config, data_dir=folder / "tfds", packages=packages, limit=limit, corpus=corpus
                 )
-                builder.download_and_prepare()
+                with contextlib.redirect_stdout(io.StringIO()):  # it prints where it writes
+                    builder.download_and_prepare()
         with timed("wait for the vocabulary"):
             trained.result()
             tokenizer = tokenizers.load(folder / "tokenizer")

@@ -1,5 +1,6 @@
 """Training a SentencePiece vocabulary, and the normalisation that is baked into it."""
 
+import re
 import string
 import tempfile
 import unicodedata
@@ -62,9 +63,14 @@ def train_sentencepiece(
                 **options,
             )
         except RuntimeError as error:
-            raise ValueError(
-                f"a vocabulary of {vocab_size} pieces cannot be trained on {count} texts: {error}"
-            ) from None
+            least, most = re.search(r"required_chars\. \d+ vs (\d+)", str(error)), re.search(r"<= (\d+)\.", str(error))
+            if least:
+                why = f"must be at least {least[1]}: the characters of these {count} texts and the control pieces"
+            elif most:
+                why = f"must be at most {most[1]}: these {count} texts give no more pieces"
+            else:
+                why = f"cannot be trained on {count} texts: {error}"
+            raise ValueError(f"vocab_size={vocab_size} {why}") from None
         # The trainer writes down the paths it read: without them the same texts give the same file.
         model = sentencepiece_model_pb2.ModelProto.FromString(Path(scratch, "sentencepiece.model").read_bytes())
         model.trainer_spec.ClearField("input")

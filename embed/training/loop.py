@@ -5,6 +5,7 @@ killed at any moment and started again gives the losses of an unbroken one.
 """
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -28,26 +29,55 @@ class NonFiniteLossError(ValueError):
 
 
 class PreemptedError(Exception):
-    """SIGTERM ended the run behind a checkpoint."""
+    """A signal ended the run after a checkpoint; `exit_code` is 128 and the signal's number."""
 
-    exit_code = 128 + signal.SIGTERM
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Asked:
+    """Whether a signal asks this run to end, and which one."""
+
+    def __init__(self):
+        self.number: int | None = None
+
+    def __call__(self, step: int) -> bool:
+        """Whether to end after `step`. All processes agree; ask at every step."""
+        if jax.process_count() > 1:  # jax.distributed has handled SIGTERM since it was initialized
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.number is not None
+
+    def terminate(self, number, frame) -> None:
+        self.number = self.number or number
+
+    def interrupt(self, number, frame) -> None:
+        """The first Ctrl-C asks, the second one ends the process."""
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"embed: interrupted; ends after this step and a checkpoint, or at once by another Ctrl-C\n")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # which jax passes on to the other processes
 
 
 @contextlib.contextmanager
-def on_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step)`: whether a SIGTERM wants this run to end behind `step`. All processes agree; ask at every step."""
-    if jax.process_count() > 1:  # jax.distributed has handled the signal since it was initialized
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received = threading.Event()
+def on_signals() -> Iterator[Asked]:
+    """Within the block SIGTERM and the first SIGINT (Ctrl-C) end nothing: they are asked for."""
+    asked = Asked()
+    handlers = {signal.SIGINT: asked.interrupt} | ({} if jax.process_count() > 1 else {signal.SIGTERM: asked.terminate})
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False  # Python hands signals to the main thread alone
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+        handlers = {}  # Python hands signals to the main thread alone
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        # A shell has its background jobs ignore Ctrl-C, which is for another process then.
+        if number == signal.SIGTERM or before[number] not in (signal.SIG_IGN, None):
+            signal.signal(number, handler)
     try:
-        yield lambda step: received.is_set()
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:  # one that is not Python's
+                signal.signal(number, handler)
 
 
 def peers(step: int):
@@ -71,6 +101,7 @@ def train(
     writer: Callable = MetricsWriter,
     progress: Callable = lambda k, row: None,
     warn: Callable = print,
+    tell: Callable = lambda sentence: None,
 ):
     """Run all of `step.steps` under `folder` and return the final parameters; continues from the newest checkpoint there.
 
@@ -78,30 +109,35 @@ def train(
     steps and at the end all processes call `evaluate(params)`, whose figure goes into the row as `evaluation`; the checkpoint with the
     highest is kept. `check_held()` raises where the folder is another's by now. A batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
     known. `profile_steps` are traced. `writer(folder, start)` makes a MetricsWriter, `progress(k, row)` is told of each logged
-    step, `warn(sentence)` of what went wrong and was mended, or was left out.
+    step, `warn(sentence)` of what went wrong and was mended, or was left out, `tell(sentence)` of the checkpoint that
+    it continues from.
 
     The host reads a step's metrics when it has sent off the next, so it never waits for the step it has just sent off.
     NonFiniteLossError after more than max_skipped steps in a row without a finite loss and gradient; PreemptedError after a
-    SIGTERM, behind a checkpoint; ReaderStalledError, CheckpointError and PeerLostError as they say.
+    SIGTERM or Ctrl-C, when a checkpoint is saved; ReaderStalledError, CheckpointError and PeerLostError as they say.
     """
     folder, execution, steps = paths.path(folder), step.stage.execution, step.steps
     checkpoints, every = folder / "checkpoints", execution.evaluate_every if evaluate else 0
     with (
-        on_sigterm() as asked_to_end,
+        on_signals() as asked_to_end,
         training_state.open_manager(
             checkpoints, save_every=execution.checkpoint_every, keep=execution.keep, evaluated_on=execution.evaluate_on
         ) as manager,
+        contextlib.ExitStack() as stack,
     ):
         start, params, state = training_state.restore_newest(
             manager, step.abstract_params, step.abstract_state, warn, final=steps
         )
+        if 0 < start < steps:
+            tell(f"continues at step {start} of {steps}, from {checkpoints / str(start)}")
         if not start:
             params = initial_params(step.params_sharding)
             state = step.init(params)
         best = training_state.best(manager, execution.evaluate_on)
 
         output = writer(folder, start) if jax.process_index() == 0 else None
-        log = _Log(output, step, progress, warn, start, peak or flops.device_peak())
+        log = stack.enter_context(_Log(output, step, progress, warn, start, peak or flops.device_peak()))
+        reached, ending = steps, False
         for k, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
             if k in profile_steps and k == max(start, profile_steps.start) and output:
                 jax.profiler.start_trace(output.local / "profile")
@@ -136,11 +172,17 @@ def train(
                     milestone=bool(milestone),
                 )
             if ending:
+                reached = k + 1
                 break
-        log.close()
-    if start < steps and k + 1 < steps:
-        raise PreemptedError(f"SIGTERM: saved at step {k + 1} of {steps}; the same command continues")
-    training_state.finish(checkpoints, execution.evaluate_on)
+    ending = ending or (
+        asked_to_end.number is not None and jax.process_count() == 1
+    )  # asked while the last step was saved
+    if reached == steps:
+        training_state.finish(checkpoints, execution.evaluate_on)
+    if ending:
+        number = asked_to_end.number or signal.SIGTERM
+        what = "interrupted" if number == signal.SIGINT else "SIGTERM"
+        raise PreemptedError(f"{what}: saved at step {reached} of {steps}; the same command continues", number)
     return params
 
 
@@ -199,15 +241,20 @@ class _Log:
         yield
         self.clock += time.perf_counter() - start
 
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with contextlib.suppress(
+            *(() if error is None else (Exception,))
+        ):  # the error that ended the work matters more
+            if self.writer:
+                self.writer.close(error)
 
     def _read(self, step: int, row: dict[str, float], stats: dict, write: bool) -> None:
         self.stats.append(stats | {name: row[name] for name in COUNTED if name in row})
         self.in_a_row = self.in_a_row + 1 if row["skipped"] else 0
         if self.in_a_row > self.max_skipped:
-            self.close()
             name = "gradient_norm" if np.isfinite(row["loss"]) else "loss"
             raise NonFiniteLossError(
                 f"the {name} of step {step} is {row[name]}, and {self.in_a_row} steps in a row were skipped for that "

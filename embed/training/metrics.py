@@ -10,10 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 from embed import paths
 
 FILE = "metrics.jsonl"
@@ -31,6 +27,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder, start_step: int, wandb: str = ""):
+        from tensorboardX.event_file_writer import EventsWriter  # takes seconds: it imports torch where that is
+
         self.folder = paths.path(folder)
         self.bucket = paths.is_bucket(folder)
         self.local = Path(tempfile.mkdtemp(prefix="embed-") if self.bucket else self.folder)
@@ -40,8 +38,8 @@ class MetricsWriter:
         self.file = (self.local / FILE).open("a")
         # Not SummaryWriter: when the disk is full, its thread ends and the caller waits for ever.
         self.events = EventsWriter(str(self.local / "tensorboard" / "events"), f".{os.getpid()}")
-        start = SessionLog(status=SessionLog.START)  # TensorBoard then ignores earlier files from this step on
-        self.events.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=start))
+        # TensorBoard then ignores earlier files from this step on.
+        self._write_event(start_step + 1, session_log={"status": "START"})
         self.wandb = None
         if wandb:
             try:
@@ -59,16 +57,21 @@ class MetricsWriter:
 
     def write(self, step: int, row: dict[str, float]) -> None:
         """Append one row. Steps must increase."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
+        values = [{"tag": name, "simple_value": value} for name, value in row.items()]
         try:
             self.file.write(json.dumps({"step": step, **row}) + "\n")
             self.file.flush()
-            self.events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+            self._write_event(step, summary={"value": values})
             self.events.flush()
         except OSError as error:  # it does not name the file
             raise OSError(error.errno, error.strerror, str(self.folder)) from error
         if self.wandb:
             self.wandb.log(row, step=step)
+
+    def _write_event(self, step: int, **what) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def flush(self) -> None:
         """Copy everything written so far, including profiles, to the bucket."""
@@ -77,15 +80,18 @@ class MetricsWriter:
                 if not name.startswith("wandb/"):
                     paths.copy_file(file, self.folder / name)
 
-    def close(self) -> None:
-        """Flush and close all logs."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Flush and close all logs. `error` is what ended the work. A folder whose lease is lost gets nothing."""
         self.file.close()
         self.events.close()
-        self.flush()
-        if self.wandb:
-            self.wandb.finish()
-        if self.bucket:
-            shutil.rmtree(self.local)
+        try:
+            if not isinstance(error, paths.LeaseLostError):
+                self.flush()
+        finally:
+            if self.wandb:
+                self.wandb.finish(exit_code=int(error is not None))
+            if self.bucket:
+                shutil.rmtree(self.local)
 
 
 def read_metrics(path) -> list[dict]:

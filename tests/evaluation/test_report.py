@@ -5,6 +5,7 @@ import pytest
 from rich.console import Console
 
 from embed.evaluation import report
+from embed.training.stages import KINDS
 
 BENCHMARKS = ("functions", "contextual", "contextual_alone")
 
@@ -83,7 +84,16 @@ def test_every_section_stands_in_the_report_if_the_results_have_it(tmp_path, res
         "search": {"query": "a|b", "hits": [{"rank": 1, "score": 0.5, "id": "f", "text": "def f():\n  pass"}]},
         "seconds": {"prepare": 10.0, "pair": 90.26},
         "seconds_per_step": {"pair": 0.25},
-        "data": {"pairs": 12345, "dropped": {"short": 7}, "packages": ["a==1", "b==2"]},
+        "data": {
+            "pairs": 12345,
+            "counts": {
+                "texts": {"examples": 1000, "tokens": {"query": 20, "document": 3000}},
+                "evaluation/set/test": {"queries": 5},
+            },
+            "dropped": {"short": 7, "long": 0},
+            "packages": [f"a{k}==1" for k in range(150)],
+            "seconds": {f"part {k}": 1.0 for k in range(150)},
+        },
         "versions": {"jax": "0.10"},
     }
     text = report.write_report(tmp_path / "run", results, metrics).read_text()
@@ -101,11 +111,14 @@ def test_every_section_stands_in_the_report_if_the_results_have_it(tmp_path, res
         "| pair | 90.3 | 0.250 |",
         "| all | 100.3 | – |",
         "| pairs | 12,345 |",
-        "| dropped.short | 7 |",
-        "| packages | a==1, b==2 |",
+        "| task or evaluation set | examples | tokens | queries |",
+        "| texts | 1,000 | 3,020 | – |",
+        "| evaluation/set/test | – | – | 5 |",
+        "| dropped: short | 7 |",
         "jax 0.10",
     ):
         assert expected in text, expected
+    assert "a7==1" not in text and "part 7" not in text and "long" not in text and len(text.splitlines()) < 120
     for image in re.findall(r"\]\((plots/.*?)\)", text):
         assert (tmp_path / "run" / image).read_bytes().startswith(b"\x89PNG")
     assert len(re.findall(r"\]\(plots/", text)) == 3
@@ -116,3 +129,48 @@ def test_the_running_mean_keeps_a_line_and_smooths_a_jag():
     assert report._running_mean(line) == pytest.approx(line)
     assert report._running_mean([0.0, 3.0, 0.0, 3.0]) == pytest.approx([0, 1, 2, 3])
     assert report._running_mean([]) == []
+
+
+def test_losses_are_a_line_a_stage_with_the_file_that_has_every_row(tmp_path, results, metrics):
+    results["stages"] = {"pair": {"kind": "pair", "init": "diffusion"}}
+    text = report.write_report(tmp_path / "run", results, metrics | {"none": tmp_path / "nothing.jsonl"}).read_text()
+    table = text.partition("| stage | objective |")[2].partition("\n\n")[0].splitlines()
+    mean = report._running_mean([5 / step for step in range(1, 50)])
+    course = " | ".join(f"{mean[k]:.3f}" for k in (0, 12, 24, 36, 48))
+    assert table[2:] == [f"| pair | pair | 49 | {course} |", "| none | – | – | – | – | – | – | – |"]
+    assert "STAGE/metrics.jsonl has every row of the log." in text
+
+
+STAGES = {
+    "first": {"kind": "diffusion", "init": ""},
+    "second": {"kind": "contextual", "init": "first"},
+    "third": {"kind": "triplet", "init": "second"},
+}
+
+
+def test_what_the_numbers_mean_is_said_by_objective_and_of_nothing_that_is_not_there(tmp_path, results, metrics):
+    """Whatever the stages are called."""
+    (file,) = metrics.values()
+    rows = {name: figures("float32", "int8", start=0.1) for name in ("first", "second", "third")}
+    told = results | {"checkpoints": rows, "stages": STAGES}
+    text = report.write_report(tmp_path / "told", told, dict.fromkeys(STAGES, file)).read_text()
+    for sentence in (
+        "- float32, int8 are the same vectors",
+        "- first: masked diffusion trains the state of each token",
+        "such a checkpoint may rank below random init",
+        "- first (diffusion): the bound",
+        "- second (contextual): a weighted sum of three cross-entropies",
+        "- third (triplet): cross-entropy of finding a query's document among the documents of the batch and the mined",
+        "- A stage that starts from a trained checkpoint may lose ground first",
+    ):
+        assert sentence in text, sentence
+    assert "BM25" not in text.replace("(BM25)", "") and "random init is" not in text and "(pair)" not in text
+    plain = report.write_report(
+        tmp_path / "plain", results | {"stages": {"a": {"kind": "pair", "init": ""}}}, {"a": file}
+    )
+    assert "masked diffusion" not in plain.read_text() and "starts from a trained" not in plain.read_text()
+    assert "- BM25 is the lexical baseline" in plain.read_text()
+
+
+def test_every_kind_of_stage_has_its_words():
+    assert set(report.LOSSES) == set(KINDS)

@@ -74,25 +74,80 @@ def test_twenty_kills_at_random_moments_leave_the_losses_of_an_unbroken_run_bit_
     assert_same(load(tmp_path / "killed", small_run.LIFE), load(tmp_path / "unbroken", small_run.LIFE))
 
 
-def test_sigterm_saves_behind_the_step_and_the_next_run_continues_with_the_same_losses(tmp_path, unbroken):
+@pytest.mark.parametrize(
+    "number, sentence, code", [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "interrupted", 130)]
+)
+def test_a_signal_saves_after_the_step_and_the_next_run_continues_with_the_same_losses(
+    tmp_path, unbroken, number, sentence, code
+):
     def read(step):
         if step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(loop.PreemptedError, match=r"SIGTERM: saved at step \d of 12") as ended:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(loop.PreemptedError, match=rf"{sentence}: saved at step \d of 12") as ended:
         train(tmp_path, Loader(read))
-    assert ended.value.exit_code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert ended.value.exit_code == code
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     last = max(losses(tmp_path))
     assert 5 <= last <= 8 and f"step {last} of" in str(ended.value)  # batches are read up to two steps ahead
-    asked = []
-    train(tmp_path, Loader(asked.append))
+    asked, told = [], []
+    train(tmp_path, Loader(asked.append), tell=told.append)
+    assert told == [f"continues at step {last} of 12, from {tmp_path / 'checkpoints' / str(last)}"]
     assert min(asked) == last and losses(tmp_path) == losses(unbroken)
 
 
-def test_a_sigterm_in_the_last_step_ends_a_complete_run(tmp_path):
-    train(tmp_path, Loader(lambda step: step == 0 and os.kill(os.getpid(), signal.SIGTERM)), steps=1)
-    assert list(losses(tmp_path)) == [1]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_step_ends_the_process_all_the_same_with_the_stage_complete(tmp_path, number):
+    with pytest.raises(loop.PreemptedError, match="saved at step 1 of 1"):
+        train(tmp_path, Loader(lambda step: step == 0 and os.kill(os.getpid(), number)), steps=1)
+    assert list(losses(tmp_path)) == [1] and training_state.is_finished(tmp_path / "checkpoints")
+    train(tmp_path, steps=1)  # which has nothing to do
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from small_run import Loader, train
+from embed.cli.common import end, run
+times, ignored = int(sys.argv[3]), sys.argv[4:]
+if ignored:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def read(step):
+    if step == 7:
+        os.kill(os.getpid(), signal.SIGINT)
+    if step == 7 and times == 2:
+        while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:  # until the first one was noticed
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+end(run, lambda argv: train(Path(sys.argv[2]), Loader(read), steps=12) and 0)
+"""
+
+
+def interrupt(folder, *arguments):
+    command = [sys.executable, "-c", INTERRUPTED, HERE, folder, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_first_ctrl_c_says_what_it_waits_for_and_what_is_saved_and_the_second_one_ends_at_once(tmp_path):
+    done = interrupt(tmp_path / "once", "1")
+    waits, saved = (line for line in done.stderr.splitlines() if line.startswith("embed: "))
+    assert done.returncode == 130, done.stderr
+    assert waits == "embed: interrupted; ends after this step and a checkpoint, or at once by another Ctrl-C"
+    step = max(losses(tmp_path / "once"))
+    assert saved == f"embed: interrupted: saved at step {step} of 12; the same command continues"
+    assert training_state.steps(tmp_path / "once" / "checkpoints")[-1] == step
+    done = interrupt(tmp_path / "twice", "2")
+    assert done.returncode == -signal.SIGINT and "saved at step" not in done.stderr
+
+
+def test_where_a_shell_has_a_job_ignore_ctrl_c_training_ignores_it_too(tmp_path):
+    done = interrupt(tmp_path, "1", "ignored")
+    assert done.returncode == 0, done.stderr
+    assert max(losses(tmp_path)) == 12
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -356,7 +411,7 @@ folder, process, processes, coordinator, what = Path(sys.argv[2]), int(sys.argv[
 jax.config.update("jax_num_cpu_devices", 4 // processes)
 jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=10)
 from small_run import Loader, train
-from embed.cli.common import run
+from embed.cli.common import end, run
 from embed.models import sharding
 
 # As on a pod, where a mesh follows the wires: no process has devices that stand side by side in it.
@@ -380,7 +435,7 @@ if what == "unreadable" and process == 1:  # as where one host's disk or network
     ocp.StandardCheckpointHandler.restore = restore
 
 warn = lambda sentence: print(sentence, file=sys.stderr)
-sys.exit(run(lambda argv: train(folder, Loader(read, own), mesh=mesh, warn=warn) and 0))
+end(run, lambda argv: train(folder, Loader(read, own), mesh=mesh, warn=warn) and 0)
 """
 
 
@@ -404,12 +459,12 @@ def run_processes(folder, count, what="nothing"):
     return [(process.returncode, error) for process, error in zip(running, errors)]
 
 
-def test_a_sigterm_to_one_process_ends_all_behind_the_same_step_and_they_continue(tmp_path, unbroken):
-    ended = run_processes(tmp_path / "run", 2, "SIGTERM")
-    assert [code for code, _ in ended] == [143, 143], ended
-    said = {
-        line for _, error in ended for line in error.splitlines() if line.startswith("embed: SIGTERM: saved at step")
-    }
+@pytest.mark.parametrize("number, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_to_one_process_ends_all_after_the_same_step_and_they_continue(tmp_path, unbroken, number, code):
+    ended = run_processes(tmp_path / "run", 2, number)
+    assert [each for each, _ in ended] == [143, code], ended
+    said = {line.partition(": ")[2] for _, error in ended for line in error.splitlines() if ": saved at step" in line}
+    said = {line.partition(": ")[2] for line in said}
     assert len(said) == 1
     (step,) = (int(word) for word in said.pop().split() if word.isdigit() and word != "12")
     assert max(losses(tmp_path / "run")) == step < 12
@@ -569,17 +624,24 @@ def test_weights_and_biases_gets_every_row_under_one_run_a_folder(tmp_path, monk
         def log(self, row, step):
             self.rows.append((step, row["loss"]))
 
-        def finish(self):
-            self.rows.append("finished")
+        def finish(self, exit_code):
+            self.rows.append(f"finished {exit_code}")
+
+    def fails(step):
+        if step == 2:
+            raise OSError("the reader fails")
 
     service = Service()
     monkeypatch.setitem(sys.modules, "wandb", service)
     writer = functools.partial(MetricsWriter, wandb="project")
     train(tmp_path / "run" / "pair", steps=3, writer=writer)
     train(tmp_path / "run" / "pair", steps=3, writer=writer)
-    assert service.rows[:3] == list(losses(tmp_path / "run" / "pair").items()) and service.rows[3] == "finished"
+    assert service.rows[:3] == list(losses(tmp_path / "run" / "pair").items()) and service.rows[3] == "finished 0"
     first, second = service.opened
     assert first == second and first["name"] == "run/pair" and first["project"] == "project"
+    with pytest.raises(OSError, match="the reader fails"):
+        train(tmp_path / "run" / "triplet", Loader(fails), steps=3, writer=writer)
+    assert service.rows[-1] == "finished 1"
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="--wandb=project needs the package wandb"):
         MetricsWriter(tmp_path, 0, wandb="project")

@@ -1,0 +1,153 @@
+"""Which values the fields of a config may have: others are refused before the work, by name."""
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterator
+
+from ml_collections import ConfigDict
+
+from embed.config import leaves, nearest
+from embed.models import transformer
+
+Rule = tuple[Callable, str]  # whether a value is allowed, and what is, in words
+
+
+def _number(allowed: Callable) -> Callable:
+    def check(value) -> bool:
+        return isinstance(value, int | float) and math.isfinite(value) and allowed(value)
+
+    return check
+
+
+def _each(rule: Rule) -> Rule:
+    return lambda values: all(map(rule[0], values)), f"each {rule[1]}"
+
+
+def one_of(*values: str) -> Rule:
+    return lambda value: value in values, f"one of {', '.join(values)}"
+
+
+COUNT = _number(lambda x: x >= 1), "at least 1"
+NOT_NEGATIVE = _number(lambda x: x >= 0), "at least 0"
+POSITIVE = _number(lambda x: x > 0), "above 0"
+FRACTION = _number(lambda x: 0 <= x <= 1), "from 0 to 1"
+PAIR_OF_FRACTIONS = lambda v: len(v) == 2 and all(map(FRACTION[0], v)), "two numbers from 0 to 1"  # noqa: E731
+WINDOW = lambda v: len(v) == 2 and 0 <= v[0] < v[1], "(lo, hi) with 0 <= lo < hi"  # noqa: E731
+
+# The first pattern that fits a field's name is its rule; a field that none fits may have any value of its type.
+RULES: dict[str, Rule] = {
+    "seed": NOT_NEGATIVE,
+    "model.vocab_size": NOT_NEGATIVE,
+    "model.rope_theta": POSITIVE,
+    "model.norm_eps": POSITIVE,
+    "model.head_dim": (lambda n: n >= 2 and n % 2 == 0, "even and at least 2"),
+    "model.num_*": COUNT,
+    "model.*_size": COUNT,
+    "data.mask_id": (lambda n: n >= -1, "at least -1"),
+    "data.limit": NOT_NEGATIVE,
+    "execution.mesh.*": (lambda n: n >= 1 or n == -1, "at least 1, or -1"),
+    "execution.unroll": COUNT,
+    "execution.read_timeout": NOT_NEGATIVE,
+    "stages.*.init_step": NOT_NEGATIVE,
+    "stages.*.optimizer.learning_rate": POSITIVE,
+    "stages.*.optimizer.warmup": FRACTION,
+    "stages.*.optimizer.decay": FRACTION,
+    "stages.*.optimizer.b?": (_number(lambda x: 0 <= x < 1), "at least 0 and below 1"),
+    "stages.*.optimizer.eps": POSITIVE,
+    "stages.*.optimizer.weight_decay": NOT_NEGATIVE,
+    "stages.*.optimizer.clip": NOT_NEGATIVE,
+    "stages.*.optimizer.moment_dtype": one_of("float32", "bfloat16"),
+    "stages.*.batch.truncate_probability": FRACTION,
+    "stages.*.batch.*": COUNT,
+    "stages.*.execution.milestone_every": NOT_NEGATIVE,
+    "stages.*.execution.evaluate_every": NOT_NEGATIVE,
+    "stages.*.execution.max_skipped": NOT_NEGATIVE,
+    "stages.*.execution.evaluate_on": (lambda name: True, ""),
+    "stages.*.execution.*": COUNT,
+    "stages.*.left_shift": one_of("auto", "True", "False"),
+    "stages.*.temperature": POSITIVE,
+    "stages.*.margin": NOT_NEGATIVE,
+    "stages.*.alpha": FRACTION,
+    "stages.*.beta": PAIR_OF_FRACTIONS,
+    "mining.*.step": NOT_NEGATIVE,
+    "mining.*.precision": one_of("float32", "int8"),
+    "mining.*.queries": NOT_NEGATIVE,
+    "mining.*.num_negatives": COUNT,
+    "mining.*.rank_window": WINDOW,
+    "merges.*.of": (lambda names: len(names) == 2, "two names"),
+    "merges.*.ratio": FRACTION,
+    "merges.*.sweep": _each(FRACTION),
+    "exports.*.max_length": NOT_NEGATIVE,
+    "report.mask_fraction": (_number(lambda x: 0 < x <= 1), "above 0 and at most 1"),
+    "report.tokens_per_step": COUNT,
+}
+# A field that the batches or the loss of a kind need, and no other kind has.
+KINDS = {
+    "diffusion": "batch.rows",
+    "pair": "margin",
+    "contextual": "batch.max_chunks",
+    "triplet": "batch.num_negatives",
+}
+
+
+def check(config: ConfigDict) -> None:
+    """ValueError for the first field with a value that no run can use."""
+    for key, value in leaves(config):
+        rule = next((rule for pattern, rule in RULES.items() if fnmatch.fnmatchcase(key, pattern)), None)
+        if rule and not rule[0](value):
+            _refuse(key, value, rule[1])
+    if sum(size == -1 for size in config.execution.mesh.values()) > 1:
+        _refuse("execution.mesh", config.execution.mesh.to_dict(), "at least 1 along all axes but one, which may be -1")
+    transformer.from_config(config.model, config.execution, 1)
+    for name, stage in config.stages.items():
+        for key, value, allowed in _stage(stage, config.model.hidden_size):
+            _refuse(f"stages.{name}.{key}", value, allowed)
+    data = config.data
+    if not data.tokenizer and data.vocab_size < (least := least_vocabulary(data.split_identifiers)):
+        _refuse("data.vocab_size", data.vocab_size, f"at least {least}: control pieces and single characters")
+
+
+def least_vocabulary(split_identifiers: bool) -> int:
+    """Fewest pieces of a SentencePiece vocabulary that `embed.preparation.vocabulary` can train on any usual text.
+
+    Four control pieces, and printable ASCII in one case with the space, or all bytes, for the fallback.
+    """
+    return 4 + (len({chr(code).lower() for code in range(0x20, 0x7F)}) if split_identifiers else 256)
+
+
+def _refuse(key: str, value, allowed: str):
+    raise ValueError(f"config.{key}={value!r} must be {allowed}")
+
+
+def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, str]]:
+    """(field, value, what is allowed) of what is wrong with a stage, as far as fields depend on one another."""
+    kind, batch, optimizer = stage.kind, stage.batch, stage.optimizer
+    if kind not in KINDS:
+        yield "kind", kind, f"one of {', '.join(KINDS)}{nearest(kind, KINDS)}"
+    if KINDS[kind] not in dict(leaves(stage)):
+        yield "kind", kind, f"the kind that it was made with: a {kind} stage has {KINDS[kind]}"
+    if not _is_curriculum(stage.curriculum):
+        yield "curriculum", stage.curriculum, "((steps, mixture or {task: rate}), …) with at least one step in each"
+    if optimizer.warmup + optimizer.decay > 1:
+        yield "optimizer.warmup", optimizer.warmup, f"at most {1 - optimizer.decay:g}, what decay leaves of the steps"
+    rows = batch.rows if kind == "diffusion" else batch.groups * batch.rows_per_group
+    if rows % stage.execution.microbatches:
+        yield "execution.microbatches", stage.execution.microbatches, f"a divisor of the {rows} rows of a batch"
+    if kind == "diffusion":
+        return
+    prefixes = stage.matryoshka
+    if not prefixes or not all(isinstance(p, int) and 1 <= p <= dimensions for p in prefixes):
+        yield "matryoshka", prefixes, f"prefixes from 1 to the {dimensions} dimensions of the model, at least one"
+    if kind == "contextual" and batch.max_chunks > batch.spans:
+        yield "batch.max_chunks", batch.max_chunks, f"at most batch.spans={batch.spans}"
+
+
+def _is_curriculum(curriculum) -> bool:
+    try:
+        for steps, mixture in curriculum:
+            rates = [1.0] if isinstance(mixture, str) else [float(rate) for rate in dict(mixture).values()]
+            if int(steps) != steps or steps < 1 or min(rates) < 0 or not sum(rates):
+                return False
+    except (TypeError, ValueError):
+        return False
+    return len(curriculum) > 0

@@ -1,0 +1,232 @@
+"""How every verb ends, and what it says about arguments that it does not have."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import small
+
+from embed import cli
+
+ROOT = Path(__file__).parents[2]
+VERBS = list(cli.verbs())
+
+
+def run_program(program, *arguments, **environment):
+    """A Python program in a process of its own; it hangs if it does not end."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/tests/training"} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    """The one sentence with which a command is refused."""
+    assert cli.main(list(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_what_is_missing(verb, capsys):
+    known = {"plan": "--topology", "evaluate": "--output"}.get(verb, "--workdir")
+    known = "--output" if verb in ("encode", "index", "mine", "merge") else "--query" if verb == "search" else known
+    mistyped = known[:-2] + known[:-3:-1]
+    said = refused(capsys, verb, f"{mistyped}=x")
+    assert said == f"embed: error: embed {verb}: unknown argument '{mistyped}'; did you mean '{known}'?"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_verb_takes_the_beginning_of_an_option_for_it_or_a_word_without_a_name(verb, capsys):
+    assert "unknown argument '--mod'" in refused(capsys, verb, "--mod=x")
+    sentence = refused(capsys, verb, "--help=x")  # argparse's own errors end in a sentence too
+    assert sentence.startswith(f"embed: error: embed {verb}: argument -h/--help: ")
+
+
+def test_arguments_that_are_no_options_are_refused(capsys):
+    run = ["--config=configs/quickstart.py", "--workdir=x"]
+    assert "unknown argument 'runs/a'; options are --name=value" in refused(capsys, "train", *run, "runs/a")
+    assert "unknown argument '-x'" in refused(capsys, "train", *run, "-x")
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["train"], "the following arguments are required: --config, --workdir"),
+        (["train", "--config=nowhere.py", "--workdir=x"], "no file nowhere.py in "),
+        (["train", "--config=configs/quickstart.py", "--workdir=x", "--config.sead=1"], "did you mean 'seed'?"),
+        (["train", "--config=configs/quickstart.py", "--workdir=x", "--config.seed", "1"], "unknown argument '1'"),
+        (
+            ["train", "--config=configs/quickstart.py", "--workdir=x", "--config.seed"],
+            "have the form --config.key=value",
+        ),
+        (["search", "--model=m", "--query=q", "--corpus=c", "--config.seed=1"], "unknown argument '--config.seed'"),
+        (["search", "--model=m", "--query=q", "--corpus=c", "--top=many"], "argument --top: invalid int value: 'many'"),
+        (["trane"], "'trane' is not a verb; there are encode, "),
+    ],
+)
+def test_wrong_arguments_end_in_one_sentence(arguments, sentence, capsys):
+    assert sentence in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("def get_config(:\n", "line 1: SyntaxError: invalid syntax"),
+        ("import nowhere_at_all\n", "line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def get_config(arg=''):\n    return nothing\n", "line 2: NameError: name 'nothing' is not defined"),
+        (
+            "from configs import base\ndef get_config(arg=''):\n    return base.stage('pair', temprature=1)\n",
+            "line 3: KeyError: ",
+        ),
+    ],
+)
+def test_a_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, text, sentence, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    said = refused(capsys, "train", f"--config={tmp_path}/mine.py", "--workdir=x")
+    assert f"config file {tmp_path}/mine.py, {sentence}" in said
+
+
+# --- ~ --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_that_begins_with_a_tilde_lies_in_the_home_folder_wherever_it_is_named(tmp_path, monkeypatch, capsys):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "graph.py").write_text(small.GRAPH.replace("curriculum=((6,", "curriculum=((1,"))
+    small.write_data("~/data")
+    run = ["--config=~/graph.py:diffusion", "--workdir=~/run", "--config.data.directory=~/data"]
+    assert cli.main(["train", *run]) == 0
+    assert cli.main(["train", *run, "--config.stage=pair", "--config.stages.pair.init=~/run/diffusion"]) == 0
+    model = small.write_model("~/model")
+    (home / "texts.jsonl").write_text('{"_id": "a", "text": "parse the file"}\n')
+    assert cli.main(["export", "--model=~/run/pair", "--output=~/exported"]) == 0
+    assert cli.main(["encode", "--model=~/exported", "--corpus=~/texts.jsonl", "--output=~/vectors.npy"]) == 0
+    assert cli.main(["index", f"--model={model}", "--corpus=~/texts.jsonl", "--output=~/index"]) == 0
+    assert cli.main(["search", "--model=~/model", "--index=~/index", "--query=file"]) == 0
+    assert cli.main(["evaluate", "--model=~/model", "--data=~/data/evaluation/set/test", "--output=~/f.json"]) == 0
+    assert cli.main(["merge", "--a=~/model", "--b=~/run/pair", "--output=~/merged"]) == 2  # of other settings
+    assert not list(here.iterdir())
+    assert {"run", "exported", "vectors.npy", "index", "f.json"} <= {entry.name for entry in home.iterdir()}
+    assert "~" not in {entry.name for entry in home.iterdir()}
+
+
+# --- the end of a process -------------------------------------------------------------------------------------------
+
+HANGING = """
+import sys, threading
+from embed.cli.common import end, run
+
+def main(argv):
+    threading.Thread(target=threading.Event().wait).start()  # no daemon: the interpreter would wait for it
+    print("done")
+    {ending}
+
+end(run, main)
+"""
+
+
+@pytest.mark.parametrize(
+    "ending, code, said",
+    [
+        ("return 0", 0, ""),
+        ("return 1", 1, ""),
+        ("raise ValueError('wrong')", 2, "embed: error: wrong\n"),
+        ("raise OSError(28, 'No space left on device')", 1, "embed: error: [Errno 28] No space left on device\n"),
+        (
+            "raise KeyboardInterrupt",
+            130,
+            "embed: interrupted; what is complete stays, and the same command does the rest\n",
+        ),
+        ("raise SystemExit(0)", 0, ""),
+        ("raise RuntimeError('a fault of ours')", 1, "RuntimeError: a fault of ours\n"),
+    ],
+)
+def test_a_process_ends_with_its_code_whatever_thread_hangs(ending, code, said):
+    done = run_program(HANGING.format(ending=ending))
+    assert (done.returncode, done.stdout) == (code, "done\n") and done.stderr.endswith(said)
+
+
+def test_what_libraries_do_at_the_end_is_done_and_given_up_where_it_hangs():
+    program = """
+import atexit, threading
+from embed.cli import common
+common.LAST_SECONDS = 0.1
+atexit.register(threading.Event().wait)
+atexit.register(print, "cleaned up")
+common.end(lambda: 3)
+"""
+    done = run_program(program)
+    assert (done.returncode, done.stdout) == (3, "cleaned up\n")
+
+
+FAILING_COMMIT = """
+import sys, threading
+from pathlib import Path
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.path import atomicity
+from embed.cli.common import end, run
+from small_run import train
+
+whole = atomicity.AtomicRenameTemporaryPath.finalize
+async def finalize(self, *arguments, **keywords):
+    threading.Thread(target=threading.Event().wait).start()
+    raise FileNotFoundError("another process removed it")
+atomicity.AtomicRenameTemporaryPath.finalize = finalize
+end(run, lambda argv: train(Path(sys.argv[1])) and 0)
+"""
+
+
+def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
+    done = run_program(FAILING_COMMIT, tmp_path / "run")
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "embed: error: cannot write a checkpoint under" in done.stderr
+
+
+def test_the_program_itself_ends_so():
+    setup = (ROOT / "setup.py").read_text()
+    assert '"embed = embed.cli:entry"' in setup
+    for verb in VERBS:
+        assert "end(" in (ROOT / "embed" / "cli" / f"{verb}.py").read_text().splitlines()[-1]
+    done = subprocess.run([sys.executable, "-m", "embed.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "train" in done.stdout
+
+
+# --- what others write to the standard error ------------------------------------------------------------------------
+
+
+def test_plan_says_nothing_but_its_own():
+    """Without libtpu, which tells of chips that are not there, it says what is missing."""
+    embed = "from embed.cli import entry; entry()"
+    done = run_program(embed, "plan", "--help")
+    assert done.returncode == 0 and not done.stderr
+    if find_spec("libtpu"):
+        pytest.skip("libtpu is installed: this would compile")
+    done = run_program(embed, "plan", "--config=configs/quickstart.py:stage=pair", "--topology=v6e:2x2")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("embed: error: topology v6e:2x2: ")
+
+
+def test_what_a_library_writes_while_it_is_loaded_is_dropped_unless_it_fails():
+    program = """
+import os, sys
+from embed.console import quiet
+with quiet():
+    os.write(2, b"noise of C++\\n")
+os.write(2, b"ours\\n")
+try:
+    with quiet():
+        os.write(2, b"the reason\\n")
+        raise ImportError
+except ImportError:
+    print("failed", file=sys.stderr)
+"""
+    assert run_program(program).stderr.splitlines() == ["ours", "the reason", "failed"]

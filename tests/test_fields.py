@@ -1,0 +1,111 @@
+"""Wrong values of a config's fields are refused by name, before data are read."""
+
+import pytest
+
+from embed import cli, config, fields
+from embed.training import stages
+
+QUICKSTART = "configs/quickstart.py"
+# Fields in which a negative number means something.
+FREE = {"mining.hard_negatives.margin"}
+
+
+def test_what_ships_is_allowed():
+    for name in ("quickstart", "laptop", "pplx_embed"):
+        for arg in ("", ":runlocal"):
+            fields.check(config.load(f"configs/{name}.py{arg}"))
+
+
+def test_no_number_of_a_config_but_a_few_may_be_negative():
+    numbers = {
+        key: value
+        for key, value in config.leaves(config.load(QUICKSTART))
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert len(numbers) > 80
+    for key, value in numbers.items():
+        overridden = config.load(QUICKSTART, [f"--config.{key}={type(value)(-3)}"])
+        if key in FREE:
+            fields.check(overridden)
+            continue
+        with pytest.raises(ValueError, match=r"^[\w. -]+=-3(\.0)? must be "):
+            fields.check(overridden)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        (
+            "stages.pair.execution.checkpoint_every=0",
+            "config.stages.pair.execution.checkpoint_every=0 must be at least 1",
+        ),
+        ("stages.pair.batch.group_size=0", "config.stages.pair.batch.group_size=0 must be at least 1"),
+        (
+            "stages.pair.kind=pairs",
+            "config.stages.pair.kind='pairs' must be one of diffusion, pair, contextual, triplet",
+        ),
+        ("stages.pair.kind=triplet", "config.stages.pair.kind='triplet' must be the kind that it was made with"),
+        ("stages.pair.curriculum=((-1, 'pairs'),)", "config.stages.pair.curriculum=((-1, 'pairs'),) must be ((steps, "),
+        ("stages.pair.curriculum=()", "config.stages.pair.curriculum=() must be"),
+        ("stages.pair.curriculum=(400, 'pairs')", "config.stages.pair.curriculum=(400, 'pairs') must be"),
+        ("stages.pair.curriculum=((1, {'a': -1}),)", "must be ((steps, mixture or {task: rate}), …)"),
+        ("stages.pair.matryoshka=(64, 257)", "matryoshka=(64, 257) must be prefixes from 1 to the 256 dimensions"),
+        ("stages.pair.matryoshka=()", "config.stages.pair.matryoshka=() must be prefixes"),
+        ("stages.pair.temperature=0.0", "config.stages.pair.temperature=0.0 must be above 0"),
+        ("stages.pair.optimizer.learning_rate=1e999", "config.stages.pair.optimizer.learning_rate=inf must be above 0"),
+        ("stages.pair.optimizer.b2=1.0", "config.stages.pair.optimizer.b2=1.0 must be at least 0 and below 1"),
+        ("stages.pair.optimizer.warmup=0.8", "config.stages.pair.optimizer.warmup=0.8 must be at most 0.7"),
+        ("stages.pair.optimizer.moment_dtype=int8", "moment_dtype='int8' must be one of float32, bfloat16"),
+        (
+            "stages.pair.execution.microbatches=3",
+            "config.stages.pair.execution.microbatches=3 must be a divisor of the 98",
+        ),
+        ("stages.diffusion.batch.truncate_probability=2.0", "truncate_probability=2.0 must be from 0 to 1"),
+        (
+            "stages.diffusion.left_shift=yes",
+            "config.stages.diffusion.left_shift='yes' must be one of auto, True, False",
+        ),
+        ("stages.contextual.beta=(0.2,)", "config.stages.contextual.beta=(0.2,) must be two numbers from 0 to 1"),
+        (
+            "stages.contextual.batch.max_chunks=33",
+            "config.stages.contextual.batch.max_chunks=33 must be at most batch.spans",
+        ),
+        ("model.num_kv_heads=3", "num_heads=2 must be a multiple of num_kv_heads=3"),
+        ("model.num_kv_heads=0", "config.model.num_kv_heads=0 must be at least 1"),
+        ("model.head_dim=63", "config.model.head_dim=63 must be even and at least 2"),
+        ("model.dtype=float16", "dtype='float16' must be float32 or bfloat16"),
+        ("execution.attention=flash", "attention='flash' must be one of auto, xla"),
+        ("execution.remat=some", "remat='some' must be one of"),
+        ("execution.mesh.fsdp=0", "config.execution.mesh.fsdp=0 must be at least 1, or -1"),
+        ("execution.mesh.fsdp=-1", "must be at least 1 along all axes but one, which may be -1"),
+        ("data.vocab_size=72", "config.data.vocab_size=72 must be at least 73: control pieces and single characters"),
+        ("mining.hard_negatives.rank_window=(50, 5)", "rank_window=(50, 5) must be (lo, hi) with 0 <= lo < hi"),
+        ("mining.hard_negatives.precision=binary", "precision='binary' must be one of float32, int8"),
+        ("merges.merged.ratio=1.5", "config.merges.merged.ratio=1.5 must be from 0 to 1"),
+        ("merges.merged.sweep=(0.5, 2.0)", "config.merges.merged.sweep=(0.5, 2.0) must be each from 0 to 1"),
+        ("merges.merged.of=('pair',)", "config.merges.merged.of=('pair',) must be two names"),
+        ("report.mask_fraction=0.0", "config.report.mask_fraction=0.0 must be above 0 and at most 1"),
+    ],
+)
+def test_a_wrong_value_ends_every_verb_of_a_run_in_one_sentence_before_anything_is_read(
+    override, sentence, tmp_path, capsys
+):
+    for verb in ("prepare", "train", "pipeline"):
+        assert (
+            cli.main([verb, f"--config={QUICKSTART}:stage=pair", f"--workdir={tmp_path}/run", f"--config.{override}"])
+            == 2
+        )
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("embed: error: ") and sentence in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_kind_of_stage_has_its_own_field():
+    assert set(fields.KINDS) == set(stages.KINDS)
+
+
+def test_a_vocabulary_with_byte_fallback_needs_all_bytes():
+    overrides = ["--config.data.split_identifiers=False", "--config.data.vocab_size=259"]
+    with pytest.raises(ValueError, match="config.data.vocab_size=259 must be at least 260"):
+        fields.check(config.load(QUICKSTART, overrides))
+    fields.check(config.load(QUICKSTART, [*overrides, "--config.data.tokenizer=a_folder"]))  # none is trained
