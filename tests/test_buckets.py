@@ -104,6 +104,13 @@ def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     assert paths.path(f"{bucket}/vectors.npy").read_bytes() == (tmp_path / "vectors.npy").read_bytes()
     assert cli.main(["index", model, f"--corpus={corpus}", f"--output={bucket}/index"]) == 0
     assert cli.main(["search", model, f"--index={bucket}/index", "--query=parse"]) == 0
+    # A stage folder makes an index of its own, which the next checkpoint's encoder may not search.
+    stages = [f"--model={workdir}/{name}" for name in ("pair", "triplet")]
+    assert cli.main(["index", stages[0], f"--corpus={corpus}", f"--output={bucket}/index"]) == 2
+    assert cli.main(["index", stages[0], f"--corpus={corpus}", f"--output={bucket}/index", "--overwrite"]) == 0
+    assert [cli.main(["search", s, f"--index={bucket}/index", "--query=parse"]) for s in stages] == [0, 2]
+    left = [name for name in paths.files(bucket) if name.startswith(".")]
+    assert not left, left
     assert cli.main(["merge", f"--a={workdir}/pair", f"--b={workdir}/triplet", f"--output={bucket}/merged"]) == 0
     texts = ["parse the file", "open a list"]
     merged, exported = (
