@@ -88,6 +88,20 @@ def test_no_length_holds_more_scores_than_the_limit():
         assert memory < 2 * 8192 * 8192 * 4 / 4, memory  # a quarter of one row's scores
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+def test_without_a_gradient_scores_are_made_in_blocks_that_stay_in_the_cache(heads, kv_heads, monkeypatch):
+    arrays = random_heads(heads, kv_heads)
+    whole = attention(*arrays, SEGMENTS)
+    for scores in (64, 8):  # 2 rows · 4 heads · 8 keys · 1 query, and fewer than any block has
+        monkeypatch.setattr(room, "CACHED_SCORES", scores)
+        np.testing.assert_allclose(attention(*arrays, SEGMENTS), whole, rtol=1e-5, atol=1e-6)
+    monkeypatch.undo()
+
+    rows = [jax.ShapeDtypeStruct((4, 1024, h, 8), "float32") for h in (2, 1, 1)]
+    compiled = jax.jit(lambda *a: attention(*a, jnp.ones((4, 1024), jnp.int32))).lower(*rows).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * 1024 * 1024 * 4 / 4  # a quarter of all scores
+
+
 @pytest.mark.parametrize("kernel, length, dim", [("splash", 256, 128), ("triton", 128, 32)])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
 def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads, kv_heads):
