@@ -1,7 +1,6 @@
 """Bidirectional attention inside segments: one function, a kernel for each platform."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from embed.typing import Array, typechecked
 
 # Scores of a row and head that `xla` holds at once: all of them up to 1,024 tokens, blocks of queries beyond.
 MAX_SCORES = 2**20
-CACHED_SCORES = 2**19  # of all rows and heads at once on CPU where no gradient follows: 2 MiB stay in its cache
+CACHED_SCORES = 2**19  # of rows and heads that one device holds at once on CPU: 2 MiB stay in its cache
 LANES = 128  # of a TPU: what its kernel wants lengths and head_dim to be multiples of
 KERNELS = ("auto", "xla", "splash", "triton", "cudnn")
 # How rows and heads lie over a mesh (embed.models.sharding). Inside a kernel there is nothing to communicate.
@@ -81,25 +80,8 @@ def _softmax_attention(query, key, value, allowed):
     With a gradient of its own, which touches the scores [R K h b s] once where that of `jax.nn.softmax` does three times:
     the softmax's correction is Σ_d of the output times its gradient (as in FlashAttention, arXiv 2205.14135), and its
     division is done on vectors.
-
-    Without a gradient the scores are not kept. On CPU they are then made in blocks of queries that stay in its cache, which
-    halves the time at 512 and 1,024 tokens; training would lose more in the backward pass than it gains.
     """
-    block = query.shape[3]
-    if jax.default_backend() == "cpu":
-        while block % 2 == 0 and math.prod(query.shape[:3]) * block * key.shape[2] > CACHED_SCORES:
-            block //= 2
-    if block == query.shape[3]:
-        return _softmax_attention_forward(query, key, value, allowed)[0]
-
-    def blocks(x):  # R … b s -> b/block R … block s
-        return jnp.moveaxis(x.reshape(*x.shape[:3], -1, block, x.shape[-1]), 3, 0)
-
-    def attend(x):
-        return _softmax_attention_forward(x[0], key, value, x[1])[0]
-
-    mixed = jax.lax.map(attend, (blocks(query), blocks(allowed)))
-    return jnp.moveaxis(mixed, 0, 3).reshape(query.shape)
+    return _softmax_attention_forward(query, key, value, allowed)[0]
 
 
 def _softmax_attention_forward(query, key, value, allowed):
@@ -131,6 +113,22 @@ _softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backwar
 
 
 def _xla(query, key, value, segment_ids):
+    """As `_whole`; on a CPU as many rows at a time as keep their scores in its cache, in the backward pass as well."""
+    rows, length, heads, _ = query.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    together = rows
+    if jax.default_backend() == "cpu" and (
+        mesh.empty or mesh.size == 1
+    ):  # a loop over rows that devices share would move them
+        fit = max(1, CACHED_SCORES // (heads * length**2))
+        together = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fit)
+    if together == rows:
+        return _whole(query, key, value, segment_ids)
+    parts = (x.reshape(-1, together, *x.shape[1:]) for x in (query, key, value, segment_ids))
+    return jax.lax.map(jax.checkpoint(lambda x: _whole(*x)), tuple(parts)).reshape(query.shape)
+
+
+def _whole(query, key, value, segment_ids):
     """Holds [R, H, b, L] scores, with b queries at a time so that b · L ≤ MAX_SCORES, in the backward pass as well."""
     rows, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
