@@ -103,13 +103,20 @@ def read_set(folder) -> RetrievalSet:
 
 
 def embed_set(
-    encoder: Encoder, data: RetrievalSet, *, alone: bool = False, show_progress_bar: bool = False
+    encoder: Encoder,
+    data: RetrievalSet,
+    *,
+    alone: bool = False,
+    queries: np.ndarray | None = None,
+    show_progress_bar: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 vectors of the queries [Q, D] and of the corpus [C, D].
 
-    Chunks of one document are encoded in its context (late chunking), with `alone` each by itself.
+    Chunks of one document are encoded in its context (late chunking), with `alone` each by itself. `queries`: their vectors
+    where they are known from before.
     """
-    queries = encoder.encode(data.queries, show_progress_bar=show_progress_bar)
+    if queries is None:
+        queries = encoder.encode(data.queries, show_progress_bar=show_progress_bar)
     if alone:
         return queries, encoder.encode(data.corpus, show_progress_bar=show_progress_bar)
     chunked = [[data.corpus[row] for row in rows] for rows in data.documents]
@@ -125,11 +132,12 @@ def rank(
     precisions: Sequence[str],
     *,
     alone: bool = False,
+    queries: np.ndarray | None = None,
     depth: int = DEPTH,
     show_progress_bar: bool = False,
 ) -> dict[str, np.ndarray]:
     """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}; encodes once (see `embed_set`)."""
-    queries, corpus = embed_set(encoder, data, alone=alone, show_progress_bar=show_progress_bar)
+    queries, corpus = embed_set(encoder, data, alone=alone, queries=queries, show_progress_bar=show_progress_bar)
     return {p: Index(encoder.quantize(corpus, p), p).search(encoder.quantize(queries, p), depth)[1] for p in precisions}
 
 

@@ -1,6 +1,7 @@
 """`prepare` on a small tree of packages that the tests write."""
 
 import json
+import os
 import textwrap
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from embed import tokenizers
 from embed.data.store import Store
 from embed.preparation import hygiene
-from embed.preparation.prepare import bind, prepare
+from embed.preparation.prepare import _without_native_messages, bind, prepare
 from embed.preparation.sources import Packages
 
 GIN = "configs/data/python_docs.gin"
@@ -220,3 +221,14 @@ def test_wrong_gin_bindings_are_errors_that_name_them(binding, message):
 def test_a_missing_gin_file_is_named():
     with pytest.raises(FileNotFoundError, match="no gin file configs/data/none.gin"):
         bind("configs/data/none.gin")
+
+
+def test_what_a_library_writes_while_it_is_loaded_is_dropped_and_shown_where_loading_fails(capfd):
+    with _without_native_messages():
+        os.write(2, b"no cuda drivers")
+    os.write(2, b"later")
+    assert capfd.readouterr().err == "later"
+    with pytest.raises(ImportError), _without_native_messages():
+        os.write(2, b"undefined symbol")
+        raise ImportError
+    assert capfd.readouterr().err == "undefined symbol"
