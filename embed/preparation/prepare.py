@@ -278,10 +278,11 @@ def _without_native_messages() -> Iterator[None]:
     reaches it. Of a block that fails it is shown.
     """
     python, native = sys.stderr, os.dup(2)
-    with tempfile.TemporaryFile() as dropped, os.fdopen(os.dup(2), "w", buffering=1) as kept:
+    with tempfile.TemporaryFile() as dropped:
+        if getattr(python, "rich_proxied_file", python) is sys.__stderr__:
+            # Stays open: the handlers of loggers that are made meanwhile go on writing to it.
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
         os.dup2(dropped.fileno(), 2)
-        if python is sys.__stderr__ or getattr(python, "rich_proxied_file", None) is sys.__stderr__:
-            sys.stderr = kept
         try:
             yield
         except BaseException:
