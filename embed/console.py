@@ -19,20 +19,23 @@ def make_console(stderr: bool = False) -> Console:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Around the import of a library whose C++ part writes to the standard error whatever its log level is.
+    """Drop what a library's C++ part writes to the standard error while it is imported, whatever its log level.
 
-    What is written in the block is dropped where the block succeeds, and shown where it fails.
+    sys.stderr still reaches the standard error. If the block fails, what was dropped is shown.
     """
-    sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as aside:
-        os.dup2(aside.fileno(), 2)
+    python, native = sys.stderr, os.dup(2)
+    with tempfile.TemporaryFile() as dropped:
+        if getattr(python, "rich_proxied_file", python) is sys.__stderr__:  # it writes to file descriptor 2
+            # This stream stays open: log handlers that are made in the block keep it.
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        os.dup2(dropped.fileno(), 2)
         try:
             yield
         except BaseException:
-            aside.seek(0)
-            os.write(before, aside.read())
+            dropped.seek(0)
+            os.write(native, dropped.read())
             raise
         finally:
-            os.dup2(before, 2)
-            os.close(before)
+            sys.stderr = python
+            os.dup2(native, 2)
+            os.close(native)

@@ -250,12 +250,14 @@ def ranking(run: Run, checkpoint: str, evaluation: str):
 def evaluate(run: Run, name: str) -> dict:
     """Retrieval of a checkpoint in every evaluation that names it, at every precision; rankings/ keeps what it found."""
     encoder = run.encoder(run.checkpoint(name))
-    figures = {}
+    figures, queries = {}, {}
     for evaluation, config in run.config.evaluations.items():
         if name not in config.checkpoints:
             continue
         data = evaluation_set(run, config.data)
-        rankings = retrieval.rank(encoder, data, PRECISIONS, alone=config.alone)
+        if config.data not in queries:  # of evaluations with and without context they are the same
+            queries[config.data] = encoder.encode(data.queries)
+        rankings = retrieval.rank(encoder, data, PRECISIONS, alone=config.alone, queries=queries[config.data])
         if jax.process_index() == 0:
             buffer = io.BytesIO()
             np.savez(buffer, **rankings)

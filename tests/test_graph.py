@@ -88,6 +88,19 @@ def test_results_have_every_row_set_and_precision(workdir):
                 assert 0 <= figures["ndcg@10"] <= 1 and 0 <= figures["recall@10"] <= 1
     assert set(results["seconds"]) >= {"prepare", "diffusion", "pair", "contextual", "mine", "triplet", "merge"}
     assert results["commit"] and results["versions"]["jax"]
+    assert re.search(r"\d CPU cores, .*, [1-9]\d* GFLOP/s in a 2048³ float32 product", results["machine"])
+
+
+def test_an_evaluation_finds_what_its_set_encoded_by_itself_does(workdir):
+    run = make_run(workdir)
+    encoder = run.encoder(run.checkpoint("contextual"))
+    for name, evaluation in run.config.evaluations.items():
+        alone = retrieval.rank(
+            encoder, nodes.evaluation_set(run, evaluation.data), nodes.PRECISIONS, alone=evaluation.alone
+        )
+        with np.load(nodes.ranking(run, "contextual", name)) as kept:
+            for precision, ranking in alone.items():
+                np.testing.assert_array_equal(kept[precision], ranking)
 
 
 def test_kept_rankings_score_what_the_table_says(workdir):

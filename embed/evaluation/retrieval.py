@@ -140,16 +140,18 @@ def embed_set(
     data: RetrievalSet,
     *,
     alone: bool = False,
+    queries: np.ndarray | None = None,
     show_progress_bar: bool = False,
     truncate: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 vectors of the queries [Q, D] and of the corpus [C, D], zero where a text is empty.
 
-    Chunks of one document are encoded in its context (late chunking), with `alone` each by itself. `truncate` as in
-    `Encoder.encode`.
+    Chunks of one document are encoded in its context (late chunking), with `alone` each by itself. `queries` are the
+    query vectors if they are known already. `truncate` as in `Encoder.encode`.
     """
     keywords = {"show_progress_bar": show_progress_bar, "truncate": truncate}
-    queries = encoder.encode(data.queries, names=data.query_names, **keywords)
+    if queries is None:
+        queries = encoder.encode(data.queries, names=data.query_names, **keywords)
     documents = [np.array([row]) for row in range(len(data.corpus))] if alone else data.documents
     documents = [rows for rows in documents if any(data.corpus[row].strip() for row in rows)]
     chunked = [[data.corpus[row] for row in rows] for rows in documents]

@@ -120,7 +120,9 @@ class Encoder:
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
-        self.config = dataclasses.replace(config, remat="none")
+        # How a gradient is computed makes no other program here: encoders of one architecture share those that are compiled.
+        unroll = config.num_layers if _on_cpu() else config.unroll
+        self.config = dataclasses.replace(config, remat="none", dense_barrier=False, unroll=unroll)
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.params = jax.tree.map(lambda x: _on_mesh(x, self.mesh, config.dtype), params)
         self.tokenizer, self.separator, self.max_length = tokenizer, separator, max_length

@@ -11,6 +11,7 @@ from embed.typing import Array, typechecked
 
 # Scores that `xla` holds at once per row and head: all up to 1,024 tokens, and a block of queries above that.
 MAX_SCORES = 2**20
+CACHED_SCORES = 2**19  # scores of all rows and heads that a CPU computes at once: 2 MiB, which fit its cache
 LANES = 128  # the TPU kernel needs lengths and head_dim in multiples of this
 KERNELS = ("auto", "xla", "splash", "triton", "cudnn")
 # The mesh axes of rows and of heads (embed.models.sharding). A kernel needs no communication.
@@ -118,6 +119,20 @@ _softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backwar
 
 
 def _xla(query, key, value, segment_ids):
+    """`_whole`; on CPU for as many rows at a time as keep their scores in its cache, in the backward pass too."""
+    rows, length, heads, _ = query.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    at_once = rows
+    if jax.default_backend() == "cpu" and (mesh.empty or mesh.size == 1):  # a loop over sharded rows would move them
+        most = max(1, CACHED_SCORES // (heads * length**2))
+        at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
+    if at_once == rows:
+        return _whole(query, key, value, segment_ids)
+    blocks = (x.reshape(-1, at_once, *x.shape[1:]) for x in (query, key, value, segment_ids))
+    return jax.lax.map(jax.checkpoint(lambda x: _whole(*x)), tuple(blocks)).reshape(query.shape)
+
+
+def _whole(query, key, value, segment_ids):
     """Holds scores [R, H, b, L] of b queries at a time, with b · L ≤ MAX_SCORES, in the backward pass too."""
     rows, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]

@@ -17,7 +17,6 @@ import dataclasses
 import difflib
 import gc
 import hashlib
-import io
 import json
 import os
 import random
@@ -182,8 +181,7 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
 
     rates = settings["mixtures"].rates
     names = sorted({task for mixture in rates.values() for task in mixture})
-    pool = ThreadPoolExecutor(1)
-    with progress, pool:
+    with progress, ThreadPoolExecutor(3) as pool:
         bar = progress.add_task("data", total=len(names) + 7)
         # The sources are read by processes of their own while TensorFlow is imported.
         packages = packages or sources.PACKAGES
@@ -207,59 +205,66 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
         with timed("deduplicate and decontaminate"):
             corpus = python_docs.clean(modules, limit)
             corpus.dropped["unreadable files"] = len(reading.unreadable)
-        start = time.monotonic()
-        if tokenizer:
-            trained = pool.submit(tokenizer.save, folder / "tokenizer")
-        else:
-            trained = pool.submit(
-                vocabulary.train_sentencepiece,
-                sample([m["text"] for m in corpus.modules["train"]], settings["vocabulary"].characters, seed),
-                folder / "tokenizer",
-                vocab_size=arguments["vocab_size"],
-                split_identifiers=arguments["split_identifiers"],
-            )
-        trained.add_done_callback(
-            lambda _: seconds.update({"train the vocabulary": round(time.monotonic() - start, 2)})
-        )
-        with timed("build python_docs"):
-            for config in ("functions", "modules"):
-                if trained.done():  # it fails, where it does, within seconds
-                    trained.result()
-                builder = python_docs.PythonDocs(
-                    config=config, data_dir=folder / "tfds", packages=packages, limit=limit, corpus=corpus
-                )
-                with contextlib.redirect_stdout(io.StringIO()):  # it prints where it writes
-                    builder.download_and_prepare()
-        with timed("wait for the vocabulary"):
-            trained.result()
-            tokenizer = tokenizers.load(folder / "tokenizer")
 
-        text, pairs, contextual = settings["text"], settings["pairs"], settings["contextual"]
-        tasks.register(
-            folder / "tfds",
-            str(builder.version),
-            tokenizer,
-            max_text_characters=text.max_characters,
-            chunk_length=contextual.chunk_length,
-            context_length=contextual.document_length,
-            context_query_length=contextual.query_length,
-            max_chunks=contextual.max_chunks,
-        )
-        tasks.register_mixtures(rates)
+        def make_vocabulary() -> tokenizers.Tokenizer:
+            with timed("vocabulary and tasks"):
+                if tokenizer:
+                    tokenizer.save(folder / "tokenizer")
+                else:
+                    vocabulary.train_sentencepiece(
+                        sample([m["text"] for m in corpus.modules["train"]], settings["vocabulary"].characters, seed),
+                        folder / "tokenizer",
+                        vocab_size=arguments["vocab_size"],
+                        split_identifiers=arguments["split_identifiers"],
+                    )
+                trained = tokenizers.load(folder / "tokenizer")
+                tasks.register(
+                    folder / "tfds",
+                    version,
+                    trained,
+                    max_text_characters=settings["text"].max_characters,
+                    chunk_length=contextual.chunk_length,
+                    context_length=contextual.document_length,
+                    context_query_length=contextual.query_length,
+                    max_chunks=contextual.max_chunks,
+                )
+                tasks.register_mixtures(rates)
+                return trained
+
+        def work(config: str) -> dict:
+            with timed(f"build {config}"):
+                builders[config].download_and_prepare()
+            registered.result()
+            counts = {}
+            for name in (name for name in names if tasks.CONFIGS[name] == config):
+                with timed(name):
+                    counts[name] = run_task(name, folder / "tasks" / name, sequence_length, seed)
+            return counts
+
+        pairs, contextual = settings["pairs"], settings["contextual"]
         sequence_length = {"query": pairs.query_length, "document": pairs.document_length}
-        counts = {}
-        for name in names:
-            with timed(name):
-                counts[name] = run_task(name, folder / "tasks" / name, sequence_length, seed)
+        builders = {
+            config: python_docs.PythonDocs(
+                config=config, data_dir=folder / "tfds", packages=packages, limit=limit, corpus=corpus
+            )
+            for config in ("functions", "modules")
+        }
+        version = str(builders["functions"].version)
+        # A thread each: what one does in Python runs beside what the others do in SentencePiece and TensorFlow.
+        registered = pool.submit(make_vocabulary)
+        working = [pool.submit(work, config) for config in builders]
+        tokenizer = registered.result()
         with timed("evaluation sets"):
-            counts |= _evaluation_sets(folder / "evaluation", corpus, tokenizer, settings)
+            evaluation = _evaluation_sets(folder / "evaluation", corpus, tokenizer, settings)
+        found = {name: count for part in working for name, count in part.result().items()}
+        counts = {name: found[name] for name in names} | evaluation
         (folder / "mixtures.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
     gc.unfreeze()
     return {
         "arguments": arguments,
         "packages": packages.versions(),
         "packages_missing": packages.missing(),
-        "builder": f"python_docs:{builder.version}",
+        "builder": f"python_docs:{version}",
         "vocabulary": {"digest": tokenizer.digest, "size": tokenizer.vocab_size},
         "counts": counts,
         "dropped": corpus.dropped,

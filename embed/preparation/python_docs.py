@@ -165,6 +165,12 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
         self.VERSION = tfds.core.Version(f"1.{FORMAT}.{fingerprint}")
         super().__init__(**kwargs)
 
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded; `prepare` tells what it does."""
+
+    def _log_download_done(self) -> None:
+        pass
+
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,

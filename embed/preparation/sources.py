@@ -18,6 +18,7 @@ import importlib.metadata
 import io
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -323,9 +324,9 @@ class Reading:
         for index, worker in enumerate(self._workers):
             if worker.wait() != 0:
                 raise RuntimeError(f"reading Python sources failed: a worker ended with exit code {worker.returncode}")
-            with open(Path(self._folder.name, f"{index}.out"), encoding="utf-8") as lines:
-                for line in lines:
-                    split, module = json.loads(line)
+            with open(Path(self._folder.name, f"{index}.out"), "rb") as records:
+                while found := pickle.load(records):
+                    split, module = found
                     if "error" in module:
                         self.unreadable[module["path"]] = module["error"]
                     else:
@@ -339,7 +340,7 @@ class Reading:
 def _work(folder: str, index: str) -> None:
     warnings.simplefilter("ignore")  # SyntaxWarning of the sources
     gc.disable()  # syntax trees hold no cycles, and scanning them doubles the time
-    with open(Path(folder, f"{index}.out"), "w", encoding="utf-8") as out:
+    with open(Path(folder, f"{index}.out"), "wb") as out:
         for split, package, module, path in json.loads(Path(folder, f"{index}.in").read_text()):
             try:
                 source = Path(path).read_bytes()
@@ -350,7 +351,8 @@ def _work(folder: str, index: str) -> None:
                 record = read_module(package, module, source)
             except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError, LookupError) as error:
                 record = {"path": path, "error": f"{type(error).__name__}: {error}"}
-            out.write(json.dumps((split, record)) + "\n")
+            pickle.dump((split, record), out)
+        pickle.dump(None, out)
 
 
 if __name__ == "__main__":

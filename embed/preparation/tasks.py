@@ -45,6 +45,8 @@ TASKS = {
     **dict.fromkeys(PAIRS, "pair"),
     "python_docs_modules": "contextual",
 }
+# The config of `python_docs` that a task reads.
+CONFIGS = {name: PAIRS[name][0] if name in PAIRS else "modules" for name in TASKS}
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -97,6 +99,23 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return [tokens[:length] for tokens in every]
 
 
+class _ReadOnce(seqio.TfdsDataSource):
+    """A TFDS source whose splits are read and parsed once for all tasks: they share a dataset, which TFDS caches in memory
+    unless it is large.
+    """
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None):
+        if shuffle or shard_info:
+            return super().get_dataset(split, shuffle, seed, shard_info)
+        if split not in self._read:
+            self._read[split] = super().get_dataset(split, shuffle=False)
+        return self._read[split]
+
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        self._read: dict[str, tf.data.Dataset] = {}
+
+
 def register(
     data_dir: str | Path,
     version: str,
@@ -112,30 +131,33 @@ def register(
 
     Pair tasks take their lengths from seqio's `sequence_length`. The arguments of the contextual task are in tokens.
     """
-    vocabulary = TokenizerVocabulary(tokenizer)
+    sources = {
+        config: _ReadOnce(
+            tfds_name=f"python_docs/{config}:{version}",
+            tfds_data_dir=str(data_dir),
+            splits=("train", "development", "test"),
+            read_only=True,
+        )
+        for config in set(CONFIGS.values())
+    }
 
-    def add(name: str, config: str, preprocessor: Callable) -> None:
+    def add(name: str, preprocessor: Callable) -> None:
+        vocabulary = TokenizerVocabulary(tokenizer)  # one a task: it counts what the task lost
         seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(
             name,
-            source=seqio.TfdsDataSource(
-                tfds_name=f"python_docs/{config}:{version}",
-                tfds_data_dir=str(data_dir),
-                splits=("train", "development", "test"),
-                read_only=True,
-            ),
+            source=sources[CONFIGS[name]],
             preprocessors=[preprocessor],
             output_features={
                 column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in COLUMNS[TASKS[name]]
             },
         )
 
-    add("python_docs_text", "modules", functools.partial(text, max_characters=max_text_characters))
-    for name, (config, make) in PAIRS.items():
-        add(name, config, functools.partial(pairs, make=make))
+    add("python_docs_text", functools.partial(text, max_characters=max_text_characters))
+    for name, (_, make) in PAIRS.items():
+        add(name, functools.partial(pairs, make=make))
     add(
         "python_docs_modules",
-        "modules",
         functools.partial(
             contextual,
             chunk_length=chunk_length,

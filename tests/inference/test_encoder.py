@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import small
 
 from embed import inference
 from embed.inference import encoder as room
+from embed.models import sharding, transformer
 from embed.rows import Segment
 
 EMBEDDING = {"matryoshka": [8, 32], "separator": True, "max_length": None}
@@ -26,6 +28,15 @@ def folder(tmp_path_factory):
 
 def segments(lengths, spans=1):
     return [Segment(np.ones(n, np.int32), np.ones(n, np.int32), spans) for n in lengths]
+
+
+def test_an_exported_model_runs_the_programs_that_the_run_s_encoder_compiled(folder):
+    trained = dataclasses.replace(small.config(), unroll=64, dense_barrier=True, remat="full")  # as the quickstart
+    shardings = sharding.parameter_shardings(sharding.make_mesh(), transformer.abstract_params(trained))
+    want = inference.Encoder(jax.device_put(small.params(), shardings), trained, small.tokenizer()).encode(TEXTS)
+    compiled = room._pooled._cache_size()
+    np.testing.assert_array_equal(inference.load(folder).encode(TEXTS), want)
+    assert room._pooled._cache_size() == compiled > 0
 
 
 # One text

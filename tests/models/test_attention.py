@@ -88,6 +88,34 @@ def test_no_length_holds_more_scores_than_the_limit():
         assert memory < 2 * 8192 * 8192 * 4 / 4, memory  # a quarter of one row's scores
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2)])
+def test_rows_whose_scores_fill_the_cache_go_one_after_the_other_and_change_no_value_and_no_gradient(
+    heads, kv_heads, monkeypatch
+):
+    arrays = random_heads(heads, kv_heads)
+
+    def outputs(*arrays):
+        out, pullback = jax.vjp(lambda *a: attention(*a, SEGMENTS), *arrays)
+        return out, *pullback(jnp.cos(jnp.arange(out.size).reshape(out.shape)))
+
+    together = outputs(*arrays)
+    monkeypatch.setattr(room, "CACHED_SCORES", heads * 8 * 8)  # of one of the two rows
+    assert "scan" in str(jax.make_jaxpr(outputs)(*arrays))
+    for got, want in zip(outputs(*arrays), together):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_than_a_row_of_scores_is_held_on_cpu():
+    rows = [jax.ShapeDtypeStruct((8, 1024, h, 8), "float32") for h in (2, 1, 1)]
+
+    def loss(*arrays):
+        return attention(*arrays, jnp.ones((8, 1024), jnp.int32)).sum()
+
+    for function, copies in ((loss, 1), (jax.grad(loss), 3)):
+        memory = jax.jit(function).lower(*rows).compile().memory_analysis().temp_size_in_bytes
+        assert memory < (copies + 1) * 2 * 1024 * 1024 * 4, memory
+
+
 @pytest.mark.parametrize("kernel, length, dim", [("splash", 256, 128), ("triton", 128, 32)])
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
 def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads, kv_heads):
