@@ -99,7 +99,7 @@ def test_rows_whose_scores_fill_the_cache_go_one_after_the_other_and_change_no_v
         return out, *pullback(jnp.cos(jnp.arange(out.size).reshape(out.shape)))
 
     together = outputs(*arrays)
-    monkeypatch.setattr(room, "CACHED_SCORES", heads * 8 * 8)  # of one of the two rows
+    monkeypatch.setattr(module, "CACHED_SCORES", heads * 8 * 8)  # of one of the two rows
     assert "scan" in str(jax.make_jaxpr(outputs)(*arrays))
     for got, want in zip(outputs(*arrays), together):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
