@@ -170,24 +170,10 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
 
 
 def say(sentence: str) -> None:
-    """A line for whoever watches, never broken or cut."""
-    from rich.console import Console
+    """Print a sentence on one line, never broken or cut."""
+    from embed.console import make_console
 
-    Console(soft_wrap=True).print(sentence, markup=False, highlight=False)
-
-
-def print_table(table) -> None:
-    """A table as wide as the terminal; where there is none, as in a log, as wide as its content."""
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(table)
-        return
-    table.expand, console = False, Console(width=10**6)
-    with console.capture() as printed:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+    make_console().print(sentence, markup=False, highlight=False)
 
 
 def parse_range(name: str, text: str) -> range:

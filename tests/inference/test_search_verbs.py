@@ -95,7 +95,7 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
         (["--model", "{model}", "--corpus", "{corpus}", "--truncate_dim", "99"], "truncate_dim=99 must be in 1..32"),
         (["--model", "{model}", "--corpus", "{corpus}", "--top", "0"], "--top=0 must be positive"),
         (["--model", "{model}", "--index", "nowhere"], "no index at nowhere"),
-        (["--model", "{model}", "--index", "x", "--precision", "int8"], "fixed by --index"),
+        (["--model", "{model}", "--index", "x", "--precision", "int8"], "set by --index"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(model, corpus, capsys, arguments, message):
