@@ -82,9 +82,9 @@ def test_metrics_equal_loops_over_random_graded_rankings():
         np.testing.assert_allclose(retrieval.reciprocal_rank(ranking, relevance(*answers), k), mrr)
 
 
-def test_means_are_taken_over_all_queries():
-    found = retrieval.metrics(np.array([[0, 1], [0, 1]]), relevance({0: 1}, {5: 1}))
-    assert found == {"ndcg@10": 0.5, "recall@10": 0.5, "mrr@10": 0.5, "recall@100": 0.5}
+def test_metrics_are_means_over_all_queries():
+    means = retrieval.metrics(np.array([[0, 1], [0, 1]]), relevance({0: 1}, {5: 1}))
+    assert means == {"ndcg@10": 0.5, "recall@10": 0.5, "mrr@10": 0.5, "recall@100": 0.5}
     with pytest.raises(ValueError, match="1 rankings for 2 queries"):
         retrieval.metrics(np.array([[0, 1]]), relevance({0: 1}, {5: 1}))
 
@@ -92,7 +92,7 @@ def test_means_are_taken_over_all_queries():
 # Sets
 
 
-def test_a_set_is_read_with_ids_turned_into_rows(tmp_path):
+def test_a_set_is_read_with_row_indices_for_ids(tmp_path):
     data = retrieval.read_set(make(tmp_path / "set", chunked=True))
     assert len(data.queries) == 12 and data.corpus_ids[20] == "c20"
     assert [rows.tolist() for rows in data.documents] == [list(range(6 * d, 6 * d + 6)) for d in range(4)]
