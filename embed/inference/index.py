@@ -84,9 +84,7 @@ class Index:
         self.empty = np.array(sorted(empty), np.int32)
         self._kept = np.setdiff1d(np.arange(len(self.vectors), dtype=np.int32), self.empty)
         if not len(self._kept):
-            raise ValueError(
-                f"cannot search an empty corpus: none of its {len(self.vectors)} vectors has a text"
-            )
+            raise ValueError(f"cannot search an empty corpus: none of its {len(self.vectors)} vectors has a text")
         self._searched = self.vectors[self._kept] if len(self.empty) else self.vectors
 
     def __len__(self) -> int:
@@ -188,9 +186,7 @@ def _read_info(file) -> dict:
         raise ValueError(f"{file} does not describe an index: its format is not {FORMAT!r}")
     if info.get("format_version") != FORMAT_VERSION:
         version = f"{info.get('format_version')!r:.40}"
-        raise ValueError(
-            f"{file} has format version {version}, expected {FORMAT_VERSION}: make the index again"
-        )
+        raise ValueError(f"{file} has format version {version}, expected {FORMAT_VERSION}: make the index again")
     if info.pop("sha256", None) != _digest(info):
         raise ValueError(f"{file} was changed after it was written: make the index again")
     return info
