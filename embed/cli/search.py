@@ -1,4 +1,4 @@
-"""embed search: find the texts of a corpus nearest to a query, by exact search."""
+"""Find the texts of a corpus nearest to a query, by exact search."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus", help=CORPUS)
     source.add_argument("--index", help="folder that `embed index` wrote; it sets precision and truncate_dim")
-    parser.add_argument("--query", required=True, action="append", help="may be repeated")
+    parser.add_argument("--query", required=True, action="append", help="a text (may be repeated)")
     parser.add_argument("--top", type=int, default=10, help="number of results (default 10)")
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
