@@ -124,7 +124,7 @@ def test_a_title_is_part_of_the_text_in_every_verb(model, tmp_path, capsys):
     whole = [{"_id": row["_id"], "text": f"open query {row['text']}"} for row in rows]
     queries = [{"_id": "q", "text": "parse"}]
     qrels = [{"query-id": "q", "corpus-id": "t0", "score": 1}]
-    found = []
+    outputs = []
     for name, corpus in (("titles", rows), ("whole", whole)):
         folder = tmp_path / name
         folder.mkdir()
@@ -140,13 +140,13 @@ def test_a_title_is_part_of_the_text_in_every_verb(model, tmp_path, capsys):
         assert cli.main(["search", *source, "--query", "parse"]) == 0
         index = inference.Index.load(folder / "i")
         written = [(folder / file).read_bytes() for file in ("v.npy", "e.json", "n")]
-        found.append([*written, index.vectors.tobytes(), index.texts, capsys.readouterr().out])
+        outputs.append([*written, index.vectors.tobytes(), index.texts, capsys.readouterr().out])
         vectors = np.load(folder / "v.npy")
         np.testing.assert_array_equal(vectors, index.vectors)
         np.testing.assert_array_equal(
             vectors, retrieval.embed_set(inference.load(model), retrieval.read_set(folder))[1]
         )
-    assert found[0] == found[1]
+    assert outputs[0] == outputs[1]
 
 
 def test_an_empty_corpus_row_of_a_set_is_counted_and_never_found(model, tmp_path, capsys):
