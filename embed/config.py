@@ -1,4 +1,4 @@
-"""Loading a run's configuration: a Python file with get_config(arg), plus overrides from the command line."""
+"""Load the config of a run: a Python file with get_config(arg), plus overrides from the command line."""
 
 import ast
 import difflib
@@ -15,9 +15,9 @@ from embed import paths
 
 
 def parse_arg(arg: str, **defaults):
-    """The text after `config.py:` as a ConfigDict: `runlocal,stage=pair` over typed defaults.
+    """Parse the text after `config.py:`, such as `runlocal,stage=pair`, into a ConfigDict over typed `defaults`.
 
-    A bare name is True. An unknown name or a value of another type than its default is an error.
+    A name without a value is True. ValueError for an unknown name, or a value whose type differs from its default's.
     """
     values = dict(defaults)
     for item in filter(None, arg.split(",")):
@@ -38,37 +38,36 @@ def parse_arg(arg: str, **defaults):
 
 
 def shipped() -> Path:
-    """The folder of the configs that ship: beside embed/ in a clone, inside of it where the package is installed."""
+    """The folder of the configs that ship: next to embed/ in a clone, inside it in an installed package."""
     installed = Path(__file__).with_name("configs")
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def find(name: str, config: str = "") -> Path:
-    """A config or gin file, absolute: as named from the working directory, or from the folder of the file of `config`
-    (FILE.py:argument) or one above it, or one of those that ship, configs/….
+    """The absolute path of a config or gin file; FileNotFoundError names the folders that were searched.
 
-    FileNotFoundError names where it was looked for.
+    They are, in order: the working directory, the folder of `config` (FILE.py:argument) and those above it, and the
+    configs that ship, named configs/….
     """
     file = Path(paths.path(name))
     beside = [folder / name for folder in Path(paths.path(config.partition(":")[0])).parents] if config else []
     ships = [shipped().parent / name] if Path(name).parts[:1] == ("configs",) else []
-    for found in (file, *beside, *ships):
-        if found.is_file():
-            return found
-    where = [str(Path.cwd()), *(["the folder of the config or one above it"] if config else [])]
-    raise FileNotFoundError(f"no file {name} in {', '.join(where)}, nor among those that ship in {shipped()}")
+    for candidate in (file, *beside, *ships):
+        if candidate.is_file():
+            return candidate
+    folders = [str(Path.cwd()), *(["the folder of the config or one above it"] if config else [])]
+    raise FileNotFoundError(f"no file {name} in {', '.join(folders)}, or among the configs that ship in {shipped()}")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of `FILE.py` or `FILE.py:arg` with overrides `--config.optimizer.clip=1.0`.
+    """Load `FILE.py` or `FILE.py:arg` with overrides such as `--config.optimizer.clip=1.0`, as a locked config.
 
-    A key that the file does not define is an error that names the nearest one that it does; so is a value of
-    another type than the file's.
+    ValueError for a key that the file does not define, which names the nearest key, and for a value of another type.
     """
     name, _, arg = path.partition(":")
     if not name.endswith(".py"):
-        raise ValueError(f"config {name} must be a Python file with get_config(arg), FILE.py or FILE.py:argument")
-    if "configs" not in sys.modules:  # so that any config can build on those that ship: from configs import base
+        raise ValueError(f"config {name} must be a Python file with get_config(arg): FILE.py or FILE.py:argument")
+    if "configs" not in sys.modules:  # so that any config can build on the shipped ones: from configs import base
         sys.modules["configs"] = package = types.ModuleType("configs")
         package.__path__ = [str(shipped())]
     config = _call_get_config(find(name), arg).lock()
@@ -76,7 +75,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     for item in overrides:
         name, equals, text = item.removeprefix("--config.").partition("=")
         if not item.startswith("--config.") or not equals:
-            raise ValueError(f"unknown argument {item!r}; overrides have the form --config.key=value")
+            raise ValueError(f"unknown argument {item!r}: overrides have the form --config.key=value")
         if name not in known:
             raise ValueError(f"unknown config key {name!r}{nearest(name, known)}")
         try:
@@ -98,17 +97,17 @@ def _call_get_config(file: Path, arg: str) -> ConfigDict:
         return module.get_config(arg) if arg else module.get_config()
     except ValueError:
         raise
-    except Exception as error:  # the file's own
+    except Exception as error:  # raised by the file itself
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         lines = [error.lineno] if isinstance(error, SyntaxError) else lines
-        said = " ".join(str(error.args[0] if error.args else error).split())
+        message = " ".join(str(error.args[0] if error.args else error).split())
         raise ValueError(
-            f"config file {file}, line {lines[-1] if lines else 1}: {type(error).__name__}: {said}"
+            f"config file {file}, line {lines[-1] if lines else 1}: {type(error).__name__}: {message}"
         ) from error
 
 
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(key, value) of every field of a config, keys of nested ones joined with dots."""
+    """(key, value) of every field of a config; nested keys are joined with dots."""
     for key, value in config.items():
         if isinstance(value, ConfigDict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -117,7 +116,7 @@ def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def differences(a: Mapping, b: Mapping, prefix: str = "") -> Iterator[tuple[str, object, object]]:
-    """(key, left, right) of every leaf at which two nested dicts differ, keys joined with dots, in order."""
+    """(key, left, right) of every leaf that differs between two nested dicts, sorted; nested keys joined with dots."""
     for key in sorted({*a, *b}):
         left, right = a.get(key, "absent"), b.get(key, "absent")
         if isinstance(left, Mapping) and isinstance(right, Mapping):
@@ -127,6 +126,6 @@ def differences(a: Mapping, b: Mapping, prefix: str = "") -> Iterator[tuple[str,
 
 
 def nearest(name: str, known) -> str:
-    """The end of an error about an unknown name: the known one that is most like it."""
+    """The end of an error about an unknown name: the most similar known name."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
     return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,16 +1,16 @@
-"""Several processes that compute one thing together, joined by jax.distributed. Imports jax only when asked to."""
+"""Processes that compute together, joined by jax.distributed. Functions import jax only when they need it."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
 
-HEARTBEAT_SECONDS = 60  # so long after a process died the others end
+HEARTBEAT_SECONDS = 60  # after a process dies, the others end within this time
 
 
 class PeerLostError(RuntimeError):
-    """What several processes compute together failed: another one ended, or the network did."""
+    """A computation of several processes failed: another process ended, or the network failed."""
 
-    exit_code = 75  # EX_TEMPFAIL: the same command, started again, continues or does it anew
+    exit_code = 75  # EX_TEMPFAIL: the same command continues, or starts over
 
 
 def join(
@@ -20,11 +20,12 @@ def join(
     *,
     saves_at_sigterm: bool = True,
 ) -> None:
-    """Join the other processes, before anything is computed.
+    """Join the other processes; call it before anything is computed.
 
-    `coordinator` is host:port of process 0. Without arguments the job (TPU, GKE, Slurm) says who they are; ValueError where
-    there is no such job, PeerLostError where they do not answer. With `saves_at_sigterm` the signal only sets what
-    `jax.experimental.multihost_utils.reached_preemption_sync_point` reads, otherwise it ends the process.
+    `coordinator` is host:port of process 0. Without arguments, the job (TPU, GKE, Slurm) names the processes.
+    ValueError if there is no such job, PeerLostError if the others do not answer. With `saves_at_sigterm`, SIGTERM only
+    sets what `jax.experimental.multihost_utils.reached_preemption_sync_point` reads; otherwise it
+    ends the process.
     """
     import jax
 
@@ -32,18 +33,18 @@ def join(
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
-        raise ValueError(f"--distributed finds no TPU, GKE or Slurm job around this process: {error}") from error
-    except RuntimeError as error:  # the others are not there yet, or no more
+        raise ValueError(f"--distributed needs a TPU, GKE or Slurm job, this process is in none: {error}") from error
+    except RuntimeError as error:  # the others have not started, or have ended
         raise PeerLostError(f"cannot join the other processes: {error}; the same command tries again") from error
 
 
 def is_joined() -> bool:
-    """Whether this process has joined others. Imports no jax."""
+    """Whether this process has joined others. Does not import jax."""
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that writes and prints; a process alone is."""
+    """Whether this is process 0, which writes files and prints. A single process is process 0."""
     import jax
 
     return jax.process_index() == 0
@@ -51,25 +52,25 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def peers(at: str = "", then: str = "the same command starts again", but: tuple = ()) -> Iterator[None]:
-    """What computing together raises when another process is gone, as PeerLostError; around calls of the runtime alone.
+    """Turn what the runtime raises when another process is gone into PeerLostError; for calls of the runtime only.
 
-    The error says where (`at`) and what happens `then`; errors of the kinds `but` are not the runtime's.
+    The error says where it happened (`at`) and what happens `then`. Errors of the types `but` pass unchanged.
     """
     import jax
 
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # of the runtime; Gloo's come as ValueError
+    except (RuntimeError, ValueError) as error:  # Gloo raises ValueError
         if jax.process_count() == 1 or isinstance(error, but):
             raise
         raise PeerLostError(
-            f"process {jax.process_index()} of {jax.process_count()} cannot go on{at}: {str(error).splitlines()[0]}. Another "
-            f"process ended or the network failed, see their logs; {then}"
+            f"process {jax.process_index()} of {jax.process_count()} cannot continue{at}: "
+            f"{str(error).splitlines()[0]}. Another process ended or the network failed, see the logs; {then}"
         ) from error
 
 
 def meet() -> None:
-    """Wait until every process of the job has come here."""
+    """Wait until every process of the job has reached this call."""
     if is_joined():
         from jax.experimental import multihost_utils
 

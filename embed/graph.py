@@ -22,6 +22,7 @@ from embed import exports, nodes, paths, runs
 from embed.checkpoints import model_folder
 from embed.checkpoints.provenance import made_with
 from embed.config import differences
+from embed.console import print_table
 from embed.data.store import read_header
 from embed.evaluation import report
 from embed.runs import Run
@@ -284,7 +285,7 @@ def _report(run: Run, total: dict) -> None:
             report.write_report(folder, total, metrics)
             for name, file in paths.files(folder).items():
                 paths.copy_file(file, run.workdir / name)
-        nodes.console.print(report.render_table(total))
+        print_table(report.render_table(total))
     if search := total.get("search"):
         nodes.console.print(f"[bold]embed search[/bold]: {search['query']}")
         for hit in search["hits"]:

@@ -1,7 +1,7 @@
-"""Files and folders on a disk or in a bucket (gs://, s3://), by etils.epath: written whole, held by one process at a time.
+"""Files and folders on a disk or in a bucket (gs://, s3://), by etils.epath: written whole, locked by one process.
 
-A file appears by a rename on a disk; in a bucket an object appears whole by itself. A folder appears by a rename on a disk;
-in a bucket it counts once its marker, one named file, has been written last.
+On a disk, a file or folder appears by a rename. In a bucket, an object appears whole by itself; a folder is complete
+when its marker, one named file, is there, which is written last.
 """
 
 import contextlib
@@ -19,67 +19,67 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("EPATH_USE_TF", "false")  # or epath would import TensorFlow where it is installed
+os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise epath imports TensorFlow if it is installed
 
 from etils import epath  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
-PARTIAL = ".embed.partial"  # in a folder that is written file by file, until all of it is there
-# What file systems and desktops leave in folders, and what locks and interrupted writes of this module are called.
+PARTIAL = ".embed.partial"  # in a folder that is written file by file, until it is complete
+# Files that file systems and desktops leave in folders, and locks and interrupted writes of this module.
 FOREIGN = re.compile(r"lost\+found|Thumbs\.db|\.DS_Store|\._.*|\.snapshots?|\.nfs.*|\.Trash.*|\..*\.(lock|partial|old)")
-LEASE_SECONDS = 180.0  # a lease in a bucket that was not renewed for so long is over
+LEASE_SECONDS = 180.0  # a lease in a bucket expires after this time without a renewal
 RENEW_SECONDS = 30.0
-RELEASE_SECONDS = 10.0  # for giving a lease back; one that is not given back ends by itself
+RELEASE_SECONDS = 10.0  # time limit for releasing a lease; a lease that is not released expires
 
 
 class BusyError(ValueError):
-    """Another process holds the folder."""
+    """Another process holds the lock of the folder."""
 
 
 class LeaseLostError(RuntimeError):
-    """Another process took over a folder in a bucket while this one could not renew its lease."""
+    """Another process took over the lease of a folder in a bucket, because this one could not renew it."""
 
     exit_code = 75  # the same command tries again
 
 
 def path(name) -> epath.Path:
-    """The file or folder of a name or URL; a local one is absolute, and a ~ at its beginning is the home folder.
+    """The path of a name or URL. A local path is absolute, with the home folder for a leading ~.
 
-    A shell expands that ~ itself, but not after the = of an option, nor in a config.
+    A shell does not expand ~ after the = of an option or in a config.
     """
-    found = epath.Path(name)
-    return found if is_bucket(found) else epath.Path(os.path.abspath(os.path.expanduser(found)))
+    result = epath.Path(name)
+    return result if is_bucket(result) else epath.Path(os.path.abspath(os.path.expanduser(result)))
 
 
 def resolve(name) -> epath.Path:
-    """`path`, but what a symbolic link leads to. ValueError for a link that leads back to itself."""
-    found = path(name)
-    if is_bucket(found):
-        return found
-    found = path(os.path.realpath(found))
-    if os.path.islink(found):
+    """`path` with symbolic links resolved. ValueError for a link that leads back to itself."""
+    result = path(name)
+    if is_bucket(result):
+        return result
+    result = path(os.path.realpath(result))
+    if os.path.islink(result):
         raise ValueError(f"{name} is a symbolic link that leads back to itself")
-    return found
+    return result
 
 
 def is_bucket(name) -> bool:
-    """Whether a path lies in a bucket."""
+    """Whether a path is in a bucket."""
     return "://" in os.fspath(name)
 
 
 def kvstore(name) -> str | dict:
-    """A folder as TensorStore names it: a URL; for s3:// with AWS_ENDPOINT_URL, another server than Amazon's, its spec."""
-    found = path(name)
-    url = (os.fspath(found) if is_bucket(found) else Path(found).as_uri()).rstrip("/") + "/"
+    """The TensorStore name of a folder: a URL, or a spec for s3:// on the server of AWS_ENDPOINT_URL."""
+    folder = path(name)
+    url = (os.fspath(folder) if is_bucket(folder) else Path(folder).as_uri()).rstrip("/") + "/"
     if url.startswith("s3://") and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        bucket, _, folder = url.removeprefix("s3://").partition("/")
+        bucket, _, key = url.removeprefix("s3://").partition("/")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        return {"driver": "s3", "bucket": bucket, "path": folder, "endpoint": endpoint, "aws_region": region}
+        return {"driver": "s3", "bucket": bucket, "path": key, "endpoint": endpoint, "aws_region": region}
     return url
 
 
 def write(file, content: str | bytes) -> None:
-    """Write a file; it appears whole or stays as it was. A symbolic link stays one, and its target gets the content."""
+    """Write a file whole, or leave it unchanged. A symbolic link stays, and its target gets the content."""
     target, content = resolve(file), content.encode() if isinstance(content, str) else content
     target.parent.mkdir(parents=True, exist_ok=True)
     if is_bucket(target):
@@ -87,7 +87,7 @@ def write(file, content: str | bytes) -> None:
         return
     aside = None
     try:
-        handle, aside = tempfile.mkstemp(**_aside(target))  # a name of its own: several may write the same file at once
+        handle, aside = tempfile.mkstemp(**_aside(target))  # a unique name: several processes may write the same file
         with open(handle, "wb") as opened:
             opened.write(content)
         os.chmod(aside, 0o666 & ~_umask())
@@ -96,25 +96,25 @@ def write(file, content: str | bytes) -> None:
         if aside:
             os.unlink(aside)
         if isinstance(error, OSError):
-            error.add_note(f"{file} was not written, and what was there is unchanged")
+            error.add_note(f"{file} was not written; an existing file is unchanged")
         raise
 
 
 def write_json(file, value) -> None:
-    """`write` of a value as JSON."""
+    """`write` a value as JSON."""
     write(file, json.dumps(value, indent=2, default=float) + "\n")
 
 
 def read_json(file):
-    """What `write_json` wrote. ValueError names a file that is not JSON."""
+    """Read what `write_json` wrote. ValueError names a file that is not JSON."""
     try:
         return json.loads(path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, IsADirectoryError) as error:  # or not UTF-8, or nested without end
+    except (ValueError, RecursionError, IsADirectoryError) as error:  # also not UTF-8, or nested too deep
         raise ValueError(f"{file} is not JSON ({error})") from None
 
 
 def is_empty(folder) -> bool:
-    """Whether nothing is there, or a folder without content of its own (`FOREIGN`)."""
+    """Whether a path does not exist, or is a folder without files other than `FOREIGN`."""
     folder = path(folder)
     try:
         return not folder.exists() or (folder.is_dir() and all(FOREIGN.fullmatch(e.name) for e in folder.iterdir()))
@@ -123,8 +123,8 @@ def is_empty(folder) -> bool:
 
 
 def files(folder) -> dict[str, epath.Path]:
-    """{path below the folder, with slashes: file} of all files below it that are its own (`FOREIGN`), in order."""
-    found, folders = {}, [("", path(folder))]
+    """{path relative to the folder, with slashes: file} of all files in it except `FOREIGN`, sorted."""
+    result, folders = {}, [("", path(folder))]
     while folders:
         prefix, current = folders.pop()
         for entry in current.iterdir():
@@ -133,21 +133,21 @@ def files(folder) -> dict[str, epath.Path]:
             if entry.is_dir():
                 folders.append((f"{prefix}{entry.name}/", entry))
             else:
-                found[prefix + entry.name] = entry
-    return dict(sorted(found.items()))
+                result[prefix + entry.name] = entry
+    return dict(sorted(result.items()))
 
 
 def is_partial(folder) -> bool:
-    """Whether `replace_folder` was interrupted while it wrote into a folder: what is there is no whole."""
+    """Whether `replace_folder` was interrupted while it wrote into a folder, which is therefore incomplete."""
     return (path(folder) / PARTIAL).exists()
 
 
 def check_output(target, *, is_ours: Callable | None = None, overwrite: bool = True) -> None:
-    """Refuse a file, or with `is_ours` a folder, that could not be written: for before the work, not after it.
+    """Refuse a file, or with `is_ours` a folder, that cannot be written. Call it before the work.
 
-    What is there already may be replaced only with `overwrite`, and a folder only if `is_ours(folder)` holds, which
-    may also raise a ValueError of its own. The folder of a file must exist; the parents of a folder are made when it
-    is written.
+    An existing target may be replaced only with `overwrite`, and a folder only if `is_ours(folder)` is true; `is_ours`
+    may also raise a ValueError. The folder of a file must exist; the parents of a folder are created when it is
+    written.
     """
     try:
         _check_output(target, is_ours, overwrite)
@@ -158,49 +158,46 @@ def check_output(target, *, is_ours: Callable | None = None, overwrite: bool = T
 
 
 def _check_output(target, is_ours: Callable | None, overwrite: bool) -> None:
-    found = resolve(target)
+    resolved = resolve(target)
     if is_ours is None:
-        if found.is_dir() or not (is_bucket(found) or found.parent.is_dir()):
+        if resolved.is_dir() or not (is_bucket(resolved) or resolved.parent.is_dir()):
             raise ValueError(f"{target} must be a file in a folder that exists")
-        occupied = found.exists()
-        if occupied and not is_bucket(found) and not os.path.isfile(found):  # epath takes a device for a file
+        exists = resolved.exists()
+        if exists and not is_bucket(resolved) and not os.path.isfile(resolved):  # epath takes a device for a file
             raise ValueError(f"{target} is neither a file nor a folder: choose another path")
     else:
-        if found.is_file() if is_bucket(found) else os.path.isfile(found):
+        if resolved.is_file() if is_bucket(resolved) else os.path.isfile(resolved):
             raise ValueError(f"{target} must be a folder, but it is a file")
-        occupied = not is_empty(found)
-        if occupied and not is_partial(found) and not is_ours(found):
-            raise ValueError(f"{target} exists and was not written by this command; remove it or choose another path")
-    if occupied and not overwrite:
+        exists = not is_empty(resolved)
+        if exists and not is_partial(resolved) and not is_ours(resolved):
+            raise ValueError(f"{target} exists and was not written by this command: remove it or choose another path")
+    if exists and not overwrite:
         raise ValueError(f"{target} exists: choose another path, or replace it with --overwrite")
-    if not is_bucket(found):
-        parent = next(folder for folder in found.parents if folder.exists())
-        with tempfile.NamedTemporaryFile(**_aside(found) | {"dir": parent}):
+    if not is_bucket(resolved):
+        parent = next(folder for folder in resolved.parents if folder.exists())
+        with tempfile.NamedTemporaryFile(**_aside(resolved) | {"dir": parent}):
             pass
 
 
 def _aside(target, suffix: str = ".partial") -> dict:
-    """How tempfile names what stands beside a file or folder until it takes its place."""
+    """Arguments of tempfile for a file or folder next to `target`, before it replaces the target."""
     return {"prefix": f".{target.name}.", "suffix": suffix, "dir": target.parent}
 
 
 @contextlib.contextmanager
 def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = True) -> Iterator[Path]:
-    """A new local folder to write into, whose content becomes `folder` when the block ends without an error.
+    """Yield a new local folder whose content replaces `folder` when the block ends without an error.
 
-    `check_output` says what may be replaced. A block that is interrupted leaves it as it was. A symbolic link stays one.
+    `check_output` decides what may be replaced. An interrupted block leaves `folder` unchanged. A symbolic link stays.
 
-    A folder that cannot be renamed (in a bucket, or where a disk is mounted) and one that also holds files of the system
-    (`FOREIGN`) get the files one by one: the file `marker` is removed first and written last. Meanwhile, and for good if
-    that is interrupted, the folder is `is_partial` and may be replaced.
+    In a bucket, on a mount point, and in a folder with `FOREIGN` files, no rename is possible. There the files are
+    copied one by one: the file `marker` is removed first and written last. Until then the folder is `is_partial`, also
+    after an interruption, and may be replaced.
     """
     check_output(folder, is_ours=is_ours, overwrite=overwrite)
     target = resolve(folder)
     bucket = is_bucket(target)
-    if bucket or (
-        target.exists()
-        and (os.path.ismount(target) or any(FOREIGN.fullmatch(entry.name) for entry in target.iterdir()))
-    ):
+    if bucket or not _can_be_renamed(target):
         with tempfile.TemporaryDirectory(
             prefix=".embed-", suffix=".partial", dir=None if bucket else Path(target)
         ) as aside:
@@ -220,29 +217,37 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
     try:
         os.chmod(aside, 0o777 & ~_umask())
         yield aside
-        check_output(folder, is_ours=is_ours, overwrite=overwrite)  # what is there now
+        check_output(folder, is_ours=is_ours, overwrite=overwrite)  # again: it may have changed meanwhile
         _swap(aside, target)
     except OSError as error:
-        error.add_note(f"{folder} was not written, and what was there is unchanged")
+        error.add_note(f"{folder} was not written; an existing folder is unchanged")
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _can_be_renamed(folder) -> bool:
+    """Whether a folder is neither a mount point nor holds `FOREIGN` files, which must stay."""
+    try:
+        return not os.path.ismount(folder) and not any(FOREIGN.fullmatch(entry.name) for entry in folder.iterdir())
+    except FileNotFoundError:  # there is none, or another process has just moved it away
+        return True
+
+
 def _swap(aside, target) -> None:
-    """Rename a folder to `target` and remove what was there. Of several at once the last one stays, whole."""
+    """Rename a folder to `target` and remove the old one. With several writers at once, the last one stays, whole."""
     replaced = []
     try:
         while True:
             try:
-                os.rename(aside, target)  # over an empty folder or nothing
+                os.rename(aside, target)  # works if the target is missing or empty
                 break
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
             old = tempfile.mkdtemp(**_aside(target, ".old"))
             replaced.append(old)
-            with contextlib.suppress(FileNotFoundError):  # another one has just moved it away
+            with contextlib.suppress(FileNotFoundError):  # another process has just moved it away
                 os.rename(target, old)
     except BaseException:
         if replaced and not target.exists():
@@ -254,7 +259,7 @@ def _swap(aside, target) -> None:
 
 
 def copy_file(source, target) -> None:
-    """Copy a file between any two places, in pieces."""
+    """Copy a file, on a disk or in a bucket, in blocks."""
     path(target).parent.mkdir(parents=True, exist_ok=True)
     with path(source).open("rb") as read, path(target).open("wb") as written:
         shutil.copyfileobj(read, written, 1 << 24)
@@ -262,7 +267,7 @@ def copy_file(source, target) -> None:
 
 @contextlib.contextmanager
 def local(folder, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
-    """A local folder with the content of `folder`: itself on a disk, out of a bucket a copy that ends with the block."""
+    """A local folder with the content of `folder`: the folder itself, or for a bucket a copy during the block."""
     folder = path(folder)
     if not is_bucket(folder):
         yield Path(folder)
@@ -280,19 +285,18 @@ def _umask() -> int:
     return mask
 
 
-# --- one process at a time ----------------------------------------------------------------------------------------------
+# --- one process at a time ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def lock(folder) -> Iterator[Callable[[], None]]:
-    """Hold a folder or file for this process; BusyError where another holds it.
+    """Lock a folder or file for this process; BusyError if another process holds it.
 
-    It is free again when the process ends, however it does.
+    The lock ends with the process, in whatever way that ends. Yields a function to call before each write: it raises
+    LeaseLostError if another process has taken over the folder.
 
-    Yields a function to be called before something is written: LeaseLostError where the folder is another's by now.
-
-    On a disk by flock. In a bucket by a lease that is renewed: one that was left by a process that died ends after
-    LEASE_SECONDS, or at once for the run that a launcher named (EMBED_RUN_ID), which starts it again.
+    On a disk the lock is a flock. In a bucket it is a lease that is renewed: the lease of a process that died expires
+    after LEASE_SECONDS, or at once for a restart of the same run (EMBED_RUN_ID, set by a launcher).
     """
     folder = resolve(folder)
     if is_bucket(folder):
@@ -300,20 +304,18 @@ def lock(folder) -> Iterator[Callable[[], None]]:
             yield check
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder.with_name(f".{folder.name}.lock"))  # beside it: the folder itself may be replaced
+    held = FileLock(folder.with_name(f".{folder.name}.lock"))  # next to the folder, which may itself be replaced
     try:
         held.acquire(timeout=0)
     except NotImplementedError:
-        warnings.warn(
-            f"{folder.parent} has no file locks: nothing keeps two commands from writing {folder.name}", stacklevel=3
-        )
+        warnings.warn(f"{folder.parent} has no file locks: two commands may write {folder.name} at once", stacklevel=3)
     except Timeout:
         raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
     try:
         yield lambda: None
     finally:
         if held.is_locked:
-            with contextlib.suppress(OSError):  # while it is held: nobody holds a lock on a file that is gone
+            with contextlib.suppress(OSError):  # before the release: afterwards it may be another process's lock
                 os.unlink(held.lock_file)
         held.release()
 
@@ -326,36 +328,39 @@ def _lease(folder) -> Iterator[Callable[[], None]]:
     holder = {"host": socket.gethostname(), "process": os.getpid(), "run": os.environ.get("EMBED_RUN_ID", "")}
 
     def put(generation) -> bytes | None:
-        """Write the lease over `generation`; None if somebody else was faster."""
+        """Write the lease over `generation`; None if another process was faster."""
         content = json.dumps(holder | {"time": time.time()}).encode()
         return store.write(key, content, if_equal=generation).result().generation or None
 
-    found = store.read(key).result()
-    if found.state == "value":
-        other = json.loads(found.value)
+    current = store.read(key).result()
+    if current.state == "value":
+        other = json.loads(current.value)
         ends = other["time"] + LEASE_SECONDS
         if time.time() < ends and not (holder["run"] and holder["run"] == other["run"]):
             until = datetime.datetime.fromtimestamp(ends, datetime.UTC).strftime("%H:%M:%S")
             raise BusyError(
-                f"{folder} is in use by process {other['process']} on {other['host']}; if that is gone, it is free at {until} UTC"
+                f"{folder} is in use by process {other['process']} on {other['host']}; "
+                f"if that process has died, the folder is free at {until} UTC"
             )
-    state = {"generation": put(found.stamp.generation)}
+    state = {"generation": put(current.stamp.generation)}
     if state["generation"] is None:
         raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder")
     over = threading.Event()
 
     def renew():
         while not over.wait(RENEW_SECONDS):
-            with contextlib.suppress(Exception):  # the next time
-                found = store.read(key).result()
-                if found.state != "value" or not holder.items() <= json.loads(found.value).items():
-                    state["generation"] = None  # another's
+            with contextlib.suppress(Exception):  # tried again at the next renewal
+                current = store.read(key).result()
+                if current.state != "value" or not holder.items() <= json.loads(current.value).items():
+                    state["generation"] = None  # another process took it over
                     return
-                state["generation"] = put(found.stamp.generation) or state["generation"]
+                state["generation"] = put(current.stamp.generation) or state["generation"]
 
     def check():
         if state["generation"] is None:
-            raise LeaseLostError(f"{folder} was taken over by another process while the bucket could not be reached")
+            raise LeaseLostError(
+                f"{folder} was taken over by another process while this one could not reach the bucket"
+            )
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()
@@ -363,7 +368,7 @@ def _lease(folder) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         over.set()
-        thread.join(RELEASE_SECONDS)  # a bucket that does not answer must not keep a process that is done
-        with contextlib.suppress(Exception):  # it ends by itself
+        thread.join(RELEASE_SECONDS)  # a bucket that does not answer must not block the end of the process
+        with contextlib.suppress(Exception):  # the lease expires anyway
             if state["generation"] is not None:
                 store.write(key, None, if_equal=state["generation"]).result(RELEASE_SECONDS)

@@ -296,13 +296,18 @@ def _texts(texts: Sequence[str]) -> list[str]:
         raise ValueError("encode takes a sequence of texts, not one string")
     texts = list(texts)
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"text {i} is {text!r:.80} ({type(text).__name__}), expected a str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text {i} holds a lone surrogate U+{ord(text[error.start]):X} at character {error.start}: "
-                "not valid Unicode text"
-            ) from None
+        check_text(f"text {i}", text)
     return texts
+
+
+def check_text(name: str, text) -> None:
+    """ValueError if `text`, which the error calls `name`, is not a str or not valid Unicode."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {text!r:.80} ({type(text).__name__}), expected a str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"U+{ord(text[error.start]):X}"
+        raise ValueError(
+            f"{name} holds a lone surrogate {surrogate} at character {error.start}: not valid Unicode text"
+        ) from None

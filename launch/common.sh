@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the launchers of this folder share; they source it.
+# Code that the launchers of this folder share; they source it.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -7,18 +7,18 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 commit=$(git -C "$root" describe --always --dirty 2>/dev/null || echo unknown)
 dry_run=false
 
-# The comment at the head of the launcher.
+# Print the comment at the top of the launcher.
 usage() {
   awk 'NR == 1 { next } /^#/ { sub(/^# ?/, ""); print; next } { exit }' "$0"
 }
 
 die() {
   echo "${0##*/}: $*" >&2
-  echo "launch/${0##*/} --help says more" >&2
+  echo "see launch/${0##*/} --help" >&2
   exit 2
 }
 
-# A command as it could be typed.
+# Print a command as it can be typed.
 quoted() {
   local word out=
   for word in "$@"; do
@@ -27,13 +27,13 @@ quoted() {
   echo "${out# }"
 }
 
-# Runs a command, or prints it in a dry run.
+# Run a command, or print it in a dry run.
 run() {
   if $dry_run; then quoted "$@"; else "$@"; fi
 }
 
-# --name=value options before `--` as variables of that name, the one word between them as `words`, and what follows
-# `--` as the array `arguments`. options "name zone …" "$@"; a name with ! after it is a switch.
+# options "name zone …" "$@": set variables from the --name=value options before `--`, `words` from the single word
+# among them, and the array `arguments` from everything after `--`. A name that ends in ! is a switch.
 options() {
   local known=" $1 dry_run! " option
   shift
@@ -45,14 +45,14 @@ options() {
       -h | --help) usage; exit 0 ;;
       --*=*)
         [[ "$known" != *" $option! "* ]] || die "${1%%=*} takes no value"
-        [[ "$known" == *" $option "* ]] || die "unknown option ${1%%=*}; there are:$(option_names "$known")"
+        [[ "$known" == *" $option "* ]] || die "unknown option ${1%%=*}, expected one of:$(option_names "$known")"
         printf -v "$option" %s "${1#*=}" ;;
       --*)
-        [[ "$known" == *" $option! "* ]] || die "$1 is unknown or needs =VALUE; there are:$(option_names "$known")"
+        [[ "$known" == *" $option! "* ]] || die "$1 is unknown or needs =VALUE; options:$(option_names "$known")"
         printf -v "$option" true ;;
-      -*) die "unknown option $1; there are:$(option_names "$known")" ;;
+      -*) die "unknown option $1, expected one of:$(option_names "$known")" ;;
       *)
-        ((!${#words[@]})) || die "unexpected argument $1; the verb of embed and its arguments stand after --"
+        ((!${#words[@]})) || die "unexpected argument $1: the verb of embed and its arguments come after --"
         words+=("$1") ;;
     esac
     shift
@@ -64,40 +64,40 @@ option_names() {
   for name in $1; do name=${name%!}; printf ' --%s' "${name//_/-}"; done
 }
 
-# The one word of submit, list, logs and stop, as `verb`.
+# Set `verb` to the single word: submit, list, logs or stop.
 need_command() {
   verb=${words[0]:-}
   case "$verb" in submit | list | logs | stop) ;; *) usage >&2; exit 2 ;; esac
-  [[ "$verb" == submit ]] || ((!${#arguments[@]})) || die "$verb takes nothing after --"
+  [[ "$verb" == submit ]] || ((!${#arguments[@]})) || die "$verb takes no arguments after --"
 }
 
-# need_number nodes gpus …: these options must be whole numbers where they are given.
+# need_number nodes gpus …: these options, if given, must be whole numbers.
 need_number() {
   local option
   for option in "$@"; do
-    [[ "${!option:-1}" =~ ^[1-9][0-9]{0,8}$ ]] || die "--${option//_/-}=${!option} must be a whole number of at least 1"
+    [[ "${!option:-1}" =~ ^[1-9][0-9]{0,8}$ ]] || die "--${option//_/-}=${!option} must be a whole number, at least 1"
   done
 }
 
-# need name zone …: these options must have been given.
+# need name zone …: these options are required.
 need() {
   local option
   for option in "$@"; do [[ -n "${!option:-}" ]] || die "--${option//_/-}=VALUE is missing"; done
 }
 
-# `arguments` must be a verb of `embed` that several processes can run, one that joins them, with what it cannot do without.
+# `arguments` must be a verb of `embed` that several processes can run, with its required arguments.
 need_verb() {
-  local verb=${arguments[0]:-} known wanted
+  local verb=${arguments[0]:-} known required
   known=" $(cd "$root/embed/cli" && grep -l 'common\.join(' -- *.py | sed 's/\.py$//' | tr '\n' ' ')"
-  [[ -n "$verb" && "$known" == *" $verb "* ]] || die "after -- stands a verb of embed, not '$verb': one of${known% }"
+  [[ -n "$verb" && "$known" == *" $verb "* ]] || die "expected a verb of embed after --, not '$verb': one of${known% }"
   if [[ "$verb" == train || "$verb" == pipeline ]]; then
-    for wanted in --config --workdir; do
-      [[ " ${arguments[*]} " == *" $wanted"[=\ ]* ]] || die "embed $verb needs $wanted=…"
+    for required in --config --workdir; do
+      [[ " ${arguments[*]} " == *" $required"[=\ ]* ]] || die "embed $verb needs $required=…"
     done
   fi
 }
 
-# What is written must lie in a bucket, whose name becomes `bucket`. A folder would be each host's own.
+# The output must be in a bucket, because each host would have its own folder. Sets `bucket` to its name.
 need_bucket() {
   local argument name
   bucket=
@@ -105,13 +105,14 @@ need_bucket() {
     name=${argument%%=*}
     case "$argument" in
       --workdir=gs://?*/?* | --output=gs://?*/?*) argument=${argument#*=gs://}; bucket=${bucket:-${argument%%/*}} ;;
-      --workdir | --workdir=* | --output | --output=*) die "$argument must be $name=gs://BUCKET/NAME: a folder would be each host's own" ;;
+      --workdir | --workdir=* | --output | --output=*)
+        die "$argument must be $name=gs://BUCKET/NAME: each host would have its own folder" ;;
     esac
   done
-  [[ -n "$bucket" ]] || die "the arguments of embed ${arguments[0]} need --workdir=gs://BUCKET/NAME or --output=gs://BUCKET/NAME"
+  [[ -n "$bucket" ]] || die "embed ${arguments[0]} needs --workdir=gs://BUCKET/NAME or --output=gs://BUCKET/NAME"
 }
 
-# The folder for logs: LOGS, or WORKDIR.logs where `arguments` name a workdir on a disk, otherwise empty.
+# Print the folder for logs: LOGS, or WORKDIR.logs if `arguments` has a workdir on a disk, otherwise nothing.
 log_folder() {
   local k workdir=
   for k in "${!arguments[@]}"; do
@@ -120,6 +121,10 @@ log_folder() {
       --workdir) workdir=${arguments[k + 1]:-} ;;
     esac
   done
-  workdir=${workdir/#"~/"/"$HOME/"} # as embed does: a shell leaves the ~ of --workdir=~/runs as it is
-  if [[ -n "${LOGS:-}" ]]; then echo "$LOGS"; elif [[ -n "$workdir" && "$workdir" != *://* ]]; then echo "$workdir.logs"; fi
+  workdir=${workdir/#"~/"/"$HOME/"} # as embed does: a shell does not expand the ~ of --workdir=~/runs
+  if [[ -n "${LOGS:-}" ]]; then
+    echo "$LOGS"
+  elif [[ -n "$workdir" && "$workdir" != *://* ]]; then
+    echo "$workdir.logs"
+  fi
 }

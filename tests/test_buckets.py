@@ -1,4 +1,4 @@
-"""A run whose workdir, data and model folders lie in a bucket: gs://, on a server of this machine."""
+"""A run with its workdir, data and model folders in a bucket: gs://, on a local server."""
 
 import io
 import json
@@ -64,13 +64,13 @@ def losses(folder, stage):
     return {row["step"]: row["loss"] for row in read_metrics(paths.path(folder) / stage / "metrics.jsonl")}
 
 
-def test_a_run_in_a_bucket_gives_what_one_on_a_disk_gives(workdir, local):
+def test_a_run_in_a_bucket_gives_the_results_of_one_on_a_disk(workdir, local):
     for stage in ("diffusion", "pair", "triplet"):
         assert losses(workdir, stage) == losses(local, stage) and len(losses(local, stage)) == 6
-        there, here = (paths.path(folder) / stage for folder in (workdir, local))
-        assert training_state.steps(there / "checkpoints") == training_state.steps(here / "checkpoints") == [6]
-        assert training_state.digest(there / "checkpoints", 6) == training_state.digest(here / "checkpoints", 6)
-        assert any(name.startswith("tensorboard/") for name in paths.files(there))
+        remote, here = (paths.path(folder) / stage for folder in (workdir, local))
+        assert training_state.steps(remote / "checkpoints") == training_state.steps(here / "checkpoints") == [6]
+        assert training_state.digest(remote / "checkpoints", 6) == training_state.digest(here / "checkpoints", 6)
+        assert any(name.startswith("tensorboard/") for name in paths.files(remote))
     rankings = [(paths.path(folder) / "rankings" / "merged" / "words.npz").read_bytes() for folder in (workdir, local)]
     assert {name: x.tolist() for name, x in np.load(io.BytesIO(rankings[0])).items()} == {
         name: x.tolist() for name, x in np.load(io.BytesIO(rankings[1])).items()
@@ -104,13 +104,13 @@ def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     assert paths.path(f"{bucket}/vectors.npy").read_bytes() == (tmp_path / "vectors.npy").read_bytes()
     assert cli.main(["index", model, f"--corpus={corpus}", f"--output={bucket}/index"]) == 0
     assert cli.main(["search", model, f"--index={bucket}/index", "--query=parse"]) == 0
-    # A stage folder makes an index of its own, which the next checkpoint's encoder may not search.
+    # An index made by a stage can be searched only with that stage.
     stages = [f"--model={workdir}/{name}" for name in ("pair", "triplet")]
     assert cli.main(["index", stages[0], f"--corpus={corpus}", f"--output={bucket}/index"]) == 2
     assert cli.main(["index", stages[0], f"--corpus={corpus}", f"--output={bucket}/index", "--overwrite"]) == 0
     assert [cli.main(["search", s, f"--index={bucket}/index", "--query=parse"]) for s in stages] == [0, 2]
-    left = [name for name in paths.files(bucket) if name.startswith(".")]
-    assert not left, left
+    remaining = [name for name in paths.files(bucket) if name.startswith(".")]
+    assert not remaining, remaining
     assert cli.main(["merge", f"--a={workdir}/pair", f"--b={workdir}/triplet", f"--output={bucket}/merged"]) == 0
     texts = ["parse the file", "open a list"]
     merged, exported = (
@@ -119,7 +119,7 @@ def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     np.testing.assert_allclose(merged, exported, atol=1e-6)
 
 
-# Trains without TensorFlow and dies by SIGKILL before batch 5, as a host does that is lost.
+# Trains without TensorFlow and dies by SIGKILL before batch 5, like a lost host.
 KILLED = """
     import os, signal, sys
     for name in ("tensorflow", "tensorflow_datasets", "seqio", "gin"):
@@ -136,7 +136,7 @@ KILLED = """
 """
 
 
-def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind_its_checkpoint(
+def test_rows_of_metrics_survive_a_lost_host_and_the_restart_adds_those_after_its_checkpoint(
     workdir, bucket, data, file
 ):
     arguments = [
@@ -152,7 +152,7 @@ def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind
     assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
     saved = training_state.steps(f"{bucket}/lost/pair/checkpoints")[-1]
     assert set(range(1, saved + 1)) <= set(losses(f"{bucket}/lost", "pair")) and saved >= 1
-    # Its lease is still there: another run is refused, the one that a launcher names goes on.
+    # Its lease still exists: another run is refused, a restart of the same run (EMBED_RUN_ID) continues.
     with pytest.raises(paths.BusyError, match="is in use by process"), runs.hold(f"{bucket}/lost/pair"):
         pass
     again = subprocess.run(
@@ -162,7 +162,7 @@ def test_rows_of_metrics_survive_a_lost_host_and_the_restart_writes_those_behind
     assert losses(f"{bucket}/lost", "pair") == losses(workdir, "pair")
 
 
-def test_a_lease_is_given_back_and_ends_by_itself(bucket, monkeypatch):
+def test_a_lease_is_released_and_expires(bucket, monkeypatch):
     folder = f"{bucket}/leased"
     for _ in range(2):
         with paths.lock(folder):
@@ -173,7 +173,7 @@ def test_a_lease_is_given_back_and_ends_by_itself(bucket, monkeypatch):
         pass
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_put_aside_for_the_one_before(bucket, tmp_path):
+def test_a_damaged_checkpoint_in_a_bucket_is_moved_aside_and_the_previous_one_is_restored(bucket, tmp_path):
     folder, warnings = f"{bucket}/damaged", []
     params, state = {"norm": jnp.arange(4.0)}, {"count": jnp.int32(3)}
     with training_state.open_manager(folder, save_every=1, keep=2) as manager:
@@ -183,12 +183,12 @@ def test_a_damaged_checkpoint_in_a_bucket_is_put_aside_for_the_one_before(bucket
         if "/d/" in name:  # the arrays
             file.write_bytes(file.read_bytes()[:-4])
     with training_state.open_manager(folder, save_every=1, keep=2) as manager:
-        step, found, _ = training_state.restore_newest(manager, params, state, warnings.append)
-    assert step == 1 and np.array_equal(found["norm"], params["norm"]) and "checkpoint 2 under" in warnings[0]
+        step, restored, _ = training_state.restore_newest(manager, params, state, warnings.append)
+    assert step == 1 and np.array_equal(restored["norm"], params["norm"]) and "checkpoint 2 under" in warnings[0]
     assert training_state.steps(folder) == [1] and any(name.startswith("damaged-2/") for name in paths.files(folder))
 
 
-def test_a_lease_that_another_took_over_is_noticed_before_anything_is_written(bucket, monkeypatch):
+def test_a_lease_that_another_process_took_over_is_an_error_before_the_next_write(bucket, monkeypatch):
     monkeypatch.setattr(paths, "RENEW_SECONDS", 0.01)
     with paths.lock(f"{bucket}/taken") as check:
         check()
@@ -198,10 +198,7 @@ def test_a_lease_that_another_took_over_is_noticed_before_anything_is_written(bu
                 check()
 
 
-def test_data_in_a_bucket_are_read_by_range_and_written_whole(bucket):
-    header = paths.read_json(f"{bucket}/data/tasks/pairs/info.json")
-    local = Path(ROOT, "no such folder")
-    assert header["examples"] == 60 and not local.exists()
+def test_a_folder_in_a_bucket_is_written_whole(bucket):
     with paths.replace_folder(f"{bucket}/whole", is_ours=lambda folder: True, marker="z.json") as aside:
         (aside / "a").write_text("1")
         (aside / "z.json").write_text("{}")
@@ -214,7 +211,7 @@ def test_data_in_a_bucket_are_read_by_range_and_written_whole(bucket):
     assert list(paths.files(f"{bucket}/whole")) == ["a", "z.json"]
 
 
-def test_an_export_that_was_killed_on_its_way_to_a_bucket_is_refused_and_written_again(workdir, bucket, monkeypatch):
+def test_an_export_that_was_interrupted_in_a_bucket_is_refused_and_can_be_written_again(workdir, bucket, monkeypatch):
     def fail(source, target):
         raise KeyboardInterrupt
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART = "configs/quickstart.py"
 
 
-def test_overrides_replace_single_fields_with_the_type_of_the_field():
+def test_overrides_replace_single_fields_and_keep_their_type():
     loaded = config.load(QUICKSTART, ["--config.stages.pair.optimizer.learning_rate=1", "--config.seed=7"])
     assert loaded.stages.pair.optimizer.learning_rate == 1.0 and loaded.seed == 7
     assert loaded.stages.triplet.optimizer.learning_rate != 1.0
@@ -34,7 +34,7 @@ def test_tuples_can_be_overridden():
         (QUICKSTART + ":runlocal=perhaps", [], "runlocal='perhaps' must be True or False"),
     ],
 )
-def test_wrong_keys_and_values_are_errors_that_name_what_is_allowed(path, overrides, message):
+def test_errors_about_keys_and_values_name_what_is_allowed(path, overrides, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         config.load(path, overrides)
 
@@ -44,7 +44,7 @@ def test_a_missing_config_file_is_named():
         config.load("configs/nowhere.py")
 
 
-def test_a_config_that_is_no_python_file_is_an_error(tmp_path):
+def test_a_config_that_is_not_a_python_file_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json must be a Python file with get_config"):
         config.load(str(tmp_path / "config.json"))
@@ -75,7 +75,7 @@ SHIPPED = ("quickstart", "laptop", "pplx_embed")
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("arg", ["", ":runlocal"])
-def test_every_field_of_a_shipped_config_stands_in_base(name, arg):
+def test_every_field_of_a_shipped_config_is_in_base(name, arg):
     from configs import base
 
     shipped, made = (
@@ -96,7 +96,7 @@ def test_every_field_of_a_shipped_config_stands_in_base(name, arg):
     assert rest == {key for key, _ in config.leaves(base.get_config())}
 
 
-def test_a_field_that_base_does_not_have_is_refused_and_so_is_a_kind():
+def test_an_unknown_field_or_kind_is_refused():
     from configs import base
 
     with pytest.raises(KeyError, match="temprature"):
@@ -105,21 +105,21 @@ def test_a_field_that_base_does_not_have_is_refused_and_so_is_a_kind():
         base.stage("pairs")
 
 
-def test_no_shipped_config_imports_another_but_base():
+def test_shipped_configs_import_only_base():
     for name in SHIPPED:
         assert "from configs import base\n" in (text := (ROOT / "configs" / f"{name}.py").read_text())
         assert text.count("from configs") == 1
 
 
-def test_the_curriculum_of_the_paper_goes_from_english_over_cross_lingual_to_all_languages():
+def test_the_curriculum_of_the_paper_is_english_then_cross_lingual_then_multilingual():
     pair = config.load("configs/pplx_embed.py").stages.pair
     assert [mixture for _, mixture in pair.curriculum] == ["pairs_english", "pairs_cross_lingual", "pairs_multilingual"]
     assert sum(steps for steps, _ in pair.curriculum) == 50_000
 
 
-def test_every_override_that_the_docs_show_is_a_field():
+def test_every_override_in_the_docs_is_a_field():
     known = {key for name in SHIPPED for key, _ in config.leaves(config.load(f"configs/{name}.py"))}
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").iterdir()]
     shown = {(page.name, key) for page in pages for key in re.findall(r"--config\.([\w.]+)=", page.read_text())}
-    # "--config.key.key=value" tells of the form
+    # "--config.key.key=value" shows the form
     assert len(shown) > 5 and {(page, key) for page, key in shown if key not in known | {"key.key", "key"}} == set()

@@ -763,7 +763,7 @@ def test_the_best_checkpoint_by_held_out_retrieval_and_milestones_are_kept(share
         (["evaluate", "--model={workdir}/nowhere", "--data={workdir}/data/evaluation/functions/test"], "nowhere"),
         (["search", "--model={workdir}/export/embed", "--corpus={workdir}/empty.jsonl", "--query=x"], "empty.jsonl"),
         (["search", "--model={workdir}/export/embed", "--corpus={workdir}/none.jsonl", "--query=x"], "none.jsonl"),
-        (["trane"], "'trane' is not a verb; there are"),
+        (["trane"], "'trane' is not a verb: expected"),
         (
             ["encode", "--model={workdir}/export/embed", "--text=x", "--output={workdir}/nowhere/x.npy"],
             "must be a file in a folder that exists",

@@ -1,4 +1,4 @@
-"""The launchers: what a dry run prints, what they call, what they refuse. Here the cloud's programs only write down their arguments."""
+"""The launchers: dry runs, calls, and errors. The cloud's programs are stand-ins that record their arguments."""
 
 import json
 import os
@@ -36,7 +36,7 @@ with open(os.environ["CALLS"], "a") as log:
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(script, *arguments, **environment) -> (completed process, what the programs of the cloud were called with)."""
+    """launch(script, *arguments, **environment) -> (completed process, calls of the cloud's programs)."""
     for name in ("gcloud", "kubectl", "sbatch", "squeue", "scancel", "scontrol"):
         (tmp_path / name).write_text(FAKE.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)
@@ -70,7 +70,7 @@ def test_the_scripts_pass_shellcheck():
 
 
 @pytest.mark.parametrize("script", ["local.sh", "tpu.sh", "gke.sh", "slurm.sh"])
-def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
+def test_help_prints_the_usage_and_so_does_a_wrong_word_with_code_2(launch, script):
     helped, _ = launch(script, "--help")
     assert helped.returncode == 0 and f"launch/{script}" in helped.stdout and "--dry-run" in helped.stdout
     wrong, called = launch(script, "many")
@@ -86,7 +86,7 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("gke.sh", ["submit", *GKE, *TRAIN[:3]], "embed train needs --workdir="),
         ("gke.sh", ["submit", *GKE, "--topology=4", *TRAIN], "--topology=4 must be AxB or AxBxC"),
         ("gke.sh", ["submit", *GKE, "--", "evaluate", "--model=m", "--output=o"], "--output=o must be --output=gs://"),
-        ("gke.sh", ["submit", *GKE, "--", "search", "--model=m"], "need --workdir=gs://BUCKET/NAME or --output=gs://"),
+        ("gke.sh", ["submit", *GKE, "--", "search", "--model=m"], "needs --workdir=gs://BUCKET/NAME or --output=gs://"),
         (
             "tpu.sh",
             ["submit", *TPU, *TRAIN[:3], "--workdir=runs/a"],
@@ -105,16 +105,16 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         (
             "tpu.sh",
             ["submit", *TPU, "--", *TRAIN[2:]],
-            "after -- stands a verb of embed, not '--config=c.py:stage=pair'",
+            "expected a verb of embed after --, not '--config=c.py:stage=pair'",
         ),
-        ("tpu.sh", ["submit", *TPU, "--", "prepare", *TRAIN[2:]], "not 'prepare'"),  # one process
+        ("tpu.sh", ["submit", *TPU, "--", "prepare", *TRAIN[2:]], "not 'prepare'"),  # runs in one process
         ("slurm.sh", ["submit", "--nodes=2", *TRAIN], "--gpus=VALUE is missing"),
         ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", *TRAIN], "no folder for logs: set LOGS"),
         ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", "--", "common"], "not 'common'"),
         ("slurm.sh", ["stop"], "--job=VALUE is missing"),
         ("slurm.sh", ["logs", "--job=7"], "--workdir=VALUE is missing"),
-        ("local.sh", ["2", "--", "trane"], "after -- stands a verb of embed, not 'trane': one of encode evaluate"),
-        ("local.sh", ["2", "--"], "after -- stands a verb of embed, not ''"),
+        ("local.sh", ["2", "--", "trane"], "expected a verb of embed after --, not 'trane': one of encode evaluate"),
+        ("local.sh", ["2", "--"], "expected a verb of embed after --, not ''"),
         ("local.sh", ["2", "--", "train", "--config=c.py", "--colour"], "embed train needs --workdir="),
         ("local.sh", ["two", *TRAIN], "N=two must be a whole number of processes, at least 1"),
         ("local.sh", ["0", *TRAIN], "N=0 must be a whole number"),
@@ -122,23 +122,23 @@ def test_help_prints_the_usage_and_nonsense_does_with_code_2(launch, script):
         ("local.sh", TRAIN, "N= must be a whole number"),
         ("local.sh", ["2", "3", *TRAIN], "unexpected argument 3"),
         ("local.sh", ["2", "train", *TRAIN[2:]], "unexpected argument train"),
-        ("local.sh", ["2", "--colour", *TRAIN], "--colour is unknown or needs =VALUE; there are: --dry-run"),
-        ("local.sh", ["--processes=2", *TRAIN], "unknown option --processes; there are: --dry-run"),
+        ("local.sh", ["2", "--colour", *TRAIN], "--colour is unknown or needs =VALUE; options: --dry-run"),
+        ("local.sh", ["--processes=2", *TRAIN], "unknown option --processes, expected one of: --dry-run"),
         ("local.sh", ["-n", "2", *TRAIN], "unknown option -n"),
         ("local.sh", ["2", "--dry-run=yes", *TRAIN], "--dry-run takes no value"),
-        ("tpu.sh", ["submit", *TPU, "--slices=a[0]", *TRAIN], "--slices=a[0] must be a whole number of at least 1"),
+        ("tpu.sh", ["submit", *TPU, "--slices=a[0]", *TRAIN], "--slices=a[0] must be a whole number, at least 1"),
         ("gke.sh", ["submit", *GKE, "--restarts=many", *TRAIN], "--restarts=many must be a whole number"),
         ("slurm.sh", ["submit", "--nodes=0", "--gpus=8", *TRAIN], "--nodes=0 must be a whole number"),
         ("slurm.sh", ["list", "all"], "unexpected argument all"),
-        ("slurm.sh", ["list", "--", "train"], "list takes nothing after --"),
+        ("slurm.sh", ["list", "--", "train"], "list takes no arguments after --"),
     ],
 )
-def test_what_is_missing_or_unknown_is_named_and_nothing_is_called(launch, script, arguments, sentence):
+def test_errors_name_what_is_missing_or_unknown_and_nothing_is_called(launch, script, arguments, sentence):
     done, called = launch(script, *arguments)
     assert done.returncode == 2 and sentence in done.stderr and not called
 
 
-def test_the_verbs_are_those_that_join_others(launch):
+def test_the_accepted_verbs_are_those_with_distributed_arguments(launch):
     named = launch("local.sh", "2", "--", "x")[0].stderr.partition("one of ")[2].splitlines()[0].split()
     takes = "add_distributed_arguments(parser)"
     assert named == [verb for verb in cli.verbs() if takes in (ROOT / "embed" / "cli" / f"{verb}.py").read_text()]
@@ -148,7 +148,7 @@ def test_the_verbs_are_those_that_join_others(launch):
 
 
 @pytest.mark.parametrize("first", [["--dry-run", "2"], ["2", "--dry-run"]])
-def test_a_dry_run_of_local_prints_one_command_a_process_and_starts_none(launch, tmp_path, first):
+def test_a_dry_run_of_local_prints_one_command_per_process_and_starts_none(launch, tmp_path, first):
     embed = tmp_path / "embed"
     embed.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     embed.chmod(0o755)
@@ -174,24 +174,24 @@ while true; do read -r -t 0.1 <> <(:) || true; done
 @pytest.mark.parametrize(
     "one, code", [("exit 7", 7), ("kill -TERM $PPID; sleep 100 & wait", 143), ("kill -KILL $$", 137)]
 )
-def test_local_ends_all_processes_with_the_code_of_the_first_and_logs_each(tmp_path, one, code):
+def test_local_ends_all_processes_with_the_code_of_the_first_and_writes_a_log_per_process(tmp_path, one, code):
     assert _local(tmp_path, ONE=one, GRACE="0.2").wait() == code
     for k in (0, 1):
         words = (tmp_path / "a run.logs" / f"process-{k}.log").read_text().split()
         assert words[0] == "named" and words[1] == _commit() and f"--process_id={k}" in words
 
 
-def test_local_returns_once_its_processes_have_ended_however_long_they_might_have_had(tmp_path):
+def test_local_returns_when_its_processes_have_ended_without_waiting_for_the_grace_period(tmp_path):
     local = _local(tmp_path, ZERO="exit 7", ONE="exit 7", GRACE="1000")
-    local.communicate(timeout=100)  # until nothing holds its output any more
+    local.communicate(timeout=100)  # until nothing holds its output open
     assert local.returncode == 7
 
 
-def test_ctrl_c_lets_the_processes_of_local_save_and_print_that(tmp_path):
+def test_on_ctrl_c_the_processes_of_local_save_and_their_output_is_shown(tmp_path):
     local = _local(tmp_path, start_new_session=True)
     while "--process_id=0" not in local.stdout.readline():
         assert local.poll() is None
-    os.killpg(local.pid, signal.SIGINT)  # as a terminal does: also to what shows and logs the output
+    os.killpg(local.pid, signal.SIGINT)  # as a terminal does: tee gets it too
     assert "saved" in local.communicate(timeout=100)[0] and local.returncode == 143
     assert "saved" in (tmp_path / "a run.logs" / "process-0.log").read_text()
 
@@ -199,17 +199,17 @@ def test_ctrl_c_lets_the_processes_of_local_save_and_print_that(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [("encode", "--output=x.npy"), ("train", "--config=c.py", "--workdir=gs://b/runs/a")]
 )
-def test_without_a_local_workdir_local_logs_where_LOGS_says_or_into_a_new_folder_that_it_names(tmp_path, arguments):
-    ends = {"ZERO": "exit 0", "ONE": "exit 0", "LOG": str(LAUNCH / "local.sh")}  # waits for no log
+def test_without_a_local_workdir_local_logs_to_LOGS_or_to_a_new_folder_that_it_prints(tmp_path, arguments):
+    ends = {"ZERO": "exit 0", "ONE": "exit 0", "LOG": str(LAUNCH / "local.sh")}  # does not wait for a log
     _local(tmp_path, *arguments, LOGS=str(tmp_path / "logs"), **ends).communicate(timeout=100)
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["process-0.log", "process-1.log"]
-    said, _ = _local(tmp_path, *arguments, **ends).communicate(timeout=100)
+    output, _ = _local(tmp_path, *arguments, **ends).communicate(timeout=100)
     (folder,) = tmp_path.glob("embed-logs-*")
-    assert f"logs in {folder}/" in said and arguments[0] in (folder / "process-1.log").read_text()
+    assert f"logs in {folder}/" in output and arguments[0] in (folder / "process-1.log").read_text()
 
 
 def _local(folder, *arguments, start_new_session=False, **environment):
-    """launch/local.sh with two processes that play `embed`, under way."""
+    """Start launch/local.sh with two processes that play `embed`."""
     embed = folder / "embed"
     embed.write_text(PROCESS)
     embed.chmod(0o755)
@@ -254,7 +254,7 @@ def test_tpu_submit_prints_the_script_of_a_host_and_the_commands(launch):
     ]
 
 
-def test_tpu_submits_the_committed_code_and_refuses_what_would_not_travel(launch, tmp_path):
+def test_tpu_submits_the_committed_code_and_refuses_uncommitted_changes(launch, tmp_path):
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     for name in ("common.sh", "tpu.sh"):
@@ -288,7 +288,7 @@ def test_tpu_list_logs_and_stop(launch):
 # --- GKE -----------------------------------------------------------------------------------------------------------
 
 
-def test_gke_renders_one_job_a_slice_and_one_pod_a_host(launch):
+def test_gke_renders_one_job_per_slice_and_one_pod_per_host(launch):
     done, called = launch("gke.sh", "submit", *GKE, "--slices=2", "--run-id=one", "--dry-run", *TRAIN)
     assert done.returncode == 0 and not called
     jobset = yaml.safe_load(done.stdout)
@@ -300,7 +300,7 @@ def test_gke_renders_one_job_a_slice_and_one_pod_a_host(launch):
     (job,) = jobset["spec"]["replicatedJobs"]
     assert job["replicas"] == 2
     spec = job["template"]["spec"]
-    assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (8, 8, 0)  # 32 chips, four a host
+    assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (8, 8, 0)  # 32 chips, four per host
     pod = spec["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
@@ -311,7 +311,7 @@ def test_gke_renders_one_job_a_slice_and_one_pod_a_host(launch):
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["env"] == [{"name": "EMBED_RUN_ID", "value": "one"}]  # EMBED_COMMIT is the image's own
     assert not {"volumes"} & pod.keys() and not {"volumeMounts"} & container.keys()
-    # Codes 1 and 2 fail the set at once, all else restarts it as a whole.
+    # Codes 1 and 2 fail the set at once; any other code restarts the whole set.
     assert spec["podFailurePolicy"]["rules"] == [
         {"action": "FailJob", "onExitCodes": {"containerName": "embed", "operator": "In", "values": [1, 2]}}
     ]
@@ -345,8 +345,8 @@ def test_gke_submit_list_logs_and_stop_call_kubectl(launch):
 @pytest.mark.parametrize(
     "script, arguments", [("tpu.sh", TPU), ("gke.sh", GKE), ("slurm.sh", ["--nodes=1", "--gpus=8"])]
 )
-def test_a_dry_run_may_be_said_anywhere_before_the_verb(launch, script, arguments):
-    said = set()
+def test_dry_run_may_come_anywhere_before_the_verb(launch, script, arguments):
+    outputs = set()
     for line in (
         ["--dry-run", "submit", *arguments],
         ["submit", "--dry-run", *arguments],
@@ -354,11 +354,11 @@ def test_a_dry_run_may_be_said_anywhere_before_the_verb(launch, script, argument
     ):
         done, called = launch(script, *line, "--run-id=one", *TRAIN, LOGS="/shared/logs")
         assert done.returncode == 0 and not called, done.stderr
-        said.add(done.stdout)
-    assert len(said) == 1
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
 
 
-def test_the_logs_of_a_workdir_in_the_home_folder_lie_beside_it(launch, tmp_path):
+def test_the_logs_of_a_workdir_in_the_home_folder_are_next_to_it(launch, tmp_path):
     train = ["--", "train", "--config=c.py", "--workdir=~/run"]
     done, _ = launch("slurm.sh", "submit", "--nodes=1", "--gpus=8", "--dry-run", *train, HOME=str(tmp_path))
     assert f"--output={tmp_path}/run.logs/slurm-%j.log" in done.stdout
@@ -367,7 +367,7 @@ def test_the_logs_of_a_workdir_in_the_home_folder_lie_beside_it(launch, tmp_path
 # --- Slurm ---------------------------------------------------------------------------------------------------------
 
 
-def test_slurm_submits_one_process_a_gpu_that_goes_back_to_the_queue(launch, tmp_path):
+def test_slurm_submits_one_process_per_gpu_and_returns_the_job_to_the_queue(launch, tmp_path):
     train = ["--", "train", "--config=c.py:stage=pair", f"--workdir={tmp_path}/run"]
     done, called = launch(
         "slurm.sh", "submit", "--nodes=4", "--gpus=8", "--partition=p", "--run-id=one", "--dry-run", *train
@@ -388,9 +388,12 @@ def test_slurm_submits_one_process_a_gpu_that_goes_back_to_the_queue(launch, tmp
         "--partition=p",
     ):
         assert f"#SBATCH {line}\n" in script
-    srun = f"srun --kill-on-bad-exit=0 --wait=180 --cpus-per-task=8 {ROOT}/.venv/bin/embed train --distributed --config=c.py:stage=pair --workdir={tmp_path}/run\n"
+    srun = (
+        f"srun --kill-on-bad-exit=0 --wait=180 --cpus-per-task=8 {ROOT}/.venv/bin/embed train --distributed "
+        f"--config=c.py:stage=pair --workdir={tmp_path}/run\n"
+    )
     assert srun in script and "export EMBED_RUN_ID=one EMBED_COMMIT=" in script
-    # The script itself, with a srun that ends so; a job that has never been back in the queue has no count.
+    # The script itself, with an srun that ends with each code; a job that was never requeued has no restart count.
     for code, restarts, requeued in (
         (0, None, False),
         (1, None, False),

@@ -53,7 +53,7 @@ def test_the_quickstart_of_an_installed_package_makes_its_data_in_any_folder_and
 ):
     refused = embed(installed, tmp_path, "train", "--config=configs/none.py", "--workdir=run")
     assert (
-        f"no file configs/none.py in {tmp_path}, nor among those that ship in {installed}/embed/configs"
+        f"no file configs/none.py in {tmp_path}, or among the configs that ship in {installed}/embed/configs"
         in refused.stderr
     )
     done = embed(installed, tmp_path, "prepare", "--config=configs/quickstart.py:runlocal", "--workdir=run")

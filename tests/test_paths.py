@@ -1,4 +1,4 @@
-"""Files and folders appear whole: symbolic links, several writers, a full disk, files of the system beside ours."""
+"""Files and folders appear whole: symbolic links, several writers, a full disk, files of the file system."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ def anything(folder):
 
 @pytest.fixture
 def small_files():
-    """A context in which no file of this process may grow beyond 4,096 bytes, as on a disk that is full."""
+    """A context that limits files of this process to 4,096 bytes, as on a full disk."""
 
     class Limited:
         def __enter__(self):
@@ -36,17 +36,17 @@ def small_files():
     return Limited()
 
 
-def test_a_file_that_cannot_be_written_to_its_end_stays_as_it_was(tmp_path, small_files):
+def test_a_file_that_cannot_be_written_completely_is_unchanged(tmp_path, small_files):
     file = tmp_path / "f"
     paths.write(file, "old")
     with small_files, pytest.raises(OSError) as caught:
         paths.write(file, b"x" * 10_000)
     assert caught.value.errno == errno.EFBIG
-    assert caught.value.__notes__ == [f"{file} was not written, and what was there is unchanged"]
+    assert caught.value.__notes__ == [f"{file} was not written; an existing file is unchanged"]
     assert file.read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["f"]
 
 
-def test_a_folder_that_cannot_be_written_to_its_end_stays_as_it_was(tmp_path, small_files):
+def test_a_folder_that_cannot_be_written_completely_is_unchanged(tmp_path, small_files):
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / "f").write_text("old")
@@ -55,14 +55,14 @@ def test_a_folder_that_cannot_be_written_to_its_end_stays_as_it_was(tmp_path, sm
     assert (folder / "f").read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["d"]
 
 
-def test_a_file_that_is_replaced_has_the_usual_permissions(tmp_path):
+def test_a_written_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "usual").write_text("")
     paths.write(tmp_path / "f", "x")
     assert (tmp_path / "f").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 @pytest.mark.parametrize("dangling", [False, True])
-def test_a_symbolic_link_stays_one_and_its_target_gets_the_content(tmp_path, dangling):
+def test_a_symbolic_link_stays_and_its_target_gets_the_content(tmp_path, dangling):
     (tmp_path / "elsewhere").mkdir()
     for name in ("file", "folder"):
         (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
@@ -89,7 +89,7 @@ def test_a_link_that_leads_back_to_itself_is_refused(tmp_path):
         paths.write(tmp_path / "a", "x")
 
 
-def test_many_writers_of_one_file_or_folder_leave_that_of_one_of_them_whole(tmp_path):
+def test_several_writers_of_one_file_or_folder_leave_the_whole_output_of_one(tmp_path):
     contents = [str(i) * 100_000 for i in range(8)]
 
     def write(content):
@@ -105,7 +105,7 @@ def test_many_writers_of_one_file_or_folder_leave_that_of_one_of_them_whole(tmp_
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_a_folder_that_another_wrote_meanwhile_is_not_replaced_unasked(tmp_path):
+def test_a_folder_that_another_process_wrote_meanwhile_is_replaced_only_if_asked(tmp_path):
     with (
         pytest.raises(ValueError, match="d exists: choose another path, or replace it with --overwrite"),
         paths.replace_folder(tmp_path / "d", is_ours=anything, marker="f", overwrite=False) as aside,
@@ -116,7 +116,7 @@ def test_a_folder_that_another_wrote_meanwhile_is_not_replaced_unasked(tmp_path)
     assert (tmp_path / "d" / "f").read_text() == "theirs" and [f.name for f in tmp_path.iterdir()] == ["d"]
 
 
-def test_what_is_held_is_busy_under_each_of_its_names_and_leaves_nothing_behind(tmp_path):
+def test_a_locked_path_is_busy_under_each_of_its_names_and_no_lock_file_remains(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     with paths.lock(tmp_path / "file"):
         for name in ("file", "link"):
@@ -127,7 +127,7 @@ def test_what_is_held_is_busy_under_each_of_its_names_and_leaves_nothing_behind(
     assert [f.name for f in tmp_path.iterdir()] == ["link"]
 
 
-def test_outputs_that_could_not_be_written_are_refused(tmp_path):
+def test_outputs_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "theirs").write_text("x")
@@ -152,8 +152,8 @@ def test_outputs_that_could_not_be_written_are_refused(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "folder", "pipe"]
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which not even root may write")
-def test_a_folder_in_which_nobody_may_write_is_refused():
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root cannot write to")
+def test_a_folder_without_write_permission_is_refused():
     for is_ours in (None, anything):
         with pytest.raises(PermissionError, match="/proc/self/x cannot be written"):
             paths.check_output("/proc/self/x", is_ours=is_ours)
@@ -163,32 +163,30 @@ FOREIGN = ("lost+found", ".DS_Store", ".snapshot", "._a", ".nfs0001", ".Trash-10
 
 
 def write(folder, **files):
-    with paths.replace_folder(folder, is_ours=lambda found: (found / "info").exists(), marker="info") as new:
+    with paths.replace_folder(folder, is_ours=lambda old: (old / "info").exists(), marker="info") as new:
         for name, text in ({"info": ""} | files).items():
             (new / name).write_text(text)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_folder_with_nothing_but_what_a_file_system_a_desktop_or_a_lock_left_is_written_and_keeps_that(
-    tmp_path, name
-):
+def test_a_folder_with_only_files_of_a_file_system_desktop_or_lock_is_written_and_keeps_them(tmp_path, name):
     (tmp_path / name).mkdir() if name in ("lost+found", ".snapshot") else (tmp_path / name).write_text("theirs")
     assert paths.is_empty(tmp_path) and paths.files(tmp_path) == {}
     write(tmp_path, a="1", b="2")
-    write(tmp_path, a="3")  # again: the older content is ours
+    write(tmp_path, a="3")  # again: the previous content is ours
     assert {k: f.read_text() for k, f in paths.files(tmp_path).items()} == {"info": "", "a": "3"}
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(["info", "a", name])
 
 
 @pytest.mark.parametrize("name", ["data", "notes.txt", ".git", ".env"])
-def test_a_folder_with_anything_else_is_refused_and_stays(tmp_path, name):
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="exists and was not written by this command"):
         write(tmp_path, a="1")
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_an_interrupted_write_into_a_folder_that_stays_leaves_what_may_be_replaced(tmp_path, monkeypatch):
+def test_an_interrupted_write_into_a_folder_that_cannot_be_renamed_may_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "lost+found").mkdir()
     copy = paths.copy_file
 
@@ -206,19 +204,19 @@ def test_an_interrupted_write_into_a_folder_that_stays_leaves_what_may_be_replac
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["b", "info", "lost+found"]
 
 
-ON_A_DISK_OF_ITS_OWN = """
+ON_A_MOUNT_POINT = """
 import sys
 from embed import paths
-with paths.replace_folder(sys.argv[1], is_ours=lambda found: False, marker="info") as new:
+with paths.replace_folder(sys.argv[1], is_ours=lambda old: False, marker="info") as new:
     (new / "info").write_text("whole")
 print((paths.path(sys.argv[1]) / "info").read_text())
 """
 
 
-def test_a_folder_where_a_disk_is_mounted_is_written(tmp_path):
+def test_a_mount_point_is_written(tmp_path):
     if subprocess.run(["unshare", "-rm", "true"]).returncode:
-        pytest.skip("needs the right to mount a small file system of one's own")
-    (tmp_path / "program.py").write_text(ON_A_DISK_OF_ITS_OWN)
+        pytest.skip("needs permission to mount a file system")
+    (tmp_path / "program.py").write_text(ON_A_MOUNT_POINT)
     (tmp_path / "disk").mkdir()
     mount = f"mount -t tmpfs none {tmp_path}/disk && exec {sys.executable} {tmp_path}/program.py {tmp_path}/disk"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -226,7 +224,7 @@ def test_a_folder_where_a_disk_is_mounted_is_written(tmp_path):
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
 
 
-def test_a_name_that_begins_with_a_tilde_lies_in_the_home_folder(tmp_path, monkeypatch):
+def test_a_path_with_a_leading_tilde_is_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     paths.write_json("~/a/b.json", [1])
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == [1]

@@ -1,4 +1,4 @@
-"""`embed VERB …`: one module a verb; `python -m embed.cli.VERB …` is the same."""
+"""`embed VERB …`: one module per verb; `python -m embed.cli.VERB …` does the same."""
 
 import importlib
 import pkgutil
@@ -7,16 +7,16 @@ from typing import NoReturn
 
 
 def verbs() -> dict[str, str]:
-    """{verb: first line of its module's docstring}, read without importing anything heavy."""
+    """{verb: first line of its module's docstring}, without importing the modules."""
     import ast
     from pathlib import Path
 
-    found = {}
+    result = {}
     for module in pkgutil.iter_modules(__path__):
         if module.name not in ("common", "__main__"):
             source = Path(__path__[0], f"{module.name}.py").read_text()
-            found[module.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-    return found
+            result[module.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,20 +28,20 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: embed VERB [arguments]      embed VERB --help\n")
         print("\n".join(f"  {verb:10} {line}" for verb, line in known.items()))
-        print("\nEMBED_TRACEBACK=1 in the environment shows where an error was found.")
+        print("\nWith EMBED_TRACEBACK=1 in the environment, an error shows its traceback.")
         return 0 if argv else 2
     if argv[0] not in known:
         from embed.config import nearest
 
         print(
-            f"embed: {argv[0]!r} is not a verb; there are {', '.join(known)}{nearest(argv[0], known)}", file=sys.stderr
+            f"embed: {argv[0]!r} is not a verb: expected {', '.join(known)}{nearest(argv[0], known)}", file=sys.stderr
         )
         return 2
     return run(importlib.import_module(f"embed.cli.{argv[0]}").main, argv[1:])
 
 
 def entry() -> NoReturn:
-    """The program `embed`: `main`, after which the process ends whatever it left running."""
+    """The program `embed`: run `main` and end the process, even if threads are still running."""
     from embed.cli.common import end
 
     end(main)

@@ -1,4 +1,4 @@
-"""What the verbs share: errors of the user as one sentence, the config argument, the other processes of a job."""
+"""Code that the verbs share: errors as one sentence, common arguments, output, and other processes of a job."""
 
 import argparse
 import atexit
@@ -26,17 +26,16 @@ WRONG_INPUT = (
     PermissionError,
 )
 
-
-LAST_SECONDS = (
-    30.0  # for what libraries do at the end of a process: remove temporary folders, say goodbye to other processes
-)
+# Time limit for the exit functions of libraries, which remove temporary folders and disconnect from other processes.
+LAST_SECONDS = 30.0
 
 
 def run(main: Callable, argv: list[str] | None = None) -> int:
-    """Run a verb. What a user can mend ends in one sentence and an exit code; with EMBED_TRACEBACK=1 also where it was found.
+    """Run a verb; an error that a user can fix ends in one sentence and an exit code.
 
-    0 done; 2 wrong input; 1 the machine's fault, as a full disk; 75 try the same command again, as when another process
-    of the run died; 130 interrupted, in training after a checkpoint; 143 ended by SIGTERM after a checkpoint.
+    0: done. 2: wrong input. 1: a fault of the machine, such as a full disk. 75: try the same command again, for example
+    because another process of the run died. 130: interrupted, in training after a checkpoint. 143: ended by SIGTERM
+    after a checkpoint. With EMBED_TRACEBACK=1, errors show their traceback.
     """
     keep_freed_memory()
     try:
@@ -47,7 +46,7 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # of `embed … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # as SIGPIPE: a run whose reader went away is not done
+        return 141  # like SIGPIPE: the reader has gone, so the run is not done
     except Exception as error:
         code = getattr(
             error, "exit_code", 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0
@@ -61,16 +60,16 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
             _leave(code)
         return code
     except KeyboardInterrupt:
-        print("embed: interrupted; what is complete stays, and the same command does the rest", file=sys.stderr)
+        print("embed: interrupted; completed work is kept, and the same command does the rest", file=sys.stderr)
         if distributed.is_joined():
             _leave(130)
         return 130
 
 
 def end(main: Callable[..., int], *arguments) -> NoReturn:
-    """Run `main(*arguments)` and end the process with the code that it returns: for the first call of a process alone.
+    """Run `main(*arguments)` and end the process with the returned code; only for the outermost call of a process.
 
-    No thread keeps the process: not a reader, a save or a library that hangs.
+    A hanging thread, such as a reader, a save or a library, does not keep the process alive.
     """
     try:
         code = main(*arguments)
@@ -85,67 +84,67 @@ def end(main: Callable[..., int], *arguments) -> NoReturn:
         _leave(code)
 
     threading.Thread(target=give_up, name="end", daemon=True).start()
-    # What the interpreter does at its end, without what it does before: wait for every thread that is no daemon.
+    # The exit functions, as at the end of the interpreter, but without waiting for threads that are not daemons.
     atexit._run_exitfuncs()
     _leave(code)
 
 
 def _show_warning(message, category, *_) -> None:
-    """A warning as one line, by process 0."""
+    """Print a warning on one line, in process 0."""
     if not distributed.is_joined() or is_first():
         print(f"embed: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _leave(code: int) -> NoReturn:
-    """End at once: threads of the runtime may be at work, and with a process gone jax would wait for it to say goodbye."""
+    """End at once: runtime threads may be running, and jax would wait for a process that is gone."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # whoever read it went away
+        except OSError:  # the reader has gone
             code = code or 141
     os._exit(code)
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep freed memory instead of handing it back to the kernel; False where there is no glibc.
+    """Make glibc's malloc keep freed memory instead of returning it to the kernel; False without glibc.
 
-    XLA on CPU allocates its temporary buffers anew for every step. Above 32 MB malloc maps and unmaps each of them,
-    and the kernel zeroes every page again. What that costs depends on the machine (ARCHITECTURE.md, "Speed").
+    XLA on CPU allocates its temporary buffers again at every step. malloc maps and unmaps each buffer above 32 MB, and
+    the kernel zeroes its pages every time. The cost depends on the machine (ARCHITECTURE.md, "Speed").
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # from malloc.h
-    # One arena: the others are made of mapped heaps of 64 MB.
+    # One arena: further arenas consist of mapped heaps of 64 MB.
     return all(
         libc.mallopt(name, value) for name, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
     )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, what: str, required: bool = True) -> None:
-    """--output and --overwrite: the arguments of `output`."""
+    """Add --output and --overwrite, the arguments of `output`."""
     parser.add_argument("--output", required=required, help=what)
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output, if this verb wrote it")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output that this verb wrote")
 
 
 @contextlib.contextmanager
 def output(
     arguments: argparse.Namespace, inputs: Sequence[str | None] = (), is_ours: Callable | None = None
 ) -> Iterator[None]:
-    """Keep --output, a file or with `is_ours` a folder, for this command until the block ends, if it is given.
+    """Lock --output, if given, for this command until the block ends: a file, or with `is_ours` a folder.
 
-    What could not be written at the end is refused now (`paths.check_output`), and so is what another command is
-    writing, and a path that is one of the `inputs` (files, model folders), lies inside a model or holds an input. After
-    `join`: all processes call it.
+    An output that cannot be written is refused before the work (`paths.check_output`). So is one that another command
+    is writing, one of the `inputs` (files, model folders), a path inside an input model, and a folder that contains an
+    input. All processes call it, after `join`.
     """
     from embed import runs
 
     def refuse():
         for given in filter(None, inputs):
             written, read = paths.resolve(arguments.output), paths.resolve(given)
-            lies_in = read in written.parents and (read / "config.json").exists()  # a model or stage
-            if read.exists() and (written == read or lies_in or written in read.parents):
-                how = "is" if written == read else "lies in" if lies_in else "holds"
+            is_inside = read in written.parents and (read / "config.json").exists()  # of a model or stage
+            if read.exists() and (written == read or is_inside or written in read.parents):
+                how = "is" if written == read else "is inside" if is_inside else "contains"
                 raise ValueError(
                     f"--output={arguments.output} {how} {given}, which this command reads: choose another path"
                 )
@@ -159,39 +158,25 @@ def output(
 
 
 def check_texts(name: str, texts: Sequence[str]) -> None:
-    """Refuse an argument without text in it, or with bytes that are not text."""
+    """Refuse texts of argument `name` that are blank, or contain bytes that are not UTF-8."""
     for text in texts:
         if not text.strip():
-            raise ValueError(f"{name}={text!r} is empty: expected a text")
+            raise ValueError(f"{name}={text!r} is blank: expected a text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{name}={text!r:.80} is not text in UTF-8 (character {error.start})") from None
+            raise ValueError(f"{name}={text!r:.80} is not UTF-8 at character {error.start}") from None
 
 
 def say(sentence: str) -> None:
-    """A line for whoever watches, never broken or cut."""
-    from rich.console import Console
+    """Print a sentence on one line, never broken or cut."""
+    from embed.console import make_console
 
-    Console(soft_wrap=True).print(sentence, markup=False, highlight=False)
-
-
-def print_table(table) -> None:
-    """A table as wide as the terminal; where there is none, as in a log, as wide as its content."""
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(table)
-        return
-    table.expand, console = False, Console(width=10**6)
-    with console.capture() as printed:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
+    make_console().print(sentence, markup=False, highlight=False)
 
 
 def parse_range(name: str, text: str) -> range:
-    """range(A, B) of "A:B"; empty for an empty text."""
+    """range(A, B) for the text "A:B"; an empty range for an empty text."""
     if not text:
         return range(0)
     start, _, stop = text.partition(":")
@@ -201,9 +186,9 @@ def parse_range(name: str, text: str) -> range:
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are a ValueError of one sentence, which names the nearest option where one is unknown.
+    """A parser whose errors are ValueErrors of one sentence; for an unknown option, it names the nearest one.
 
-    Options are written out. `parse_known_args` leaves those of the form --config.key=value over, for `config.load`.
+    Options cannot be abbreviated. `parse_known_args` returns options --config.key=value unparsed, for `config.load`.
     """
 
     def __init__(self, verb: str, description: str):
@@ -214,23 +199,23 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for argument in args:  # before argparse, which would rather name what is missing for it
+        for argument in args:  # before argparse, which would complain about missing options first
             name = argument.partition("=")[0]
             if argument == "--":
                 break
             if name.startswith("--") and name not in self._option_string_actions and not name.startswith("--config."):
                 self._refuse(name)
-        found, left = super().parse_known_args(args, namespace)
-        for argument in left:
+        namespace, remaining = super().parse_known_args(args, namespace)
+        for argument in remaining:
             if not argument.startswith("--config."):
                 self._refuse(argument)
-        return found, left
+        return namespace, remaining
 
     def parse_args(self, args=None, namespace=None):
-        found, left = self.parse_known_args(args, namespace)
-        if left:
-            self._refuse(left[0])
-        return found
+        namespace, remaining = self.parse_known_args(args, namespace)
+        if remaining:
+            self._refuse(remaining[0])
+        return namespace
 
     def _refuse(self, argument: str) -> NoReturn:
         name = argument.partition("=")[0]
@@ -239,10 +224,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--config=FILE.py[:arg], --workdir, and --config.key=value through `parse_config`."""
+    """Add --config=FILE.py[:arg] and --workdir; `parse_config` also reads --config.key=value."""
     parser.add_argument("--config", required=required, help="config file, FILE.py or FILE.py:argument,name=value")
-    parser.add_argument("--workdir", required=required, help="where the run lives; the same command continues it")
-    parser.epilog = "Single fields of the config: --config.key.key=value."
+    parser.add_argument("--workdir", required=required, help="folder of the run; the same command continues it")
+    parser.epilog = "Set single fields of the config with --config.key.key=value."
 
 
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
@@ -254,15 +239,17 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """--model and --step: the arguments of `runs.load_encoder`."""
+    """Add --model and --step, the arguments of `runs.load_encoder`."""
     parser.add_argument(
         "--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run"
     )
-    parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
+    parser.add_argument(
+        "--step", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
+    )
 
 
 def add_vector_arguments(parser: argparse.ArgumentParser) -> None:
-    """--precision and --truncate_dim, which `check_vectors` checks."""
+    """Add --precision and --truncate_dim, which `check_vectors` checks."""
     from embed import inference
 
     parser.add_argument("--precision", choices=inference.PRECISIONS, default="float32")
@@ -270,7 +257,7 @@ def add_vector_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | None = None) -> None:
-    """Refuse precisions and a prefix that a model's vectors do not have; its config.json alone is read."""
+    """Refuse precisions and a prefix that a model's vectors do not have; reads only its config.json."""
     from embed import runs
     from embed.inference.encoder import check_precision
 
@@ -280,17 +267,15 @@ def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | Non
 
 
 def add_length_arguments(parser: argparse.ArgumentParser) -> None:
-    """--max_length and --truncate: what happens to long texts."""
+    """Add --max_length and --truncate, for long texts."""
+    parser.add_argument("--max_length", type=int, help="most tokens of a text or document (default: that of the model)")
     parser.add_argument(
-        "--max_length", type=int, help="most tokens of a text or document (default: what the model says)"
-    )
-    parser.add_argument(
-        "--truncate", action="store_true", help="cut longer texts, with a warning; otherwise they are an error"
+        "--truncate", action="store_true", help="cut longer texts, with a warning; otherwise a longer text is an error"
     )
 
 
 def load_encoder(arguments: argparse.Namespace):
-    """The encoder of --model and --step, with the --max_length of `add_length_arguments`."""
+    """Load the encoder of --model and --step, with --max_length."""
     from embed import runs
 
     longest = arguments.max_length
@@ -299,27 +284,27 @@ def load_encoder(arguments: argparse.Namespace):
     encoder = runs.load_encoder(arguments.model, arguments.step)
     if longest and encoder.max_length and longest > encoder.max_length:
         raise ValueError(
-            f"--max_length={longest} must be at most {encoder.max_length}, the most that {arguments.model} takes"
+            f"--max_length={longest} must be at most {encoder.max_length}, the max_length of {arguments.model}"
         )
     encoder.max_length = longest or encoder.max_length
     return encoder
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
-    """--distributed, or --coordinator, --num_processes and --process_id: the arguments of `join`."""
+    """Add --distributed, or --coordinator, --num_processes and --process_id, the arguments of `join`."""
     parser.add_argument(
-        "--distributed", action="store_true", help="join the job's other processes: TPU pod, GKE, Slurm"
+        "--distributed", action="store_true", help="join the other processes of a TPU pod, GKE or Slurm job"
     )
-    parser.add_argument("--coordinator", help="host:port of process 0, where several processes work together")
-    parser.add_argument("--num_processes", type=int, help="how many processes work together")
-    parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
+    parser.add_argument("--coordinator", help="host:port of process 0, for several processes")
+    parser.add_argument("--num_processes", type=int, help="number of processes that work together")
+    parser.add_argument("--process_id", type=int, help="index of this process, from 0")
 
 
 def join(arguments: argparse.Namespace, *, saves_at_sigterm: bool = True) -> None:
-    """Join the other processes if the arguments ask for it; before anything is computed (`embed.distributed.join`)."""
+    """Join the other processes if the arguments say so; call it before anything is computed (`distributed.join`)."""
     several = arguments.num_processes is not None
     if not several and (arguments.coordinator or arguments.process_id is not None):
-        raise ValueError("--coordinator and --process_id need --num_processes: this process would work alone")
+        raise ValueError("--coordinator and --process_id need --num_processes")
     if arguments.distributed and several:
         raise ValueError("--distributed finds the processes by itself: leave out --num_processes")
     if several and (not arguments.coordinator or arguments.process_id not in range(arguments.num_processes)):

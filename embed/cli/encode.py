@@ -1,4 +1,4 @@
-"""embed encode: turn a corpus file or single texts into vectors, written as .npy."""
+"""Encode a corpus file or single texts to vectors, written as .npy."""
 
 import io
 
@@ -21,8 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     common.add_length_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus", help=CORPUS)
-    source.add_argument("--text", action="append", help="a text; may be repeated")
-    common.add_output_arguments(parser, "the .npy file to write, one row a text or chunk, in order")
+    source.add_argument("--text", action="append", help="a text (may be repeated)")
+    common.add_output_arguments(parser, "the .npy file to write, one row per text or chunk, in order")
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
     common.check_texts("--text", args.text or [])

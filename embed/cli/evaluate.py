@@ -1,4 +1,4 @@
-"""Retrieval figures of an exported model on a retrieval set: what the report shows, for a model and data of your own."""
+"""Retrieval metrics of a model on an evaluation set of your own, as in the report of a run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -7,6 +7,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from embed import inference, paths
     from embed.cli import common
+    from embed.console import print_table
     from embed.evaluation import retrieval
 
     parser = common.Parser("evaluate", __doc__)
@@ -15,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"], choices=inference.PRECISIONS)
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
     common.add_length_arguments(parser)
-    common.add_output_arguments(parser, "also write the figures, as JSON, to this file", required=False)
+    common.add_output_arguments(parser, "also write the metrics to this file, as JSON", required=False)
     common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
     common.join(arguments, saves_at_sigterm=False)
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         table = Table("precision", *next(iter(figures.values())))
         for precision, row in figures.items():
             table.add_row(precision, *(f"{value:.4f}" for value in row.values()))
-        common.print_table(table)
+        print_table(table)
         if arguments.output:
             paths.write_json(arguments.output, figures)
     return 0

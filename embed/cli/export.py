@@ -1,4 +1,4 @@
-"""Write a checkpoint as a model folder, or in the format of other programs: --format=pplx or onnx."""
+"""Export a checkpoint as a model folder, or for other programs: --format=pplx or onnx."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -9,18 +9,20 @@ def main(argv: list[str] | None = None) -> int:
     common.add_config_arguments(parser, required=False)
     common.add_distributed_arguments(parser)
     parser.add_argument("--checkpoint", help="with --config and --workdir: a stage or merge of the config")
-    parser.add_argument("--model", help="instead: a model folder, hub id, or stage folder of any run")
-    parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
-    parser.add_argument("--format", default="", help="pplx or onnx; by default the model folder itself")
-    parser.add_argument("--tanh", action="store_true", help="a module after pooling: float32 vectors are tanh(v)")
+    parser.add_argument("--model", help="instead of these: a model folder, hub id, or stage folder of any run")
     parser.add_argument(
-        "--contextual", action="store_true", help="of a stage folder: the product is a contextual model"
+        "--step", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
+    )
+    parser.add_argument("--format", default="", help="pplx or onnx (default: a model folder)")
+    parser.add_argument("--tanh", action="store_true", help="add a module after pooling: float32 vectors are tanh(v)")
+    parser.add_argument(
+        "--contextual", action="store_true", help="with a stage folder as --model: export a contextual model"
     )
     common.add_output_arguments(parser, "folder to write")
     arguments, overrides = parser.parse_known_args(argv)
     run = [arguments.config, arguments.workdir, arguments.checkpoint]
     if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
-        parser.error("needs either --config, --workdir and --checkpoint, or --model alone")
+        parser.error("needs either --config, --workdir and --checkpoint, or only --model")
     common.join(arguments, saves_at_sigterm=False)
     from embed import config, exports, nodes, runs
     from embed.checkpoints import settings

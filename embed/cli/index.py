@@ -1,4 +1,4 @@
-"""embed index: encode a corpus once and store it for `embed search --index`."""
+"""Encode a corpus once and store it for `embed search --index`."""
 
 from embed.cli import common
 from embed.cli.encode import CORPUS

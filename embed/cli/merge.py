@@ -1,4 +1,4 @@
-"""Merge two models on the sphere, weight by weight: --a=FOLDER --b=FOLDER --ratio=0.5 --output=FOLDER."""
+"""Merge two models by spherical interpolation (slerp): --a=FOLDER --b=FOLDER --ratio=0.5 --output=FOLDER."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -7,13 +7,17 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = common.Parser("merge", __doc__)
     common.add_distributed_arguments(parser)
-    parser.add_argument("--a", required=True, help="a model folder, hub id or stage folder; ratio 0 gives it back")
+    parser.add_argument("--a", required=True, help="a model folder, hub id or stage folder; ratio 0 returns it")
     parser.add_argument(
-        "--b", required=True, help="another of the same architecture and tokenizer; ratio 1 gives it back"
+        "--b", required=True, help="another one with the same architecture and tokenizer; ratio 1 returns it"
     )
-    parser.add_argument("--step_a", type=int, default=0, help="of a stage that has not finished; by default its last")
-    parser.add_argument("--step_b", type=int, default=0, help="of a stage that has not finished; by default its last")
-    parser.add_argument("--ratio", type=float, default=0.5, help="how far from a to b (default 0.5)")
+    parser.add_argument(
+        "--step_a", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
+    )
+    parser.add_argument(
+        "--step_b", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
+    )
+    parser.add_argument("--ratio", type=float, default=0.5, help="0 is a, 1 is b (default 0.5)")
     common.add_output_arguments(parser, "folder to write")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.ratio <= 1:

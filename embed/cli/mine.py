@@ -1,6 +1,6 @@
-"""embed mine: hard negatives for the queries of a retrieval set, ranked by a model.
+"""Mine hard negatives for the queries of an evaluation set with a model.
 
-Writes JSON lines {"query-id", "corpus-id": its positive, "negatives": [ids, best-ranked first]}.
+Writes JSON lines {"query-id", "corpus-id": its positive, "negatives": [ids, best rank first]}.
 """
 
 import json
@@ -20,17 +20,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     common.add_output_arguments(parser, "the JSONL file to write")
     common.add_length_arguments(parser)
-    parser.add_argument("--num_negatives", type=int, default=7)
+    parser.add_argument("--num_negatives", type=int, default=7, help="negatives per positive (default 7)")
     parser.add_argument(
-        "--rank_window", type=int, nargs=2, default=(0, 100), metavar=("LO", "HI"), help="ranks LO..HI-1, 0 = best"
+        "--rank_window",
+        type=int,
+        nargs=2,
+        default=(0, 100),
+        metavar=("LO", "HI"),
+        help="ranks LO..HI-1, 0 is the best (default 0 100)",
     )
-    parser.add_argument("--margin", type=float, default=0.05, help="negatives score this much less than the positive")
+    parser.add_argument(
+        "--margin", type=float, default=0.05, help="negatives score this much less than the positive (default 0.05)"
+    )
     parser.add_argument("--relative", action="store_true", help="the margin is a fraction of the positive's score")
     parser.add_argument(
         "--precision",
         choices=("float32", "int8"),
         default="int8",
-        help="of the vectors that are ranked; training compares int8",
+        help="of the ranked vectors; training compares int8 (default int8)",
     )
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
@@ -39,13 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     with common.output(args, inputs=[args.model, *files(args.data)]):
         data = read_set(args.data)
         encoder = common.load_encoder(args)
-        found = embed_set(encoder, data, show_progress_bar=True, truncate=args.truncate)
-        texts = np.flatnonzero(found[1].any(1))  # an empty one is nobody's negative
+        queries, corpus = embed_set(encoder, data, show_progress_bar=True, truncate=args.truncate)
+        texts = np.flatnonzero(corpus.any(1))  # an empty text is never a negative
         for relevant in data.relevant:
             if missing := sorted(set(relevant.indices) - set(texts)):
-                raise ValueError(f"{data.corpus_names[missing[0]]} answers a query and has no text: no rank can be had")
-        queries, corpus = encoder.quantize(found[0], args.precision), encoder.quantize(found[1][texts], args.precision)
-        # A query with several positives stands once for each; its id keeps all of them out of its negatives.
+                raise ValueError(f"{data.corpus_names[missing[0]]} is relevant to a query but has no text")
+        queries, corpus = (encoder.quantize(v, args.precision) for v in (queries, corpus[texts]))
+        # A query has one row per positive; its id keeps all its positives out of its negatives.
         query_rows = np.repeat(np.arange(len(data.queries)), [len(r.indices) for r in data.relevant])
         positives = np.concatenate([r.indices for r in data.relevant])
         content = {text: i for i, text in enumerate(data.corpus)}
@@ -69,8 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             line = {"query-id": data.query_ids[row], "corpus-id": data.corpus_ids[positive], "negatives": ids}
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         paths.write(args.output, "".join(lines))
-    counted = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    common.say(f"{counted}; written to {args.output}")
+    summary = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    common.say(f"{summary}; written to {args.output}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Walk the graph of a config, skipping what is complete: --config=FILE.py --workdir=DIR."""
+"""Run the whole graph of a config, skipping what is complete: --config=FILE.py --workdir=DIR."""
 
 
 def main(argv: list[str] | None = None) -> int:

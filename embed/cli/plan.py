@@ -1,4 +1,4 @@
-"""What a stage's step takes on a TPU topology, without one: --config=… --topology=v5p:4x4x8."""
+"""Plan the time and memory of a training step on a TPU topology, without TPUs: --config=… --topology=v5p:4x4x8."""
 
 import dataclasses
 import itertools
@@ -10,24 +10,31 @@ def main(argv: list[str] | None = None) -> int:
     from embed.cli import common
 
     parser = common.Parser("plan", __doc__)
-    parser.add_argument("--config", required=True, help="config file with its stage: FILE.py:stage=diffusion")
-    parser.add_argument("--topology", required=True, help="chips and their arrangement: v6e:8x8, v5p:4x4x8")
+    parser.add_argument("--config", required=True, help="config file and stage: FILE.py:stage=diffusion")
+    parser.add_argument("--topology", required=True, help="chip and topology: v6e:8x8, v5p:4x4x8")
     parser.add_argument(
-        "--slices", type=int, default=1, help="so many of that topology, joined along data by the network"
+        "--slices",
+        type=int,
+        default=1,
+        help="number of slices of that topology, joined along data by the network (default 1)",
     )
-    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilisation for the time of the schedule")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="model FLOPs utilisation, for the duration of the schedule (default 0.4)"
+    )
     parser.add_argument("--dollars_per_chip_hour", type=float, help="price, for the cost of the schedule")
-    parser.add_argument("--parameters", action="store_true", help="also print how each parameter is sharded")
+    parser.add_argument("--parameters", action="store_true", help="also print the sharding of each parameter")
     parser.add_argument(
-        "--fit", action="store_true", help="try microbatches and rematerialisation, print the fastest plan that fits"
+        "--fit",
+        action="store_true",
+        help="try microbatches and rematerialisation, and print the fastest plan that fits",
     )
-    parser.epilog = "Single fields of the config: --config.key.key=value."
+    parser.epilog = "Set single fields of the config with --config.key.key=value."
     arguments, overrides = parser.parse_known_args(argv)
-    # The step is compiled for other machines: none of this one's accelerators take part.
+    # The step is compiled for other machines, so it needs no accelerator of this one.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans side by side
-    # libtpu tells of chips and metadata servers that are not here; what the compiler finds wrong comes as an exception.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans at the same time
+    # libtpu warns about missing chips and metadata servers; errors of the compiler are raised as exceptions.
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -51,12 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     variants = [(stage.execution.microbatches, model.remat)]
     if arguments.fit:
         rows, _ = stages.abstract_batch(stage)["tokens"][0]
-        parts = data * fsdp if stage.kind == "diffusion" else 1  # each device has as many rows of each microbatch
+        parts = (
+            data * fsdp if stage.kind == "diffusion" else 1
+        )  # of each microbatch, every device has the same number of rows
         variants = [
             (m, remat)
             for m, remat in itertools.product((1, 2, 4, 8), transformer.REMAT_POLICIES)
             if rows % (m * parts) == 0
-        ] or variants  # which says why it is none
+        ] or variants  # whose error says why nothing fits
     best = None
     for microbatches, remat in variants:
         stage.execution.microbatches = microbatches
@@ -80,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
             best = tried, microbatches, remat
     if best is None:
         raise plan.DoesNotFitError(f"none of these {len(variants)} plans fits on {arguments.topology}")
-    found, microbatches, remat = best
+    chosen, microbatches, remat = best
     steps = sum(n for n, _ in stage.curriculum)
-    where = f"{arguments.slices} x {arguments.topology}" if arguments.slices > 1 else arguments.topology
-    print(f"{arguments.config} on {where}, microbatches {microbatches}, remat {remat}")
-    print(plan.describe(found, stage, model, steps, arguments.mfu, arguments.dollars_per_chip_hour))
-    return 0 if found.fits else 1
+    topology = f"{arguments.slices} x {arguments.topology}" if arguments.slices > 1 else arguments.topology
+    print(f"{arguments.config} on {topology}, microbatches {microbatches}, remat {remat}")
+    print(plan.describe(chosen, stage, model, steps, arguments.mfu, arguments.dollars_per_chip_hour))
+    return 0 if chosen.fits else 1
 
 
 if __name__ == "__main__":

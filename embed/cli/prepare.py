@@ -1,4 +1,4 @@
-"""Build the data of a config: sources, tokenizer, prepared tasks, evaluation sets."""
+"""Prepare the data of a config: sources, tokenizer, tasks and evaluation sets."""
 
 
 def main(argv: list[str] | None = None) -> int:

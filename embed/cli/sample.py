@@ -1,4 +1,4 @@
-"""Denoise a text with a diffusion stage's checkpoint: masks become words, the most certain first."""
+"""Fill the masks of a text with a checkpoint of a diffusion stage, most confident tokens first."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -8,12 +8,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.Parser("sample", __doc__)
     common.add_config_arguments(parser)
     common.add_distributed_arguments(parser)
-    parser.add_argument("--text", required=True, help="with <mask> for each token to be filled in")
+    parser.add_argument("--text", required=True, help="a text with <mask> for each token to fill in")
     parser.add_argument(
-        "--checkpoint", default="diffusion", help="a diffusion stage, of this run or a folder (default diffusion)"
+        "--checkpoint", default="diffusion", help="a diffusion stage of this run, or a stage folder (default diffusion)"
     )
-    parser.add_argument("--step", type=int, default=0, help="of a stage that has not finished; by default its last")
-    parser.add_argument("--tokens_per_step", type=int, default=1, help="tokens unmasked a step (default 1)")
+    parser.add_argument(
+        "--step", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
+    )
+    parser.add_argument("--tokens_per_step", type=int, default=1, help="tokens unmasked per step (default 1)")
     arguments, config = common.parse_config(parser, argv)
     common.check_texts("--text", [arguments.text])
     common.join(arguments, saves_at_sigterm=False)
@@ -27,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     pieces = tokenizer.encode(arguments.text.split("<mask>"))
     tokens = np.concatenate([part for piece in pieces for part in (piece, mask)][:-1])
     if not (tokens == tokenizer.mask_id).any():
-        raise ValueError(f"--text={arguments.text!r} has no <mask>: nothing to fill in")
+        raise ValueError(f"--text={arguments.text!r} has no <mask> to fill in")
     checkpoint = run.checkpoint(arguments.checkpoint, arguments.step)
     states = denoise.denoise(
         checkpoint.params(run.shardings(checkpoint.model)),

@@ -1,4 +1,4 @@
-"""embed search: the texts of a corpus nearest to a query, by exact search."""
+"""Find the texts of a corpus nearest to a query, by exact search."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -7,6 +7,7 @@ from rich.text import Text
 from embed import inference
 from embed.cli import common
 from embed.cli.encode import CORPUS
+from embed.console import print_table
 from embed.inference.index import build, read_corpus
 
 
@@ -19,16 +20,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.set_defaults(precision=None)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus", help=CORPUS)
-    source.add_argument("--index", help="folder that `embed index` wrote; it fixes precision and truncate_dim")
-    parser.add_argument("--query", required=True, action="append", help="may be repeated")
-    parser.add_argument("--top", type=int, default=10, help="how many results")
+    source.add_argument("--index", help="folder that `embed index` wrote; it sets precision and truncate_dim")
+    parser.add_argument("--query", required=True, action="append", help="a text (may be repeated)")
+    parser.add_argument("--top", type=int, default=10, help="number of results (default 10)")
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
     common.check_texts("--query", args.query)
     if args.top < 1:
         raise ValueError(f"--top={args.top} must be positive")
     if args.index and (args.precision or args.truncate_dim):
-        raise ValueError("--precision and --truncate_dim are fixed by --index; leave them out")
+        raise ValueError("--precision and --truncate_dim are set by --index: leave them out")
     common.join(args, saves_at_sigterm=False)
     if args.index:
         index = inference.Index.load(args.index)
@@ -53,16 +54,16 @@ def main(argv: list[str] | None = None) -> int:
         truncate=args.truncate,
         names=[f"--query={query!r:.40}" for query in args.query],
     )
-    found = index.search(queries, args.top)
+    scores, indices = index.search(queries, args.top)
     if not common.is_first():
         return 0
-    for query, scores, indices in zip(args.query, *found):
-        common.print_table(results_table(query, index, scores, indices))
+    for query, query_scores, query_indices in zip(args.query, scores, indices):
+        print_table(results_table(query, index, query_scores, query_indices))
     return 0
 
 
 def results_table(query: str, index: inference.Index, scores, indices) -> Table:
-    """Rank, score, id and the beginning of the text of each result, a line each."""
+    """One line per result: rank, score, id and the beginning of the text."""
     table = Table(title=Text(query, "bold"), title_justify="left", box=SIMPLE_HEAD, expand=True)
     table.add_column("rank", justify="right")
     table.add_column("bits differing" if index.precision in ("binary", "ubinary") else "cosine", justify="right")

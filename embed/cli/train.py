@@ -1,4 +1,4 @@
-"""Train one stage: --config=FILE.py:stage=pair --workdir=DIR; started again, it continues."""
+"""Train one stage: --config=FILE.py:stage=pair --workdir=DIR. The same command continues an interrupted stage."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -9,9 +9,9 @@ def main(argv: list[str] | None = None) -> int:
     common.add_config_arguments(parser)
     common.add_distributed_arguments(parser)
     parser.add_argument(
-        "--profile_steps", default="", help="A:B traces steps A to B-1 into STAGE/profile, for TensorBoard"
+        "--profile_steps", default="", help="A:B writes a trace of steps A to B-1 to STAGE/profile, for TensorBoard"
     )
-    parser.add_argument("--wandb", default="", help="Weights & Biases project to log to as well")
+    parser.add_argument("--wandb", default="", help="also log to this Weights & Biases project")
     arguments, config = common.parse_config(parser, argv)
     profile_steps = common.parse_range("--profile_steps", arguments.profile_steps)
     common.join(arguments)

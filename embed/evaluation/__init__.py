@@ -1,1 +1,1 @@
-"""How good a model is: retrieval metrics, baselines without a model, and the report of a run."""
+"""Evaluation: retrieval metrics, baselines without a model, and the report of a run."""

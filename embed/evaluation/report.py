@@ -1,20 +1,20 @@
-"""The report of a run: one table, plots, and what else results.json holds, as report.md.
+"""The report of a run, report.md: one table, plots, and the other results of results.json.
 
-results.json; everything but `checkpoints` is optional, and a section stands in the report only if its key is there:
+Only `checkpoints` is required in results.json; the report has a section for each other key that is present:
 
     checkpoints       {name: {benchmark: {precision: {"ndcg@10": …, "recall@10": …}}}}, the rows of the table in order;
                       benchmark is the name of an evaluation of the config
-    evaluations       {benchmark: what it is, in words}
+    evaluations       {benchmark: its description}
     slerp_sweep       [{"ratio": t, SET: nDCG@10, …}, …] on development splits
     slerp_ratio       the ratio chosen
-    diffusion         [{"t": …, "accuracy": …, "nll": …}, …] masked-token accuracy and cross-entropy in nats at noise t
+    diffusion         [{"t": …, "accuracy": …, "nll": …}, …] masked-token accuracy, cross-entropy in nats, at noise t
     elbo              the diffusion model's bound, nats per token
-    denoising         [{"step": number or name, "text": …}, …] a sample as it is unmasked
+    denoising         [{"step": number or name, "text": …}, …] a sample while it is unmasked
     search            {"query": …, "precision": …, "hits": [{"rank", "score", "id", "text"}, …]}
-    stages            {stage: {"kind": its objective, "init": the checkpoint that it started from}}
+    stages            {stage: {"kind": its objective, "init": the checkpoint it started from}}
     seconds           {stage: wall seconds}
     seconds_per_step  {stage: seconds}
-    data              {name: count, text, or a dictionary of such}; shown are counts and those in `counts`, `dropped`
+    data              {name: count, text, or a dictionary of these}; the report shows counts, `counts` and `dropped`
     command, commit, machine   strings
     versions          {package: version}
 """
@@ -30,26 +30,26 @@ from embed.training.metrics import read_metrics
 
 METRICS = {"ndcg@10": "nDCG@10", "recall@10": "recall@10"}
 PRECISIONS = ("float32", "int8", "binary")
-# Colours that differ in lightness too, for print and for colour-blind readers (Okabe and Ito).
+# The colours also differ in lightness, for print and for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#D55E00", "#CC79A7")
 
-NONE = "–"  # in the place of a figure that is not there
+NONE = "–"  # for a missing figure
 TITLE = "Retrieval"
 
 
 def _benchmarks(results: Mapping) -> dict[str, str]:
-    """{benchmark: its title} of the table's columns."""
-    found = [name for row in results["checkpoints"].values() for name in row]
-    return {name: name.replace("_", " ") for name in dict.fromkeys(found)}
+    """{benchmark: its title}, in the order of the table's columns."""
+    names = [name for row in results["checkpoints"].values() for name in row]
+    return {name: name.replace("_", " ") for name in dict.fromkeys(names)}
 
 
 def _legend(results: Mapping) -> str:
-    told = results.get("evaluations", {})
-    return " ".join(f"{title}: {told[name]}." for name, title in _benchmarks(results).items() if name in told)
+    described = results.get("evaluations", {})
+    return " ".join(f"{title}: {described[name]}." for name, title in _benchmarks(results).items() if name in described)
 
 
 def render_table(results: Mapping) -> rich.table.Table:
-    """The table of a run for a terminal of 80 columns."""
+    """The table of a run, for a terminal of 80 columns."""
     table = rich.table.Table(
         title=f"{TITLE}: nDCG@10 and recall@10",
         title_justify="left",
@@ -73,7 +73,7 @@ def render_table(results: Mapping) -> rich.table.Table:
 
 
 def markdown_table(results: Mapping) -> str:
-    """The same table in Markdown, the best figure of a column and precision in bold."""
+    """The same table in Markdown; the best figure of each column and precision is bold."""
     heads = [f"{benchmark}<br>{metric}" for benchmark in _benchmarks(results).values() for metric in METRICS.values()]
     lines = [_row(["precision", "model", *heads]), _row(["---", "---", *["---:"] * len(heads)])]
     for precision, rows in _sections(results):
@@ -85,7 +85,7 @@ def markdown_table(results: Mapping) -> str:
 
 
 def write_report(folder, results: Mapping, metrics: Mapping[str, Path]) -> Path:
-    """Write folder/report.md and folder/plots/*.png; `metrics` maps each stage to its metrics.jsonl."""
+    """Write folder/report.md and folder/plots/*.png; `metrics` is {stage: its metrics.jsonl}."""
     folder = Path(folder)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     path = folder / "report.md"
@@ -94,7 +94,7 @@ def write_report(folder, results: Mapping, metrics: Mapping[str, Path]) -> Path:
 
 
 def plot_losses(path, metrics: Mapping[str, Path]) -> None:
-    """One panel a stage: the loss at each logged step, and its running mean."""
+    """One panel per stage: the loss at each logged step, and its running mean."""
     figure, axes = _figure(len(metrics), (2.9 * len(metrics) + 0.4, 2.8))
     for axis, (stage, file) in zip(axes, metrics.items()):
         rows = [row for row in read_metrics(file) if "loss" in row]
@@ -110,7 +110,7 @@ def plot_losses(path, metrics: Mapping[str, Path]) -> None:
 
 
 def plot_ndcg(path, results: Mapping) -> None:
-    """nDCG@10 in float32 of every row of the table, one bar a benchmark."""
+    """nDCG@10 in float32 of every row of the table, one bar per benchmark."""
     names = list(results["checkpoints"])
     titles = _benchmarks(results)
     shown = [b for b in titles if any(_figure_of(results, n, b, "float32", "ndcg@10") is not None for n in names)]
@@ -118,9 +118,9 @@ def plot_ndcg(path, results: Mapping) -> None:
     width = 0.8 / max(len(shown), 1)
     for k, benchmark in enumerate(shown):
         values = [_figure_of(results, name, benchmark, "float32", "ndcg@10") for name in names]
-        places = [i + (k - (len(shown) - 1) / 2) * width for i in range(len(names))]
+        positions = [i + (k - (len(shown) - 1) / 2) * width for i in range(len(names))]
         bars = axis.bar(
-            places, [v or 0 for v in values], width * 0.92, color=COLOURS[k % len(COLOURS)], label=titles[benchmark]
+            positions, [v or 0 for v in values], width * 0.92, color=COLOURS[k % len(COLOURS)], label=titles[benchmark]
         )
         axis.bar_label(bars, [_number(v) for v in values], fontsize=7, padding=2, color="#333333")
     axis.set_xticks(range(len(names)), [name.replace(" + ", " +\n").replace(" (", "\n(") for name in names])
@@ -146,7 +146,7 @@ def plot_slerp(path, sweep) -> None:
 
 
 def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> Iterator[str]:
-    """The blocks of report.md; draws the plots they show."""
+    """The blocks of report.md; draws the plots in them."""
     yield "# Run report"
     facts = [f"{key}: `{results[key]}`" for key in ("command", "commit", "machine") if results.get(key)]
     if facts:
@@ -154,7 +154,9 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
 
     yield f"## {TITLE}"
     yield markdown_table(results).rstrip()
-    yield f"{_legend(results)} A dash: this row has no such vectors (BM25) or was not measured. Bold: best of the column.".strip()
+    yield (
+        f"{_legend(results)} A dash: this row has no such vectors (BM25) or was not measured. Bold: best of the column."
+    ).strip()
     plot_ndcg(folder / "plots" / "ndcg.png", results)
     yield "![nDCG@10 of each checkpoint](plots/ndcg.png)"
     yield "\n".join(f"- {sentence}" for sentence in _about_figures(results))
@@ -163,7 +165,7 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
         yield "## Training"
         plot_losses(folder / "plots" / "loss.png", metrics)
         yield "![Training loss of each stage](plots/loss.png)"
-        yield "Pale: each logged step; dark: running mean, as in the table. STAGE/metrics.jsonl has every row of the log."
+        yield "Pale: each logged step. Dark: running mean, as in the table. STAGE/metrics.jsonl has every logged row."
         yield _losses(results, metrics)
         yield "\n".join(f"- {sentence}" for sentence in _about_losses(results, metrics))
     if results.get("slerp_sweep"):
@@ -201,7 +203,7 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
         steps = results.get("seconds_per_step", {})
         rows = [[stage, f"{s:.1f}", _number(steps.get(stage))] for stage, s in results["seconds"].items()]
         rows.append(["all", f"{sum(results['seconds'].values()):.1f}", NONE])
-        yield _table(["stage", "seconds", "seconds a step"], rows)
+        yield _table(["stage", "seconds", "seconds per step"], rows)
     if results.get("data"):
         yield "## Data"
         data = results["data"]
@@ -215,35 +217,35 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
         ]
         if rows:
             yield _table(["what", "count"], rows)
-        yield "Everything else about the data, as arguments and packages, is in results.json."
+        yield "Everything else about the data, such as arguments and packages, is in results.json."
     if results.get("versions"):
         yield "## Versions"
         yield ", ".join(f"{name} {version}" for name, version in results["versions"].items())
 
 
-# What a reader has to know of an objective to read its loss; true of any stage of this kind.
+# How to read the loss of each objective, in any stage.
 LOSSES = {
-    "diffusion": "the bound on the negative log-likelihood of a token, in nats, at noise levels drawn anew each step",
-    "pair": "cross-entropy of finding a query's document among the other documents and queries of its batch; a larger "
-    "batch or a lower temperature changes its level",
-    "contextual": "a weighted sum of three cross-entropies: of a query's chunk among the chunks of its own document, "
-    "which are alike, of that chunk among all chunks of the batch, and of the whole document among documents. Their "
-    "weights shift over the stage",
+    "diffusion": "the bound on the negative log-likelihood per token, in nats, at noise levels drawn at each step",
+    "pair": "cross-entropy of finding a query's document among the other documents and queries of its batch. Batch "
+    "size and temperature change its level",
+    "contextual": "a weighted sum of three cross-entropies: of finding a query's chunk among the similar chunks of its "
+    "own document, that chunk among all chunks of the batch, and its whole document among documents. The weights "
+    "change over the stage",
     "triplet": "cross-entropy of finding a query's document among the documents of the batch and the mined negatives, "
-    "which a checkpoint ranked high for these queries. Those are harder than texts drawn at random, so a loss above "
-    "that of the stage before is no sign of a worse model",
+    "which a checkpoint ranked high for these queries. These are harder than random texts, so a loss above that of the "
+    "previous stage does not mean a worse model",
 }
 
 
 def _kinds(results: Mapping) -> dict[str, str]:
-    """{stage: the kind of its objective}."""
+    """{stage: its objective}."""
     return {name: stage["kind"] for name, stage in results.get("stages", {}).items()}
 
 
 def _about_figures(results: Mapping) -> Iterator[str]:
-    """How to read the table, of the rows that are in it."""
+    """Sentences that explain the rows of the table."""
     rows, kinds = results["checkpoints"], _kinds(results)
-    yield "nDCG@10 is 1 where each query has its relevant texts first; recall@10 is the share of them in the first ten."
+    yield "nDCG@10 is 1 if each query ranks its relevant texts first; recall@10 is the share of them in the first ten."
     shown = [precision for precision, _ in _sections(results)]
     if len(shown) > 1:
         yield (
@@ -252,14 +254,14 @@ def _about_figures(results: Mapping) -> Iterator[str]:
         )
     if "random init" in rows:
         yield (
-            "random init is the model before any training. It is no zero: the mean of random vectors of tokens is much "
-            "the same for texts that share words."
+            "random init is the model before any training. It is above zero: texts that share words have similar means "
+            "of random token vectors."
         )
     if diffusion := [name for name in rows if kinds.get(name) == "diffusion"]:
         yield (
-            f"{', '.join(diffusion)}: masked diffusion trains the state of each token to predict tokens. Nothing in it "
-            "compares the mean of a text's states with that of another, so such a checkpoint may rank below random "
-            "init. It is there for the stages that start from it."
+            f"{', '.join(diffusion)}: masked diffusion trains the state of each token to predict tokens. It never "
+            "compares the mean states of two texts, so such a checkpoint may rank below random init. Its purpose is to "
+            "start later stages."
         )
     if "BM25" in rows:
         yield "BM25 is the lexical baseline: it compares words and learns nothing."
@@ -268,7 +270,7 @@ def _about_figures(results: Mapping) -> Iterator[str]:
 
 
 def _losses(results: Mapping, metrics: Mapping[str, Path]) -> str:
-    """The course of each stage's loss in a line: its running mean at five places."""
+    """A table with a row per stage: the running mean of its loss at five steps."""
     kinds, lines = _kinds(results), []
     for stage, file in metrics.items():
         rows = [row for row in read_metrics(file) if "loss" in row]
@@ -279,7 +281,7 @@ def _losses(results: Mapping, metrics: Mapping[str, Path]) -> str:
 
 
 def _about_losses(results: Mapping, metrics: Mapping[str, Path]) -> Iterator[str]:
-    """How to read the losses, by the objectives of the stages."""
+    """Sentences that explain the losses, by objective."""
     kinds = _kinds(results)
     yield "Each objective has its own loss, and each stage its own batches: compare within a row."
     for kind, sentence in LOSSES.items():
@@ -287,13 +289,14 @@ def _about_losses(results: Mapping, metrics: Mapping[str, Path]) -> Iterator[str
             yield f"{', '.join(stages)} ({kind}): {sentence}."
     if any(results.get("stages", {}).get(stage, {}).get("init") for stage in metrics):
         yield (
-            "A stage that starts from a trained checkpoint may lose ground first: the learning rate of that one fell "
-            "at its end, and its own rises at its beginning. What a stage gained is in the table above."
+            "The loss of a stage that starts from a trained checkpoint may rise first: the learning rate was low at "
+            "the end of the previous stage and rises again at the start of this one. The retrieval table shows what a "
+            "stage gained."
         )
 
 
 def _sections(results: Mapping) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """(precision, [(row name, cells)]): only rows that have a figure in that precision."""
+    """(precision, [(row name, cells)]); only rows with a figure in that precision."""
     if not results.get("checkpoints"):
         raise ValueError("results have no checkpoints: nothing to tabulate")
     for precision in PRECISIONS:
@@ -319,7 +322,7 @@ def _number(value: float | None) -> str:
 
 
 def _cell(text) -> str:
-    """One line that does not end a Markdown cell."""
+    """The text on one line, safe in a Markdown cell."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
@@ -328,14 +331,14 @@ def _row(cells) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]], right: int | None = None) -> str:
-    """A Markdown table; columns 1.. (with `right`: the first `right`) are numbers, set flush right."""
+    """A Markdown table; columns 1.. (with `right`: the first `right`) are right-aligned numbers."""
     flush = range(1, len(heads)) if right is None else range(right)
     rule = ["---:" if k in flush else "---" for k in range(len(heads))]
     return "\n".join(map(_row, [heads, rule, *rows]))
 
 
 def _total(value) -> str:
-    """A count, or the sum of a dictionary of counts, in words."""
+    """A count, or the sum of a dictionary of counts, as text."""
     value = sum(value.values()) if isinstance(value, Mapping) else value
     return NONE if value is None else f"{value:,}"
 
@@ -348,14 +351,14 @@ def _code(text: str) -> str:
 
 
 def _running_mean(values) -> list[float]:
-    """Each value's mean with its neighbours, a tenth of all points in the middle and fewer towards the ends."""
+    """Each value's mean with its neighbours: a tenth of all points in the middle, fewer towards the ends."""
     half, last = len(values) // 20 + 1, len(values) - 1
     reach = [min(half, k, last - k) for k in range(len(values))]
     return [sum(values[k - r : k + r + 1]) / (2 * r + 1) for k, r in enumerate(reach)]
 
 
 def _figure(panels: int, size: tuple[float, float]):
-    """A row of panels. Without pyplot: no global state, and PNG needs no display."""
+    """A row of panels. Without pyplot there is no global state, and PNG needs no display."""
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for axis in axes:

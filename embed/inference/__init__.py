@@ -1,4 +1,4 @@
-"""Exported models at work: text to vectors, late chunking, exact search. Needs neither TensorFlow nor training code.
+"""Use exported models: embeddings, late chunking, exact search. Needs neither TensorFlow nor training code.
 
 encoder = embed.inference.load("runs/quickstart/export/embed")
 vectors = encoder.encode(["def add(a, b): return a + b"], precision="int8")

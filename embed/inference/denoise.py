@@ -1,4 +1,4 @@
-"""Text out of a masked-diffusion model: unmask the k most confident tokens a step until none is masked."""
+"""Generate text with a masked-diffusion model: each step unmasks the k most confident tokens, until none is masked."""
 
 import functools
 
@@ -14,7 +14,7 @@ from embed.typing import Array
 
 @functools.partial(jax.jit, static_argnames=("model", "mask_id", "left_shift"))
 def _predict(params, tokens: Int[Array, "1 L"], valid, *, model, mask_id: int, left_shift: bool):
-    """Most likely token of each position and its probability, ([L], [L])."""
+    """The most likely token at each position and its probability, ([L], [L])."""
     positions = jnp.arange(tokens.shape[1])[None]
     hidden = transformer.apply(model, params, tokens, valid.astype(jnp.int32), positions)
     hidden = shift_left(hidden) if left_shift else hidden
@@ -33,11 +33,11 @@ def denoise(
     left_shift: bool = False,
     length: int = 128,
 ) -> list[np.ndarray]:
-    """Fill every `mask_id` in `tokens`; returns the sequence before the first and after each step.
+    """Fill every `mask_id` in `tokens`; returns the sequence before the first step and after each step, int32[n] each.
 
-    A step predicts all masked positions at once and keeps the `tokens_per_step` most probable ones; the rest stay
-    masked and are predicted again with the new ones in sight. With the left shift the first token has nothing to be
-    predicted from, so it must be given.
+    A step predicts all masked positions at once and keeps the `tokens_per_step` most probable tokens; the rest stay
+    masked, and the next step predicts them from the new tokens too. With the left shift nothing predicts the first
+    token, so it must be given.
     """
     tokens = np.array(tokens, np.int32)
     if tokens_per_step < 1:
@@ -45,7 +45,7 @@ def denoise(
     if not 0 < len(tokens) <= length:
         raise ValueError(f"{len(tokens)} tokens to denoise: must be between 1 and {length}")
     if left_shift and tokens[0] == mask_id:
-        raise ValueError("with the left shift the first token cannot be masked: it has no predecessor")
+        raise ValueError("with the left shift, the first token cannot be masked: it has no predecessor")
     padded = np.zeros((1, length), np.int32)
     padded[0, : len(tokens)] = tokens
     valid = (np.arange(length) < len(tokens))[None]
@@ -71,10 +71,10 @@ def elbo_and_accuracy(
     seed: int = 0,
     chunk: int = 512,
 ) -> dict[str, dict[str, float]]:
-    """How well held-out text is denoised, at each masked fraction t: {t: {"nll", "accuracy"}}, and "elbo".
+    """How well a model denoises held-out text at each masked fraction t: {t: {"nll", "accuracy"}}, and "elbo".
 
-    "nll" is nats a masked token, "accuracy" the share of masked tokens whose most likely prediction is right,
-    "elbo" the loss of the diffusion stage over t stratified in (0.001, 1), in nats a token.
+    "nll" is in nats per masked token. "accuracy" is the share of masked tokens whose most likely prediction is right.
+    "elbo" is the loss of the diffusion stage over t stratified in (0.001, 1), in nats per token.
     """
     from embed.objectives import masked_diffusion as md
 

@@ -1,4 +1,4 @@
-"""From text to vectors: tokenise, pack into rows, one forward pass, mean over spans, quantise (ARCHITECTURE.md)."""
+"""Turn text into vectors: tokenise, pack into rows, one forward pass, mean over spans, quantise (ARCHITECTURE.md)."""
 
 import bisect
 import contextlib
@@ -19,6 +19,7 @@ from embed.checkpoints import model_folder
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.rows import RowShape, Segment, chunked, cut, dense, write_rows
+from embed.tokenizers import check_text
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 MIN_ROW_LENGTH = 64
@@ -26,20 +27,20 @@ TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
 
 
 class NotFiniteError(ValueError):
-    """A model gave vectors with NaN or infinity in them."""
+    """A model computed vectors that contain NaN or infinity."""
 
 
 class TooLongError(ValueError):
-    """A text needs more memory than there is."""
+    """A text needs more memory than the machine has."""
 
 
 def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=None) -> "Encoder":
-    """The encoder in a model folder: one that `embed export` wrote, a pplx-embed or another bidirectional Qwen3.
+    """Load an encoder from a model folder: one that `embed export` wrote, pplx-embed, or another bidirectional Qwen3.
 
-    `path` is a folder, one in a bucket (gs://) or the id of a repository on the Hugging Face hub,
-    "perplexity-ai/pplx-embed-v1-0.6b", at its `revision`. `dtype` of the computation is "float32" or "bfloat16"; by default
-    float32 on CPU and bfloat16 on accelerators. A causal language model is refused: it is something to train from. `mesh` as in
-    `Encoder`; the parameters are sharded over it as in training.
+    `path` is a folder, a folder in a bucket (gs://), or the id of a repository on the Hugging Face hub, for example
+    "perplexity-ai/pplx-embed-v1-0.6b", at `revision`. `dtype` of the computation is "float32" or "bfloat16"; the
+    default is float32 on CPU and bfloat16 on accelerators. A causal language model is refused: it can only be trained
+    from. `mesh` is as in `Encoder`; parameters are sharded over it as in training.
     """
     dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -49,8 +50,6 @@ def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=No
             f"{path} is a causal language model, not an encoder: it can be the `init` of a stage that trains one"
         )
     tokenizer = model.tokenizer()
-    if getattr(tokenizer, "adds_tokens", False):
-        raise ValueError(f"{path}: tokenizer.json adds tokens to each text, which is not done here")
     shardings = sharding.parameter_shardings(mesh, transformer.abstract_params(model.config))
     config, params = transformer.encoder_only(model.config, model.params(shardings, dtype))
     how = {name: model.embedding[name] for name in ("separator", "max_length", "matryoshka", "tanh")}
@@ -62,22 +61,22 @@ def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=No
 def quantize(
     pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False, tanh: bool = False
 ) -> np.ndarray:
-    """Pooled float32 vectors [..., D] in another precision: the prefix first, then `normalize`, then bits.
+    """Convert pooled float32 vectors [..., D] to another precision: cut the prefix, then normalize, then pack bits.
 
-    float32 [..., D], with `tanh` tanh(v); int8 [..., D] = round(127 tanh v); ubinary uint8 [..., D/8] = packed bits
-    of v >= 0, the first dimension highest; binary int8 [..., D/8] = ubinary - 128, as sentence-transformers has it.
-    NotFiniteError for a vector that is not finite, which int8 and bits would hide.
+    float32 is [..., D], with `tanh` tanh(v). int8 is [..., D], round(127 tanh v). ubinary is uint8 [..., D/8], the
+    packed bits of v >= 0 with the first dimension in the highest bit. binary is int8 [..., D/8], ubinary - 128, as in
+    sentence-transformers. A vector that is not finite raises NotFiniteError, because int8 and bits would hide it.
     """
     check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
     pooled = jnp.asarray(pooled)
     bad = np.flatnonzero(~np.asarray(_is_finite(pooled)))
     if len(bad):
-        raise NotFiniteError(f"vector {bad[0]} is not finite; of {pooled[..., 0].size} vectors {len(bad)} are not")
+        raise NotFiniteError(f"vector {bad[0]} is not finite; {len(bad)} of {pooled[..., 0].size} vectors are not")
     return _quantize(pooled, precision, truncate_dim, normalize, tanh)
 
 
 def _quantize(pooled, precision: str, truncate_dim: int | None, normalize: bool, tanh: bool) -> np.ndarray:
-    """`quantize` of what is checked already."""
+    """`quantize` without its checks."""
     pooled = pooled[..., :truncate_dim]
     if precision == "int8":
         return np.array(quantization.int8(pooled))
@@ -85,7 +84,7 @@ def _quantize(pooled, precision: str, truncate_dim: int | None, normalize: bool,
         packed = np.array(quantization.pack_bits(pooled))
         return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
     vectors = np.array(jnp.tanh(pooled) if tanh else pooled)
-    if normalize:  # a zero vector stays one
+    if normalize:  # a zero vector stays zero
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     return vectors
 
@@ -93,8 +92,8 @@ def _quantize(pooled, precision: str, truncate_dim: int | None, normalize: bool,
 class Encoder:
     """A model that turns texts into vectors. Made by `load`, or from parameters in memory.
 
-    The rows of a batch are computed on all devices of its mesh. Where these belong to several processes, all of them make
-    the same Encoder and call it alike; each gets all vectors.
+    All devices of the mesh share the rows of a batch. If the devices belong to several processes, every process makes
+    the same Encoder and makes the same calls; each process gets all vectors.
     """
 
     def __init__(
@@ -113,10 +112,10 @@ class Encoder:
     ):
         """`separator`: whether the separator token stands between the chunks of a document, as it did in training.
 
-        `mesh`: of `embed.models.sharding.make_mesh`, by default one along data over all devices of all processes. Parameters
-        that lie on it keep their shardings, others are copied to each of its devices. `max_length`: the most tokens of a text or
-        document, None for no limit. `tanh`: float32 vectors are tanh(v) of the pooled mean v; int8 and bits are the same with it
-        and without. `digest` identifies the model.
+        `mesh` comes from `embed.models.sharding.make_mesh`; by default it spans all devices of all processes along
+        data. Parameters that are on this mesh keep their shardings, others are copied to each of its devices.
+        `max_length` is the largest number of tokens of a text or document, None for no limit. With `tanh`, float32
+        vectors are tanh(v) of the pooled mean v; int8 and bits do not change. `digest` identifies the model.
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
@@ -130,7 +129,7 @@ class Encoder:
 
     @property
     def dimensions(self) -> int:
-        """D of a float32 vector before truncation."""
+        """Dimensions D of a float32 vector before truncation."""
         return self.config.hidden_size
 
     def encode(
@@ -145,14 +144,14 @@ class Encoder:
         truncate: bool = False,
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """One vector a text, in the order of the texts; a single str gives a single vector.
+        """One vector per text, in order; a single str gives a single vector.
 
-        Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or packed bits [N, D/8], binary int8
-        or ubinary uint8. `truncate_dim` keeps a prefix of each vector, before bits are packed. `normalize_embeddings` is for
-        float32 alone. `batch_tokens` is the size of a batch in tokens (None: for each device that has rows of its own
-        4,096 on CPU, 65,536 on accelerators); it changes no result. A text longer than `max_length` is an error, or
-        with `truncate=True` is cut with a warning. A text without tokens is an error, and so is a vector that is not
-        finite (NotFiniteError). Errors call a text by its index, or as `names` say, one a text.
+        Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or packed bits [N, D/8]: binary is
+        int8, ubinary is uint8. `truncate_dim` keeps a prefix of each vector, before bits are packed.
+        `normalize_embeddings` is for float32 only. `batch_tokens` is the size of a batch in tokens; None means 4,096
+        on CPU and 65,536 on accelerators per shard of the batch. It changes no result. A text longer than
+        `max_length` is an error, or with `truncate=True` is cut with a warning. A text without tokens is an error, and
+        so is a vector that is not finite (NotFiniteError). Errors name a text by its index, or by its entry in `names`.
         """
         if isinstance(texts, str):
             return self.encode(
@@ -165,8 +164,7 @@ class Encoder:
             )[0]
         texts, name = list(texts), _namer("text", names)
         for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"{name(i)} is {text!r:.80} ({type(text).__name__}), expected a str")
+            check_text(name(i), text)
         tokens = self.tokenizer.encode(texts)
         for i, ids in enumerate(tokens):
             if not len(ids):
@@ -177,14 +175,14 @@ class Encoder:
         )
 
     def quantize(self, vectors, precision: str) -> np.ndarray:
-        """Vectors that `encode` gave as float32 (not normalized) in another precision, as if encoded so."""
+        """Convert float32 vectors of `encode`, not normalized, to the vectors that `encode` gives in `precision`."""
         if self.tanh and precision == "int8":
-            quantize(vectors, "float32")  # for its check
+            quantize(vectors, "float32")  # refuses what is not finite
             return np.array(jnp.round(jnp.asarray(vectors) * 127).astype(jnp.int8))
         return quantize(vectors, precision)
 
     def encode_tokens(self, tokens: Sequence[np.ndarray], precision: str = "float32") -> np.ndarray:
-        """`encode` of texts that are tokenized already; the mean over one without tokens is a zero vector."""
+        """`encode` for texts that are already tokenized; a text without tokens gives a zero vector."""
         return self._embed([dense(ids) for ids in tokens], _namer("text"), precision)
 
     def encode_documents(
@@ -199,10 +197,10 @@ class Encoder:
         truncate: bool = False,
         names: Sequence[str] | None = None,
     ) -> list[np.ndarray]:
-        """One array [chunks, D] a document: each chunk pooled from hidden states that saw the whole document.
+        """Late chunking: one array [chunks, D] per document, each chunk pooled from states that saw the whole document.
 
-        Late chunking; keywords and precisions as in `encode`. An empty chunk is a zero vector (in binary: every bit
-        set), and so is a chunk that `truncate=True` cut off entirely. A document without tokens is an error.
+        Keywords and precisions are as in `encode`. An empty chunk gives a zero vector (in binary: every bit set), and
+        so does a chunk that `truncate=True` cuts off entirely. A document without tokens is an error.
         """
         segments, _ = self.fit_documents(documents, truncate=truncate, names=names)
         vectors = self._embed(
@@ -219,11 +217,13 @@ class Encoder:
     def fit_documents(
         self, documents: Sequence[Sequence[str]], *, truncate: bool = False, names: Sequence[str] | None = None
     ) -> tuple[list[Segment], int]:
-        """What `encode_documents` embeds, a segment a document with a span a chunk, and how many of them were cut."""
+        """(segments that `encode_documents` embeds, number that were cut): a segment per document, a span per chunk."""
         documents, name = [d if isinstance(d, str) else list(d) for d in documents], _namer("document", names)
         for i, document in enumerate(documents):
-            if isinstance(document, str) or not all(isinstance(chunk, str) for chunk in document):
-                raise ValueError(f"{name(i)} is {document!r:.80}, expected a list of str, one a chunk")
+            if isinstance(document, str):
+                raise ValueError(f"{name(i)} is {document!r:.80}, expected a list of str, one per chunk")
+            for k, chunk in enumerate(document):
+                check_text(f"{name(i)}, chunk {k}", chunk)
         tokens = iter(self.tokenizer.encode([chunk for document in documents for chunk in document]))
         separator_id = self.tokenizer.separator_id if self.separator else None
         segments = [chunked([next(tokens) for _ in document], separator_id) for document in documents]
@@ -242,12 +242,12 @@ class Encoder:
         show_progress_bar: bool = False,
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Vectors of all spans of the segments of `fit_documents`, in order: [spans, D]; keywords as in `encode`."""
+        """The vectors of all spans of segments from `fit_documents`, in order: [spans, D]; keywords as in `encode`."""
         name = _namer("document", names)
         return self._embed(segments, name, precision, truncate_dim, False, batch_tokens, show_progress_bar)
 
     def _fit(self, segments: list[Segment], noun: str, name: Callable, truncate: bool) -> tuple[list[Segment], int]:
-        """The segments, none longer than max_length, and how many were cut, with a warning; or an error."""
+        """(segments cut to max_length, number that were cut), with a warning; ValueError without `truncate`."""
         long = [i for i, s in enumerate(segments) if self.max_length and len(s.tokens) > self.max_length]
         if not long:
             return segments, 0
@@ -272,7 +272,7 @@ class Encoder:
         check_precision(precision, self.dimensions, truncate_dim, normalize)
         shards = sharding.batch_shards(self.mesh)
         if batch_tokens is None:
-            batch_tokens = shards * (4096 if _on_cpu() else 65536)  # 4,096: activations stay in a CPU's cache
+            batch_tokens = shards * (4096 if _on_cpu() else 65536)  # at 4,096, activations stay in a CPU's cache
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} must be positive")
         finish = functools.partial(
@@ -284,7 +284,7 @@ class Encoder:
         bar = tqdm(total=len(segments), desc="encode", unit="text", disable=not (progress and distributed.is_first()))
 
         def store(members, packed, spans):
-            # Every device has all of them. One quantizes, so that the number of devices makes no other program of it.
+            # Every device has all spans. One quantizes, so that the program does not depend on the number of devices.
             spans = spans.addressable_data(0)
             finite, vectors = np.asarray(_is_finite(spans)), finish(spans).reshape(-1, out.shape[1])  # R·S, R·S D
             slots = list(zip(members, packed.span_slots()))
@@ -297,19 +297,18 @@ class Encoder:
                 out[first[i] : first[i + 1]] = vectors[slot : slot + segments[i].num_spans]
             bar.update(len(members))
 
-        waiting = None  # the batch on the device, while the next one is packed
+        waiting = None  # the batch that the device computes while the next one is packed
         longest = max(range(len(segments)), key=lambda i: len(segments[i].tokens), default=0)
         with bar, distributed.peers(but=(NotFiniteError, TooLongError)), _out_of_memory(name, segments, longest):
-            for members, where, shape, num_rows in _batches(segments, batch_tokens, shards):
-                packed = write_rows([segments[i] for i in members], where, shape, num_rows)
+            for members, row, shape, num_rows in _batches(segments, batch_tokens, shards):
+                packed = write_rows([segments[i] for i in members], row, shape, num_rows)
                 rows = packed.rows
-                if self.mesh.size > 1:  # every process has packed them all and puts its part
+                if self.mesh.size > 1:  # every process has packed all rows, and puts its shards on its devices
                     rows = sharding.put_batch(self.mesh, rows._asdict()).values()
-                with jax.set_mesh(self.mesh):  # attention kernels ask for it
+                with jax.set_mesh(self.mesh):  # attention kernels read it
                     arguments = {"config": self.config, "num_spans": shape.spans}
-                    if (
-                        not waiting and shape.length * shards > batch_tokens
-                    ):  # a row alone is more than a batch should be
+                    # One row per shard exceeds the batch, so batch_tokens does not bound the memory.
+                    if not waiting and shape.length * shards > batch_tokens:
                         _check_memory(_pooled.lower(self.params, *rows, **arguments), name(longest), segments[longest])
                     spans = _pooled(self.params, *rows, **arguments)
                 if waiting:
@@ -322,34 +321,33 @@ class Encoder:
 
 @functools.partial(jax.jit, static_argnames=("config", "num_spans"))
 def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spans):
-    """Rows [R, L] -> the mean of each span, float32 [R, S, D], on every device. Compiled once for each R, L, mesh and config."""
+    """The mean of each span of rows [R, L], float32 [R, S, D], on every device; compiled per R, L, mesh and config."""
     hidden = transformer.apply(config, params, tokens, segment_ids, positions)
     return jax.lax.with_sharding_constraint(pool_spans(hidden, span_ids, num_spans), PartitionSpec())
 
 
 @jax.jit
 def _is_finite(vectors):
-    """Whether each vector [..., D] is finite: bool, flat."""
+    """Whether each vector [..., D] is finite: bool, flattened."""
     return jnp.isfinite(vectors).all(-1).reshape(-1)
 
 
 def _namer(noun: str, names: Sequence[str] | None = None) -> Callable[[int], str]:
-    """What errors call text i."""
+    """The function that gives the name of text i in errors."""
     return lambda i: f"{noun} {i}" if names is None else names[i]
 
 
 def _check_memory(lowered, name: str, segment: Segment) -> None:
-    """TooLongError if the program of a text's row needs more memory than the device has."""
+    """TooLongError if the program for a text's row needs more memory than the device has."""
     analysis = lowered.compile().memory_analysis()
     needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
     statistics = jax.local_devices()[0].memory_stats() or {}
-    there = statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
+    available = statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
     if _on_cpu():
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if there and needed > there:
-        raise TooLongError(
-            _too_long(name, segment, f"they need {needed / 1e9:,.1f} GB, there are {there / 1e9:,.1f} GB")
-        )
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if available and needed > available:
+        why = f"they need {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
+        raise TooLongError(_too_long(name, segment, why))
 
 
 def _too_long(name: str, segment: Segment, why: str) -> str:
@@ -361,18 +359,18 @@ def _too_long(name: str, segment: Segment, why: str) -> str:
 
 @contextlib.contextmanager
 def _out_of_memory(name: Callable, segments: Sequence[Segment], longest: int) -> Iterator[None]:
-    """What the runtime raises when memory is used up, as TooLongError."""
+    """Turn what the runtime raises when memory is used up into TooLongError."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        why = "it was used up; a smaller batch_tokens helps where there are many texts"
+        why = "it was used up; with many texts, a smaller batch_tokens helps"
         raise TooLongError(_too_long(name(longest), segments[longest], why)) from error
 
 
 def _on_mesh(x, mesh, dtype) -> jax.Array:
-    """A parameter in another dtype on a mesh: sharded as it is if it lies there, otherwise a copy on every device."""
+    """A parameter in `dtype` on a mesh: with its sharding if it is on this mesh, otherwise copied to every device."""
     if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh:
         return x.astype(dtype)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -387,10 +385,10 @@ def _batches(
 ) -> Iterator[tuple[list, np.ndarray, RowShape, int]]:
     """(segment indices, row of each, row shape, number of rows), longest segments first, every segment once.
 
-    A row has the power of two that holds the longest segment still to do; then the longest that fits the room left
-    goes in, until none does. Shapes repeat, so that few programs are compiled: batch_tokens // L rows, and in the
-    last batch the power of four that suffices, each rounded up to a multiple of `shards`. A segment claims max(tokens, 8 · spans), so that L / 8 span slots
-    always suffice.
+    The length of a row is the power of two that holds the longest remaining segment. Then the longest segment that fits
+    the free tokens goes in, until none fits. Shapes repeat, so few programs are compiled: a batch has batch_tokens // L
+    rows, the last one the smallest sufficient power of four, both rounded up to a multiple of `shards`. A segment
+    claims max(tokens, 8 · spans), so that L / 8 span slots always suffice.
     """
     stacks: dict[int, list[int]] = {}
     for i in reversed(range(len(segments))):
@@ -400,34 +398,34 @@ def _batches(
     while claims:
         length = max(MIN_ROW_LENGTH, 1 << (claims[-1] - 1).bit_length())
         num_rows = -(-max(1, batch_tokens // length) // shards) * shards
-        members, where = [], []
+        members, rows = [], []
         for row in range(num_rows):
-            room = length
-            while k := bisect.bisect_right(claims, room):
+            free = length
+            while k := bisect.bisect_right(claims, free):
                 claim = claims[k - 1]
                 members.append(stacks[claim].pop())
-                where.append(row)
-                room -= claim
+                rows.append(row)
+                free -= claim
                 if not stacks[claim]:
                     del claims[k - 1]
-        used = where[-1] + 1
+        used = rows[-1] + 1
         if used < num_rows:
             num_rows = min(num_rows, -(-(4 ** -(-(used - 1).bit_length() // 2)) // shards) * shards)
         spans = length // TOKENS_PER_SPAN
-        yield members, np.array(where), RowShape(length, spans, spans), num_rows
+        yield members, np.array(rows), RowShape(length, spans, spans), num_rows
 
 
 def check_precision(precision: str, dimensions: int, truncate_dim: int | None = None, normalize: bool = False) -> None:
-    """ValueError unless vectors of so many dimensions can be had in a precision, cut to `truncate_dim`."""
+    """ValueError unless vectors of `dimensions` can be cut to `truncate_dim` and converted to `precision`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     if truncate_dim is not None and not 1 <= truncate_dim <= dimensions:
         raise ValueError(f"truncate_dim={truncate_dim} must be in 1..{dimensions}")
     kept = truncate_dim or dimensions
     if precision in ("binary", "ubinary") and kept % 8:
-        raise ValueError(f"{precision} packs eight dimensions a byte: {kept} dimensions are not a multiple of 8")
+        raise ValueError(f"{precision} packs eight dimensions per byte: {kept} dimensions are not a multiple of 8")
     if normalize and precision != "float32":
-        raise ValueError(f"normalize_embeddings is for float32 alone, not {precision}: its distance ignores lengths")
+        raise ValueError(f"normalize_embeddings is for float32 only, not {precision}: its distance ignores lengths")
 
 
 def _on_cpu() -> bool:

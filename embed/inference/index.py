@@ -1,11 +1,11 @@
 """Exact search over stored vectors, in every precision, and the corpus files that fill an index (docs/search.md).
 
-A corpus is a JSONL file; a row is one text, or a document whose chunks are embedded in its context:
+A corpus is a JSONL file. A row is one text, or a document whose chunks are embedded in its context:
 
     {"_id": "a", "text": "…"}
-    {"_id": "b", "chunks": ["…", "…"]}          its chunks are found as "b#0", "b#1"
+    {"_id": "b", "chunks": ["…", "…"]}          the ids of its chunks are "b#0" and "b#1"
 
-Either may have a "title", which is put in front.
+Both may have a "title", which goes before the text.
 """
 
 import codecs
@@ -24,15 +24,16 @@ import safetensors.numpy
 
 from embed import paths
 from embed.inference.encoder import PRECISIONS, Encoder
+from embed.tokenizers import check_text
 
 FORMAT = "embed-index"
 FORMAT_VERSION = 2
 VECTORS, INFO = "vectors.safetensors", "index.json"
 DTYPES = {"float32": np.float32, "int8": np.int8, "binary": np.int8, "ubinary": np.uint8}
 BLOCK_QUERIES, BLOCK_VECTORS = 256, 16384  # scores held at once
-EXACT_DIMENSIONS = 1024  # float32 adds up 1024 products of two int8 without rounding: 1024 · 128² = 2^24
+EXACT_DIMENSIONS = 1024  # float32 sums 1024 products of two int8 without rounding: 1024 · 128² = 2^24
 GZIP = b"\x1f\x8b"
-NOT_TEXT = {  # how a file begins that is no text in UTF-8
+NOT_TEXT = {  # the first bytes of files that are not text in UTF-8
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
     b"{\0": "UTF-16",
@@ -61,12 +62,12 @@ class Index:
         max_length: int | None = None,
         cut: int = 0,
     ):
-        """`vectors` as `Encoder.encode` gives them in `precision`. The rest is kept for whoever shows results.
+        """`vectors` are what `Encoder.encode` returns in `precision`: [N, D] or, for bits, [N, D/8].
 
-        `ids` (default "0", "1", …) and `texts` are one a vector. `empty` are the indices of the vectors that stand
-        for no text and are never found; by default those that are zero, and of packed bits, which do not show it,
-        none. `truncate_dim`, `model` ({"path", "digest"}), the longest text that was taken whole (`max_length`) and
-        how many were `cut` say how the vectors were made.
+        `ids` (default "0", "1", …) and `texts` have one entry per vector and are for showing results. `empty` holds
+        the indices of vectors without a text, which are never found. By default these are the zero vectors; packed
+        bits do not show them, so there it is none. `truncate_dim`, `model` ({"path", "digest"}), `max_length` in tokens
+        and the number of texts that were `cut` to it record how the vectors were made.
         """
         self.vectors = _checked(vectors, precision, "stored vectors")
         if not len(self.vectors):
@@ -83,20 +84,18 @@ class Index:
         self.empty = np.array(sorted(empty), np.int32)
         self._kept = np.setdiff1d(np.arange(len(self.vectors), dtype=np.int32), self.empty)
         if not len(self._kept):
-            raise ValueError(
-                f"cannot search an empty corpus: none of its {len(self.vectors)} vectors stands for a text"
-            )
+            raise ValueError(f"cannot search an empty corpus: none of its {len(self.vectors)} vectors has a text")
         self._searched = self.vectors[self._kept] if len(self.empty) else self.vectors
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best vectors of each query, best first: scores [Q, k] and their indices int32 [Q, k].
+        """The k best vectors of each query, best first: scores [Q, k] and indices int32 [Q, k].
 
-        `queries` [Q, D] in the index's precision. Scores are float32 cosines, or minus the number of differing bits
-        (int32). Of equal scores the lower index comes first. An empty vector is never found: k larger than what can
-        be found gives all of that. All devices of the process search, a block of queries each.
+        `queries` are [Q, D] in the index's precision. Scores are float32 cosines, or minus the number of differing
+        bits (int32). On ties the lower index comes first. Empty vectors are never found, so there may be fewer than k
+        results. All devices of the process search, each a block of queries.
         """
         queries = _checked(queries, self.precision, "queries")
         if queries.shape[1] != self.vectors.shape[1]:
@@ -111,27 +110,27 @@ class Index:
         indices = np.empty((len(queries), k), np.int32)
         devices, blocks = jax.local_devices(), list(_blocks(len(queries), BLOCK_QUERIES))
         for group in (blocks[i : i + len(devices)] for i in range(0, len(blocks), len(devices))):
-            # A block a device, each by the program of one device: their number changes no bit.
+            # One block per device, each computed by the program for one device: their number does not change a bit.
             placed = [jax.device_put(queries[rows], device) for rows, device in zip(group, devices)]
             best = [None] * len(group)
             for columns in _blocks(len(vectors), BLOCK_VECTORS):
                 new = [similarity(block, vectors[columns]) for block in placed]
-                found = [np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), n.shape) for n in new]
-                if columns.start:  # earlier indices stand first, so that top_k keeps them on ties
+                index = [np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), n.shape) for n in new]
+                if columns.start:  # earlier indices come first, so that top_k keeps them on ties
                     new = [jnp.concatenate([top, n], 1) for (top, _), n in zip(best, new)]
-                    found = [np.concatenate([i, f], 1) for (_, i), f in zip(best, found)]
+                    index = [np.concatenate([i, j], 1) for (_, i), j in zip(best, index)]
                 tops = [jax.lax.top_k(n, min(k, n.shape[1])) for n in new]
-                best = [(top, np.take_along_axis(f, np.asarray(i), 1)) for (top, i), f in zip(tops, found)]
-            for rows, (top, found) in zip(group, best):
-                scores[rows], indices[rows] = top, found
+                best = [(top, np.take_along_axis(j, np.asarray(i), 1)) for (top, i), j in zip(tops, index)]
+            for rows, (top, index) in zip(group, best):
+                scores[rows], indices[rows] = top, index
         return scores, self._kept[indices]
 
     def check_model(self, encoder: Encoder) -> None:
-        """ValueError unless the vectors are known to come from the encoder's model: weights, tokenizer, settings."""
+        """ValueError unless the vectors come from the encoder's model: same weights, tokenizer and settings."""
         made_by = self.model.get("digest")
         if not made_by or not encoder.digest:
-            which = "the index does not say which model made it" if not made_by else "the model has no digest"
-            raise ValueError(f"{which}: whether it is the one at {encoder.path} cannot be checked")
+            missing = "the index does not say which model made it" if not made_by else "the model has no digest"
+            raise ValueError(f"{missing}: the index cannot be checked against the model at {encoder.path}")
         if made_by != encoder.digest:
             raise ValueError(
                 f"the index was made with the model at {self.model.get('path')} (digest {made_by:.12}), "
@@ -141,7 +140,7 @@ class Index:
     def save(self, folder, *, overwrite: bool = False) -> None:
         """Write vectors.safetensors and index.json; the folder appears whole or not at all.
 
-        An index that is there is replaced only with `overwrite`, and a folder with other files in it never.
+        An existing index is replaced only with `overwrite`; a folder with other files is never replaced.
         """
         with paths.replace_folder(folder, is_ours=is_index, marker=INFO, overwrite=overwrite) as partial:
             safetensors.numpy.save_file({"vectors": self.vectors}, partial / VECTORS)
@@ -162,7 +161,7 @@ class Index:
 
     @classmethod
     def load(cls, folder) -> "Index":
-        """The index that `save` wrote, both files as they were; ValueError names one that was damaged or replaced."""
+        """Load an index that `save` wrote. ValueError names a file that was damaged or replaced."""
         name, folder = folder, paths.path(folder)
         if not (folder / INFO).is_file() or not (folder / VECTORS).is_file():
             raise FileNotFoundError(f"no index at {name}: expected a folder with {INFO} and {VECTORS}")
@@ -178,18 +177,16 @@ class Index:
 
 
 def _read_info(file) -> dict:
-    """index.json, if it is whole and its own digest holds."""
+    """The content of index.json; ValueError if it is damaged or its digest differs."""
     try:
         info = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        raise ValueError(f"{file} is damaged, it is not JSON: make the index again") from None
+        raise ValueError(f"{file} is damaged, not JSON: make the index again") from None
     if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise ValueError(f"{file} is not that of an index: it has no format {FORMAT!r}")
+        raise ValueError(f"{file} does not describe an index: its format is not {FORMAT!r}")
     if info.get("format_version") != FORMAT_VERSION:
         version = f"{info.get('format_version')!r:.40}"
-        raise ValueError(
-            f"{file} has format version {version}, this program reads {FORMAT_VERSION}: make the index again"
-        )
+        raise ValueError(f"{file} has format version {version}, expected {FORMAT_VERSION}: make the index again")
     if info.pop("sha256", None) != _digest(info):
         raise ValueError(f"{file} was changed after it was written: make the index again")
     return info
@@ -205,7 +202,7 @@ def _file_digest(file) -> str:
 
 
 def is_index(folder) -> bool:
-    """Whether `Index.save` wrote the folder. ValueError if there are other files beside the index."""
+    """Whether `Index.save` wrote the folder. ValueError if it holds other files too."""
     try:
         if paths.read_json(paths.path(folder) / INFO)["format"] != FORMAT:
             return False
@@ -219,34 +216,34 @@ def is_index(folder) -> bool:
 class Row(NamedTuple):
     """A row of a corpus or of queries."""
 
-    where: str  # file, line and id, for errors
+    source: str  # file, line and id, for errors
     id: str
-    chunks: list[str]  # of a row with a text, that one
+    chunks: list[str]  # a row with "text" has one
     fields: dict
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing but white space."""
+        """Whether all chunks are empty or white space."""
         return not any(map(str.strip, self.chunks))
 
 
 class Corpus(NamedTuple):
-    """What a corpus file holds: documents of one or more chunks, and an id a chunk."""
+    """The content of a corpus file: documents of one or more chunks, and one id per chunk."""
 
     documents: list[list[str]]
     ids: list[str]
-    names: list[str]  # what errors call each document
+    names: list[str]  # of each document, for errors
 
     @property
     def texts(self) -> list[str]:
-        """All chunks in order, one an id."""
+        """All chunks in order, one per id."""
         return [chunk for document in self.documents for chunk in document]
 
 
 def read_jsonl(path) -> list[tuple[str, dict]]:
-    """(where, row) of each line of a JSONL file in UTF-8, plain or in gzip.
+    """(source, row) of each line of a JSONL file in UTF-8, plain or in gzip; `source` names file and line for errors.
 
-    Blank lines are skipped, an invalid one is an error. `where` names the file and the line, for further errors.
+    Blank lines are skipped; an invalid line is an error.
     """
     file = paths.path(path)
     if file.is_dir():
@@ -266,13 +263,13 @@ def read_jsonl(path) -> list[tuple[str, dict]]:
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                where = f"{path}, line {number}"
-                rows.append((where, _parse(where, line)))
+                source = f"{path}, line {number}"
+                rows.append((source, _parse(source, line)))
     return rows
 
 
 def _unpacked(path, opened) -> Iterator[bytes]:
-    """The lines of a file in gzip."""
+    """The lines of a gzip file."""
     number = 0
     try:
         with gzip.open(opened) as lines:
@@ -280,31 +277,31 @@ def _unpacked(path, opened) -> Iterator[bytes]:
                 number += 1
                 yield line
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut short in its gzip data, after line {number} ({error})") from None
+        raise ValueError(f"{path} is damaged or truncated: its gzip data end after line {number} ({error})") from None
 
 
-def _parse(where: str, line: bytes) -> dict:
+def _parse(source: str, line: bytes) -> dict:
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where}: not UTF-8 at byte {error.start} (0x{line[error.start]:02x}): convert the file"
+            f"{source}: not UTF-8 at byte {error.start} (0x{line[error.start]:02x}): convert the file"
         ) from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: invalid JSON ({error.msg}, column {error.colno})") from None
+        raise ValueError(f"{source}: invalid JSON ({error.msg}, column {error.colno})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: invalid JSON ({error})") from None
+        raise ValueError(f"{source}: invalid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, one a line, got {line.strip().decode()!r:.60}")
+        raise ValueError(f"{source}: expected one JSON object per line, got {line.strip().decode()!r:.60}")
     return row
 
 
 def _unique(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is there more than once")
-    return found
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs more than once")
+    return fields
 
 
 def _no_number(name: str):
@@ -312,78 +309,68 @@ def _no_number(name: str):
 
 
 def read_rows(path, *, queries: bool = False) -> list[Row]:
-    """The rows of a corpus file, or of one of `queries`; an id or text that is missing, wrong or repeated is an error.
+    """The rows of a corpus file or, with `queries`, of a query file. Ids must be unique, ids and texts strings.
 
-    The text of a row is (title + " " + text).strip(), as in MTEB, and without a title text.strip(). A title of a
-    document with "chunks" is put in front of the first chunk by the same rule. A query is its text as it is.
+    The text of a row is (title + " " + text).strip(), as in MTEB, and without a title text.strip(). The title of a
+    document with "chunks" goes before its first chunk by the same rule. A query is its text, unchanged.
     """
     rows, seen, expected = [], {}, '"text"' if queries else '"text" or a list "chunks"'
-    for where, fields in read_jsonl(path):
-        name = check_id(where, fields, "_id")
+    for source, fields in read_jsonl(path):
+        name = check_id(source, fields, "_id")
         if name in seen:
-            raise ValueError(f"{where}: the id {name!r} stands for more than one text, also in {seen[name]}")
-        seen[name] = where.removeprefix(f"{path}, ")
-        where = f"{where} (_id {name!r:.80})"
+            raise ValueError(f"{source}: the id {name!r} is already used in {seen[name]}")
+        seen[name] = source.removeprefix(f"{path}, ")
+        source = f"{source} (_id {name!r:.80})"
         if "text" in fields and "chunks" in fields:
-            raise ValueError(f'{where} has "text" and "chunks": expected one of them')
+            raise ValueError(f'{source} has "text" and "chunks": expected one of them')
         parts = fields.get("chunks", [fields["text"]] if "text" in fields else None)
         if not isinstance(parts, list) or (queries and "chunks" in fields):
-            raise ValueError(f"{where} has no text: expected {expected}")
+            raise ValueError(f"{source} has no text: expected {expected}")
         title = fields.get("title")
         for part in [*parts, *([] if title is None else [title])]:
-            if not isinstance(part, str):
-                raise ValueError(f"{where}: a text, chunk or title is {part!r:.80}, expected a string")
-            check_characters(f"{where}: a text, chunk or title", part)
+            check_text(f"{source}: a text, chunk or title", part)
         if not queries:
             if title and parts:
                 parts = [f"{title} {parts[0]}".strip(), *parts[1:]]
             elif "text" in fields:
                 parts = [parts[0].strip()]
-        rows.append(Row(where, name, parts, fields))
+        rows.append(Row(source, name, parts, fields))
     if not rows:
         raise ValueError(f"{path} is empty: expected at least one row")
     return rows
 
 
-def check_characters(what: str, text: str) -> None:
-    """ValueError for half a surrogate pair, as "\\ud800" in JSON or a byte of the command line that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} has half a surrogate pair at character {error.start}: it is not text") from None
-
-
-def check_id(where: str, fields: Mapping, name: str) -> str:
-    """The id in a field of a row; ValueError unless it is a string with something in it."""
+def check_id(source: str, fields: Mapping, name: str) -> str:
+    """The id in field `name` of a row; ValueError unless it is a non-empty string."""
     value = fields.get(name)
     if isinstance(value, str) and value:
-        check_characters(f'{where}: "{name}"', value)
+        check_text(f'{source}: "{name}"', value)
         return value
     hint = ""
     if isinstance(value, int) and not isinstance(value, bool):
         hint = f': write "{value}"'
     elif value is None and (near := name.lstrip("_")) != name and near in fields:
         hint = f', and there is "{near}": rename it'
-    raise ValueError(f'{where}: "{name}" is {value!r:.80}, expected a string{hint}')
+    raise ValueError(f'{source}: "{name}" is {value!r:.80}, expected a string{hint}')
 
 
 def refuse_empty(rows: Sequence[Row], path) -> None:
-    """ValueError where rows have no text."""
-    if without := [row.where for row in rows if row.is_empty]:
-        raise ValueError(f"{without[0]} has no text, and so have {len(without):,} of the {len(rows):,} rows of {path}")
+    """ValueError if any row has no text."""
+    if empty := [row.source for row in rows if row.is_empty]:
+        raise ValueError(f"{empty[0]} has no text; {len(empty):,} of the {len(rows):,} rows of {path} have none")
 
 
 def read_corpus(path) -> Corpus:
-    """Read a corpus file (`read_rows`); a row in which there is nothing but white space is an error as well."""
+    """Read a corpus file (`read_rows`); a row that is empty or white space is an error too."""
     rows = read_rows(path)
     refuse_empty(rows, path)
     ids: dict[str, str] = {}
     for row in rows:
         for name in [f"{row.id}#{k}" for k in range(len(row.chunks))] if "chunks" in row.fields else [row.id]:
             if name in ids:
-                raise ValueError(f"{row.where}: the id {name!r} stands for more than one text, also in {ids[name]}")
-            ids[name] = row.where
-    return Corpus([row.chunks for row in rows], list(ids), [row.where for row in rows])
+                raise ValueError(f"{row.source}: the id {name!r} is already used in {ids[name]}")
+            ids[name] = row.source
+    return Corpus([row.chunks for row in rows], list(ids), [row.source for row in rows])
 
 
 def build(
@@ -395,12 +382,12 @@ def build(
     truncate: bool = False,
     **keywords,
 ) -> Index:
-    """Encode a corpus into an index; `truncate` as in `encode_documents`, other `keywords` go to `encode_segments`."""
+    """Encode a corpus into an index; `truncate` is as in `encode_documents`, `keywords` go to `encode_segments`."""
     segments, cut = encoder.fit_documents(corpus.documents, truncate=truncate, names=corpus.names)
     vectors = encoder.encode_segments(
         segments, precision=precision, truncate_dim=truncate_dim, names=corpus.names, **keywords
     )
-    full = np.concatenate([np.isin(np.arange(1, s.num_spans + 1), s.spans) for s in segments])
+    has_tokens = np.concatenate([np.isin(np.arange(1, s.num_spans + 1), s.spans) for s in segments])
     return Index(
         vectors,
         precision,
@@ -408,24 +395,24 @@ def build(
         texts=corpus.texts,
         truncate_dim=truncate_dim,
         model={"path": str(encoder.path), "digest": encoder.digest},
-        empty=np.flatnonzero(~full),
+        empty=np.flatnonzero(~has_tokens),
         max_length=encoder.max_length,
         cut=cut,
     )
 
 
 def _checked(vectors, precision: str, noun: str) -> np.ndarray:
-    """`vectors` if they are what `precision` stores."""
+    """`vectors`, contiguous; ValueError unless they have the dtype and shape of `precision`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
     vectors = np.ascontiguousarray(vectors)
     if vectors.ndim != 2 or vectors.dtype != DTYPES[precision]:
         raise ValueError(
-            f"{noun} are {vectors.dtype}{list(vectors.shape)}, {precision} has {np.dtype(DTYPES[precision])}[N, D]"
+            f"{noun} are {vectors.dtype}{list(vectors.shape)}, {precision} needs {np.dtype(DTYPES[precision])}[N, D]"
         )
     if precision == "float32" and not np.isfinite(vectors).all():
         bad = np.flatnonzero(~np.isfinite(vectors).all(1))
-        raise ValueError(f"{noun}: {len(bad)} of {len(vectors)} are not finite, the first is {bad[0]}")
+        raise ValueError(f"{noun}: {len(bad)} of {len(vectors)} are not finite, first {bad[0]}")
     return vectors
 
 
@@ -435,7 +422,7 @@ def _blocks(size: int, block: int) -> Iterator[slice]:
 
 @functools.partial(jax.jit, static_argnames="exact")
 def _cosine(queries, vectors, *, exact):
-    """Cosine [Q, N]; `exact` adds the products of int8 up as integers. A zero vector has cosine 0."""
+    """Cosine, float32 [Q, N]; `exact` sums the products of int8 as integers. A zero vector has cosine 0."""
 
     def products(a, b):
         dot = functools.partial(jnp.dot, precision="highest")
@@ -457,9 +444,9 @@ def _cosine(queries, vectors, *, exact):
 
 @jax.jit
 def _negative_hamming(queries, vectors):
-    """Minus the number of differing bits, float32 [Q, N], exact: with bits as ±1, (dot - D) / 2.
+    """Minus the number of differing bits, float32 [Q, N], exact: (dot - D) / 2 with bits as ±1.
 
-    A matrix product and a float top_k are several times faster on CPU than counting the bits of [Q, N] words.
+    On CPU, a matrix product and a float top_k are several times faster than counting the bits of [Q, N] words.
     """
 
     def signs(packed):

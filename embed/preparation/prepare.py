@@ -32,7 +32,7 @@ import rich.table
 
 from embed import paths, tokenizers
 from embed.config import differences
-from embed.console import make_console, quiet
+from embed.console import make_console, print_table, quiet
 from embed.data import store
 from embed.preparation import evaluation_sets, sources, vocabulary
 
@@ -450,6 +450,6 @@ def _print(console, info: Mapping) -> None:
     for reason, count in info["dropped"].items():
         if count:
             table.add_row(reason, "", "", f"{count:,}", "")
-    console.print(table)
+    print_table(table, stderr=True)
     if info["packages_missing"]:
         console.print(f"packages of the fixed lists that are not installed here: {', '.join(info['packages_missing'])}")

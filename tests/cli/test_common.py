@@ -1,4 +1,4 @@
-"""How every verb ends, and what it says about arguments that it does not have."""
+"""How every verb ends, and its errors about arguments."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ VERBS = list(cli.verbs())
 
 
 def run_program(program, *arguments, **environment):
-    """A Python program in a process of its own; it hangs if it does not end."""
+    """Run a Python program in its own process."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/tests/training"} | environment
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -26,14 +26,14 @@ def run_program(program, *arguments, **environment):
 
 
 def refused(capsys, *arguments):
-    """The one sentence with which a command is refused."""
+    """The error of a refused command, one sentence."""
     assert cli.main(list(arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_what_is_missing(verb, capsys):
+def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_ones(verb, capsys):
     known = {"plan": "--topology", "evaluate": "--output"}.get(verb, "--workdir")
     known = "--output" if verb in ("encode", "index", "mine", "merge") else "--query" if verb == "search" else known
     mistyped = known[:-2] + known[:-3:-1]
@@ -42,13 +42,13 @@ def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_what_is_mi
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_takes_the_beginning_of_an_option_for_it_or_a_word_without_a_name(verb, capsys):
+def test_no_verb_accepts_abbreviated_options(verb, capsys):
     assert "unknown argument '--mod'" in refused(capsys, verb, "--mod=x")
     sentence = refused(capsys, verb, "--help=x")  # argparse's own errors end in a sentence too
     assert sentence.startswith(f"embed: error: embed {verb}: argument -h/--help: ")
 
 
-def test_arguments_that_are_no_options_are_refused(capsys):
+def test_arguments_that_are_not_options_are_refused(capsys):
     run = ["--config=configs/quickstart.py", "--workdir=x"]
     assert "unknown argument 'runs/a'; options are --name=value" in refused(capsys, "train", *run, "runs/a")
     assert "unknown argument '-x'" in refused(capsys, "train", *run, "-x")
@@ -67,7 +67,7 @@ def test_arguments_that_are_no_options_are_refused(capsys):
         ),
         (["search", "--model=m", "--query=q", "--corpus=c", "--config.seed=1"], "unknown argument '--config.seed'"),
         (["search", "--model=m", "--query=q", "--corpus=c", "--top=many"], "argument --top: invalid int value: 'many'"),
-        (["trane"], "'trane' is not a verb; there are encode, "),
+        (["trane"], "'trane' is not a verb: expected encode, "),
     ],
 )
 def test_wrong_arguments_end_in_one_sentence(arguments, sentence, capsys):
@@ -86,7 +86,7 @@ def test_wrong_arguments_end_in_one_sentence(arguments, sentence, capsys):
         ),
     ],
 )
-def test_a_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, text, sentence, capsys):
+def test_an_error_about_a_config_file_names_its_line(tmp_path, text, sentence, capsys):
     (tmp_path / "mine.py").write_text(text)
     said = refused(capsys, "train", f"--config={tmp_path}/mine.py", "--workdir=x")
     assert f"config file {tmp_path}/mine.py, {sentence}" in said
@@ -95,7 +95,7 @@ def test_a_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, text,
 # --- ~ --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_begins_with_a_tilde_lies_in_the_home_folder_wherever_it_is_named(tmp_path, monkeypatch, capsys):
+def test_every_path_with_a_leading_tilde_is_in_the_home_folder(tmp_path, monkeypatch, capsys):
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()
     here.mkdir()
@@ -144,18 +144,18 @@ end(run, main)
         (
             "raise KeyboardInterrupt",
             130,
-            "embed: interrupted; what is complete stays, and the same command does the rest\n",
+            "embed: interrupted; completed work is kept, and the same command does the rest\n",
         ),
         ("raise SystemExit(0)", 0, ""),
         ("raise RuntimeError('a fault of ours')", 1, "RuntimeError: a fault of ours\n"),
     ],
 )
-def test_a_process_ends_with_its_code_whatever_thread_hangs(ending, code, said):
+def test_a_process_ends_with_its_code_even_if_a_thread_hangs(ending, code, said):
     done = run_program(HANGING.format(ending=ending))
     assert (done.returncode, done.stdout) == (code, "done\n") and done.stderr.endswith(said)
 
 
-def test_what_libraries_do_at_the_end_is_done_and_given_up_where_it_hangs():
+def test_exit_functions_of_libraries_run_until_one_hangs():
     program = """
 import atexit, threading
 from embed.cli import common
@@ -191,7 +191,7 @@ def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
     assert "embed: error: cannot write a checkpoint under" in done.stderr
 
 
-def test_the_program_itself_ends_so():
+def test_every_verb_and_the_program_end_through_end():
     setup = (ROOT / "setup.py").read_text()
     assert '"embed = embed.cli:entry"' in setup
     for verb in VERBS:
@@ -200,11 +200,11 @@ def test_the_program_itself_ends_so():
     assert done.returncode == 0 and "train" in done.stdout
 
 
-# --- what others write to the standard error ------------------------------------------------------------------------
+# --- what libraries write to standard error -------------------------------------------------------------------------
 
 
-def test_plan_says_nothing_but_its_own():
-    """Without libtpu, which tells of chips that are not there, it says what is missing."""
+def test_plan_prints_no_messages_of_libraries():
+    """Without libtpu, which warns about missing chips, it names what is missing."""
     embed = "from embed.cli import entry; entry()"
     done = run_program(embed, "plan", "--help")
     assert done.returncode == 0 and not done.stderr
@@ -215,7 +215,7 @@ def test_plan_says_nothing_but_its_own():
     assert done.returncode == 2 and line.startswith("embed: error: topology v6e:2x2: ")
 
 
-def test_what_a_library_writes_while_it_is_loaded_is_dropped_unless_it_fails():
+def test_output_of_a_library_while_it_is_imported_is_dropped_unless_the_import_fails():
     program = """
 import os, sys
 from embed.console import quiet

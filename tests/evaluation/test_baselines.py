@@ -45,15 +45,15 @@ def test_bm25_ranks_as_the_formula_does():
     assert baselines.bm25(make(corpus, [" ".join(query)]), depth=4).tolist() == [[*order[:3], -1]]
 
 
-def test_bm25_leaves_places_empty_where_no_word_is_shared_and_breaks_ties_by_index():
-    found = baselines.bm25(make(["a b", "c", "a b"], ["b", "zebra", "..."]), depth=3)
-    assert found.tolist() == [[0, 2, -1], [-1, -1, -1], [-1, -1, -1]]
+def test_bm25_leaves_ranks_empty_for_texts_without_a_common_word_and_breaks_ties_by_index():
+    ranking = baselines.bm25(make(["a b", "c", "a b"], ["b", "zebra", "..."]), depth=3)
+    assert ranking.tolist() == [[0, 2, -1], [-1, -1, -1], [-1, -1, -1]]
 
 
-def test_bm25_in_context_reads_the_first_chunk_of_the_document_before_each_other():
+def test_bm25_in_context_puts_the_first_chunk_of_the_document_before_each_other_chunk():
     corpus, documents = ["ledger", "def add", "parser", "def add"], [np.array([0, 1]), np.array([2, 3])]
     data = make(corpus, ["ledger add", "parser add"], documents)
-    assert baselines.bm25(data, depth=2)[:, 0].tolist() == [0, 2]  # alone the two functions are the same
+    assert baselines.bm25(data, depth=2)[:, 0].tolist() == [0, 2]  # without context the two functions are equal
     assert baselines.bm25(data, context=True, depth=2)[:, 0].tolist() == [1, 3]
 
 
@@ -64,7 +64,7 @@ def test_fusion_adds_reciprocal_ranks():
 
 
 def test_with_k_60_two_middling_ranks_beat_one_first_rank_and_with_k_1_they_do_not():
-    first, second = np.arange(50)[None], np.array([[*range(100, 149), 49]])  # text 49 is fiftieth in both
+    first, second = np.arange(50)[None], np.array([[*range(100, 149), 49]])  # text 49 has rank 50 in both
     assert baselines.reciprocal_rank_fusion(first, second, depth=2).tolist() == [[49, 0]]  # 2 / 110 > 1 / 61
     assert baselines.reciprocal_rank_fusion(first, second, k=1, depth=2).tolist() == [[0, 100]]
 

@@ -30,7 +30,7 @@ def metrics(tmp_path):
     return {"pair": file}
 
 
-def test_the_terminal_table_has_a_row_a_model_and_precision_and_fits_80_columns(results):
+def test_the_terminal_table_has_a_row_per_model_and_precision_and_fits_80_columns(results):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))
     console.print(report.render_table(results))
     text = console.export_text()
@@ -64,14 +64,14 @@ def test_results_without_checkpoints_are_refused():
         report.markdown_table({"checkpoints": {}})
 
 
-def test_a_report_of_checkpoints_alone_has_the_table_and_its_plot(tmp_path, results):
+def test_a_report_of_only_checkpoints_has_the_table_and_its_plot(tmp_path, results):
     path = report.write_report(tmp_path / "run", results, {})
     assert path == tmp_path / "run" / "report.md"
     assert re.findall(r"^## (.*)", path.read_text(), re.M) == [report.TITLE]
     assert [f.name for f in (tmp_path / "run" / "plots").iterdir()] == ["ndcg.png"]
 
 
-def test_every_section_stands_in_the_report_if_the_results_have_it(tmp_path, results, metrics):
+def test_the_report_has_every_section_of_the_results(tmp_path, results, metrics):
     results |= {
         "command": "embed pipeline",
         "commit": "abc123",
@@ -124,21 +124,21 @@ def test_every_section_stands_in_the_report_if_the_results_have_it(tmp_path, res
     assert len(re.findall(r"\]\(plots/", text)) == 3
 
 
-def test_the_running_mean_keeps_a_line_and_smooths_a_jag():
+def test_the_running_mean_keeps_a_straight_line_and_smooths_a_zigzag():
     line = [3.0 * k for k in range(50)]
     assert report._running_mean(line) == pytest.approx(line)
     assert report._running_mean([0.0, 3.0, 0.0, 3.0]) == pytest.approx([0, 1, 2, 3])
     assert report._running_mean([]) == []
 
 
-def test_losses_are_a_line_a_stage_with_the_file_that_has_every_row(tmp_path, results, metrics):
+def test_the_losses_have_a_row_per_stage_and_name_the_file_with_every_row(tmp_path, results, metrics):
     results["stages"] = {"pair": {"kind": "pair", "init": "diffusion"}}
     text = report.write_report(tmp_path / "run", results, metrics | {"none": tmp_path / "nothing.jsonl"}).read_text()
     table = text.partition("| stage | objective |")[2].partition("\n\n")[0].splitlines()
     mean = report._running_mean([5 / step for step in range(1, 50)])
     course = " | ".join(f"{mean[k]:.3f}" for k in (0, 12, 24, 36, 48))
     assert table[2:] == [f"| pair | pair | 49 | {course} |", "| none | – | – | – | – | – | – | – |"]
-    assert "STAGE/metrics.jsonl has every row of the log." in text
+    assert "STAGE/metrics.jsonl has every logged row." in text
 
 
 STAGES = {
@@ -148,12 +148,12 @@ STAGES = {
 }
 
 
-def test_what_the_numbers_mean_is_said_by_objective_and_of_nothing_that_is_not_there(tmp_path, results, metrics):
-    """Whatever the stages are called."""
+def test_the_report_explains_its_rows_by_objective_and_nothing_else(tmp_path, results, metrics):
+    """Stages may have any name."""
     (file,) = metrics.values()
     rows = {name: figures("float32", "int8", start=0.1) for name in ("first", "second", "third")}
-    told = results | {"checkpoints": rows, "stages": STAGES}
-    text = report.write_report(tmp_path / "told", told, dict.fromkeys(STAGES, file)).read_text()
+    explained = results | {"checkpoints": rows, "stages": STAGES}
+    text = report.write_report(tmp_path / "explained", explained, dict.fromkeys(STAGES, file)).read_text()
     for sentence in (
         "- float32, int8 are the same vectors",
         "- first: masked diffusion trains the state of each token",
@@ -161,7 +161,7 @@ def test_what_the_numbers_mean_is_said_by_objective_and_of_nothing_that_is_not_t
         "- first (diffusion): the bound",
         "- second (contextual): a weighted sum of three cross-entropies",
         "- third (triplet): cross-entropy of finding a query's document among the documents of the batch and the mined",
-        "- A stage that starts from a trained checkpoint may lose ground first",
+        "- The loss of a stage that starts from a trained checkpoint may rise first",
     ):
         assert sentence in text, sentence
     assert "BM25" not in text.replace("(BM25)", "") and "random init is" not in text and "(pair)" not in text
@@ -172,5 +172,5 @@ def test_what_the_numbers_mean_is_said_by_objective_and_of_nothing_that_is_not_t
     assert "- BM25 is the lexical baseline" in plain.read_text()
 
 
-def test_every_kind_of_stage_has_its_words():
+def test_every_objective_has_an_explanation_of_its_loss():
     assert set(report.LOSSES) == set(KINDS)

@@ -41,9 +41,9 @@ def test_metrics_equal_a_table_worked_out_by_hand():
     np.testing.assert_allclose(
         retrieval.ndcg(ranking, relevant, 3),
         [
-            1,  # the only answer first
+            1,  # the only relevant text comes first
             (discount[1] + discount[2]) / sum(discount),  # two of three, at ranks 2 and 3
-            (1 * discount[0] + 2 * discount[1]) / (2 * discount[0] + 1 * discount[1]),  # grades the wrong way round
+            (1 * discount[0] + 2 * discount[1]) / (2 * discount[0] + 1 * discount[1]),  # grades in the wrong order
             0,
         ],
         rtol=1e-12,
@@ -54,7 +54,7 @@ def test_metrics_equal_a_table_worked_out_by_hand():
     np.testing.assert_allclose(retrieval.reciprocal_rank(ranking, relevant, 1), [1, 0, 1, 0])
 
 
-def test_more_answers_than_places_do_not_lower_the_best_ndcg():
+def test_more_relevant_texts_than_ranks_do_not_lower_the_best_ndcg():
     relevant = relevance(dict.fromkeys(range(20), 1))
     assert retrieval.ndcg(np.arange(20)[None], relevant, 10)[0] == pytest.approx(1)
     assert retrieval.recall(np.arange(20)[None], relevant, 10)[0] == 0.5
@@ -82,9 +82,9 @@ def test_metrics_equal_loops_over_random_graded_rankings():
         np.testing.assert_allclose(retrieval.reciprocal_rank(ranking, relevance(*answers), k), mrr)
 
 
-def test_means_are_taken_over_all_queries():
-    found = retrieval.metrics(np.array([[0, 1], [0, 1]]), relevance({0: 1}, {5: 1}))
-    assert found == {"ndcg@10": 0.5, "recall@10": 0.5, "mrr@10": 0.5, "recall@100": 0.5}
+def test_metrics_are_means_over_all_queries():
+    means = retrieval.metrics(np.array([[0, 1], [0, 1]]), relevance({0: 1}, {5: 1}))
+    assert means == {"ndcg@10": 0.5, "recall@10": 0.5, "mrr@10": 0.5, "recall@100": 0.5}
     with pytest.raises(ValueError, match="1 rankings for 2 queries"):
         retrieval.metrics(np.array([[0, 1]]), relevance({0: 1}, {5: 1}))
 
@@ -92,7 +92,7 @@ def test_means_are_taken_over_all_queries():
 # Sets
 
 
-def test_a_set_is_read_with_ids_turned_into_rows(tmp_path):
+def test_a_set_is_read_with_row_indices_for_ids(tmp_path):
     data = retrieval.read_set(make(tmp_path / "set", chunked=True))
     assert len(data.queries) == 12 and data.corpus_ids[20] == "c20"
     assert [rows.tolist() for rows in data.documents] == [list(range(6 * d, 6 * d + 6)) for d in range(4)]
@@ -110,12 +110,12 @@ QREL = {"query-id": "q", "corpus-id": "c", "score": 1}
     ("corpus", "queries", "qrels", "message"),
     [
         ([], QUERIES, [QREL], "corpus.jsonl is empty"),
-        (CORPUS, QUERIES, [], "qrels.jsonl: 1 queries have no relevant text, the first is 'q'"),
+        (CORPUS, QUERIES, [], "qrels.jsonl: 1 queries have no relevant text, first 'q'"),
         (CORPUS, QUERIES, [QREL | {"score": 0}], "1 queries have no relevant text"),
         (CORPUS, QUERIES, [QREL | {"corpus-id": "z"}], "qrels.jsonl, line 1: query-id 'q', corpus-id 'z'"),
-        (CORPUS * 2, QUERIES, [QREL], "corpus.jsonl, line 2: the id 'c' stands for more than one text"),
+        (CORPUS * 2, QUERIES, [QREL], "corpus.jsonl, line 2: the id 'c' is already used in line 1"),
         ([{"_id": "c"}], QUERIES, [QREL], "corpus.jsonl, line 1 ._id .c.. has no text"),
-        ([CORPUS[0] | {"document": "d", "chunk": 1}], QUERIES, [QREL], "chunk 1 of document 'd' should be 0"),
+        ([CORPUS[0] | {"document": "d", "chunk": 1}], QUERIES, [QREL], "chunk 1 of document 'd' must be 0"),
         ([CORPUS[0] | {"document": ["d"]}], QUERIES, [QREL], r"line 1 .*: \"document\" is \['d'\], expected a string"),
         (
             [{"_id": "c", "chunks": ["x"]}],
@@ -127,7 +127,7 @@ QREL = {"query-id": "q", "corpus-id": "c", "score": 1}
             [{"_id": "c", "text": ""}],
             QUERIES,
             [QREL],
-            "corpus.jsonl, line 1 .* has no text, and so have 1 of the 1 rows",
+            "corpus.jsonl, line 1 .* has no text; 1 of the 1 rows of .* have none",
         ),
         (CORPUS, [{"_id": "q", "text": " "}], [QREL], "queries.jsonl, line 1 .* has no text"),
         (CORPUS, [{"_id": "q", "chunks": ["x"]}], [QREL], 'queries.jsonl, line 1 .* has no text: expected "text"$'),
@@ -140,7 +140,7 @@ QREL = {"query-id": "q", "corpus-id": "c", "score": 1}
         (CORPUS, QUERIES, [QREL | {"corpus-id": 7}], '"corpus-id" is 7, expected a string: write "7"'),
         (CORPUS, QUERIES, [QREL | {"score": True}], "score True: expected"),
         (CORPUS, QUERIES, [QREL | {"score": "1"}], "score '1': expected"),
-        (CORPUS, QUERIES, [QREL, QREL | {"score": 2}], "line 2: 'c' has score 2 for 'q', and 1 before"),
+        (CORPUS, QUERIES, [QREL, QREL | {"score": 2}], "line 2: 'c' has score 2 for 'q', but 1 in an earlier line"),
     ],
 )
 def test_a_broken_set_is_one_sentence(tmp_path, corpus, queries, qrels, message):
@@ -148,12 +148,12 @@ def test_a_broken_set_is_one_sentence(tmp_path, corpus, queries, qrels, message)
         retrieval.read_set(write(tmp_path, corpus, queries, qrels))
 
 
-def test_a_wrong_path_says_what_is_expected_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected corpus.jsonl, queries.jsonl and qrels.jsonl"):
+def test_an_error_about_a_missing_folder_names_the_files_it_must_have(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected one with corpus.jsonl, queries.jsonl and qrels.jsonl"):
         retrieval.read_set(tmp_path / "nowhere")
 
 
-def test_rows_with_and_without_a_document_stand_beside_each_other(tmp_path):
+def test_rows_with_and_without_a_document_may_be_mixed(tmp_path):
     corpus = [{"_id": "a", "text": "x", "document": 1}, {"_id": "b", "text": "y"}, {"_id": "c", "text": "z"}]
     corpus.append({"_id": "d", "text": "u", "document": 1, "chunk": 1})
     folder = write(tmp_path / "set", corpus, [{"_id": "q", "text": "x"}], [QREL | {"corpus-id": "a"}])
@@ -174,7 +174,7 @@ def test_chunks_are_ranked_in_context_and_alone(tmp_path):
     np.testing.assert_allclose(queries, encoder.encode(data.queries), atol=1e-6)
 
 
-def test_a_title_stands_in_front_of_its_text(tmp_path):
+def test_a_title_comes_before_its_text(tmp_path):
     corpus = [{"_id": "c0", "title": "Trees", "text": "of arrays"}, {"_id": "c1", "title": "", "text": " as it is "}]
     qrels = [{"query-id": "q0", "corpus-id": "c0", "score": 1}]
     folder = write(tmp_path / "set", corpus, [{"_id": "q0", "text": "tree"}], qrels)
@@ -182,7 +182,7 @@ def test_a_title_stands_in_front_of_its_text(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])
-def test_a_ranking_is_that_of_texts_encoded_in_the_precision(tmp_path, precision):
+def test_a_ranking_equals_that_of_texts_encoded_in_the_precision(tmp_path, precision):
     encoder, data = small.encoder(), retrieval.read_set(make(tmp_path / "set", chunked=False))
     queries, corpus = (encoder.encode(texts, precision=precision) for texts in (data.queries, data.corpus))
     if "binary" in precision:
@@ -202,5 +202,5 @@ def test_a_contextual_set_is_evaluated_both_ways(tmp_path):
     alone = retrieval.evaluate_retrieval(encoder, data, ["float32", "int8"], alone=True)
     assert list(context) == list(alone) == ["float32", "int8"]
     assert context != alone
-    # Query i is text i after one more word: by itself even a random model finds it, the context blurs it.
+    # Query i is text i after one more word: without context even a random model ranks it first.
     assert alone["float32"]["ndcg@10"] > 0.8

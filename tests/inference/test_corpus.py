@@ -1,4 +1,4 @@
-"""Corpus files: what a row says, how it is read, and what is refused by file and line."""
+"""Corpus files: how rows are read, and errors that name file and line."""
 
 import gzip
 import json
@@ -37,14 +37,14 @@ def test_a_corpus_holds_texts_and_chunked_documents(tmp_path):
         ({"text": "\U0001f600"}, ["\U0001f600"]),
     ],
 )
-def test_a_title_is_put_in_front_of_the_text_or_first_chunk_as_mteb_does(tmp_path, row, chunks):
+def test_a_title_comes_before_the_text_or_the_first_chunk_as_in_mteb(tmp_path, row, chunks):
     path = tmp_path / "c"
     for ascii_ in (True, False):
         path.write_text(json.dumps({"_id": "a", **row}, ensure_ascii=ascii_), encoding="utf-8")
         assert [r.chunks for r in read_rows(path)] == [chunks]
 
 
-def test_a_query_is_its_text_as_it_is(tmp_path):
+def test_a_query_is_its_text_unchanged(tmp_path):
     path = lines(tmp_path / "q", {"_id": "a", "title": "no part of it", "text": " x "})
     assert [r.chunks for r in read_rows(path, queries=True)] == [[" x "]]
 
@@ -67,7 +67,7 @@ def test_the_same_rows_are_read_from_every_form_of_a_text_file(tmp_path, change)
     assert [row for _, row in read_jsonl(tmp_path / "c")] == [{"_id": "ä", "text": "ü"}, {"_id": "b", "text": "x"}]
 
 
-def test_a_corpus_may_come_out_of_a_pipe(tmp_path):
+def test_a_corpus_can_be_read_from_a_pipe(tmp_path):
     for name, content in (("plain", GOOD.encode()), ("gzip", gzip.compress(GOOD.encode()))):
         os.mkfifo(tmp_path / name)
         writer = threading.Thread(target=(tmp_path / name).write_bytes, args=[content])
@@ -88,18 +88,18 @@ GOOD = '{"_id": "a", "text": "ü"}\n'
         (GOOD.encode("utf-16-be"), "c is UTF-16"),
         (b"\x28\xb5\x2f\xfd....", "c is a zstd archive"),
         (b"PK\x03\x04....", "c is a zip archive"),
-        (gzip.compress(GOOD.encode() * 99)[:-12], "c is damaged or cut short in its gzip data, after line"),
+        (gzip.compress(GOOD.encode() * 99)[:-12], "c is damaged or truncated: its gzip data end after line"),
         (b"", "c is empty: expected at least one row"),
         (b"\n\n", "c is empty: expected at least one row"),
     ],
 )
-def test_a_file_that_is_no_text_in_utf8_is_named_with_what_it_is(tmp_path, content, message):
+def test_an_error_about_a_file_that_is_not_utf8_names_its_format(tmp_path, content, message):
     (tmp_path / "c").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_corpus(tmp_path / "c")
 
 
-def test_a_missing_corpus_or_a_folder_is_named(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused_as_a_corpus(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file .*nothing.jsonl: expected JSON lines"):
         read_corpus(tmp_path / "nothing.jsonl")
     with pytest.raises(ValueError, match=f"{tmp_path} is a folder, expected a file of JSON lines"):
@@ -113,8 +113,8 @@ A = {"_id": "a", "text": "x"}
     ("rows", "message"),
     [
         ([A, "{oops"], "line 2: invalid JSON .Expecting property name .*, column 2"),
-        (["[1]"], r"line 1: expected an object, one a line, got '\[1\]'"),
-        (['{"_id": "a", "text": "x", "text": "y"}'], "line 1: invalid JSON .the key 'text' is there more than once"),
+        (["[1]"], r"line 1: expected one JSON object per line, got '\[1\]'"),
+        (['{"_id": "a", "text": "x", "text": "y"}'], "line 1: invalid JSON .the key 'text' occurs more than once"),
         (['{"_id": "a", "text": "x", "n": NaN}'], "line 1: invalid JSON .NaN is not a number"),
         (['{"_id": "a", "text": "x\ty"}'], "line 1: invalid JSON .Invalid control character at, column 24"),
         (["[" * 100_000], "line 1: invalid JSON .*recursion"),
@@ -124,27 +124,27 @@ A = {"_id": "a", "text": "x"}
         ([{"_id": "", "text": "x"}], "\"_id\" is '', expected a string"),
         ([{"_id": "a"}], "line 1 ._id 'a'. has no text: expected \"text\" or a list"),
         ([{"_id": "a", "chunks": "x"}], "has no text"),
-        ([{"_id": "a", "text": 3}], "line 1 ._id 'a'.: a text, chunk or title is 3, expected a string"),
+        ([{"_id": "a", "text": 3}], "line 1 ._id 'a'.: a text, chunk or title is 3 .int., expected a str"),
         ([{"_id": "a", "text": None, "title": "x"}], "a text, chunk or title is None"),
         ([{"_id": "a", "chunks": ["x", 3]}], "a text, chunk or title is 3"),
         ([A | {"title": ["x"]}], r"a text, chunk or title is \['x'\]"),
         ([A | {"chunks": ["y"]}], 'line 1 ._id \'a\'. has "text" and "chunks": expected one of them'),
-        (['{"_id": "a", "text": "x\\ud800"}'], "line 1 ._id 'a'.: .* has half a surrogate pair"),
-        (['{"_id": "x\\udfff", "text": "x"}'], 'line 1: "_id" has half a surrogate pair at character 1'),
-        ([A, A | {"text": "y"}], "line 2: the id 'a' stands for more than one text, also in line 1"),
+        (['{"_id": "a", "text": "x\\ud800"}'], "line 1 ._id 'a'.: .* holds a lone surrogate U.D800 at character 1"),
+        (['{"_id": "x\\udfff", "text": "x"}'], 'line 1: "_id" holds a lone surrogate U.DFFF at character 1'),
+        ([A, A | {"text": "y"}], "line 2: the id 'a' is already used in line 1"),
         (
             [{"_id": "a", "chunks": ["x", "y"]}, {"_id": "a#1", "text": "y"}],
-            "line 2 .*: the id 'a#1' stands for more than one text, also in .*line 1",
+            "line 2 .*: the id 'a#1' is already used in .*line 1",
         ),
-        ([{"_id": "b", "text": " "}, A], "line 1 ._id 'b'. has no text, and so have 1 of the 2 rows"),
+        ([{"_id": "b", "text": " "}, A], "line 1 ._id 'b'. has no text; 1 of the 2 rows of .* have none"),
         (
             [A, {"_id": "b", "text": ""}, {"_id": "c", "chunks": [" "]}],
-            "line 2 ._id 'b'. has no text, and so have 2 of",
+            "line 2 ._id 'b'. has no text; 2 of the 3 rows",
         ),
         ([{"_id": "a", "chunks": []}], "has no text"),
     ],
 )
-def test_a_bad_row_is_one_sentence_that_names_the_line(tmp_path, rows, message):
+def test_an_error_about_a_row_is_one_sentence_that_names_the_line(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_corpus(lines(tmp_path / "c", *rows))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Files that were damaged: what is read is exactly what was written, or an error of one line names the file."""
+"""Damaged files: they are read exactly as written, or an error of one line names the file."""
 
 import functools
 import json
@@ -38,18 +38,18 @@ VALUES = st.recursive(
 
 @st.composite
 def damaged(draw, content: bytes):
-    """The content with some bytes flipped, cut out, repeated, cut off or put in."""
+    """The content with some bytes flipped, deleted, repeated, truncated or inserted."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
-        kind = draw(st.sampled_from(["flip", "set", "cut off", "cut out", "repeat", "insert"]))
+        kind = draw(st.sampled_from(["flip", "set", "truncate", "delete", "repeat", "insert"]))
         if kind == "flip" and content:
             content[at] ^= 1 << draw(st.integers(0, 7))
         elif kind == "set" and content:
             content[at] = draw(st.sampled_from(b'\x00\xff"{}[]:,\\ \n\r9'))
-        elif kind == "cut off":
+        elif kind == "truncate":
             del content[at:]
-        elif kind == "cut out":
+        elif kind == "delete":
             del content[at : at + draw(st.integers(1, 20))]
         elif kind == "repeat":
             content[at:at] = content[at : at + draw(st.integers(1, 40))]
@@ -60,9 +60,9 @@ def damaged(draw, content: bytes):
 
 def assert_sentence(error, *files):
     """The error is one line that names one of the files."""
-    said = str(error)
+    message = str(error)
     assert type(error) in (ValueError, FileNotFoundError), repr(error)
-    assert "\n" not in said and any(str(file) in said for file in files), said
+    assert "\n" not in message and any(str(file) in message for file in files), message
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def scratch() -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_scratch_is_left():
+def remove_scratch():
     yield
     shutil.rmtree(scratch())
     scratch.cache_clear()
@@ -83,17 +83,17 @@ def corpus(rows, newline="\n") -> bytes:
 
 @bounded
 @given(damaged(corpus(ROWS)))
-def test_a_corpus_with_damaged_bytes_is_read_as_its_lines_say_or_refused_by_name(content):
-    """What the lines say is read here once more, in the plainest way there is."""
+def test_a_damaged_corpus_is_read_as_written_or_refused_by_name(content):
+    """The expected documents are read from the lines by a minimal reader."""
     file = scratch() / "corpus.jsonl"
     file.write_bytes(content)
     try:
-        found = read_corpus(file)
+        result = read_corpus(file)
     except (ValueError, FileNotFoundError) as error:
         assert_sentence(error, file)
         return
     rows = [json.loads(line) for line in content.removeprefix(b"\xef\xbb\xbf").decode().split("\n") if line.strip()]
-    assert found.ids == [
+    assert result.ids == [
         n for r in rows for n in ([r["_id"]] if "text" in r else [f"{r['_id']}#{k}" for k in range(len(r["chunks"]))])
     ]
     expected = []
@@ -102,26 +102,24 @@ def test_a_corpus_with_damaged_bytes_is_read_as_its_lines_say_or_refused_by_name
         if row.get("title"):
             chunks[0] = (row["title"] + " " + (row["text"] if "text" in row else chunks[0])).strip()
         expected.append(chunks)
-    assert found.documents == expected and all(any(map(str.strip, chunks)) for chunks in expected)
+    assert result.documents == expected and all(any(map(str.strip, chunks)) for chunks in expected)
 
 
 @bounded
 @given(st.integers(0, 2), st.sampled_from(["_id", "text", "chunks", "title", "more"]), VALUES)
-def test_a_corpus_row_with_another_value_is_read_or_refused_by_its_line(which, field, value):
+def test_a_corpus_row_with_another_value_is_read_or_refused_by_line(which, field, value):
     rows = [dict(row) for row in ROWS]
     rows[which][field] = value
     file = scratch() / "corpus.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        found = read_corpus(file)
+        result = read_corpus(file)
     except ValueError as error:
         assert_sentence(error, file)
-        assert f"line {which + 1}" in str(error) or "more than one text" in str(error)
+        assert f"line {which + 1}" in str(error) or "is already used in" in str(error)
         return
-    assert len(found.documents) == 3
-    assert all(isinstance(text, str) for text in found.texts) and len(found.texts) == len(found.ids) == len(
-        set(found.ids)
-    )
+    assert len(result.documents) == 3 and all(isinstance(text, str) for text in result.texts)
+    assert len(result.texts) == len(result.ids) == len(set(result.ids))
 
 
 SET = {
@@ -151,7 +149,7 @@ SET = {
     VALUES,
 )
 @pytest.mark.filterwarnings("ignore:.*have no text")
-def test_a_set_with_another_value_is_read_or_refused_by_its_file(field, value):
+def test_a_set_with_another_value_is_read_or_refused_by_file(field, value):
     name, key = field
     for file, rows in SET.items():
         rows = [dict(row) for row in rows]
@@ -159,12 +157,12 @@ def test_a_set_with_another_value_is_read_or_refused_by_its_file(field, value):
             rows[0][key] = value
         (scratch() / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     try:
-        found = retrieval.read_set(scratch())
+        result = retrieval.read_set(scratch())
     except ValueError as error:
         assert_sentence(error, *(scratch() / f"{file}.jsonl" for file in SET))
         return
-    assert found.corpus_ids == ["a", "b"] and sorted(np.concatenate(found.documents)) == [0, 1]
-    assert all(np.isfinite(r.grades).all() and (r.grades > 0).all() for r in found.relevant)
+    assert result.corpus_ids == ["a", "b"] and sorted(np.concatenate(result.documents)) == [0, 1]
+    assert all(np.isfinite(r.grades).all() and (r.grades > 0).all() for r in result.relevant)
 
 
 @functools.cache
@@ -176,29 +174,29 @@ def index() -> Index:
     return made
 
 
-def load_as_it_was(change) -> None:
-    """Load the index after a change of its folder: it is the one that was saved, or the change is an error."""
+def check_load_after(change) -> None:
+    """Load the index after a change to its folder: it equals the saved one, or the change is an error."""
     made, folder = index(), scratch() / "index"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(scratch() / "good", folder)
     change(folder)
     try:
-        found = Index.load(folder)
+        loaded = Index.load(folder)
     except (ValueError, FileNotFoundError) as error:
         assert_sentence(error, folder)
         return
-    np.testing.assert_array_equal(found.vectors, made.vectors, strict=True)
-    np.testing.assert_array_equal(found.empty, made.empty, strict=True)
+    np.testing.assert_array_equal(loaded.vectors, made.vectors, strict=True)
+    np.testing.assert_array_equal(loaded.empty, made.empty, strict=True)
     for name in ("precision", "ids", "texts", "truncate_dim", "model", "max_length", "cut"):
-        assert getattr(found, name) == getattr(made, name)
+        assert getattr(loaded, name) == getattr(made, name)
 
 
 @bounded
 @given(st.sampled_from(["index.json", "vectors.safetensors"]), st.data())
-def test_an_index_with_a_damaged_file_is_loaded_as_it_was_or_refused_by_name(file, data):
+def test_an_index_with_a_damaged_file_is_loaded_as_saved_or_refused_by_name(file, data):
     index()
     content = data.draw(damaged((scratch() / "good" / file).read_bytes()))
-    load_as_it_was(lambda folder: (folder / file).write_bytes(content))
+    check_load_after(lambda folder: (folder / file).write_bytes(content))
 
 
 FIELDS = [
@@ -217,21 +215,21 @@ FIELDS = [
 
 @bounded
 @given(st.sampled_from([*FIELDS, "more"]), VALUES | st.just("binary") | st.just("float32"))
-def test_an_index_with_another_value_in_its_description_is_loaded_as_it_was_or_refused(field, value):
+def test_an_index_with_another_value_in_index_json_is_loaded_as_saved_or_refused(field, value):
     def change(folder):
         described = json.loads((folder / "index.json").read_text())
         (folder / "index.json").write_text(json.dumps(described | {field: value}))
 
-    load_as_it_was(change)
+    check_load_after(change)
 
 
 @pytest.mark.parametrize("file", ["index.json", "vectors.safetensors"])
-def test_an_index_with_a_missing_file_is_refused_and_other_files_beside_it_change_nothing(file):
-    load_as_it_was(lambda folder: (folder / file).unlink())
-    load_as_it_was(lambda folder: (folder / "more.safetensors").write_text("x"))
+def test_an_index_with_a_missing_file_is_refused_and_other_files_change_nothing(file):
+    check_load_after(lambda folder: (folder / file).unlink())
+    check_load_after(lambda folder: (folder / "more.safetensors").write_text("x"))
 
     def a_folder(folder):
         (folder / file).unlink()
         (folder / file).mkdir()
 
-    load_as_it_was(a_folder)
+    check_load_after(a_folder)

@@ -13,7 +13,7 @@ MODEL = transformer.make_config("micro", FIRST + CYCLE)
 
 
 def counting(rows: int, seed: int) -> np.ndarray:
-    """A language whose every text counts up, modulo CYCLE, from a random start: one token determines all others."""
+    """Texts that count up modulo CYCLE from a random start, so that one token determines all others."""
     start = np.random.default_rng(seed).integers(0, CYCLE, (rows, 1))
     return (FIRST + (start + np.arange(LENGTH)) % CYCLE).astype(np.int32)
 
@@ -60,7 +60,7 @@ def test_a_trained_model_recovers_a_text_from_a_quarter_of_its_tokens(trained):
     assert wrong <= 2  # of 240 masked tokens
 
 
-def test_held_out_loss_and_accuracy_say_the_same(trained):
+def test_held_out_loss_is_low_and_accuracy_high(trained):
     left_shift, params = trained
     report = denoise.elbo_and_accuracy(
         params, MODEL, counting(64, seed=1000), mask_id=MASK, left_shift=left_shift, levels=(0.3, 0.9), chunk=LENGTH
@@ -74,7 +74,7 @@ def random_params():
     return transformer.init(MODEL, jax.random.key(1))
 
 
-def test_a_step_unmasks_the_most_confident_tokens_and_touches_no_other():
+def test_a_step_unmasks_the_most_confident_tokens_and_changes_no_other():
     text = counting(1, seed=0)[0]
     text[[1, 4, 5, 9, 12]] = MASK
     states = denoise.denoise(random_params(), MODEL, text, mask_id=MASK, tokens_per_step=2, length=LENGTH)
@@ -98,6 +98,6 @@ def test_a_step_unmasks_the_most_confident_tokens_and_touches_no_other():
         ([MASK, 5], dict(tokens_per_step=1, left_shift=True), "the first token cannot be masked"),
     ],
 )
-def test_what_cannot_be_denoised_is_an_error(tokens, keywords, message):
+def test_wrong_input_is_an_error_that_names_the_value(tokens, keywords, message):
     with pytest.raises(ValueError, match=message):
         denoise.denoise(random_params(), MODEL, np.array(tokens, np.int32), mask_id=MASK, length=LENGTH, **keywords)

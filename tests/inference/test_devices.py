@@ -1,8 +1,8 @@
-"""What one device computes, eight devices and two processes compute as well.
+"""Eight devices and two processes compute the same as one device.
 
-With rows sharded over devices each device runs the program of one, on fewer or as many rows; float32 may differ in the last
-bit where a matrix product of another height adds in another order. int8 and bits are rounded after that, so a number that
-lies that close to a boundary might come out one level away; none of those here does.
+With rows sharded over devices, each device runs the program for one device on fewer rows or as many. float32 may differ
+in the last bit, because a matrix product of another height sums in another order. int8 and bits are rounded afterwards,
+so a number close to a boundary could differ by one level; none here does.
 """
 
 import json
@@ -31,7 +31,7 @@ VERBS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, a retrieval set, and what the verbs write with the one device of this process: FOLDER/one/VERB."""
+    """A model, an evaluation set, and the output of each verb on the one device of this process: FOLDER/one/VERB."""
     folder = tmp_path_factory.mktemp("devices")
     small.write_model(folder / "model")
     rows = {
@@ -78,7 +78,7 @@ EIGHT = textwrap.dedent(
     def encoder(mesh=None, params=small.params(), config=small.config()):
         return inference.Encoder(params, config, small.tokenizer(), mesh=mesh)
 
-    def assert_close(a, b):  # in 1e-6 of a vector's length
+    def assert_close(a, b):  # within 1e-6 of a vector's length
         assert (np.abs(a - b).max(-1) <= 1e-6 * np.linalg.norm(b, axis=-1)).all()
 
     one_device = sharding.make_mesh(devices=devices[:1])
@@ -88,7 +88,7 @@ EIGHT = textwrap.dedent(
         for a, b in (
             (one.encode(texts, precision=precision), eight.encode(texts, precision=precision)),
             (one.encode(texts[:3], precision=precision), eight.encode(texts[:3], precision=precision)),
-            *zip(one.encode_documents(documents, precision=precision), eight.encode_documents(documents, precision=precision)),
+            *zip(*(e.encode_documents(documents, precision=precision) for e in (one, eight))),
         ):
             if precision == "float32":
                 assert_close(b, a)
@@ -96,7 +96,7 @@ EIGHT = textwrap.dedent(
                 np.testing.assert_array_equal(b, a, strict=True)
     assert_close(eight.encode(texts, batch_tokens=1), one.encode(texts))
 
-    # Parameters as training has them: they stay where they lie, in the dtype of the computation.
+    # Parameters that are sharded as in training keep their shardings, in the dtype of the computation.
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = jax.tree.map(jax.device_put, small.params(), sharding.parameter_shardings(mesh, small.params()))
     sharded = encoder(mesh, params)
@@ -106,9 +106,9 @@ EIGHT = textwrap.dedent(
             assert x.dtype == dtype and x.sharding == y.sharding
     assert not sharded.params["layers"]["gate"].sharding.is_fully_replicated
     assert_close(sharded.encode(texts), one.encode(texts))
-    assert_close(encoder(one_device, params).encode(texts[:9]), one.encode(texts[:9]))  # from a mesh to another
+    assert_close(encoder(one_device, params).encode(texts[:9]), one.encode(texts[:9]))  # from one mesh to another
 
-    # Blocks of queries, the last of them short; documents that are equal.
+    # Blocks of queries, the last one short; some documents are equal.
     queries, vectors = rng.normal(size=(33, 16)).astype(np.float32), rng.normal(size=(90, 16)).astype(np.float32)
     vectors[40:50] = vectors[:10]
     mining.BLOCK = index.BLOCK_QUERIES = 4
@@ -143,8 +143,8 @@ sys.exit(sum(cli.main(command.split()) for command in sys.argv[2:]))
 """
 
 
-def test_eight_devices_give_what_one_gives(folder):
-    """With LLVM's optimizations: without them the same sums of a row are rounded in another way in batches of other sizes."""
+def test_eight_devices_give_the_results_of_one(folder):
+    """With LLVM's optimizations: without them, rounding of the sums of a row depends on the size of the batch."""
     commands = [" ".join(arguments(verb, folder)) for verb in VERBS]
     programs = {"one-alone": (1, [VERBS_ALONE]), "eight": (8, [EIGHT])}
     for name, (devices, program) in programs.items():
@@ -161,9 +161,10 @@ def test_eight_devices_give_what_one_gives(folder):
 
 
 def test_two_processes_write_the_files_of_one_and_the_second_writes_and_prints_nothing(folder, tmp_path):
-    embed = tmp_path / "embed"  # each process works in a folder of its own
+    embed = tmp_path / "embed"  # each process runs in its own folder
     embed.write_text(
-        f'#!/bin/sh\nfor last; do :; done\ncd {tmp_path}/process-${{last#--process_id=}}\nexec {sys.executable} -m embed.cli "$@"\n'
+        f"#!/bin/sh\nfor last; do :; done\ncd {tmp_path}/process-${{last#--process_id=}}\n"
+        f'exec {sys.executable} -m embed.cli "$@"\n'
     )
     embed.chmod(0o755)
     for k in (0, 1):
@@ -175,10 +176,10 @@ def test_two_processes_write_the_files_of_one_and_the_second_writes_and_prints_n
             text=True,
             env={**os.environ, "EMBED": str(embed), "LOGS": str(tmp_path / "logs")},
         )
-        said = [(tmp_path / "logs" / f"process-{k}.log").read_text() for k in (0, 1)]
-        assert done.returncode == 0, said
+        logs = [(tmp_path / "logs" / f"process-{k}.log").read_text() for k in (0, 1)]
+        assert done.returncode == 0, logs
         words = "float32" if verb == "evaluate" else f"written to {verb}"
-        assert words in said[0] and words not in said[1] and "encode:" not in said[1], said
+        assert words in logs[0] and words not in logs[1] and "encode:" not in logs[1], logs
     assert_same_files(folder / "one", tmp_path / "process-0")
     assert not list((tmp_path / "process-1").iterdir())
 
@@ -190,10 +191,10 @@ def test_two_processes_write_the_files_of_one_and_the_second_writes_and_prints_n
         (["--distributed", "--num_processes=2"], "leave out --num_processes"),
         (["--num_processes=2", "--process_id=1"], "--num_processes=2 needs --coordinator=HOST:PORT"),
         (["--num_processes=2", "--coordinator=h:1", "--process_id=2"], "--process_id from 0 to 1, not h:1 and 2"),
-        (["--distributed"], "--distributed finds no TPU, GKE or Slurm job around this process"),
+        (["--distributed"], "--distributed needs a TPU, GKE or Slurm job"),
     ],
 )
-def test_processes_that_cannot_be_joined_are_one_sentence(folder, tmp_path, monkeypatch, capsys, given, sentence):
+def test_an_error_about_joining_processes_is_one_sentence(folder, tmp_path, monkeypatch, capsys, given, sentence):
     monkeypatch.setattr(jax.distributed, "initialize", _no_job)
     monkeypatch.chdir(tmp_path)
     assert cli.main([*arguments("encode", folder), *given]) == 2
@@ -204,19 +205,19 @@ def _no_job(*_, **__):
     raise ValueError("coordinator_address should be defined.")
 
 
-def test_what_a_lost_process_makes_the_others_raise_says_try_again(monkeypatch):
-    with pytest.raises(ValueError, match="Gloo"), distributed.peers():  # alone, it is an error like others
+def test_an_error_caused_by_a_lost_process_has_the_exit_code_for_a_retry(monkeypatch):
+    with pytest.raises(ValueError, match="Gloo"), distributed.peers():  # a single process has no peers to lose
         raise ValueError("Gloo all-reduce failed")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(
-        distributed.PeerLostError, match="process 0 of 2 cannot go on: Gloo all-reduce failed. "
+        distributed.PeerLostError, match="process 0 of 2 cannot continue: Gloo all-reduce failed. "
     ) as lost:
         with distributed.peers():
             raise ValueError("Gloo all-reduce failed\nmore")
     assert lost.value.exit_code == 75
 
 
-def test_no_process_ends_before_all_have_come_to_the_end(monkeypatch):
+def test_no_process_ends_before_all_have_finished(monkeypatch):
     met = []
     monkeypatch.setattr(distributed, "meet", lambda: met.append("meet"))
     assert run(lambda argv: met.append("written") or 0) == 0 and met == ["written", "meet"]

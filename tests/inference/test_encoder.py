@@ -8,7 +8,7 @@ import pytest
 import small
 
 from embed import inference
-from embed.inference import encoder as room
+from embed.inference import encoder as encoding
 from embed.models import sharding, transformer
 from embed.rows import Segment
 
@@ -56,7 +56,7 @@ def test_padding_and_neighbours_in_the_row_change_nothing(encoder):
     np.testing.assert_allclose(encoder.encode(TEXTS[:20])[0], bare, atol=1e-5)
 
 
-def test_a_vector_does_not_depend_on_the_batch_it_was_in(encoder):
+def test_a_vector_does_not_depend_on_its_batch(encoder):
     together = encoder.encode(TEXTS)
     for batch_tokens in (1, 300, 100_000):
         np.testing.assert_allclose(encoder.encode(TEXTS, batch_tokens=batch_tokens), together, atol=1e-5)
@@ -105,8 +105,8 @@ def test_bits_are_packed_as_sentence_transformers_packs_them(encoder):
 
 def test_zero_is_a_set_bit():
     vectors = np.array([[0.0, -1e-9, 1.0, -1.0, -1.0, -1.0, -1.0, 0.0]], np.float32)
-    assert room.quantize(vectors, "ubinary").tolist() == [[0b10100001]]
-    assert room.quantize(vectors, "binary").tolist() == [[0b10100001 - 128]]
+    assert encoding.quantize(vectors, "ubinary").tolist() == [[0b10100001]]
+    assert encoding.quantize(vectors, "binary").tolist() == [[0b10100001 - 128]]
 
 
 def test_a_prefix_is_taken_before_bits_are_packed(encoder):
@@ -125,18 +125,18 @@ def test_normalizing_comes_after_truncating(encoder):
 @pytest.mark.parametrize("precision", inference.PRECISIONS)
 def test_quantizing_float32_vectors_equals_encoding_in_that_precision(encoder, precision):
     direct = encoder.encode(TEXTS, precision=precision)
-    np.testing.assert_array_equal(room.quantize(encoder.encode(TEXTS), precision), direct, strict=True)
+    np.testing.assert_array_equal(encoding.quantize(encoder.encode(TEXTS), precision), direct, strict=True)
 
 
 # Documents
 
 
 @pytest.mark.parametrize("separator", [True, False])
-def test_a_chunk_is_the_mean_over_its_tokens_of_hidden_states_that_saw_the_document(separator):
+def test_a_chunk_is_the_mean_of_its_tokens_hidden_states_in_the_document(separator):
     documents = [TEXTS[:3], TEXTS[3:4], TEXTS[4:11], ["the", "", "a file"]]
-    found = small.encoder(separator=separator).encode_documents(documents)
-    assert [v.shape for v in found] == [(3, 32), (1, 32), (7, 32), (3, 32)]
-    for document, vectors in zip(documents, found):
+    arrays = small.encoder(separator=separator).encode_documents(documents)
+    assert [v.shape for v in arrays] == [(3, 32), (1, 32), (7, 32), (3, 32)]
+    for document, vectors in zip(documents, arrays):
         tokens, starts = [], []
         chunks = small.tokenizer().encode(document)
         for k, chunk in enumerate(chunks):
@@ -159,14 +159,14 @@ def test_a_later_chunk_changes_an_earlier_one(encoder):
     assert np.abs(first[0] - second[0]).max() > 1e-3
 
 
-def test_an_empty_chunk_is_zero_in_every_precision_and_costs_no_place(encoder):
+def test_an_empty_chunk_is_a_zero_vector_in_every_precision_and_needs_no_tokens(encoder):
     document = [["", "the file", *[""] * 40]]
     assert not encoder.encode_documents(document)[0][[0, *range(2, 42)]].any()
     assert not encoder.encode_documents(document, precision="int8")[0][0].any()
     assert (encoder.encode_documents(document, precision="ubinary")[0][0] == 255).all()
 
 
-# What is refused
+# Errors
 
 
 def test_a_text_without_tokens_is_named(encoder):
@@ -185,7 +185,7 @@ def test_a_text_without_tokens_is_named(encoder):
         ({"precision": "binary", "truncate_dim": 12}, "12 dimensions are not a multiple of 8"),
         ({"truncate_dim": 33}, r"truncate_dim=33 must be in 1..32"),
         ({"truncate_dim": 0}, r"truncate_dim=0 must be in 1..32"),
-        ({"precision": "int8", "normalize_embeddings": True}, "normalize_embeddings is for float32 alone, not int8"),
+        ({"precision": "int8", "normalize_embeddings": True}, "normalize_embeddings is for float32 only, not int8"),
         ({"batch_tokens": 0}, "batch_tokens=0 must be positive"),
     ],
 )
@@ -194,14 +194,32 @@ def test_a_wrong_keyword_is_one_sentence(encoder, keywords, message):
         encoder.encode(["the"], **keywords)
 
 
-def test_what_is_not_text_is_named(encoder):
-    with pytest.raises(ValueError, match=r"text 1 is 3 \(int\), expected a str"):
-        encoder.encode(["the", 3])
-    with pytest.raises(ValueError, match="document 0 is 'the', expected a list of str"):
-        encoder.encode_documents(["the"])
+def test_a_document_that_is_a_str_is_refused(encoder):
+    with pytest.raises(ValueError, match="document 1 is 'the', expected a list of str, one per chunk"):
+        encoder.encode_documents([["a"], "the"])
 
 
-def test_nothing_is_cut_without_being_asked_and_a_cut_is_counted():
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (3, r" is 3 \(int\), expected a str$"),
+        (None, r" is None \(NoneType\), expected a str$"),
+        ("a\ud800", r" holds a lone surrogate U\+D800 at character 1: not valid Unicode text$"),
+    ],
+)
+def test_an_error_about_what_is_not_text_names_the_text_or_the_document_and_chunk(encoder, bad, message):
+    with pytest.raises(ValueError, match="^text 1" + message):
+        encoder.encode(["the", bad])
+    with pytest.raises(ValueError, match="^line 8" + message):
+        encoder.encode(["the", bad], names=["line 7", "line 8"])
+    documents = [["the", "a", "open"], ["list", bad]]
+    with pytest.raises(ValueError, match="^document 1, chunk 1" + message):
+        encoder.encode_documents(documents)
+    with pytest.raises(ValueError, match="^line 8, chunk 1" + message):
+        encoder.encode_documents(documents, names=["line 7", "line 8"])
+
+
+def test_texts_are_cut_only_if_asked_with_a_warning_that_counts_them():
     encoder = small.encoder(max_length=10)
     tokens = small.tokenizer().encode(["the a of " * 9])[0]
     message = f"text 1 has {len(tokens)} tokens, the model takes 10 \\(1 of 2 are too long\\)"
@@ -217,10 +235,10 @@ def test_nothing_is_cut_without_being_asked_and_a_cut_is_counted():
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
     with pytest.raises(ValueError, match="entries, the model only"):
-        inference.Encoder(small.params(), room.dataclasses.replace(small.config(), vocab_size=5), small.tokenizer())
+        inference.Encoder(small.params(), encoding.dataclasses.replace(small.config(), vocab_size=5), small.tokenizer())
 
 
-def test_with_tanh_float32_is_int8_before_its_rounding_and_the_rest_stays(encoder, folder, tmp_path):
+def test_with_tanh_float32_is_int8_before_rounding_and_other_precisions_do_not_change(encoder, folder, tmp_path):
     loaded = inference.load(small.write_model(tmp_path / "m", tanh=True))
     v = encoder.encode(TEXTS)
     np.testing.assert_allclose(loaded.encode(TEXTS), np.tanh(v.astype(np.float64)), atol=1e-6)
@@ -245,22 +263,22 @@ def test_float32_vectors_of_a_tanh_model_are_quantized_with_one_tanh(encoder):
 
 
 @pytest.mark.parametrize("precision", inference.PRECISIONS)
-def test_a_vector_that_is_not_finite_is_named_in_every_precision(precision):
+def test_a_vector_that_is_not_finite_is_an_error_in_every_precision(precision):
     params = {**small.params(), "norm": np.array([np.nan, *small.params()["norm"][1:]], np.float32)}
     encoder = inference.Encoder(params, small.config(), small.tokenizer())
     message = "the vector of {} is not finite .NaN or infinity., and so are those of 3 of the 3 in its batch"
-    with pytest.raises(room.NotFiniteError, match=message.format("text 0")):
+    with pytest.raises(encoding.NotFiniteError, match=message.format("text 0")):
         encoder.encode(["the", "a", "open the file"], precision=precision)
     with pytest.raises(ValueError, match=message.format("row 7")):
         encoder.encode_documents([["the", ""], ["a"], ["b"]], precision=precision, names=["row 7", "row 8", "row 9"])
     bad = np.array([[1.0] * 8, [np.inf] * 8], np.float32)
-    for quantize in (small.encoder().quantize, small.encoder(tanh=True).quantize, room.quantize):
-        with pytest.raises(ValueError, match="vector 1 is not finite; of 2 vectors 1 are not"):
+    for quantize in (small.encoder().quantize, small.encoder(tanh=True).quantize, encoding.quantize):
+        with pytest.raises(ValueError, match="vector 1 is not finite; 1 of 2 vectors are not"):
             quantize(bad, precision)
 
 
-def test_one_text_that_overflows_is_named_among_many():
-    """Its row may have others, which stay as they are: it is told by its index."""
+def test_an_overflow_names_the_text_by_its_index():
+    """Other texts may share its row; they do not change."""
     table = small.params()["embedding"].copy()
     unknown = small.tokenizer().encode(["ß"])[0]
     table[unknown[-1]] = np.inf
@@ -269,22 +287,20 @@ def test_one_text_that_overflows_is_named_among_many():
         encoder.encode([*small.sentences(40), "ß"], batch_tokens=1)
 
 
-def test_names_are_what_errors_call_a_text(encoder):
+def test_errors_use_names_for_texts(encoder):
     with pytest.raises(ValueError, match="line 8 has no tokens"):
         encoder.encode(["the", " "], names=["line 7", "line 8"])
     with pytest.raises(ValueError, match="line 8 has no tokens in any of its 1 chunks"):
         encoder.encode_documents([["the"], [" "]], names=["line 7", "line 8"])
 
 
-def test_a_text_that_the_memory_of_the_machine_does_not_hold_is_refused_before_it_is_tried(encoder, monkeypatch):
-    """The memory is that of its compiled program; here the machine has less than it takes."""
+def test_a_text_that_does_not_fit_the_memory_of_the_machine_is_refused_before_it_is_computed(encoder, monkeypatch):
+    """The compiled program says what it needs; here the machine has less."""
     pages = {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(room.os, "sysconf", pages.get)
+    monkeypatch.setattr(encoding.os, "sysconf", pages.get)
     texts = ["the", "a list of " * 1200]
-    message = (
-        "text 1 has 3,600 tokens, too many for the memory of this machine .they need .* GB, there are 0.0 GB.: shorten"
-    )
-    with pytest.raises(room.TooLongError, match=message):
+    message = "text 1 has 3,600 tokens, too many for .* machine .they need .* GB, 0.0 GB are available.: shorten"
+    with pytest.raises(encoding.TooLongError, match=message):
         encoder.encode(texts, batch_tokens=256)
     pages["SC_PHYS_PAGES"] = 10**9
     assert encoder.encode(texts, batch_tokens=256).shape == (2, 32)
@@ -294,43 +310,43 @@ def test_memory_that_is_used_up_is_one_sentence(encoder, monkeypatch):
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 35003121664 bytes.")
 
-    monkeypatch.setattr(room, "_pooled", fail)
-    with pytest.raises(room.TooLongError, match="text 1 has 4 tokens, too many for the memory .*it was used up"):
+    monkeypatch.setattr(encoding, "_pooled", fail)
+    with pytest.raises(encoding.TooLongError, match="text 1 has 4 tokens, too many for the memory .*it was used up"):
         encoder.encode(["the", "a list of file"])
 
 
 # Batches
 
 
-def test_every_segment_stands_once_in_rows_that_hold_it():
+def test_batches_hold_every_segment_once_within_the_capacity_of_rows():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 700, 500)
     spans = rng.integers(1, 30, 500)
-    todo = [Segment(np.ones(n, np.int32), np.ones(n, np.int32), s) for n, s in zip(lengths, spans)]
+    all_segments = [Segment(np.ones(n, np.int32), np.ones(n, np.int32), s) for n, s in zip(lengths, spans)]
     seen = []
-    for members, where, shape, num_rows in room._batches(todo, 4096):
+    for members, row, shape, num_rows in encoding._batches(all_segments, 4096):
         assert num_rows * shape.length <= max(4096, shape.length)
-        assert where.max() < num_rows
-        assert np.bincount(where, lengths[members]).max() <= shape.length
-        assert np.bincount(where, spans[members]).max() <= shape.spans
+        assert row.max() < num_rows
+        assert np.bincount(row, lengths[members]).max() <= shape.length
+        assert np.bincount(row, spans[members]).max() <= shape.spans
         seen += members
     assert sorted(seen) == list(range(500))
 
 
-def test_rows_are_at_least_nine_tenths_full_where_lengths_vary():
+def test_rows_are_at_least_90_percent_full_with_varied_lengths():
     lengths = np.random.default_rng(0).lognormal(4.5, 0.6, 2000).astype(int) + 8
-    room_ = sum(r * shape.length for _, _, shape, r in room._batches(segments(lengths), 4096))
-    assert lengths.sum() / room_ > 0.9
+    capacity = sum(r * shape.length for _, _, shape, r in encoding._batches(segments(lengths), 4096))
+    assert lengths.sum() / capacity > 0.9
 
 
-def test_few_programs_are_compiled_and_none_for_more_of_the_same(encoder):
-    room._pooled.clear_cache()
+def test_few_programs_are_compiled_and_reused(encoder):
+    encoding._pooled.clear_cache()
     encoder.encode(small.sentences(1500, seed=2, longest=200))
-    compiled = room._pooled._cache_size()
+    compiled = encoding._pooled._cache_size()
     assert compiled <= 4  # rows of 256, 128 and 64 tokens, and the last batch
     encoder.encode(small.sentences(1500, seed=3, longest=200))
     small.encoder().encode(small.sentences(1500, seed=4, longest=200))  # another checkpoint of the same architecture
-    assert room._pooled._cache_size() <= compiled + 1  # at most another last batch
+    assert encoding._pooled._cache_size() <= compiled + 1  # at most another last batch
 
 
 def test_inference_needs_neither_tensorflow_nor_seqio_nor_training_nor_data(folder):

@@ -40,7 +40,7 @@ def test_floats_and_int8_are_ranked_by_cosine(precision):
 
 @pytest.mark.parametrize("precision", ["binary", "ubinary"])
 @pytest.mark.parametrize("dimensions", [24, 128])
-def test_bits_are_ranked_by_the_number_that_differ(precision, dimensions):
+def test_bits_are_ranked_by_the_number_of_differing_bits(precision, dimensions):
     stored, queries = (vectors(n, dimensions, precision, seed=n) for n in (60, 7))
     differing = (bits(queries)[:, None] != bits(stored)).sum(-1)
     expected, order = by_hand(-differing, 60)
@@ -49,28 +49,28 @@ def test_bits_are_ranked_by_the_number_that_differ(precision, dimensions):
     np.testing.assert_array_equal(indices, order)
 
 
-def test_int8_products_are_added_up_without_rounding():
+def test_int8_products_are_summed_without_rounding():
     rng = np.random.default_rng(0)
     stored = rng.integers(120, 128, (40, 3000)).astype(np.int8)  # dot products near 4.6e7, far beyond 2^24
     a = stored.astype(np.int64)
-    found = np.asarray(index._cosine(stored, stored, exact=True)).astype(np.float64)
+    cosine = np.asarray(index._cosine(stored, stored, exact=True)).astype(np.float64)
     exact = (a @ a.T) / np.sqrt(np.outer(*[(a * a).sum(1)] * 2))
-    np.testing.assert_allclose(found, exact, rtol=3e-7)
+    np.testing.assert_allclose(cosine, exact, rtol=3e-7)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
-def test_blocks_change_nothing(precision, monkeypatch):
+def test_the_size_of_blocks_does_not_change_results(precision, monkeypatch):
     stored, queries = vectors(50, precision=precision), vectors(11, precision=precision, seed=1)
     stored[20:30] = stored[:10]  # equal scores on both sides of a block's edge
     whole = Index(stored, precision).search(queries, 12)
     monkeypatch.setattr(index, "BLOCK_QUERIES", 4)
     monkeypatch.setattr(index, "BLOCK_VECTORS", 7)
-    for found, expected in zip(Index(stored, precision).search(queries, 12), whole):
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for result, expected in zip(Index(stored, precision).search(queries, 12), whole):
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "ubinary"])
-def test_of_equal_scores_the_lower_index_comes_first(precision):
+def test_on_ties_the_lower_index_comes_first(precision):
     one = vectors(1, precision=precision)
     _, indices = Index(np.repeat(one, 6, 0), precision).search(one, 4)
     assert indices.tolist() == [[0, 1, 2, 3]]
@@ -87,14 +87,14 @@ def test_a_zero_vector_is_never_found_and_the_others_keep_their_indices(precisio
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
 
 
-def test_of_packed_bits_those_are_never_found_that_are_said_to_be_empty():
+def test_packed_bits_are_never_found_if_marked_empty():
     stored = np.array([[255], [255], [1]], np.uint8)
     assert Index(stored, "ubinary").search(stored[:1], 3)[1].tolist() == [[0, 1, 2]]
     assert Index(stored, "ubinary", empty=[0]).search(stored[:1], 3)[1].tolist() == [[1, 2]]
 
 
-def test_an_index_in_which_nothing_can_be_found_is_refused():
-    with pytest.raises(ValueError, match="none of its 2 vectors stands for a text"):
+def test_an_index_of_only_empty_vectors_is_refused():
+    with pytest.raises(ValueError, match="none of its 2 vectors has a text"):
         Index(np.zeros((2, 8), np.int8), "int8")
 
 
@@ -108,7 +108,7 @@ def test_an_empty_chunk_of_a_corpus_has_an_id_and_is_never_found(precision, tmp_
     assert sorted(made.search(encoder.encode(["open"], precision=precision), 9)[1][0]) == [0, 2, 3]
 
 
-def test_more_results_than_vectors_gives_all_of_them():
+def test_k_above_the_number_of_vectors_gives_all_of_them():
     scores, indices = Index(vectors(3), "float32").search(vectors(2), 10)
     assert scores.shape == indices.shape == (2, 3)
 
@@ -145,7 +145,7 @@ def test_a_damaged_or_missing_index_is_one_sentence(tmp_path):
         Index.load(folder)
 
 
-def test_vectors_of_another_index_in_the_place_of_its_own_are_noticed(tmp_path):
+def test_an_index_with_the_vectors_of_another_index_is_refused(tmp_path):
     for seed in (0, 1):
         Index(vectors(3, seed=seed), "float32").save(tmp_path / str(seed))
     (tmp_path / "1" / "vectors.safetensors").replace(tmp_path / "0" / "vectors.safetensors")
@@ -158,8 +158,8 @@ def test_vectors_of_another_index_in_the_place_of_its_own_are_noticed(tmp_path):
     [
         ("truncate_dim", 16, "was changed after it was written"),
         ("ids", ["x", "b", "c"], "was changed after it was written"),
-        ("format_version", 1, "has format version 1, this program reads 2: make the index again"),
-        ("format", "other", "it has no format 'embed-index'"),
+        ("format_version", 1, "has format version 1, expected 2: make the index again"),
+        ("format", "other", "its format is not 'embed-index'"),
     ],
 )
 def test_an_index_whose_description_was_changed_is_refused(tmp_path, field, value, message):
@@ -170,7 +170,7 @@ def test_an_index_whose_description_was_changed_is_refused(tmp_path, field, valu
         Index.load(tmp_path / "i")
 
 
-def test_an_index_is_replaced_only_if_asked_and_with_nothing_else_in_its_folder(tmp_path):
+def test_an_index_is_replaced_only_if_asked_and_without_other_files_in_its_folder(tmp_path):
     folder, new = tmp_path / "i", Index(vectors(3), "float32")
     Index(vectors(2), "float32").save(folder)
     with pytest.raises(ValueError, match="i exists: choose another path, or replace it with --overwrite"):
@@ -187,18 +187,18 @@ def test_an_index_is_replaced_only_if_asked_and_with_nothing_else_in_its_folder(
     ("stored", "precision", "message"),
     [
         (vectors(0), "float32", "empty corpus"),
-        (vectors(2), "int8", r"stored vectors are float32\[2, 24\], int8 has int8\[N, D\]"),
+        (vectors(2), "int8", r"stored vectors are float32\[2, 24\], int8 needs int8\[N, D\]"),
         (vectors(2)[0], "float32", r"stored vectors are float32\[24\]"),
         (vectors(2), "float64", "precision 'float64' must be one of"),
         (np.array([[1, np.nan]], np.float32), "float32", "1 of 1 are not finite"),
     ],
 )
-def test_vectors_that_are_not_of_the_precision_are_refused(stored, precision, message):
+def test_vectors_of_another_dtype_or_shape_are_refused(stored, precision, message):
     with pytest.raises(ValueError, match=message):
         Index(stored, precision)
 
 
-def test_queries_that_do_not_fit_the_vectors_are_refused():
+def test_queries_ids_and_k_that_do_not_match_the_vectors_are_refused():
     with pytest.raises(ValueError, match="queries have 16 numbers each, stored vectors 24"):
         Index(vectors(3), "float32").search(vectors(1, 16), 1)
     with pytest.raises(ValueError, match="2 ids for 3 vectors"):
@@ -216,7 +216,7 @@ def test_an_index_of_a_corpus_finds_texts_and_chunks_in_context(tmp_path):
     assert built.search(encoder.encode(["the file"], precision="int8"), 1)[1] == [[0]]
 
 
-def test_an_index_of_other_weights_or_of_unknown_ones_is_refused():
+def test_an_index_of_another_or_an_unknown_model_is_refused():
     encoder = small.encoder(digest="1" * 64)
     made = Index(vectors(2), "float32", model={"path": "old", "digest": "2" * 64})
     with pytest.raises(ValueError, match="made with the model at old .digest 222222222222., not with"):
@@ -228,7 +228,7 @@ def test_an_index_of_other_weights_or_of_unknown_ones_is_refused():
     Index(vectors(2), "float32", model={"path": "old", "digest": "1" * 64}).check_model(encoder)
 
 
-def test_an_index_says_how_many_texts_were_cut_and_to_what(tmp_path):
+def test_an_index_records_how_many_texts_were_cut_and_to_what_length(tmp_path):
     path = lines(tmp_path / "c", {"_id": "a", "text": "the file " * 9}, {"_id": "b", "text": "open"})
     encoder = small.encoder(max_length=5, digest="1")
     with pytest.raises(ValueError, match="c, line 1 ._id 'a'. has .* tokens, the model takes 5"):

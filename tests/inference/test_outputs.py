@@ -1,4 +1,4 @@
-"""--output of every verb that writes: refused before the work, written whole, one writer, replaced only if asked."""
+"""--output of every verb: checked before the work, written whole, by one writer, replaced only if asked."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ FOLDERS = ("index", "export", "merge")
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Two models and a set, which no test changes."""
+    """Two models and an evaluation set that no test changes."""
     folder = tmp_path_factory.mktemp("inputs")
     for name, seed in (("a", 0), ("b", 1)):
         small.write_model(folder / name, small.random_params(small.config(), seed))
@@ -45,7 +45,7 @@ def arguments(verb, inputs, output, *more):
 
 @pytest.fixture
 def refused(inputs, monkeypatch, capsys):
-    """Runs a verb that must be refused with a message before any model is read; gives the message."""
+    """Run a verb that must be refused with a message before any model is read."""
 
     def fail(*_, **__):
         pytest.fail("a model was read")
@@ -69,7 +69,7 @@ def content(path):
 
 @pytest.fixture(scope="module")
 def written(inputs, tmp_path_factory):
-    """What each verb writes."""
+    """The output of each verb."""
     folder = tmp_path_factory.mktemp("written")
     for verb in VERBS:
         assert cli.main(arguments(verb, inputs, folder / verb)) == 0
@@ -78,7 +78,7 @@ def written(inputs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_exists_is_replaced_only_with_overwrite(verb, inputs, written, tmp_path, refused):
+def test_an_existing_output_is_replaced_only_with_overwrite(verb, inputs, written, tmp_path, refused):
     output = tmp_path / "out"
     small_copy(written / verb, output)
     before = content(output)
@@ -97,7 +97,7 @@ def small_copy(source, target):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_output_that_another_is_writing_is_refused(verb, tmp_path, refused):
+def test_an_output_that_another_process_is_writing_is_refused(verb, tmp_path, refused):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with paths.lock(tmp_path / "out"):
         for name in ("out", "link"):
@@ -105,7 +105,7 @@ def test_an_output_that_another_is_writing_is_refused(verb, tmp_path, refused):
 
 
 @pytest.mark.parametrize("verb", ["encode", "index"])
-def test_a_verb_holds_its_output_from_before_the_model_is_read_and_a_dead_one_does_not(
+def test_a_verb_locks_its_output_before_the_model_is_read_and_ignores_the_lock_of_a_dead_process(
     verb, inputs, tmp_path, monkeypatch
 ):
     load, held = runs.load_encoder, []
@@ -137,7 +137,7 @@ def test_an_output_of_the_wrong_kind_is_refused(verb, tmp_path, refused):
 
 
 @pytest.mark.parametrize("verb", FOLDERS)
-def test_files_of_somebody_else_beside_ours_are_never_deleted(verb, written, tmp_path, refused):
+def test_a_folder_with_other_files_is_never_replaced(verb, written, tmp_path, refused):
     output = tmp_path / "out"
     shutil.copytree(written / verb, output)
     (output / "notes.txt").write_text("mine")
@@ -146,10 +146,10 @@ def test_files_of_somebody_else_beside_ours_are_never_deleted(verb, written, tmp
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_an_output_over_what_the_command_reads_is_refused(verb, inputs, refused):
+def test_an_output_that_the_command_reads_is_refused(verb, inputs, refused):
     before = content(inputs)
     refused(verb, inputs / "a", f"is {inputs}/a, which this command reads", "--overwrite")
-    refused(verb, inputs / "a" / "x", f"lies in {inputs}/a, which this command reads")
+    refused(verb, inputs / "a" / "x", f"is inside {inputs}/a, which this command reads")
     if verb not in ("export", "merge"):
         refused(verb, inputs / "corpus.jsonl", "which this command reads", "--overwrite")
     if verb in FOLDERS:
@@ -159,7 +159,7 @@ def test_an_output_over_what_the_command_reads_is_refused(verb, inputs, refused)
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("dangling", [False, True])
-def test_an_output_that_is_a_link_stays_one(verb, dangling, inputs, written, tmp_path):
+def test_an_output_that_is_a_link_stays_a_link(verb, dangling, inputs, written, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "out")
     if not dangling:
@@ -171,7 +171,7 @@ def test_an_output_that_is_a_link_stays_one(verb, dangling, inputs, written, tmp
     assert [f.name for f in (tmp_path / "elsewhere").iterdir()] == ["out"]
 
 
-def test_vectors_that_find_no_room_on_the_disk_leave_those_that_were_there(inputs, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_old_vectors(inputs, tmp_path, monkeypatch, capsys):
     output = tmp_path / "v.npy"
     assert cli.main(arguments("encode", inputs, output)) == 0
     before = output.read_bytes()
@@ -209,15 +209,15 @@ class _FullDisk:
         ("--precision=binary --truncate_dim=12", "12 dimensions are not a multiple of 8"),
     ],
 )
-def test_vectors_that_the_model_does_not_have_are_refused_before_it_is_read(verb, option, message, tmp_path, refused):
+def test_vectors_that_the_model_cannot_give_are_refused_before_it_is_read(verb, option, message, tmp_path, refused):
     refused(verb, tmp_path / "out", message, *option.split())
     assert not list(tmp_path.iterdir())
 
 
-def test_a_window_without_ranks_is_refused_before_the_model_is_read(tmp_path, refused):
+def test_an_empty_rank_window_is_refused_before_the_model_is_read(tmp_path, refused):
     refused("mine", tmp_path / "out", "rank_window=(3, 3) must be", "--rank_window", "3", "3")
     refused("mine", tmp_path / "out", "num_negatives=0 must be positive", "--num_negatives=0")
 
 
-def test_the_vectors_of_a_file_have_the_rows_of_the_corpus(written, inputs):
+def test_encode_writes_a_row_per_row_of_the_corpus(written, inputs):
     assert np.load(written / "encode").shape == (6, 32)

@@ -1,4 +1,4 @@
-"""embed encode, index, search and mine, from files to what they print and write."""
+"""embed encode, index, search and mine: what they read, print and write."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_a_stored_index_gives_the_results_of_the_corpus(model, corpus, tmp_path,
     assert "d#0" in stored and stored.count("cosine") == 2
 
 
-def test_encode_writes_a_row_a_text_or_chunk(model, corpus, tmp_path):
+def test_encode_writes_a_row_per_text_or_chunk(model, corpus, tmp_path):
     output = str(tmp_path / "v.npy")
     assert cli.main(["encode", "--model", model, "--corpus", corpus, "--precision", "ubinary", "--output", output]) == 0
     expected = inference.load(model).encode_documents([[t] for t in TEXTS] + [TEXTS[:2]], precision="ubinary")
@@ -60,7 +60,7 @@ def test_encode_writes_a_row_a_text_or_chunk(model, corpus, tmp_path):
     assert np.load(output).shape == (2, 32)
 
 
-def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, capsys):
+def test_mine_writes_negatives_that_are_not_relevant_to_the_query(model, tmp_path, capsys):
     files = {
         "corpus": [{"_id": f"c{i}", "text": text} for i, text in enumerate([*TEXTS, TEXTS[0]])],
         "queries": [{"_id": "q0", "text": "config file"}, {"_id": "q1", "text": "numbers"}],
@@ -77,7 +77,7 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
     code = cli.main(["mine", *paths, "--margin", "-2", "--num_negatives", "3"])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert code == 0
-    # c0 and c3 are one text, so which of them ranks first is a matter of a last bit; both never appear.
+    # c0 and c3 have the same text, so the last bit decides which ranks first; they never appear together.
     same = {"c3": "c0"}
     assert [(r["query-id"], r["corpus-id"], sorted(same.get(n, n) for n in r["negatives"])) for r in rows] == [
         ("q0", "c0", ["c1", "c2"]),
@@ -95,10 +95,10 @@ def test_mine_writes_negatives_that_are_no_answer_of_the_query(model, tmp_path, 
         (["--model", "{model}", "--corpus", "{corpus}", "--truncate_dim", "99"], "truncate_dim=99 must be in 1..32"),
         (["--model", "{model}", "--corpus", "{corpus}", "--top", "0"], "--top=0 must be positive"),
         (["--model", "{model}", "--index", "nowhere"], "no index at nowhere"),
-        (["--model", "{model}", "--index", "x", "--precision", "int8"], "fixed by --index"),
+        (["--model", "{model}", "--index", "x", "--precision", "int8"], "set by --index"),
     ],
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(model, corpus, capsys, arguments, message):
+def test_wrong_input_ends_in_one_sentence_and_exit_code_2(model, corpus, capsys, arguments, message):
     arguments = [a.format(model=model, corpus=corpus) for a in arguments]
     assert cli.main(["search", *arguments, "--query", "the"]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed:")]
@@ -107,9 +107,9 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(model, corpus, capsys, argu
 
 @pytest.mark.parametrize(
     ("query", "message"),
-    [(" ", "--query=' ' is empty"), ("", "--query='' is empty"), ("x\udcfc", "is not text in UTF-8 (character 1)")],
+    [(" ", "--query=' ' is blank"), ("", "--query='' is blank"), ("x\udcfc", "is not UTF-8 at character 1")],
 )
-def test_a_query_that_is_no_text_is_one_sentence(model, corpus, capsys, query, message):
+def test_a_query_or_text_that_is_blank_or_not_utf8_is_refused(model, corpus, capsys, query, message):
     assert cli.main(["search", "--model", model, "--corpus", corpus, "--query", query]) == 2
     assert message in capsys.readouterr().err
     assert cli.main(["encode", "--model", model, "--text", query, "--output", corpus + ".npy"]) == 2
@@ -124,7 +124,7 @@ def test_a_title_is_part_of_the_text_in_every_verb(model, tmp_path, capsys):
     whole = [{"_id": row["_id"], "text": f"open query {row['text']}"} for row in rows]
     queries = [{"_id": "q", "text": "parse"}]
     qrels = [{"query-id": "q", "corpus-id": "t0", "score": 1}]
-    found = []
+    outputs = []
     for name, corpus in (("titles", rows), ("whole", whole)):
         folder = tmp_path / name
         folder.mkdir()
@@ -140,13 +140,13 @@ def test_a_title_is_part_of_the_text_in_every_verb(model, tmp_path, capsys):
         assert cli.main(["search", *source, "--query", "parse"]) == 0
         index = inference.Index.load(folder / "i")
         written = [(folder / file).read_bytes() for file in ("v.npy", "e.json", "n")]
-        found.append([*written, index.vectors.tobytes(), index.texts, capsys.readouterr().out])
+        outputs.append([*written, index.vectors.tobytes(), index.texts, capsys.readouterr().out])
         vectors = np.load(folder / "v.npy")
         np.testing.assert_array_equal(vectors, index.vectors)
         np.testing.assert_array_equal(
             vectors, retrieval.embed_set(inference.load(model), retrieval.read_set(folder))[1]
         )
-    assert found[0] == found[1]
+    assert outputs[0] == outputs[1]
 
 
 def test_an_empty_corpus_row_of_a_set_is_counted_and_never_found(model, tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_an_empty_corpus_row_of_a_set_is_counted_and_never_found(model, tmp_path
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", model, "--data", str(tmp_path)]
     assert cli.main(["evaluate", *arguments, "--output", str(tmp_path / "e")]) == 0
-    assert "embed: warning: 1 of the 4 rows of" in (said := capsys.readouterr().err) and "UserWarning" not in said
+    assert "embed: warning: 1 of the 4 rows of" in (error := capsys.readouterr().err) and "UserWarning" not in error
     encoder = inference.load(model)
     with pytest.warns(UserWarning, match="1 of the 4 rows of"):
         data = retrieval.read_set(tmp_path)
@@ -169,7 +169,7 @@ def test_an_empty_corpus_row_of_a_set_is_counted_and_never_found(model, tmp_path
     assert sorted(json.loads((tmp_path / "n").read_text())["negatives"]) == ["c1", "c2"]
     (tmp_path / "qrels.jsonl").write_text('{"query-id": "q", "corpus-id": "e", "score": 1}')
     assert cli.main(["mine", *arguments, "--output", str(tmp_path / "m")]) == 2
-    assert "corpus.jsonl, line 1 (_id 'e') answers a query and has no text" in capsys.readouterr().err
+    assert "corpus.jsonl, line 1 (_id 'e') is relevant to a query but has no text" in capsys.readouterr().err
 
 
 # Long texts
@@ -194,7 +194,7 @@ def test_a_long_text_is_named_by_line_and_id_and_cut_if_asked(verb, model, tmp_p
     assert "embed: warning: 1 of 3 documents were cut to 9 tokens" in capsys.readouterr().err
 
 
-def test_max_length_is_at_most_that_of_the_model(tmp_path, capsys):
+def test_max_length_may_not_exceed_that_of_the_model(tmp_path, capsys):
     model = small.write_model(tmp_path / "m", embedding={"max_length": 5})
     for value, message in ((6, "--max_length=6 must be at most 5"), (0, "--max_length=0 must be positive")):
         arguments = [f"--model={model}", "--text=x", f"--max_length={value}", f"--output={tmp_path / 'v.npy'}"]
@@ -202,7 +202,7 @@ def test_max_length_is_at_most_that_of_the_model(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-# Which model an index is of
+# The model of an index
 
 
 @pytest.mark.parametrize("change", ["weights", "separator", "tanh", "max_length"])
@@ -225,7 +225,7 @@ def test_an_index_is_refused_when_its_model_was_replaced(change, tmp_path, corpu
     assert f"the index was made with the model at {model} (digest " in error and len(error.splitlines()) == 1
 
 
-def test_a_checkpoint_s_digest_is_that_of_all_that_changes_a_vector_and_not_of_where_it_lies():
+def test_the_digest_of_a_checkpoint_depends_on_all_that_changes_a_vector_but_not_on_its_folder():
     made = runs.Checkpoint(
         "stage",
         {"folder": "a", "step": 3, "digest": "0123"},
@@ -244,24 +244,24 @@ def test_a_checkpoint_s_digest_is_that_of_all_that_changes_a_vector_and_not_of_w
     changes = [{"separator": False}, {"max_length": 9}, {"tanh": True}, {"identity": made.identity | {"digest": "4"}}]
     changes += [{"identity": {"merge": [made.identity, made.identity], "ratio": ratio}} for ratio in (0.5, 0.6)]
     assert len({digest(), *(digest(**change) for change in changes)}) == 7
-    assert runs.make_encoder(made, mesh, small.params()).digest is None  # of parameters that are not the checkpoint's
+    assert runs.make_encoder(made, mesh, small.params()).digest is None  # for other parameters
 
 
-# What is printed
+# Output
 
 
-def test_tables_that_no_terminal_shows_are_not_cut(model, tmp_path, capsys):
+def test_output_to_a_file_is_not_cut(model, tmp_path, capsys):
     text, name = "parse the config file " * 20, "a/very/long/identifier/" * 9
     (tmp_path / "c").write_text(json.dumps({"_id": name, "text": text}))
     assert cli.main(["search", f"--model={model}", f"--corpus={tmp_path / 'c'}", "--query=parse"]) == 0
-    found = capsys.readouterr().out
-    assert text.strip() in found and name in found and all(line == line.rstrip() for line in found.splitlines())
+    out = capsys.readouterr().out
+    assert text.strip() in out and name in out and all(line == line.rstrip() for line in out.splitlines())
     output = tmp_path / ("long" * 40)
     assert cli.main(["encode", f"--model={model}", "--text=the", f"--output={output}"]) == 0
     assert capsys.readouterr().out.endswith(f"written to {output}\n")
 
 
-def test_the_commands_of_the_page_run_as_written(model, corpus, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_docs_search_run_as_written(model, corpus, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
     commands = re.search(r"```bash\n(.*?)```", page, re.S)[1].splitlines()
     data = tmp_path / "set"

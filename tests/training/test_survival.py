@@ -393,7 +393,7 @@ sys.exit(run(lambda argv: train(Path(tempfile.mkdtemp()) / "run", Loader(stall),
 
 def test_what_a_lost_process_makes_the_others_raise_names_the_step_and_what_to_do(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(PeerLostError, match="process 0 of 4 cannot go on at step 9: Gloo all-reduce failed") as lost:
+    with pytest.raises(PeerLostError, match="process 0 of 4 cannot continue at step 9: Gloo all-reduce failed") as lost:
         with loop.peers(9):
             raise ValueError("Gloo all-reduce failed: Connection reset by peer\nmore")
     assert lost.value.exit_code == 75
