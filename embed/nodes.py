@@ -205,12 +205,12 @@ def mining_inputs(run: Run, name: str, recorded: Mapping | None = None) -> dict:
         if not recorded or not run.matches(config.checkpoint, config.step, recorded["checkpoint"]):
             raise
         identity = recorded["checkpoint"]
-    found = {
+    inputs = {
         "mining": {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "step")},
         "checkpoint": identity,
         "data": read_header(run.store_path(config.task))["digest"],
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(inputs))
 
 
 def _mined(run: Run, name: str, info: Mapping) -> dict:

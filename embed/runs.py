@@ -43,7 +43,7 @@ ARCHITECTURE = [
 
 
 class MissingCheckpointError(FileNotFoundError):
-    """There is no checkpoint where one is named."""
+    """A named checkpoint does not exist."""
 
 
 class UnfinishedError(ValueError):
@@ -72,7 +72,7 @@ class Checkpoint:
     provenance: dict | None = None  # of a model folder, as in its card
 
     def check_encoder(self) -> None:
-        """ValueError for a causal language model, whose vectors mean nothing."""
+        """ValueError for a causal language model: its vectors mean nothing."""
         if self.causal:
             raise ValueError(f"{self.name} is a causal language model, not an encoder: a stage can start from it")
 
@@ -241,9 +241,9 @@ class Run:
 
     def check_sources(self) -> None:
         """The part of `check_start` that needs no data: the sizes of model folders and hub ids."""
-        own = ("", RANDOM, *self.config.stages, *self.config.merges)
+        internal = ("", RANDOM, *self.config.stages, *self.config.merges)
         for name, stage in self.config.stages.items():
-            if stage.init in own or is_stage(stage.init):
+            if stage.init in internal or is_stage(stage.init):
                 continue
             theirs, model = model_folder.read_architecture(stage.init), self.config.model
             fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size]
@@ -525,7 +525,7 @@ def tokenizer_identity(tokenizer: tokenizers.Tokenizer) -> dict:
 
 
 def portable(value):
-    """A JSON value without the folders of identities: they say where something lies, not what it is."""
+    """A JSON value without the folders of identities: they give a location, not what it contains."""
 
     def without(x: dict) -> dict:
         return {k: v for k, v in x.items() if k != "folder"} if {"folder", "step", "digest"} <= x.keys() else x

@@ -34,7 +34,7 @@ def read(fields) -> tuple[TransformerConfig | None, list[str]]:
     problems, values = [], {}
     rope, scaling = fields.get("rope_parameters"), fields.get("rope_scaling")
     if rope and scaling and rope != scaling:  # transformers reads only rope_scaling, older versions rope_parameters
-        problems.append(f"config.json has rope_scaling={scaling!r} beside other rope_parameters={rope!r}, expected one")
+        problems.append(f"config.json has rope_scaling={scaling!r} and other rope_parameters={rope!r}, expected one")
     rope = scaling or rope or {}
     if not isinstance(rope, dict):
         problems.append(f"config.json has rope parameters {rope!r}, expected an object")

@@ -162,8 +162,8 @@ class ModelFolder:
             pooling = [str(path.relative_to(self.folder)) for path in self.folder.glob("*/config.json")]
             existing = [name for name in settings.READ if (self.folder / name).is_file()]
             files = settings.digests(self.folder, {*existing, *pooling, *(f.name for f in self.tensors.values())})
-        how = {name: value for name, value in self.embedding.items() if name != "matryoshka"}
-        return hashlib.sha256(json.dumps([dict(files), how], sort_keys=True).encode()).hexdigest()
+        embedding = {name: value for name, value in self.embedding.items() if name != "matryoshka"}
+        return hashlib.sha256(json.dumps([dict(files), embedding], sort_keys=True).encode()).hexdigest()
 
     def _block(self, name: str, shape: tuple, index: tuple, dtype) -> np.ndarray:
         """The block `index` of our array `name`."""
@@ -222,10 +222,10 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
         embedding = document.get("embedding")
         problems += [f"{settings.FILE}: {p}" for p in settings.problems(embedding, config)] if config else []
     else:
-        embedding, how_problems = foreign.read_embedding(
+        embedding, embedding_problems = foreign.read_embedding(
             fields if isinstance(fields, dict) else {}, folder, config and config.hidden_size
         )
-        problems += [] if causal else how_problems  # a causal model's way to compute vectors is not used
+        problems += [] if causal else embedding_problems  # a causal model's way to compute vectors is not used
     files, file_problems = _tensor_files(folder)
     problems += file_problems
     tensors, shapes, types = {}, {}, {}

@@ -57,7 +57,7 @@ def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
     blocks = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.S)
     assert len(blocks) >= 7
     for language, program in blocks:
-        program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # whose run it is
+        program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # as in the run above
         command = [sys.executable, "-c", program] if language == "python" else ["bash", "-e", "-c", program]
         done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
