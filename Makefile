@@ -1,6 +1,6 @@
-# make quickstart: the whole pipeline on this machine. make test: everything that guards the code.
+# make quickstart: the whole pipeline on this machine. make test and make test-reference: what CI runs.
 PYTHON ?= python3
-# One environment for each Python, so that `make test PYTHON=python3.13` leaves the default one alone.
+# One environment per Python version: `make test PYTHON=python3.13` does not touch the default one.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
@@ -13,11 +13,12 @@ quickstart: $(VENV)/quickstart
 test: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers --ignore=tests/tpu tests
 
-# Against PyTorch, transformers, sentence-transformers and onnxruntime.
+# Compares results with PyTorch, transformers, sentence-transformers and onnxruntime.
 test-reference: $(VENV)/installed-reference
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q tests/peers
 
-# Compiles every stage for TPUs that are not there: half an hour. libtpu makes jax look for one, so an environment of its own.
+# Compiles every stage for TPUs, without a TPU, in half an hour. It has its own environment, because libtpu makes jax
+# look for a TPU.
 test-tpu: $(VENV)-tpu/installed
 	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q tests/tpu
 
@@ -44,7 +45,7 @@ $(VENV)-tpu/installed: setup.py
 	$(VENV)-tpu/bin/pip install --quiet --editable '.[tpu,test]'
 	touch $@
 
-# torch by itself first: a version of that name, so that a CPU build can be had.
+# torch first, at a version that a CPU build (2.13.0+cpu) also satisfies.
 $(VENV)/installed-reference: $(VENV)/installed
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[data,test,reference]'

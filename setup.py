@@ -11,7 +11,7 @@ setup(
     description="Diffusion-pretrained text embeddings in JAX: training, export and inference",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    # The configs lie at the top of a clone and inside the package where it is installed (embed/config.py, `shipped`).
+    # configs/ is at the top of a clone and inside the installed package (embed/config.py, `shipped`).
     packages=[*find_packages(include=["embed", "embed.*"]), "embed.configs"],
     package_dir={"embed.configs": "configs"},
     package_data={"embed.configs": ["**/*.py", "**/*.gin"]},
@@ -23,12 +23,12 @@ setup(
         "etils[epath]",  # files on a disk or in a bucket
         "filelock",
         "flax>=0.12.8",
-        "gin-config",  # what the data are
+        "gin-config",  # defines the data
         "huggingface-hub",
         "jax>=0.10,<0.13",
         "jaxtyping",
         "matplotlib",  # plots of the report
-        "ml-collections",  # what a run is
+        "ml-collections",  # defines a run
         "numpy>=2.0",  # bitwise_count
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -43,7 +43,7 @@ setup(
         "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports these
         "gcs": ["gcsfs"],  # gs:// paths
         "onnx": ["onnx"],  # embed export --format=onnx
-        # Other programs that ours must agree with: `make test-reference`.
+        # Programs that results are compared with: `make test-reference`.
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "quickstart": QUICKSTART,
         "s3": ["s3fs"],  # s3:// paths of data and corpora

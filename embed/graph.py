@@ -1,9 +1,9 @@
-"""The stage graph of a config, walked in order; what is complete is skipped.
+"""Walks the stage graph of a config in order and skips complete nodes.
 
     prepare ─ stages, each after its parent and what is mined for it ─ merges ─ evaluations ─ exports ─ report
 
-Every node leaves steps/NAME.json with its result, its seconds and what the result depends on. When that has changed, an evaluation, a merge or an
-export is done again; a stage or mined negatives whose config has changed are refused.
+Every node writes steps/NAME.json with its result, its seconds and what the result depends on. If that has changed, an
+evaluation, merge or export is done again; a stage or mined negatives are refused.
 """
 
 import functools
@@ -34,26 +34,26 @@ class Node(NamedTuple):
 
     name: str
     kind: str  # prepare, stage, mine, denoise, evaluate, merge, baselines, export or search
-    of: str  # the stage, merge, … it is about
+    of: str  # the name of its stage, merge, …
     work: Callable[[Run], dict]
 
 
 def order(config: ConfigDict) -> list[str]:
-    """The stages, each after those that it starts from or is mined by; ValueError where they wait for each other."""
+    """The stages, each after those that it starts from or is mined by. ValueError if they wait for each other."""
     waits = {
         stage: (runs.parents(config, stage) - {stage}).union(
             *(runs.parents(config, config.mining[task].checkpoint) for task in nodes.mined_tasks(config, stage))
         )
         for stage in config.stages
     }
-    found: list[str] = []
-    while len(found) < len(waits):
-        ready = [stage for stage in waits if stage not in found and waits[stage] <= set(found)]
+    ordered: list[str] = []
+    while len(ordered) < len(waits):
+        ready = [stage for stage in waits if stage not in ordered and waits[stage] <= set(ordered)]
         if not ready:
-            left = {stage: sorted(waits[stage] - set(found)) for stage in waits if stage not in found}
+            left = {stage: sorted(waits[stage] - set(ordered)) for stage in waits if stage not in ordered}
             raise ValueError(f"these stages wait for each other: {left}")
-        found.append(ready[0])
-    return found
+        ordered.append(ready[0])
+    return ordered
 
 
 def make_nodes(config: ConfigDict) -> Iterator[Node]:
@@ -97,7 +97,7 @@ def make_nodes(config: ConfigDict) -> Iterator[Node]:
 
 
 def inputs(run: Run, node: Node) -> dict:
-    """What a node's result depends on. A change of it has the node done again."""
+    """What a node's result depends on. If it changes, the node is done again."""
     config, report_ = run.config, run.config.report
 
     def identity(name: str) -> dict:
@@ -105,52 +105,52 @@ def inputs(run: Run, node: Node) -> dict:
 
     if node.kind == "stage":
         return run.identity(node.of)
-    found: dict = {"prepared": _prepared(run)}
+    result: dict = {"prepared": _prepared(run)}
     if node.kind == "mine":
         target = run.store_path(node.of)
         recorded = read_header(target)["info"]["inputs"] if (target / "info.json").exists() else None
-        found |= nodes.mining_inputs(run, node.of, recorded)
+        result |= nodes.mining_inputs(run, node.of, recorded)
     elif node.kind == "denoise":
-        found |= {
+        result |= {
             "checkpoint": identity(node.of),
             "report": [report_.texts, report_.mask_fraction, report_.tokens_per_step],
         }
     elif node.kind == "evaluate":
-        mine = {name: [e.data, e.alone] for name, e in config.evaluations.items() if node.of in e.checkpoints}
-        found |= {"evaluations": mine, "checkpoint": identity(node.of)}
+        evaluations = {name: [e.data, e.alone] for name, e in config.evaluations.items() if node.of in e.checkpoints}
+        result |= {"evaluations": evaluations, "checkpoint": identity(node.of)}
     elif node.kind == "merge":
         entry = config.merges[node.of]
-        found |= {"merge": entry.to_dict(), "of": [identity(name) for name in entry.of]}
+        result |= {"merge": entry.to_dict(), "of": [identity(name) for name in entry.of]}
     elif node.kind == "baselines":
-        mine = {name: [e.data, e.alone, e.bm25] for name, e in config.evaluations.items()}
-        found |= {"evaluations": mine, "fuse": {name: identity(name) for name in report_.fuse}}
+        evaluations = {name: [e.data, e.alone, e.bm25] for name, e in config.evaluations.items()}
+        result |= {"evaluations": evaluations, "fuse": {name: identity(name) for name in report_.fuse}}
     elif node.kind == "export":
-        found |= {"exports": {name: [e.to_dict(), identity(e.checkpoint)] for name, e in config.exports.items()}}
-        found |= {"card": config.card.to_dict(), "separator": config.data.separator, "evaluated": _evaluated(run)}
+        result |= {"exports": {name: [e.to_dict(), identity(e.checkpoint)] for name, e in config.exports.items()}}
+        result |= {"card": config.card.to_dict(), "separator": config.data.separator, "evaluated": _evaluated(run)}
     elif node.kind == "search":
         entry = config.exports[report_.search]
-        found |= {"export": [entry.to_dict(), identity(entry.checkpoint)], "texts": report_.texts}
-    return json.loads(json.dumps(found))
+        result |= {"export": [entry.to_dict(), identity(entry.checkpoint)], "texts": report_.texts}
+    return json.loads(json.dumps(result))
 
 
 def _evaluated(run: Run) -> dict:
-    """Which figures the cards of config.exports can tell: what each evaluation depended on."""
+    """The inputs of the evaluations whose figures go into the cards of config.exports."""
     files = {e.checkpoint: run.workdir / "steps" / f"evaluate {e.checkpoint}.json" for e in run.config.exports.values()}
     return {name: paths.read_json(file)["inputs"] for name, file in files.items() if file.exists()}
 
 
 def _prepared(run: Run) -> str:
-    """What tells prepared data from others."""
+    """What identifies the prepared data."""
     info = run.data / "info.json"
     return json.dumps(paths.read_json(info)["arguments"], sort_keys=True) if info.exists() else ""
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse a graph that names what it has not: before the first node, not at the last."""
+    """ValueError before the first node, if the graph names something that does not exist."""
     runs.check_names(config)
     order(config)
     named = set(config.stages) | set(config.merges) | {runs.RANDOM}
-    for where, names in (
+    for field, names in (
         *((f"stages.{n}.init", (s.init or runs.RANDOM,)) for n, s in config.stages.items()),
         *((f"merges.{n}.of", m.of) for n, m in config.merges.items()),
         *((f"exports.{n}.checkpoint", (e.checkpoint,)) for n, e in config.exports.items()),
@@ -159,12 +159,15 @@ def check(config: ConfigDict) -> None:
     ):
         for name in names:
             if name not in named and not _elsewhere(name):
-                raise ValueError(f"config.{where} names {name!r}; there are {', '.join(sorted(named))}")
+                raise ValueError(
+                    f"config.{field}={name!r} must be one of {', '.join(sorted(named))}, a folder or a hub id"
+                )
     ranked = {name for e in config.evaluations.values() if e.bm25 for name in e.checkpoints}
     for name in config.report.fuse:
         if not all(name in e.checkpoints for e in config.evaluations.values() if e.bm25):
             raise ValueError(
-                f"config.report.fuse names {name!r}, which some evaluation does not rank; ranked are {', '.join(sorted(ranked))}"
+                f"config.report.fuse={name!r} must be in the checkpoints of every evaluation with bm25; "
+                f"evaluations have {', '.join(sorted(ranked))}"
             )
     for field, group in (("denoise", config.stages), ("search", config.exports)):
         if (name := config.report[field]) and name not in group:
@@ -176,11 +179,11 @@ def _elsewhere(name: str) -> bool:
 
 
 def is_done(run: Run, node: Node, saved: Mapping | None) -> bool:
-    """Whether a node need not be worked: `saved` is its steps/NAME.json, None if there is none."""
+    """Whether a node is complete; `saved` is its steps/NAME.json, None if there is none."""
     if saved is None:
         return False
     if node.kind == "prepare":
-        nodes.prepare(run)  # which refuses data of another config
+        nodes.prepare(run)  # refuses data of another config
         return True
     if node.kind == "stage":
         return run.is_complete(node.of, run.identity(node.of))
@@ -190,7 +193,7 @@ def is_done(run: Run, node: Node, saved: Mapping | None) -> bool:
 
 
 def outcome(run: Run, node: Node):
-    """Where the result of a node lies."""
+    """The path of a node's result."""
     return {
         "prepare": run.data,
         "stage": run.folder(node.of),
@@ -200,11 +203,11 @@ def outcome(run: Run, node: Node):
 
 
 def _why_again(run: Run, node: Node, saved: Mapping | None) -> str:
-    """What the log says of a node besides its name: why it is done again, and what of it is replaced."""
+    """The end of a node's log line: why it is done again, and what it replaces."""
     folders = [run.workdir / "export" / name for name in run.config.exports] if node.kind == "export" else []
     replaced = [str(folder) for folder in folders if folder.exists()]
     why = ""
-    if saved is not None and node.kind not in ("stage", "mine"):  # which are continued, or refused
+    if saved is not None and node.kind not in ("stage", "mine"):  # these are continued or refused
         changed = [name for name, *_ in differences(runs.portable(saved["inputs"]), runs.portable(inputs(run, node)))]
         why = f" again, since {', '.join(changed)} changed" if changed else " again, since its result is gone"
         replaced = replaced or [str(outcome(run, node))] * bool(changed)
@@ -212,7 +215,7 @@ def _why_again(run: Run, node: Node, saved: Mapping | None) -> str:
 
 
 def walk(run: Run) -> dict:
-    """Every node that is not yet complete, then the report; returns what results.json holds."""
+    """Do every node that is not yet complete, then write the report. Returns the content of results.json."""
     check(run.config)
     results, seconds, sources = {}, {}, []
     with runs.hold(run.workdir / "pipeline"):
@@ -240,10 +243,10 @@ def walk(run: Run) -> dict:
 
 
 def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
-    found = list(make_nodes(run.config))
+    all_nodes = list(make_nodes(run.config))
 
     def of(kind: str) -> dict:
-        return {node.of: results[node.name] for node in found if node.kind == kind}
+        return {node.of: results[node.name] for node in all_nodes if node.kind == kind}
 
     data = dict(results["prepare"])
     for task, counts in of("mine").items():
@@ -252,7 +255,7 @@ def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
     total = {
         "command": f"embed pipeline --config={run.config_path}",
         "machine": machine(),
-        # Of the first step; "commits" tells whether a run was continued by another state of the code.
+        # Of the first node; "commits" shows whether another state of the code continued the run.
         **sources[0],
         "commits": sorted({source["commit"] for source in sources}),
         "checkpoints": of("evaluate") | results.get("baselines", {}),
@@ -292,12 +295,13 @@ def _report(run: Run, total: dict) -> None:
             line = f"  {hit['rank']}  {hit['score']:.3f}  {hit['id']}  {hit['text']}"
             nodes.console.print(line, markup=False, highlight=False)
     exported = ", ".join(str(run.workdir / "export" / name) for name in run.config.exports)
-    told = f"{sum(total['seconds'].values()):.0f} s in all on {total['machine']}. Report: {run.workdir / 'report.md'}"
-    nodes.console.print(told + (f"; models: {exported}" if exported else ""))
+    summary = f"{sum(total['seconds'].values()):.0f} s in total on {total['machine']}."
+    summary += f" Report: {run.workdir / 'report.md'}" + (f"; models: {exported}" if exported else "")
+    nodes.console.print(summary)
 
 
 def machine() -> str:
-    """What this computes on, in words; of CPUs also how fast, for seconds tell nothing without it."""
+    """The devices and cores of this machine, in words; of CPUs also their speed, which seconds depend on."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return (

@@ -1,4 +1,4 @@
-"""What the nodes of a graph do: prepare, train, mine, evaluate, denoise, sweep a merge, search."""
+"""The work of each kind of node: prepare, train, mine, evaluate, denoise, sweep a merge, search."""
 
 import contextlib
 import dataclasses
@@ -35,15 +35,15 @@ console = make_console()
 
 
 def say(sentence: str) -> None:
-    """A line for whoever watches, by process 0."""
+    """Print a line for the user, in process 0."""
     if jax.process_index() == 0:
         console.print(sentence, markup=False, highlight=False)
 
 
 def prepare(run: Run) -> dict:
-    """Build the data that the config's gin file describes; TensorFlow is imported here and nowhere later.
+    """Build the data that the config's gin file describes. TensorFlow is imported here and nowhere later.
 
-    Where they are there already, nothing is locked or written: any number of runs may read them.
+    Existing data are only checked, without a lock: any number of runs may read them.
     """
     data, tokenizer = run.config.data, None
     if not data.gin_file:
@@ -79,10 +79,10 @@ def prepare(run: Run) -> dict:
 
 
 def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: str = "") -> dict:
-    """Train stage `name` from what its config names, or continue it; other arguments as `embed train`'s.
+    """Train stage `name`, or continue it. The other arguments are those of `embed train`.
 
-    What is mined for it is mined first. Its folder belongs to the config of its first checkpoint; until there is one, any
-    config may use it.
+    Hard negatives for the stage are mined first. Its folder belongs to the config of its first checkpoint; until there
+    is one, any config may use it.
     """
     if name not in run.config.stages:
         raise ValueError(f"config.stage={name!r} must be one of {', '.join(run.config.stages)}")
@@ -99,7 +99,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
         evaluate_params = functools.partial(hook, run, name, data)
     with runs.hold(folder) as check_held, progress_bar(name, steps) as update:
         identity = run.identity(name)
-        if run.is_complete(name, identity):  # by another process, while this one waited; or its end was interrupted
+        if run.is_complete(name, identity):  # another process trained it meanwhile, or its end was interrupted
             training_state.finish(folder / "checkpoints", execution.evaluate_on)
             say(f"{name} is complete: {folder}, step {steps}")
             return {"steps": steps}
@@ -150,19 +150,19 @@ def _initial_params(run: Run, name: str, shardings) -> dict:
 
 
 def hook(run: Run, stage: str, data: retrieval.RetrievalSet, params) -> float:
-    """nDCG@10 in int8 of parameters in training, on all devices and in all processes at once: none waits for another."""
+    """nDCG@10 in int8 of parameters in training, computed by all devices of all processes together."""
     checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage)
     encoder = run.encoder(checkpoint, params)
     return retrieval.evaluate_retrieval(encoder, data, (HOOK_PRECISION,))[HOOK_PRECISION][HOOK_METRIC]
 
 
 def mine(run: Run, name: str) -> dict:
-    """Hard negatives of config.mining.NAME, out of a checkpoint, as a store of this run: mining/NAME."""
+    """Mine the hard negatives of config.mining.NAME with a checkpoint and store them in the run: mining/NAME."""
     target = run.store_path(name)
     if runs.agreed((target / "info.json").exists()):
         return _mined(run, name, read_header(target)["info"])
     with runs.hold(target):
-        if runs.agreed((target / "info.json").exists()):  # by another process, while this one waited
+        if runs.agreed((target / "info.json").exists()):  # another process mined them meanwhile
             return _mined(run, name, read_header(target)["info"])
         config = run.config.mining[name]
         checkpoint, store = run.checkpoint(config.checkpoint, config.step), run.store(config.task)
@@ -174,8 +174,8 @@ def mine(run: Run, name: str) -> dict:
         encoder = run.encoder(checkpoint)
         queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
         ids = content_ids(queries)
-        # Stores are shuffled: the first so many are a fair sample. All examples that ask the same come along, or their
-        # documents would be taken for negatives.
+        # Stores are shuffled, so the first examples are a random sample. All examples with one of their queries are
+        # added, or their documents would count as negatives.
         rows = np.flatnonzero(np.isin(ids, ids[: config.queries or None]))
         encode = functools.partial(encoder.encode_tokens, precision=config.precision)
         chosen, counts = mining.mine(
@@ -197,28 +197,28 @@ def mine(run: Run, name: str) -> dict:
 
 
 def mining_inputs(run: Run, name: str, recorded: Mapping | None = None) -> dict:
-    """What mined negatives depend on. A ranking checkpoint that is gone is what was `recorded`."""
+    """What mined negatives depend on. If the checkpoint that ranked is gone, its `recorded` identity is used."""
     config = run.config.mining[name]
     try:
         identity = run.checkpoint(config.checkpoint, config.step).identity
     except FileNotFoundError:
-        if not recorded or not run.names(config.checkpoint, config.step, recorded["checkpoint"]):
+        if not recorded or not run.matches(config.checkpoint, config.step, recorded["checkpoint"]):
             raise
         identity = recorded["checkpoint"]
-    found = {
+    inputs = {
         "mining": {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "step")},
         "checkpoint": identity,
         "data": read_header(run.store_path(config.task))["digest"],
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(inputs))
 
 
 def _mined(run: Run, name: str, info: Mapping) -> dict:
-    """The counts of a store that is there; ValueError if it was mined otherwise."""
+    """The counts of an existing store. ValueError if it was mined from other inputs."""
     now = mining_inputs(run, name, info["inputs"])
-    if found := list(configs.differences(runs.portable(info["inputs"]), runs.portable(now))):
-        named = "; ".join(f"{key} was {was!r}, now {value!r}" for key, was, value in found)
-        raise ValueError(f"{run.store_path(name)} was mined otherwise: {named}. Remove it, or use another name")
+    if changes := list(configs.differences(runs.portable(info["inputs"]), runs.portable(now))):
+        named = "; ".join(f"{key} was {was!r}, now {value!r}" for key, was, value in changes)
+        raise ValueError(f"{run.store_path(name)} was mined with other inputs: {named}. Remove it, or use another name")
     return info["mined"]
 
 
@@ -238,17 +238,17 @@ def _write_mined(target, examples, rows, chosen, info: dict) -> None:
 
 
 def evaluation_set(run: Run, name: str) -> retrieval.RetrievalSet:
-    """SET/SPLIT of the prepared data."""
+    """The evaluation set SET/SPLIT of the prepared data."""
     return retrieval.read_set(run.data / "evaluation" / name)
 
 
 def ranking(run: Run, checkpoint: str, evaluation: str):
-    """What `evaluate` found: {precision: best corpus rows of each query, int32 [Q, DEPTH]} as .npz."""
+    """The file where `evaluate` keeps {precision: best corpus rows of each query, int32 [Q, DEPTH]}, as .npz."""
     return run.workdir / "rankings" / checkpoint.replace(" ", "_").replace("/", "_") / f"{evaluation}.npz"
 
 
 def evaluate(run: Run, name: str) -> dict:
-    """Retrieval of a checkpoint in every evaluation that names it, at every precision; rankings/ keeps what it found."""
+    """Evaluate a checkpoint in every evaluation that names it, at every precision. rankings/ keeps the results."""
     encoder = run.encoder(run.checkpoint(name))
     figures, queries = {}, {}
     for evaluation, config in run.config.evaluations.items():
@@ -262,7 +262,7 @@ def evaluate(run: Run, name: str) -> dict:
             buffer = io.BytesIO()
             np.savez(buffer, **rankings)
             paths.write(ranking(run, name, evaluation), buffer.getvalue())
-        figures[evaluation] = {p: retrieval.score(found, data) for p, found in rankings.items()}
+        figures[evaluation] = {p: retrieval.score(ranked, data) for p, ranked in rankings.items()}
     return figures
 
 
@@ -277,16 +277,16 @@ def evaluate_baselines(run: Run) -> dict:
         rows["BM25"][evaluation] = {"float32": retrieval.score(words, data)}
         for name in run.config.report.fuse:
             with ranking(run, name, evaluation).open("rb") as file:
-                found = dict(np.load(io.BytesIO(file.read())))
+                ranked = dict(np.load(io.BytesIO(file.read())))
             rows.setdefault(f"BM25 + {name}", {})[evaluation] = {
                 precision: retrieval.score(baselines.reciprocal_rank_fusion(words, each), data)
-                for precision, each in found.items()
+                for precision, each in ranked.items()
             }
     return {name: row for name, row in rows.items() if row}
 
 
 def denoising(run: Run, name: str) -> dict:
-    """How well a diffusion stage denoises held-out text, and one text while it is denoised."""
+    """How well a diffusion stage denoises held-out text, with one text as an example."""
     checkpoint, mask_id, length = run.checkpoint(name), run.tokenizer.mask_id, run.config.stages[name].batch.length
     params, model = checkpoint.params(run.shardings(checkpoint.model)), checkpoint.model
     options = dict(mask_id=mask_id, left_shift=checkpoint.left_shift)
@@ -311,7 +311,7 @@ def denoising(run: Run, name: str) -> dict:
 
 
 def show_masked(tokenizer, tokens: np.ndarray) -> str:
-    """Decoded text with an underscore for each masked token."""
+    """The decoded text, with an underscore for each masked token."""
     pieces, start = [], 0
     for i in [*np.flatnonzero(tokens == tokenizer.mask_id), len(tokens)]:
         if i > start:
@@ -344,7 +344,7 @@ def worked_search(run: Run) -> dict:
     encoder, precision = load(run.workdir / "export" / run.config.report.search), "int8"
     index = Index(encoder.encode(data.corpus, precision=precision), precision)
     query = data.queries[0]
-    scores, found = index.search(encoder.encode([query], precision=precision), 5)
+    scores, matches = index.search(encoder.encode([query], precision=precision), 5)
     hits = [
         {
             "rank": k + 1,
@@ -352,7 +352,7 @@ def worked_search(run: Run) -> dict:
             "id": data.corpus_ids[i],
             "text": " ".join(data.corpus[i].split())[:80],
         }
-        for k, i in enumerate(found[0])
+        for k, i in enumerate(matches[0])
     ]
     return {"query": query, "precision": precision, "hits": hits}
 
@@ -368,13 +368,13 @@ def mined_tasks(config: ConfigDict, stage: str) -> list[str]:
 
 
 def check_data(run: Run, names: Iterable[str]) -> None:
-    """Refuse stages that name mixtures, tasks or evaluation sets which the prepared data do not have: before hours of work."""
+    """ValueError if stages name mixtures, tasks or evaluation sets that the prepared data do not have."""
     config, tasks = run.config, sorted({task for rates in run.mixtures.values() for task in rates})
     for name in names:
         run.phases(name)
         for entry in mined_tasks(config, name):
             if entry in run.mixtures:
-                raise ValueError(f"config.mining.{entry}: a mixture of the data has that name too")
+                raise ValueError(f"config.mining.{entry}: a mixture of the data has the same name")
             if config.mining[entry].task not in tasks:
                 raise ValueError(
                     f"config.mining.{entry}.task={config.mining[entry].task!r} must be one of {', '.join(tasks)}"
@@ -385,11 +385,11 @@ def check_data(run: Run, names: Iterable[str]) -> None:
 
 def _check_set(run: Run, field: str, name: str) -> None:
     if not name or not (run.data / "evaluation" / name / "corpus.jsonl").exists():
-        raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT below {run.data / 'evaluation'}")
+        raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT in {run.data / 'evaluation'}")
 
 
 def check_sets(run: Run) -> None:
-    """Refuse evaluations, sweeps and a report over sets that the prepared data do not have."""
+    """ValueError if evaluations, sweeps or the report name sets that the prepared data do not have."""
     for name, entry in run.config.evaluations.items():
         _check_set(run, f"evaluations.{name}.data", entry.data)
     for name, entry in run.config.merges.items():

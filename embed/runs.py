@@ -1,18 +1,19 @@
-"""A workdir: its stages, what identifies them, and the checkpoints that something can start from.
+"""A workdir: its stages, their identities, and the checkpoints that something can start from.
 
     RUN/STAGE/config.json    what the stage's result depends on, with its parent's folder, step and digest
-    RUN/STAGE/run.json       what computed it: commit, versions, mesh
+    RUN/STAGE/run.json       how it was computed: commit, versions, mesh
     RUN/STAGE/checkpoints/   and metrics.jsonl, tensorboard/
     RUN/mining/NAME/         a store of mined negatives
     RUN/data/                prepared data, unless config.data.directory names another folder
 
-A stage owns its folder from its first checkpoint on. Any run may start from it by its path.
+A stage owns its folder from its first checkpoint on. Any run may start from it, given its path.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
@@ -29,23 +30,11 @@ from embed.models import sharding, transformer
 from embed.training import stages
 
 RANDOM = "random init"
-RESERVED = (
-    "data",
-    "mining",
-    "export",
-    "rankings",
-    "steps",
-    "plots",
-    "pipeline",
-    RANDOM,
-)  # names in a workdir that no stage may have
-NOT_IDENTITY = (
-    "init",
-    "init_step",
-    "curriculum",
-    "execution",
-)  # of a stage's config: said by parent and phases, or no matter
-# How to compute is the reader's choice; the output layer is the diffusion stage's alone.
+# Names in a workdir that no stage may have.
+RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", RANDOM)
+# Fields of a stage's config that parent and phases stand for, or that do not change the result.
+NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")
+# Without the fields that say how to compute, and without `tied`: only the diffusion stage has an output layer.
 ARCHITECTURE = [
     field.name
     for field in dataclasses.fields(transformer.TransformerConfig)
@@ -54,44 +43,43 @@ ARCHITECTURE = [
 
 
 class MissingCheckpointError(FileNotFoundError):
-    """There is no checkpoint where one is named."""
+    """A named checkpoint does not exist."""
 
 
 class UnfinishedError(ValueError):
-    """A stage that something would start from has not reached its last step."""
+    """The stage to start from has not reached its last step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Parameters that something starts from, and what identifies them."""
+    """Parameters to start from, and what identifies them."""
 
-    name: str  # as the config or the command line has it
-    identity: (
-        dict  # folder, step and digest; of a random init its seed; of a merge those of its two parents and the ratio
-    )
+    name: str  # as in the config or on the command line
+    # Folder, step and digest. A random init has its seed, a merge the identities of its two parents and the ratio.
+    identity: dict
     model: transformer.TransformerConfig
     load: Callable  # shardings -> parameters
     load_tokenizer: Callable  # () -> its tokenizer
-    tokenizer: dict  # what is known of `tokenizer_identity`
-    separator: bool  # whether a separator stands between the chunks of a document
+    tokenizer: dict  # the known fields of `tokenizer_identity`
+    separator: bool  # whether a separator token stands between the chunks of a document
     max_length: int | None = None  # tokens of the longest text
     contextual: bool = False  # whether it is made for chunks in their document
     tanh: bool = False  # whether its float32 vectors are tanh(v)
-    causal: bool = False  # a language model, no encoder
+    causal: bool = False  # whether it is a language model, not an encoder
     left_shift: bool = False  # whether a token is predicted from the state before it
     matryoshka: tuple[int, ...] = ()  # prefixes trained
-    of: tuple[str, ...] = ()  # of a merge: the names of the two
-    provenance: dict | None = None  # of a model folder: what its card tells
+    of: tuple[str, ...] = ()  # the two names of a merge
+    provenance: dict | None = None  # of a model folder, as in its card
 
     def check_encoder(self) -> None:
-        """ValueError for a causal language model, whose vectors mean nothing."""
+        """ValueError for a causal language model: its vectors mean nothing."""
         if self.causal:
             raise ValueError(f"{self.name} is a causal language model, not an encoder: a stage can start from it")
 
     def params(self, shardings=None) -> dict:
-        """The parameters, laid out by `shardings`, on the first local device without.
+        """The parameters, laid out by `shardings`; without it, on the first local device.
 
-        An output layer that `shardings` does not know lies as the embedding table does.
+        An output layer that is missing in `shardings` is laid out like the embedding table.
         """
         if shardings is not None and not self.model.tied and "head" not in shardings:
             shardings = shardings | {"head": shardings["embedding"]}
@@ -99,40 +87,41 @@ class Checkpoint:
 
 
 class Run:
-    """A config and its workdir. Making one writes nothing."""
+    """A config and its workdir. The constructor writes nothing."""
 
     def __init__(self, config: ConfigDict, workdir, config_path: str = ""):
         if str(workdir).startswith("s3://"):
             raise ValueError(f"workdir {workdir} must be a folder or gs://: checkpoints are not written to s3://")
         self.config, self.workdir, self.config_path = config, paths.path(workdir), config_path
-        self._found: dict[tuple[str, int], Checkpoint] = {}
+        self._checkpoints: dict[tuple[str, int], Checkpoint] = {}
         fields.check(config)
         check_names(config)
 
     @property
     def data(self):
-        """The folder of the prepared data."""
+        """The folder with the prepared data."""
         return paths.path(self.config.data.directory) if self.config.data.directory else self.workdir / "data"
 
     @cached_property
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """Of the prepared data."""
+        """The tokenizer of the prepared data."""
         self._check_prepared()
         return tokenizers.load(self.data / "tokenizer")
 
     def _check_prepared(self) -> None:
         if not (self.data / "mixtures.json").exists():
             raise FileNotFoundError(
-                f"{self.data} holds no prepared data; run `embed prepare` with this config and workdir"
+                f"{self.data} holds no prepared data: run `embed prepare` with this config and workdir"
             )
 
     @cached_property
     def model(self) -> transformer.TransformerConfig:
-        """The run's model; a contrastive stage's has no output layer (`stages.stage_model`)."""
+        """The run's model. In contrastive stages it has no output layer (`stages.stage_model`)."""
         needed = max(self.tokenizer.vocab_size, self.tokenizer.mask_id + 1)
         if 0 < self.config.model.vocab_size < needed:
             raise ValueError(
-                f"config.model.vocab_size={self.config.model.vocab_size} is too small: tokenizer and mask need {needed} rows"
+                f"config.model.vocab_size={self.config.model.vocab_size} is too small: "
+                f"tokenizer and mask need {needed} rows"
             )
         return transformer.from_config(self.config.model, self.config.execution, needed)
 
@@ -141,7 +130,7 @@ class Run:
         return sharding.make_mesh(**self.config.execution.mesh)
 
     def shardings(self, model: transformer.TransformerConfig):
-        """Of a model's parameters over the run's mesh."""
+        """The shardings of a model's parameters over the run's mesh."""
         return sharding.parameter_shardings(self.mesh, transformer.abstract_params(model))
 
     @cached_property
@@ -155,11 +144,11 @@ class Run:
         return self.workdir / stage
 
     def store_path(self, task: str):
-        """The folder of the prepared examples of a task, or of mined ones."""
+        """The folder with the prepared or mined examples of a task."""
         return self.workdir / "mining" / task if task in self.config.mining else self.data / "tasks" / task
 
     def store(self, task: str) -> Store:
-        """The prepared examples of a task, or mined ones."""
+        """The prepared or mined examples of a task."""
         return Store(self.store_path(task))
 
     def phases(self, stage: str) -> list[tuple[int, dict[str, float]]]:
@@ -172,26 +161,26 @@ class Run:
                 rates = dict(mixture)
             if not rates:
                 known = ", ".join([*self.mixtures, *self.config.mining])
-                raise ValueError(f"stage {stage}: no mixture {mixture!r}; there are {known}")
+                raise ValueError(f"stage {stage}: mixture {mixture!r} must be one of {known}")
             phases.append((int(steps), rates))
         if not sum(steps for steps, _ in phases):
             raise ValueError(f"stage {stage}: curriculum={self.config.stages[stage].curriculum} has no steps")
         return phases
 
     def steps(self, stage: str) -> int:
-        """Of a stage's curriculum."""
+        """The steps in a stage's curriculum."""
         return sum(int(steps) for steps, _ in self.config.stages[stage].curriculum)
 
     def encoder(self, checkpoint: "Checkpoint", params=None) -> Encoder:
-        """A checkpoint as an encoder over the run's mesh; `params` are its parameters where they lie there already."""
+        """A checkpoint as an encoder over the run's mesh; `params` are its parameters if the mesh has them already."""
         return make_encoder(checkpoint, self.mesh, params)
 
-    # --- checkpoints ---------------------------------------------------------------------------------------------------
+    # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def checkpoint(self, name: str, step: int = 0) -> Checkpoint:
-        """`random init`, a merge or stage of this run, a stage folder of another, a model folder or a hub id.
+        """`random init`, a merge or stage of this run, a stage folder of another run, a model folder or a hub id.
 
-        UnfinishedError for a stage that has not reached its last step, unless `step` names one of its checkpoints.
+        UnfinishedError if a stage has not reached its last step, unless `step` names one of its checkpoints.
         """
         if step and (name in (RANDOM, "", *self.config.merges)):
             raise ValueError(f"step {step} of {name or RANDOM}: only a stage has steps")
@@ -210,11 +199,10 @@ class Run:
         if name in self.config.stages:
             return stage_checkpoint(self.folder(name), step, self.config.execution, name)
         key = name, step
-        if key not in self._found:  # a model folder is read, checked and copied once
-            self._found[key] = find(
-                name, step, self.config.execution, [RANDOM, *self.config.stages, *self.config.merges]
-            )
-        return self._found[key]
+        if key not in self._checkpoints:  # a model folder is read, checked and copied once
+            others = [RANDOM, *self.config.stages, *self.config.merges]
+            self._checkpoints[key] = find(name, step, self.config.execution, others)
+        return self._checkpoints[key]
 
     def _random_params(self, shardings):
         make = jax.jit(transformer.init, static_argnums=0, out_shardings=shardings)
@@ -226,7 +214,7 @@ class Run:
         return merged(name, a, b, config.ratio)
 
     def check_start(self, stage: str, parent: Checkpoint) -> None:
-        """Raise a ValueError that lists how a stage's model or tokenizer differ from those of what it starts from."""
+        """ValueError that lists how the model or tokenizer of a stage differ from those of its parent."""
         if parent.name == RANDOM:
             return
         ours = stages.stage_model(self.config.stages[stage].kind, self.model)
@@ -235,7 +223,7 @@ class Run:
             for name in ARCHITECTURE
             if getattr(ours, name) != getattr(parent.model, name)
         ]
-        # An output layer that is not needed is left out.
+        # Other stages drop the output layer of their parent.
         if self.config.stages[stage].kind == "diffusion" and ours.tied != parent.model.tied:
             problems.append(f"config.model.tied is {ours.tied}, the checkpoint's {parent.model.tied}")
         problems += self.tokenizer_problems(parent)
@@ -243,7 +231,7 @@ class Run:
             raise ValueError(f"stage {stage} cannot start from {parent.name}: " + "; ".join(problems))
 
     def tokenizer_problems(self, checkpoint: Checkpoint) -> list[str]:
-        """How the tokenizer of the run's data differs from a checkpoint's, as sentences."""
+        """How the tokenizer of the run's data differs from that of a checkpoint, as sentences."""
         mine = tokenizer_identity(self.tokenizer)
         return [
             f"the run's tokenizer has {name} {mine[name]}, the checkpoint's {value}"
@@ -252,18 +240,14 @@ class Run:
         ]
 
     def check_sources(self) -> None:
-        """`check_start` as far as it goes before there are data: the model folders and hub ids that stages start from."""
+        """The part of `check_start` that needs no data: the sizes of model folders and hub ids."""
+        internal = ("", RANDOM, *self.config.stages, *self.config.merges)
         for name, stage in self.config.stages.items():
-            if (
-                not stage.init
-                or stage.init in (RANDOM, *self.config.stages, *self.config.merges)
-                or is_stage(stage.init)
-            ):
+            if stage.init in internal or is_stage(stage.init):
                 continue
             theirs, model = model_folder.read_architecture(stage.init), self.config.model
-            fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size] + ["tied"] * (
-                stage.kind == "diffusion"
-            )
+            fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size]
+            fields += ["tied"] * (stage.kind == "diffusion")
             problems = [
                 f"config.model.{n} is {model[n]!r}, the checkpoint's {getattr(theirs, n)!r}"
                 for n in fields
@@ -272,12 +256,12 @@ class Run:
             if problems:
                 raise ValueError(f"stage {name} cannot start from {stage.init}: " + "; ".join(problems))
 
-    # --- what a stage's result depends on ------------------------------------------------------------------------------
+    # --- what a stage's result depends on ----------------------------------------------------------------------------
 
     def identity(self, stage: str) -> dict:
         """config.json of a stage: what its result depends on.
 
-        A stage that has begun from what the config names keeps that on record when it is gone.
+        If the parent is gone, a stage that began from it keeps the parent's identity from its own config.json.
         """
         config, folder = self.config.stages[stage], self.folder(stage)
         try:
@@ -288,11 +272,11 @@ class Run:
             if not training_state.steps(folder / "checkpoints"):
                 raise
             recorded = paths.read_json(folder / "config.json")
-            if not self.names(config.init, config.init_step, recorded["parent"]):
+            if not self.matches(config.init, config.init_step, recorded["parent"]):
                 raise
             origin, shifted = recorded["parent"], recorded.get("left_shift", False)
         phases = self.phases(stage)
-        found = {
+        identity = {
             "stage": {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY},
             "phases": phases,
             "model": {
@@ -306,27 +290,27 @@ class Run:
             "parent": origin,
         }
         if config.kind == "diffusion":
-            found["left_shift"] = self._left_shift(stage, shifted)
-        return json.loads(json.dumps(found))
+            identity["left_shift"] = self._left_shift(stage, shifted)
+        return json.loads(json.dumps(identity))
 
     def _left_shift(self, stage: str, of_parent: bool) -> bool:
-        """Whether a diffusion stage predicts from the state before: as the config says, or as its parent did."""
-        asked = self.config.stages[stage].left_shift
-        if asked not in ("auto", "True", "False"):
-            raise ValueError(f"config.stages.{stage}.left_shift={asked!r} must be auto, True or False")
-        return of_parent if asked == "auto" else asked == "True"
+        """Whether a diffusion stage predicts a token from the state before it, as its config or its parent says."""
+        value = self.config.stages[stage].left_shift
+        if value not in ("auto", "True", "False"):
+            raise ValueError(f"config.stages.{stage}.left_shift={value!r} must be auto, True or False")
+        return of_parent if value == "auto" else value == "True"
 
-    def names(self, name: str, step: int, identity: Mapping) -> bool:
-        """Whether `name` is where the checkpoint of an identity was found, be it there now or not."""
+    def matches(self, name: str, step: int, identity: Mapping) -> bool:
+        """Whether an identity is that of `name` and `step`. The checkpoint itself may be gone."""
         if name in self.config.merges:
             config, parts = self.config.merges[name], identity.get("merge", ())
-            same = len(parts) == 2 and all(self.names(part, 0, one) for part, one in zip(config.of, parts))
+            same = len(parts) == 2 and all(self.matches(part, 0, one) for part, one in zip(config.of, parts))
             return same and identity["ratio"] == config.ratio
         folder = self.folder(name) if name in self.config.stages else name
         return identity.get("folder") in (str(folder), str(paths.path(folder))) and step in (0, identity["step"])
 
     def is_complete(self, stage: str, identity: Mapping) -> bool:
-        """Whether a stage has reached its last step. ValueError where its folder is another config's."""
+        """Whether a stage has reached its last step. ValueError if its folder belongs to another config."""
         folder = self.folder(stage)
         done = training_state.steps(folder / "checkpoints")
         if done:
@@ -335,7 +319,7 @@ class Run:
 
 
 def check_names(config: ConfigDict) -> None:
-    """Refuse a graph with a name that is taken or unknown, or in which a stage starts from itself."""
+    """ValueError if a name in the graph is reserved, used twice or unknown, or if a stage starts from itself."""
     groups = {part: list(config[part]) for part in ("stages", "mining", "merges")}
     for part, names in groups.items():
         for name in names:
@@ -345,7 +329,7 @@ def check_names(config: ConfigDict) -> None:
                     f"config.{part}.{name}: the name must have no slash and be none of {', '.join(RESERVED)}"
                 )
             if others:
-                raise ValueError(f"config.{part}.{name}: config.{others[0]} has that name too")
+                raise ValueError(f"config.{part}.{name}: config.{others[0]} has the same name")
     if config.stage and config.stage not in config.stages:
         raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
     for name in (*config.stages, *config.merges):
@@ -353,7 +337,7 @@ def check_names(config: ConfigDict) -> None:
 
 
 def parents(config: ConfigDict, name: str, seen: tuple[str, ...] = ()) -> set[str]:
-    """The stages that a checkpoint is made of, itself included; ValueError where it leads back to itself."""
+    """The stages that a checkpoint is made of, including itself. ValueError if one is made of itself."""
     if name in seen:
         raise ValueError(f"{name!r} is made of itself: {' <- '.join([*seen, name])}")
     if name in config.merges:
@@ -364,7 +348,7 @@ def parents(config: ConfigDict, name: str, seen: tuple[str, ...] = ()) -> set[st
 
 
 def is_stage(folder) -> bool:
-    """Whether a folder is that of a stage."""
+    """Whether a folder belongs to a stage."""
     folder = paths.path(folder)
     try:
         return "phases" in paths.read_json(folder / "config.json") and (folder / "checkpoints").exists()
@@ -373,7 +357,7 @@ def is_stage(folder) -> bool:
 
 
 def find(source: str, step: int = 0, execution: Mapping | None = None, others=()) -> Checkpoint:
-    """A stage folder, model folder or hub id as a checkpoint; `others` are names that would have been right as well."""
+    """A stage folder, model folder or hub id as a checkpoint; errors also list the valid names `others`."""
     if is_stage(source):
         return stage_checkpoint(paths.path(source), step, execution, source)
     if model_folder.is_model(source) or model_folder.HUB_ID.fullmatch(source):
@@ -381,22 +365,22 @@ def find(source: str, step: int = 0, execution: Mapping | None = None, others=()
             raise ValueError(f"step {step} of {source}: a model folder has no steps")
         return model_checkpoint(source, execution)
     expected = ", ".join([*others, "a stage folder", "a model folder", "a hub id owner/name"])
-    raise MissingCheckpointError(f"{source!r} is no checkpoint: expected one of {expected}")
+    raise MissingCheckpointError(f"{source!r} is not a checkpoint: expected one of {expected}")
 
 
 def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint:
-    """The checkpoint of `step` in a stage folder, the last one for 0; see `Run.checkpoint`."""
+    """The checkpoint of `step` in a stage folder, or the last one for step 0; see `Run.checkpoint`."""
     name, done = name or str(folder), training_state.steps(folder / "checkpoints")
     if not done:
         raise MissingCheckpointError(f"{folder} holds no checkpoint: train stage {name} first")
     config = paths.read_json(folder / "config.json")
     total = sum(steps for steps, _ in config["phases"])
     if step and step not in done:
-        raise MissingCheckpointError(f"{name} has no checkpoint of step {step}; there are {', '.join(map(str, done))}")
+        raise MissingCheckpointError(f"{name} has no checkpoint of step {step}, only of {', '.join(map(str, done))}")
     if not step and total not in done:
         raise UnfinishedError(
-            f"{name} has not finished: its last checkpoint is step {done[-1]} of {total}. Train it to the end, or name a step "
-            f"(init_step or --step): {', '.join(map(str, done))}"
+            f"{name} has not finished: its last checkpoint is step {done[-1]} of {total}. "
+            f"Train it to the end, or name a step (init_step or --step): {', '.join(map(str, done))}"
         )
     step = step or total
     model = transformer.from_config(config["model"], execution)
@@ -422,39 +406,39 @@ def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint
 
 
 def model_checkpoint(source: str, execution) -> Checkpoint:
-    """A model folder or hub id as a checkpoint; its weights go straight into their shards."""
-    found = model_folder.open_model(source)
-    model, how = transformer.from_config(dataclasses.asdict(found.config), execution), found.embedding
+    """A model folder or hub id as a checkpoint, whose weights go directly into their shards."""
+    opened = model_folder.open_model(source)
+    model, embedding = transformer.from_config(dataclasses.asdict(opened.config), execution), opened.embedding
     return Checkpoint(
         source,
-        {"folder": str(source), "step": 0, "digest": found.digest},
+        {"folder": str(source), "step": 0, "digest": opened.digest},
         model,
-        found.params,
-        found.tokenizer,
-        # Which id is the mask is the run's choice where the folder does not say it.
-        {"digest": found.tokenizer().digest},
-        separator=how.get("separator", False),
-        max_length=how.get("max_length"),
-        contextual=how.get("contextual", False),
-        tanh=how.get("tanh", False),
-        causal=found.causal,
-        left_shift=found.causal,
-        matryoshka=tuple(how.get("matryoshka", ())),
-        provenance=found.provenance,
+        opened.params,
+        opened.tokenizer,
+        # Without the ids of mask and separator: the run may choose others.
+        {"digest": opened.tokenizer().digest},
+        separator=embedding.get("separator", False),
+        max_length=embedding.get("max_length"),
+        contextual=embedding.get("contextual", False),
+        tanh=embedding.get("tanh", False),
+        causal=opened.causal,
+        left_shift=opened.causal,
+        matryoshka=tuple(embedding.get("matryoshka", ())),
+        provenance=opened.provenance,
     )
 
 
 def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
-    """The slerp of two checkpoints, made leaf by leaf: beside the two no third tree is held.
+    """The slerp of two checkpoints, computed leaf by leaf, so that memory never holds a third tree.
 
-    ValueError lists how they differ in what makes vectors.
+    ValueError lists the differences that would change vectors.
     """
     a.check_encoder(), b.check_encoder()
     compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in ARCHITECTURE}
     compared |= {f"tokenizer {n}": (a.tokenizer[n], b.tokenizer[n]) for n in a.tokenizer.keys() & b.tokenizer.keys()}
     compared |= {n: (getattr(a, n), getattr(b, n)) for n in ("separator", "max_length", "tanh")}
     if problems := [f"{what} is {left!r} and {right!r}" for what, (left, right) in compared.items() if left != right]:
-        raise ValueError(f"cannot merge {a.name} and {b.name}, which embed differently: " + "; ".join(problems))
+        raise ValueError(f"cannot merge {a.name} and {b.name}, because they embed differently: " + "; ".join(problems))
 
     def load(shardings):
         left, right = (transformer.encoder_only(x.model, x.params(shardings))[1] for x in (a, b))
@@ -476,15 +460,15 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
 
 
 def over_all_devices(model: transformer.TransformerConfig):
-    """Shardings of a model's parameters over all devices of all processes: none holds a whole one."""
+    """Shardings of a model's parameters over all devices of all processes. No device holds a whole array."""
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     return sharding.parameter_shardings(mesh, transformer.abstract_params(model))
 
 
 def make_encoder(checkpoint: Checkpoint, mesh, params=None) -> Encoder:
-    """A checkpoint as an encoder over a mesh, with its own tokenizer and settings; ValueError for a causal model.
+    """A checkpoint as an encoder over a mesh, with its own tokenizer and settings. ValueError for a causal model.
 
-    `params`, where they lie on the mesh already, are taken instead of its own; then the encoder has no digest.
+    `params`, which must be on the mesh already, replace the checkpoint's own; then the encoder has no digest.
     """
     checkpoint.check_encoder()
     model, tokenizer, digest = dataclasses.replace(checkpoint.model, tied=True), checkpoint.load_tokenizer(), None
@@ -506,17 +490,17 @@ def make_encoder(checkpoint: Checkpoint, mesh, params=None) -> Encoder:
 
 
 def _vectors_digest(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> str:
-    """sha256 (hex) over all that changes a checkpoint's vectors: parameters, tokenizer and settings."""
-    if checkpoint.provenance is not None:  # a model folder, whose digest is that of all its files
+    """sha256 (hex) over everything that changes a checkpoint's vectors: parameters, tokenizer and settings."""
+    if checkpoint.provenance is not None:  # a model folder has a digest over all its files
         return checkpoint.identity["digest"]
-    how = [checkpoint.separator, checkpoint.max_length, checkpoint.tanh]
+    settings = [checkpoint.separator, checkpoint.max_length, checkpoint.tanh]
     model = {name: getattr(checkpoint.model, name) for name in ARCHITECTURE}
-    parts = [portable(checkpoint.identity), model, tokenizer_identity(tokenizer), how]
+    parts = [portable(checkpoint.identity), model, tokenizer_identity(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def vector_size(source: str) -> int:
-    """D of a model folder, hub id or stage folder, out of its config.json alone: for before anything is loaded."""
+    """D of a model folder, hub id or stage folder, from its config.json, before anything is loaded."""
     if is_stage(source):
         return paths.read_json(paths.path(source) / "config.json")["model"]["hidden_size"]
     return model_folder.read_architecture(source).hidden_size
@@ -528,51 +512,51 @@ def load_encoder(source: str, step: int = 0) -> Encoder:
         if step:
             raise ValueError(f"step {step} of {source}: only a stage folder has steps")
         return inference.load(source)
-    found = stage_checkpoint(paths.path(source), step, None, source)
+    checkpoint = stage_checkpoint(paths.path(source), step, None, source)
     if jax.default_backend() == "cpu":
-        found = dataclasses.replace(found, model=dataclasses.replace(found.model, dtype="float32"))
-    return make_encoder(found, sharding.make_mesh(data=1, fsdp=-1))
+        model = dataclasses.replace(checkpoint.model, dtype="float32")
+        checkpoint = dataclasses.replace(checkpoint, model=model)
+    return make_encoder(checkpoint, sharding.make_mesh(data=1, fsdp=-1))
 
 
 def tokenizer_identity(tokenizer: tokenizers.Tokenizer) -> dict:
-    """What tells a tokenizer and its control tokens from others."""
+    """What identifies a tokenizer and its control tokens."""
     return {"digest": tokenizer.digest, "mask_id": tokenizer.mask_id, "separator_id": tokenizer.separator_id}
 
 
-def portable(found):
-    """Without the folders of identities, which tell where something lies and not what it is."""
+def portable(value):
+    """A JSON value without the folders of identities: they give a location, not what it contains."""
 
     def without(x: dict) -> dict:
         return {k: v for k, v in x.items() if k != "folder"} if {"folder", "step", "digest"} <= x.keys() else x
 
-    return json.loads(json.dumps(found), object_hook=without)
+    return json.loads(json.dumps(value), object_hook=without)
 
 
 def check_identity(folder, stage: str, identity: Mapping) -> None:
     """ValueError that names every field, with both values, in which a stage's folder and a config differ.
 
-    Where its parent lies is no difference: step and digest tell what it is.
+    The location of its parent does not count: step and digest identify it.
     """
-
     file = folder / "config.json"
     if not file.exists():
         raise ValueError(f"{folder} holds checkpoints but no config.json: use another workdir, or remove it")
-    found = list(configs.differences(portable(paths.read_json(file)), portable(identity)))
-    if found:
-        named = "; ".join(
-            f"{name.replace('stage.', f'stages.{stage}.', 1) if name.startswith('stage.') else name} was {was!r}, now {now!r}"
-            for name, was, now in found
-        )
+    changes = [
+        f"{re.sub('^stage[.]', f'stages.{stage}.', name)} was {was!r}, now {now!r}"
+        for name, was, now in configs.differences(portable(paths.read_json(file)), portable(identity))
+    ]
+    if changes:
         raise ValueError(
-            f"{folder} was trained with another config: {named}. Use its config, another workdir or another name"
+            f"{folder} was trained with another config: {'; '.join(changes)}. Use its config, another workdir or "
+            "another name"
         )
 
 
 @contextlib.contextmanager
 def hold(folder, refuse: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
-    """`paths.lock` of process 0, for all processes of the job, which leave the block together.
+    """`paths.lock` of process 0 on behalf of all processes, which leave the block together.
 
-    An error of `refuse`, which process 0 calls, is one for all of them.
+    Process 0 calls `refuse`. An error there is raised in all processes.
     """
     with contextlib.ExitStack() as stack:
         error, check = None, lambda: None
@@ -580,34 +564,34 @@ def hold(folder, refuse: Callable[[], None] = lambda: None) -> Iterator[Callable
             try:
                 refuse()
                 check = stack.enter_context(paths.lock(folder))
-                refuse()  # again: another process may have written it before this one held it
+                refuse()  # again: another process may have written the folder before this one locked it
             except (ValueError, OSError) as caught:
                 error = caught
         if jax.process_count() > 1 and multihost_utils.process_allgather(error is not None).any():
-            error = error or ValueError(f"process 0 does not write {folder}: it says why")
+            error = error or ValueError(f"process 0 cannot write {folder}: see its error")
         if error:
             raise error
         yield check
-        distributed.meet()  # what process 0 has written is there for all
+        distributed.meet()  # now all see what process 0 has written
 
 
 def agreed(flag: bool) -> bool:
-    """The flag of process 0: what one process sees in a folder another may see a moment later."""
+    """The flag of process 0. Other processes may see a change in a folder a moment later."""
     return bool(multihost_utils.broadcast_one_to_all(flag)) if jax.process_count() > 1 else flag
 
 
 def write_json(file, value) -> None:
-    """`paths.write_json`, by process 0 alone."""
+    """`paths.write_json` in process 0."""
     if jax.process_index() == 0:
         paths.write_json(file, value)
 
 
 def lineage(checkpoint: Checkpoint) -> list[dict]:
-    """The stages that made a checkpoint, the first one first: name, kind, steps, mixtures, and parent of each.
+    """The stages that made a checkpoint, the first one first: name, kind, steps, mixtures and parent of each.
 
-    It ends where a folder is gone, which its parent's identity still names.
+    It ends at a folder that is gone; the identity of the next stage's parent still names it.
     """
-    found = []
+    rows = []
 
     def visit(identity: Mapping, name: str = ""):
         for parent in identity.get("merge", ()):
@@ -626,8 +610,8 @@ def lineage(checkpoint: Checkpoint) -> list[dict]:
             "digest": identity["digest"],
             "parent": config["parent"],
         }
-        if row["folder"] not in [other["folder"] for other in found]:
-            found.append(row)
+        if row["folder"] not in [other["folder"] for other in rows]:
+            rows.append(row)
 
     visit(checkpoint.identity)
-    return found
+    return rows

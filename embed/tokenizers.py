@@ -1,8 +1,8 @@
-"""SentencePiece and Hugging Face tokenizers behind one small face. Encoding adds no special tokens.
+"""SentencePiece and Hugging Face tokenizers with one small interface. Encoding adds no special tokens.
 
-A text never yields a control token: the mask, the separator, the padding or any other special token. One that is
-written out in a text, "<|endoftext|>", is tokenized as the characters that it is, by both kinds of tokenizers. So no
-text can end a document, split a chunk or hide a token. In transformers that is `split_special_tokens=True`.
+A text never yields a control token: the mask, the separator, the padding or any other special token. Both kinds of
+tokenizers treat "<|endoftext|>" in a text as plain characters. So no text can end a document, split a chunk or hide a
+token. In transformers this is `split_special_tokens=True`.
 """
 
 import hashlib
@@ -16,23 +16,25 @@ import numpy as np
 
 from embed import paths
 
-SENTENCEPIECE_FILES = ("sentencepiece.model", "spiece.model")  # ours; as transformers names it
+SENTENCEPIECE_FILES = ("sentencepiece.model", "spiece.model")  # our name, and that of transformers
 HUGGINGFACE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-# Of a tokenizer.json: what changes the tokens of a text.
+# The sections of a tokenizer.json that change the tokens of a text.
 SECTIONS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
-SENTENCEPIECE_CLASS = "BertGenerationTokenizer"  # of transformers: runs the model itself, and adds nothing to a text
-NO_LIMIT = 10**30  # what transformers writes for a tokenizer without a longest text
+SENTENCEPIECE_CLASS = "BertGenerationTokenizer"  # runs SentencePiece in transformers, adds no tokens
+NO_LIMIT = 10**30  # what transformers writes for a tokenizer without a limit
 
 
 class Tokenizer(Protocol):
-    """`digest` is a sha256 (hex) of the model: two tokenizers with one digest give the same tokens, and a model has it
-    wherever it is saved.
+    """What every tokenizer offers.
 
-    Of the special tokens a text yields the unknown token alone, where the vocabulary has one.
+    `digest` is a sha256 (hex) of the model. Two tokenizers with the same digest give the same tokens; saving does not
+    change it.
 
-    `vocab_size` is one more than the largest id of texts and separator: the rows an encoder's table needs. The mask of
-    the diffusion stage may lie behind it.
+    The only special token that a text may yield is the unknown token, if the vocabulary has one.
+
+    `vocab_size` is one more than the largest id of texts and separator: the number of rows in an encoder's table. The
+    mask of the diffusion stage may have a larger id.
     """
 
     vocab_size: int
@@ -41,16 +43,16 @@ class Tokenizer(Protocol):
     digest: str
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """int32[length] of each text. ValueError for what is not a str, or not valid Unicode."""
+        """int32[length] per text. ValueError if one is not a str or not valid Unicode."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the tokens; control tokens (mask, separator, padding) give nothing."""
+        """The text of the tokens. Control tokens (mask, separator, padding) are left out."""
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the files that `load` reads to a folder on a disk or in a bucket."""
+        """Write the files that `load` reads to a folder on a disk or in a bucket."""
 
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
-        """Writes the files that transformers' AutoTokenizer and `load` read; both give the same tokens."""
+        """Write files that `load` and transformers' AutoTokenizer read; both give the same tokens."""
 
 
 class SentencePieceTokenizer:
@@ -79,7 +81,7 @@ class SentencePieceTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = _texts(texts)
-        # Threads cost more than they bring on a handful of texts.
+        # For a few texts, starting threads takes longer than encoding.
         threads = -1 if len(texts) >= 64 else 1
         return [np.asarray(ids, np.int32) for ids in self._processor.encode(texts, num_threads=threads)]
 
@@ -90,9 +92,9 @@ class SentencePieceTokenizer:
         paths.write(paths.path(folder) / SENTENCEPIECE_FILES[0], self._model)
 
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
-        """As a class of transformers that runs SentencePiece itself and adds no token to a text.
+        """Write the model for a class of transformers that runs SentencePiece itself and adds no tokens.
 
-        Multi-character rules of the normalisation (`embed.preparation.vocabulary`) cannot be said in a tokenizer.json.
+        A tokenizer.json cannot express multi-character normalisation rules (`embed.preparation.vocabulary`).
         """
         Path(folder, SENTENCEPIECE_FILES[1]).write_bytes(self._model)
         piece = self._processor.id_to_piece
@@ -102,7 +104,7 @@ class SentencePieceTokenizer:
             tokenizer_class=SENTENCEPIECE_CLASS,
             split_special_tokens=True,
             model_max_length=max_length or NO_LIMIT,
-            # Every symbol that the class has must be a piece that exists, or it is given an id beyond the table.
+            # Each of these symbols must be an existing piece, or the class gives it an id beyond the table.
             pad_token=pad,
             bos_token=pad,
             eos_token=pad,
@@ -114,9 +116,9 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library, and which ids mask and separate.
+    """A `tokenizer.json` of the `tokenizers` library, with the ids of mask and separator.
 
-    The mask is by default the first id behind the vocabulary: a row that Qwen's table has and that no text yields.
+    By default the mask is the first id after the vocabulary. Qwen's table has a row for it, and no text yields it.
     """
 
     def __init__(self, model: str, *, separator: int | str, mask_id: int | None = None):
@@ -132,8 +134,8 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         separator_id = self._tokenizer.token_to_id(separator) if isinstance(separator, str) else separator
         if separator_id is None:
-            raise ValueError(f"the separator {separator!r}, which {CONFIG_FILE} names, is not in the vocabulary")
-        # Not their number: ids may have gaps.
+            raise ValueError(f"the separator {separator!r} of {CONFIG_FILE} is not in the vocabulary")
+        # Not the number of tokens: ids may have gaps.
         entries = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not 0 <= separator_id < entries:
             raise ValueError(f"separator_id = {separator_id} is outside the vocabulary of {entries} tokens")
@@ -142,19 +144,20 @@ class HuggingFaceTokenizer:
             raise ValueError(f"mask_id = {mask_id} must be in 0..{2**31 - 1}")
         self.vocab_size = entries
         self.mask_id = mask_id
-        self.adds_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0  # left to itself, to a text
+        # Whether its post-processor would add tokens to a text.
+        self.adds_tokens = self._tokenizer.num_special_tokens_to_add(is_pair=False) > 0
         self.separator_id = separator_id
         self._model = self._control(model)
-        # Without what `encode` does not do: an export leaves it out. With how it treats control tokens.
+        # Without the sections that `encode` ignores and exports leave out, but with the rule for control tokens.
         fields = json.loads(self._model)
         parts = {k: v for k, v in fields.items() if k not in ("post_processor", "truncation", "padding")}
         parts["encode_special_tokens"] = True
         self.digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _control(self, model: str) -> str:
-        """Have no text yield a control token; returns the tokenizer.json with separator and mask as special tokens.
+        """Make sure that no text yields a control token; return tokenizer.json with special separator and mask tokens.
 
-        ValueError where that cannot be: the vocabulary itself gives the token to texts.
+        ValueError if that is impossible because the vocabulary itself gives the token to texts.
         """
         import tokenizers
 
@@ -167,7 +170,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         fields = json.loads(model)["model"]
         if fields.get("dropout"):
-            raise ValueError(f"dropout={fields['dropout']!r} draws other tokens each time, expected null")
+            raise ValueError(f"dropout={fields['dropout']!r} makes tokens random, expected null")
         unknown = fields.get("unk_token")
         if fields.get("unk_id") is not None:
             unknown = self._tokenizer.id_to_token(fields["unk_id"])
@@ -177,10 +180,10 @@ class HuggingFaceTokenizer:
         control = {i: token.content for i, token in added.items() if token.special and token.content != unknown}
         probes = [probe for name in control.values() for probe in (name, f" {name} ", f"a{name}a")]
         for probe, encoding in zip(probes, self._tokenizer.encode_batch(probes, add_special_tokens=False)):
-            if found := control.keys() & set(encoding.ids):
+            if yielded := control.keys() & set(encoding.ids):
                 raise ValueError(
-                    f"the text {probe!r} yields the control token {control[min(found)]!r}: a separator, mask or other "
-                    "special token must not be a word of the vocabulary"
+                    f"the text {probe!r} yields the control token {control[min(yielded)]!r}: a separator, mask or "
+                    "other special token must not be a word of the vocabulary"
                 )
         return model
 
@@ -196,7 +199,7 @@ class HuggingFaceTokenizer:
         _write_config(folder, mask_id=self.mask_id, separator_id=self.separator_id)
 
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
-        """Without the post-processor if that would add tokens to a text, as `encode` adds none."""
+        """Write tokenizer.json without a post-processor that would add tokens, because `encode` adds none."""
         model = json.loads(self._model)
         if self.adds_tokens:
             model["post_processor"] = None
@@ -216,27 +219,27 @@ class HuggingFaceTokenizer:
 
 
 def load(folder: str | os.PathLike, *, mask_id: int | None = None) -> Tokenizer:
-    """The tokenizer that stands in a folder, on a disk or in a bucket: a SentencePiece model, or tokenizer.json with
-    tokenizer_config.json.
+    """The tokenizer in a folder, on a disk or in a bucket.
 
-    tokenizer_config.json may say `mask_id` and `separator_id`. Where it does not, as in the folders of others, the
-    separator is its sep_token, or else its pad_token, which is the same one in pplx-embed (arXiv 2602.11151).
+    It is a SentencePiece model, or tokenizer.json with tokenizer_config.json. The latter may have `mask_id` and
+    `separator_id`. Without them, as in third-party folders, the separator is its sep_token, or else its pad_token (the
+    same token in pplx-embed, arXiv 2602.11151), or else its eos_token.
 
-    `mask_id` is for a tokenizer.json and goes before what its folder says.
+    The argument `mask_id` overrides that of the folder; it applies only to tokenizer.json.
 
-    Raises FileNotFoundError where no tokenizer is there, ValueError where a file does not say what it must.
+    FileNotFoundError if there is no tokenizer; ValueError if a file is malformed.
     """
     folder = paths.path(folder)
-    there = [name for name in (*SENTENCEPIECE_FILES, HUGGINGFACE_FILE) if (folder / name).is_file()]
-    if not there:
+    existing = [name for name in (*SENTENCEPIECE_FILES, HUGGINGFACE_FILE) if (folder / name).is_file()]
+    if not existing:
         raise FileNotFoundError(
             f"no tokenizer in {folder}: expected {', '.join(SENTENCEPIECE_FILES)} or {HUGGINGFACE_FILE}"
         )
-    if len(there) > 1:
-        raise ValueError(f"{folder} holds {' and '.join(there)}: which one is meant is not clear, remove the other")
-    path, config_path = folder / there[0], folder / CONFIG_FILE
+    if len(existing) > 1:
+        raise ValueError(f"{folder} holds {' and '.join(existing)}: keep the one to use, remove the others")
+    path, config_path = folder / existing[0], folder / CONFIG_FILE
     if path.name == HUGGINGFACE_FILE and not config_path.is_file():
-        raise FileNotFoundError(f"{config_path} is missing: it must say what separates chunks")
+        raise FileNotFoundError(f"{config_path} is missing: it must name the separator")
     try:
         if path.name != HUGGINGFACE_FILE:
             return SentencePieceTokenizer(path.read_bytes())
@@ -251,7 +254,7 @@ def load(folder: str | os.PathLike, *, mask_id: int | None = None) -> Tokenizer:
         ids["mask_id"] = mask_id
     for name, value in ids.items():
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{config_path} has {name} = {value!r}, it must be an integer")
+            raise ValueError(f"{config_path} has {name} = {value!r}, expected an integer")
     separator = ids.pop("separator_id") if "separator_id" in ids else _find_separator(config, config_path)
     try:
         return HuggingFaceTokenizer(model, separator=separator, **ids)
@@ -260,7 +263,7 @@ def load(folder: str | os.PathLike, *, mask_id: int | None = None) -> Tokenizer:
 
 
 def _check_sections(model: str) -> None:
-    """ValueError unless a tokenizer.json has every section, of which the library takes a missing one for none."""
+    """ValueError unless a tokenizer.json has every section. The library would silently skip a missing one."""
     try:
         fields = json.loads(model)
     except (ValueError, RecursionError) as error:
@@ -278,8 +281,8 @@ def _find_separator(config: dict, path) -> str:
         if isinstance(token, str):
             return token
         if token is not None:
-            raise ValueError(f"{path} has {name} = {token!r:.80}, it must be a token")
-    raise ValueError(f"{path} names no separator: it has none of separator_id, sep_token, pad_token, eos_token")
+            raise ValueError(f"{path} has {name} = {token!r:.80}, expected a token")
+    raise ValueError(f"{path} names no separator: it needs separator_id, sep_token, pad_token or eos_token")
 
 
 def _first_line(error: Exception) -> str:
@@ -291,9 +294,9 @@ def _write_config(folder: str | os.PathLike, **fields) -> None:
 
 
 def _texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list. ValueError names the first that is not a str, or not valid Unicode."""
+    """The texts as a list. ValueError names the first one that is not a str or not valid Unicode."""
     if isinstance(texts, str):
-        raise ValueError("encode takes a sequence of texts, not one string")
+        raise ValueError("encode needs a sequence of texts, not one string")
     texts = list(texts)
     for i, text in enumerate(texts):
         check_text(f"text {i}", text)

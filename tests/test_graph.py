@@ -1,4 +1,4 @@
-"""The whole house at a micro size, through the commands a user types."""
+"""All commands of a user, on tiny models."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def shared(workdir):
-    """The override that has a run read the data of another."""
+    """The override that makes a run read the data of `workdir`."""
     return f"--config.data.directory={workdir / 'data'}"
 
 
@@ -46,14 +46,14 @@ def make_run(workdir, *overrides, path=CONFIG):
 
 
 def said(capsys):
-    """The one sentence that a verb ended with."""
+    """The only sentence on stderr."""
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if line.startswith("embed: ")]
     assert len(lines) == 1, error
     return lines[0]
 
 
-# --- the pipeline ---------------------------------------------------------------------------------------------------
+# --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["laptop.py", "pplx_embed.py"])
@@ -67,7 +67,7 @@ def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, sh
     assert mined == set(run.config.mining)
 
 
-def test_the_planner_knows_the_arrays_of_every_stage(workdir):
+def test_the_planner_has_the_arrays_of_every_stage(workdir):
     run = make_run(workdir)
     for name, stage in run.config.stages.items():
         stores = {task: run.store(task) for _, rates in run.phases(name) for task in rates}
@@ -103,7 +103,7 @@ def test_an_evaluation_finds_what_its_set_encoded_by_itself_does(workdir):
                 np.testing.assert_array_equal(kept[precision], ranking)
 
 
-def test_kept_rankings_score_what_the_table_says(workdir):
+def test_saved_rankings_have_the_scores_of_the_table(workdir):
     run = make_run(workdir)
     figures = json.loads((workdir / "results.json").read_text())["checkpoints"]["contextual"]
     for name, evaluation in run.config.evaluations.items():
@@ -136,7 +136,7 @@ def test_every_stage_changes_the_model_it_starts_from_and_logs_each_step(workdir
         assert all(np.isfinite(row["loss"]) and 0 < row["fill"] <= 1 for row in rows)
 
 
-def test_a_finished_stage_keeps_its_parameters_and_its_tokenizer_and_says_what_it_came_from(workdir):
+def test_a_finished_stage_keeps_its_parameters_and_tokenizer_and_names_its_parent(workdir):
     run = make_run(workdir)
     for name in run.config.stages:
         assert training_state.steps(workdir / name / "checkpoints") == [2]
@@ -149,7 +149,7 @@ def test_a_finished_stage_keeps_its_parameters_and_its_tokenizer_and_says_what_i
             assert json.loads((workdir / name / file).read_text())["parent"] == pair
 
 
-def test_a_complete_pipeline_is_not_run_again_and_says_what_it_skips_and_where_that_is(workdir, capsys):
+def test_a_complete_pipeline_is_not_run_again_and_prints_where_its_results_are(workdir, capsys):
     before = {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()}
     assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={workdir}"]) == 0
     assert {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()} == before
@@ -162,20 +162,20 @@ def test_a_complete_pipeline_is_not_run_again_and_says_what_it_skips_and_where_t
         f"evaluate merged is complete: {workdir / 'steps' / 'evaluate merged.json'}",
     ):
         assert line in said
-    # Output that is no terminal has room for every column and text.
+    # Nothing is cut off if the output is not a terminal.
     assert not any("…" in line for line in said)
     hits = json.loads((workdir / "results.json").read_text())["search"]["hits"]
     for line, hit in zip(said[-1 - len(hits) : -1], hits):
         assert line.rstrip().endswith(f"{hit['id']}  {hit['text']}".rstrip())
 
 
-def test_a_node_whose_inputs_changed_is_done_again_and_no_other(workdir, tmp_path, capsys):
+def test_only_a_node_whose_inputs_changed_is_done_again(workdir, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("data"), symlinks=True)
     (copy / "data").symlink_to(workdir / "data")
     steps = copy / "steps"
     before = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
-    # A moved run is the same run, and a merge at another ratio another checkpoint.
+    # Moving a run changes no inputs; another ratio of a merge changes its checkpoint.
     assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={copy}", "--config.merges.merged.ratio=0.4"]) == 0
     changed = {path.name for path in steps.iterdir() if path.stat().st_mtime_ns != before[path.name]}
     assert changed == {f"{name}.json" for name in ("merge", "evaluate merged", "baselines", "export", "search")}
@@ -185,7 +185,7 @@ def test_a_node_whose_inputs_changed_is_done_again_and_no_other(workdir, tmp_pat
     (line,) = (line for line in said if line.startswith("export again, since "))
     assert "changed: replaces " in line
     assert line.endswith(f"{copy / 'export' / 'embed'}, {copy / 'export' / 'embed-context'}")
-    # Its record is lost, and what it exported is there.
+    # The record of the node is lost, but its exports exist.
     (steps / "export.json").unlink()
     assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={copy}", "--config.merges.merged.ratio=0.4"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -201,7 +201,7 @@ assert not late, late
 """
 
 
-def test_a_stage_says_what_it_continues_from_and_a_complete_one_that_it_is_with_nothing_loaded_that_training_needs(
+def test_a_complete_stage_says_so_without_importing_what_only_training_needs(
     tmp_path,
 ):
     (tmp_path / "graph.py").write_text(small.GRAPH)
@@ -214,7 +214,7 @@ def test_a_stage_says_what_it_continues_from_and_a_complete_one_that_it_is_with_
     folder = tmp_path / "run" / "diffusion"
     options = dict(env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
     first = subprocess.run([sys.executable, "-m", "embed.cli", "train", *run], **options)
-    assert first.returncode == 0 and not first.stderr  # nothing but its own
+    assert first.returncode == 0 and not first.stderr  # no messages of libraries
     assert all(line.startswith("diffusion  step ") for line in first.stdout.splitlines())
     done = subprocess.run([sys.executable, "-c", A_COMPLETE_STAGE, "train", *run], **options)
     assert done.returncode == 0, done.stderr
@@ -259,17 +259,17 @@ def test_the_export_searches_a_corpus_file(workdir, tmp_path, capsys):
 
 def test_merging_two_exports_or_two_stage_folders_gives_the_pipelines_merged_model(workdir, tmp_path):
     run, texts = make_run(workdir), ["read a file", "a tree of arrays"]
-    wanted = inference.load(workdir / "export" / "embed").encode(texts)
+    want = inference.load(workdir / "export" / "embed").encode(texts)
     for name in ("contextual", "triplet"):
         exports.export_model(run, name, tmp_path / name)
     for source in (tmp_path, workdir):
         output = tmp_path / f"merged of {source.name}"
         arguments = [f"--a={source}/contextual", f"--b={source}/triplet", "--ratio=0.8", f"--output={output}"]
         assert cli.main(["merge", *arguments]) == 0
-        np.testing.assert_allclose(inference.load(output).encode(texts), wanted, atol=1e-6)
+        np.testing.assert_allclose(inference.load(output).encode(texts), want, atol=1e-6)
 
 
-def test_cards_tell_the_stages_with_their_parents_and_the_merge(workdir):
+def test_cards_list_the_stages_with_their_parents_and_the_merge(workdir):
     card = (workdir / "export" / "embed" / "README.md").read_text()
     step = json.loads((workdir / "contextual" / "config.json").read_text())["parent"]
     assert "0.8 of the way from contextual to triplet" in card
@@ -298,7 +298,7 @@ def test_the_colab_runs_from_top_to_bottom_and_is_stored_without_outputs(name, w
     assert "error" not in kinds and "display_data" in kinds
 
 
-# --- graphs of one's own --------------------------------------------------------------------------------------------
+# --- other graphs ----------------------------------------------------------------------------------------------------
 
 GRAPH = """
 from configs import base
@@ -310,7 +310,7 @@ def get_config(arg=""):
     config.model.update(SIZES["micro"])
     config.model.update(rope_theta=1e4, dtype="float32")
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none")
-    # No diffusion; two pair stages in a row; a triplet stage before a contextual one, out of two mined tasks.
+    # No diffusion; two pair stages in sequence; a triplet stage with two mined tasks before a contextual one.
     config.stages.first = base.stage("pair", curriculum=((2, "pairs"),))
     config.stages.second = base.stage("pair", init="first", curriculum=((1, "summaries"), (1, "pairs")))
     for name in ("summaries", "classes"):
@@ -323,14 +323,15 @@ def get_config(arg=""):
     config.stages.second.curriculum = ((1, "summaries"), (1, "pairs"))
     config.merges.between = base.merge(of=("second", "chunks"), ratio=0.25)
     config.exports.product = base.export(checkpoint="between", max_length=0)
-    config.evaluations.held_out = base.evaluation(data="functions/test", alone=True, checkpoints=("second", "between"), bm25=False)
+    ranked = ("second", "between")
+    config.evaluations.held_out = base.evaluation(data="functions/test", alone=True, checkpoints=ranked, bm25=False)
     return config
 """
 
 
 @pytest.fixture(scope="session")
 def own_graph(workdir, tmp_path_factory):
-    """(config file, workdir) of a complete run of a graph of one's own, on the data of the first run."""
+    """(config file, workdir) of a complete run of GRAPH, on the data of `workdir`."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "own.py").write_text(GRAPH)
     arguments = [
@@ -342,7 +343,7 @@ def own_graph(workdir, tmp_path_factory):
     return folder / "own.py", folder / "run"
 
 
-def test_a_graph_of_ones_own_runs_in_the_order_of_its_parents(own_graph):
+def test_another_graph_runs_in_the_order_of_its_parents(own_graph):
     file, folder = own_graph
     results = json.loads((folder / "results.json").read_text())
     assert graph.order(config.load(str(file))) == ["first", "second", "hard", "chunks"]
@@ -375,7 +376,7 @@ def test_a_stage_starts_from_a_stage_folder_of_another_run(own_graph, workdir, s
     assert cli.main(["train", *run, f"--config.stages.pair.init={other / 'second'}"]) == 0
     parent = json.loads((tmp_path / "run" / "pair" / "config.json").read_text())["parent"]
     assert parent == make_run(other, shared, path=str(other.parent / "own.py")).checkpoint("second").identity
-    # What it came from may move: its step and digest tell what it is.
+    # The parent may move: its step and digest identify it.
     moved = tmp_path / "moved"
     shutil.copytree(other / "second", moved)
     assert cli.main(["train", *run, f"--config.stages.pair.init={moved}"]) == 0
@@ -390,7 +391,7 @@ sys.exit(10 * (cli.main(wrong) != 2) + cli.main(right))
 
 
 def test_a_stage_starts_from_a_hub_id_with_its_own_tokenizer(tmp_path):
-    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    """In a separate process, because huggingface_hub reads its environment when it is imported."""
     untied = transformer.make_config("micro", 640, tied=False, rope_theta=1e4)
     params = small.random_params(untied)
     tokenizer = tokenizers.load(small.write_bpe(tmp_path, small.sentences(100)))
@@ -420,13 +421,13 @@ def test_a_stage_starts_from_a_hub_id_with_its_own_tokenizer(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "config.model.tied is True, the checkpoint's False" in done.stderr
     identity = json.loads((run / "diffusion" / "config.json").read_text())
-    assert identity["left_shift"] and identity["parent"]["folder"] == "Qwen/Micro"  # its source was causal
+    assert identity["left_shift"] and identity["parent"]["folder"] == "Qwen/Micro"  # its parent is causal
     after = runs.find(str(run / "diffusion")).params()
     change = np.abs(np.asarray(after["head"]) - params["head"])
-    assert 0 < change.max() < 0.02  # two steps away from what it started from
+    assert 0 < change.max() < 0.02  # after two steps
 
 
-def test_what_a_stage_starts_from_is_compared_before_data_are_made(tmp_path, capsys):
+def test_the_parent_of_a_stage_is_checked_before_data_are_prepared(tmp_path, capsys):
     untied = transformer.make_config("micro", 640, tied=False)
     causal = small.make_causal(
         small.write_model(tmp_path / "source", small.random_params(untied), untied), small.random_params(untied)
@@ -456,15 +457,18 @@ def test_stages_that_wait_for_each_other_are_refused(tmp_path, capsys):
     for overrides, sentence in (
         (["--config.stages.diffusion.init=pair"], "is made of itself"),
         (["--config.merges.merged.of=('merged', 'pair')"], "'merged' is made of itself: merged <- merged"),
-        (["--config.report.fuse=('pear',)"], "config.report.fuse names 'pear', which some evaluation does not rank"),
+        (
+            ["--config.report.fuse=('pear',)"],
+            "config.report.fuse='pear' must be in the checkpoints of every evaluation with bm25",
+        ),
         (["--config.mining.hard_negatives.checkpoint=merged"], "wait for each other"),
         (
             ["--config.exports.embed.checkpoint=merge"],
-            "config.exports.embed.checkpoint names 'merge'; there are contextual, ",
+            "config.exports.embed.checkpoint='merge' must be one of contextual, ",
         ),
         (
             ["--config.stages.contextual.init=pear"],
-            "config.stages.contextual.init names 'pear'; there are contextual, ",
+            "config.stages.contextual.init='pear' must be one of contextual, ",
         ),
     ):
         assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *overrides]) == 2
@@ -474,7 +478,7 @@ def test_stages_that_wait_for_each_other_are_refused(tmp_path, capsys):
 
 def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(workdir, shared, tmp_path, capsys):
     for overrides, sentence in (
-        (["--config.stages.triplet.curriculum=((2, 'hard'),)"], "stage triplet: no mixture 'hard'; there are "),
+        (["--config.stages.triplet.curriculum=((2, 'hard'),)"], "stage triplet: mixture 'hard' must be one of "),
         (
             ["--config.mining.hard_negatives.task=summaries"],
             "config.mining.hard_negatives.task='summaries' must be one of",
@@ -495,9 +499,7 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
     assert not (tmp_path / "run" / "diffusion").exists()
 
 
-def test_a_checkpoint_with_another_tokenizer_keeps_it_where_it_is_evaluated_and_mines_nothing(
-    workdir, shared, tmp_path
-):
+def test_a_checkpoint_with_another_tokenizer_can_be_evaluated_and_exported_but_mines_nothing(workdir, shared, tmp_path):
     other = small.write_model(tmp_path / "other")
     run = make_run(tmp_path / "run", shared, f"--config.mining.hard_negatives.checkpoint={other}")
     encoder, texts = run.encoder(run.checkpoint(str(other))), ["parse the file"]
@@ -511,11 +513,11 @@ def test_a_checkpoint_with_another_tokenizer_keeps_it_where_it_is_evaluated_and_
 def test_a_causal_model_is_refused_as_an_encoder_and_may_start_a_stage(workdir, shared, tmp_path):
     causal = small.make_causal(small.write_model(tmp_path / "causal"), small.params())
     run = make_run(tmp_path / "run", shared)
-    found = run.checkpoint(str(causal))
-    for attempt in (lambda: run.encoder(found), lambda: exports.export_model(run, str(causal), tmp_path / "no")):
+    checkpoint = run.checkpoint(str(causal))
+    for attempt in (lambda: run.encoder(checkpoint), lambda: exports.export_model(run, str(causal), tmp_path / "no")):
         with pytest.raises(ValueError, match="is a causal language model, not an encoder: a stage can start from it"):
             attempt()
-    assert found.left_shift and not (tmp_path / "no").exists()
+    assert checkpoint.left_shift and not (tmp_path / "no").exists()
 
 
 def test_two_exports_of_one_checkpoint_each_have_their_own_settings(workdir, shared, tmp_path):
@@ -538,7 +540,7 @@ def test_two_exports_of_one_checkpoint_each_have_their_own_settings(workdir, sha
         False,
         True,
     ]
-    with pytest.raises(ValueError, match="merged is exported as chunks, short, each in its own way"):
+    with pytest.raises(ValueError, match="merged has several exports, chunks, short: `embed pipeline`"):
         exports.export_model(run, "merged", tmp_path / "which")
 
 
@@ -611,7 +613,7 @@ def test_a_command_that_fails_before_its_first_checkpoint_claims_no_folder(workd
     assert cli.main(["train", *arguments]) == 0
 
 
-def test_two_runs_in_one_workdir_the_second_is_refused(trained, shared, capsys):
+def test_a_second_run_in_the_same_workdir_is_refused(trained, shared, capsys):
     arguments, folder = trained
     shutil.rmtree(folder)
     run = make_run(folder.parent, shared)
@@ -674,7 +676,7 @@ def test_an_unfinished_parent_is_refused_by_every_verb_unless_its_step_is_named(
     assert "| 1 |" in (tmp_path / "export" / "README.md").read_text()
 
 
-def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_path, capsys):
+def test_a_missing_step_is_refused_with_a_list_of_the_existing_ones(workdir, tmp_path, capsys):
     arguments = [
         "export",
         f"--config={CONFIG}",
@@ -683,12 +685,10 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_pa
         f"--output={tmp_path / 'x'}",
     ]
     assert cli.main([*arguments, "--step=7"]) == 2
-    assert "pair has no checkpoint of step 7; there are 2" in said(capsys)
+    assert "pair has no checkpoint of step 7, only of 2" in said(capsys)
 
 
-def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone_and_not_from_another_name(
-    workdir, shared, tmp_path, capsys
-):
+def test_a_stage_continues_after_its_parent_is_gone_but_not_from_another_parent(workdir, shared, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(workdir / "contextual", folder / "contextual")
     identity = json.loads((folder / "contextual" / "config.json").read_text())
@@ -700,7 +700,7 @@ def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone_and_not_from_ano
     for wrong in ("--config.stages.contextual.init=triplet", "--config.stages.contextual.init_step=1"):
         assert cli.main([*arguments, wrong]) == 2
         assert "holds no checkpoint: train stage" in said(capsys)
-    # The same where only the step that was named is gone.
+    # The same if only the named step is gone.
     shutil.copytree(workdir / "pair", folder / "pair")
     identity["parent"]["step"] = 1
     (folder / "contextual" / "config.json").write_text(json.dumps(identity))
@@ -708,7 +708,7 @@ def test_a_stage_that_has_begun_goes_on_when_its_parent_is_gone_and_not_from_ano
     assert "contextual is complete" in capsys.readouterr().out
 
 
-def test_mined_negatives_serve_when_the_checkpoint_that_mined_them_is_gone(workdir, shared, tmp_path, capsys):
+def test_mined_negatives_are_used_after_their_checkpoint_is_gone(workdir, shared, tmp_path, capsys):
     folder = tmp_path / "run"
     for name in ("triplet", "mining"):
         shutil.copytree(workdir / name, folder / name)
@@ -718,13 +718,13 @@ def test_mined_negatives_serve_when_the_checkpoint_that_mined_them_is_gone(workd
     assert "triplet is complete" in capsys.readouterr().out
     window = "--config.mining.hard_negatives.rank_window=(1,9)"
     assert cli.main(["train", f"--config={CONFIG},stage=triplet", f"--workdir={folder}", shared, window]) == 2
-    assert "was mined otherwise: mining.rank_window was [5, 50], now [1, 9]" in said(capsys)
+    assert "was mined with other inputs: mining.rank_window was [5, 50], now [1, 9]" in said(capsys)
 
 
 # --- the evaluation in the loop, milestones -------------------------------------------------------------------------
 
 
-def test_the_best_checkpoint_by_held_out_retrieval_and_milestones_are_kept(shared, tmp_path):
+def test_milestones_and_the_best_checkpoint_by_held_out_retrieval_are_kept(shared, tmp_path):
     arguments = [f"--config={CONFIG},stage=pair", f"--workdir={tmp_path / 'run'}", shared, "--config.stages.pair.init="]
     settings = dict(checkpoint_every=100, milestone_every=4, evaluate_every=3, evaluate_on="functions/development")
     arguments += [f"--config.stages.pair.execution.{name}={value}" for name, value in settings.items()]
@@ -735,7 +735,7 @@ def test_the_best_checkpoint_by_held_out_retrieval_and_milestones_are_kept(share
     best = max(figures, key=lambda step: (figures[step], -step))
     checkpoints = tmp_path / "run" / "pair" / "checkpoints"
     assert training_state.steps(checkpoints) == sorted({best, 4, 8, 10})
-    # Milestones stay whatever a later start says.
+    # Milestones stay, whatever a later config says.
     assert cli.main(["train", *arguments[:4], "--config.stages.pair.curriculum=((10, 'pairs'),)"]) == 0
     assert training_state.steps(checkpoints) == sorted({best, 4, 8, 10})
     encoder = runs.load_encoder(str(tmp_path / "run" / "pair"), best if best != 10 else 0)
@@ -779,7 +779,7 @@ def test_the_best_checkpoint_by_held_out_retrieval_and_milestones_are_kept(share
         ),
         (
             ["export", f"--config={CONFIG}", "--workdir={workdir}", "--checkpoint=nobody", "--output={workdir}/never"],
-            "'nobody' is no checkpoint: expected one of random init, contextual, diffusion, pair, triplet, merged, a stage",
+            "'nobody' is not a checkpoint: expected one of random init, contextual, diffusion, pair, triplet, merged, ",
         ),
     ],
 )
@@ -815,7 +815,7 @@ def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
 # --- several processes ----------------------------------------------------------------------------------------------
 
 
-def test_two_local_processes_train_mine_evaluate_export_and_merge_what_one_does(tmp_path):
+def test_two_local_processes_train_mine_evaluate_export_and_merge_like_one(tmp_path):
     file, one, two = tmp_path / "graph.py", tmp_path / "one", tmp_path / "two"
     file.write_text(small.GRAPH)
     small.write_data(tmp_path / "data")
@@ -827,7 +827,7 @@ def test_two_local_processes_train_mine_evaluate_export_and_merge_what_one_does(
     shared += ["--config.stages.triplet.execution.evaluate_on=set/test"]
 
     def both(verb, *more, stage=None):
-        """The verb in this process and, in turn, in two that a launcher starts."""
+        """Run the command in this process, then in two processes started by a launcher."""
         for folder in (one, two):
             of_run = [f"--config={file}:{stage}", f"--workdir={folder}", *shared] if stage is not None else []
             arguments = [verb, *of_run, *(each.format(folder=folder) for each in more)]
@@ -839,7 +839,7 @@ def test_two_local_processes_train_mine_evaluate_export_and_merge_what_one_does(
             done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
-    # The second stage starts from the checkpoint of the first, has its negatives mined by it, and is evaluated as it goes.
+    # The checkpoint of the first stage starts the second one and mines its negatives.
     both("train", stage="diffusion")
     both("train", stage="triplet")
     both("export", "--checkpoint=triplet", "--output={folder}/model", stage="")
@@ -853,10 +853,10 @@ def test_two_local_processes_train_mine_evaluate_export_and_merge_what_one_does(
 
     assert [len(x) for x in column("loss", "diffusion")] == [6, 6]
     np.testing.assert_allclose(*column("loss", "diffusion"), rtol=1e-5)
-    # Sums in another order may round an embedding to the next of int8's levels.
+    # Sums in another order may round an embedding to the next int8 level.
     np.testing.assert_allclose(*column("loss", "triplet"), rtol=2e-3)
     assert [len(x) for x in column("evaluation", "triplet")] == [2, 2]
-    np.testing.assert_allclose(*column("evaluation", "triplet"), atol=0.1)  # a rank of five queries
+    np.testing.assert_allclose(*column("evaluation", "triplet"), atol=0.1)  # five queries: one rank changes it much
     counts = [
         json.loads((folder / "mining" / "hard" / "info.json").read_text())["info"]["mined"] for folder in (one, two)
     ]

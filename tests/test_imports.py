@@ -1,4 +1,4 @@
-"""Every import statement runs downward through the rooms of ARCHITECTURE.md."""
+"""Every module imports only from lower layers (the table in ARCHITECTURE.md)."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import embed
 
 ROOT = Path(embed.__file__).parent
-# From the top down. Rooms on the same floor do not import each other.
-FLOORS = [
+# From the top down. Modules in the same layer do not import each other.
+LAYERS = [
     {"cli"},
     {"graph"},
     {"nodes", "exports"},
@@ -20,8 +20,8 @@ FLOORS = [
     {"rows", "tokenizers", "config", "distributed"},
     {"typing", "paths", "console"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FORBIDDEN = {"inference": {"data", "training"}}  # although below or on the same floor
+LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
+FORBIDDEN = {"inference": {"data", "training"}}  # although in a lower or the same layer
 DATA_LIBRARIES = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "gin", "datasets", "apache_beam"}
 
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
@@ -39,15 +39,15 @@ def imported(source: str):
 
 def violations(file: str, source: str):
     """The forbidden imports of a file of embed/."""
-    room = file.split("/")[0].removesuffix(".py")
+    module = file.split("/")[0].removesuffix(".py")
     for line, name in imported(source):
         package, *inner = name.split(".")
-        if package in DATA_LIBRARIES and room != "preparation":
+        if package in DATA_LIBRARIES and module != "preparation":
             yield f"{file}:{line} imports {package}: only preparation may"
         if package == "embed" and inner:
             other = inner[0]
-            if other != room and (FLOOR[other] <= FLOOR[room] or other in FORBIDDEN.get(room, ())):
-                yield f"{file}:{line} imports embed.{other}: {room} may not"
+            if other != module and (LAYER[other] <= LAYER[module] or other in FORBIDDEN.get(module, ())):
+                yield f"{file}:{line} imports embed.{other}: {module} may not"
 
 
 @pytest.mark.parametrize("file", FILES)

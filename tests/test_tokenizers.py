@@ -29,7 +29,7 @@ def plain(tmp_path_factory):
     return tokenizers.load(folder)
 
 
-def test_identifiers_fall_apart_into_the_words_of_prose(split):
+def test_identifiers_are_split_into_the_words_of_prose(split):
     words = split.encode(["parse the http server"])[0]
     for text in ("parse_the_HTTPServer", "parseTheHttpServer", "parse the\n\tHTTP server"):
         np.testing.assert_array_equal(split.encode([text])[0], words, err_msg=text)
@@ -48,13 +48,13 @@ def test_control_tokens_have_fixed_ids_and_text_never_yields_them(split, plain):
 
 
 def bpe(folder, **changes):
-    """A byte-level BPE without a pre-tokenizer that cuts words, so that special tokens stand inside them."""
+    """A byte-level BPE that does not split words first, so that special tokens occur inside words."""
     model = hf.Tokenizer(hf.models.BPE())
     model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.decoder = hf.decoders.ByteLevel()
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
     model.train_from_iterator(TEXTS, hf.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    model.add_special_tokens(["<|end|>", "ing"])  # "ing" stands in words
+    model.add_special_tokens(["<|end|>", "ing"])  # "ing" occurs in words
     model.add_tokens(["<tool>"])
     fields = json.loads(model.to_str())
     (folder / "tokenizer.json").write_text(json.dumps(fields | changes))
@@ -62,7 +62,7 @@ def bpe(folder, **changes):
     return folder
 
 
-def test_special_tokens_that_a_text_writes_out_are_plain_text_also_inside_words(tmp_path):
+def test_special_tokens_written_out_in_a_text_are_plain_text_even_inside_words(tmp_path):
     tokenizer = tokenizers.load(bpe(tmp_path))
     end, ing = tokenizer.separator_id, tokenizer.separator_id + 1
     for text in ("<|end|>", "a <|end|> b", "a<|end|><|end|>b", "singing", "ing"):
@@ -73,7 +73,7 @@ def test_special_tokens_that_a_text_writes_out_are_plain_text_also_inside_words(
         np.testing.assert_array_equal(tokenizer.encode([text])[0], plain.encode(text).ids)
 
 
-def test_a_token_that_is_not_special_is_a_token_of_texts_until_it_is_the_mask_or_the_separator(tmp_path):
+def test_an_added_token_that_is_not_special_is_found_in_texts_unless_it_is_the_mask_or_the_separator(tmp_path):
     tokenizer = tokenizers.load(bpe(tmp_path))
     (tool,) = tokenizer.encode(["<tool>"])[0]
     for ids in (dict(mask_id=int(tool)), dict(mask_id=1000, separator_id=int(tool))):
@@ -88,7 +88,7 @@ def test_a_token_that_is_not_special_is_a_token_of_texts_until_it_is_the_mask_or
             assert tokenizers.load(tmp_path / save).digest == other.digest
 
 
-def test_a_control_token_that_the_vocabulary_itself_gives_to_texts_is_refused(huggingface, tmp_path):
+def test_a_control_token_that_the_vocabulary_gives_to_texts_is_refused(huggingface, tmp_path):
     config(huggingface, sep_token="file")
     with pytest.raises(ValueError, match="the text 'file' yields the control token 'file': a separator, mask or other"):
         tokenizers.load(huggingface)
@@ -98,11 +98,11 @@ def test_a_control_token_that_the_vocabulary_itself_gives_to_texts_is_refused(hu
     fields = json.loads(bpe(tmp_path).joinpath("tokenizer.json").read_text())
     fields["model"]["dropout"] = 0.1
     (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="dropout=0.1 draws other tokens each time, expected null"):
+    with pytest.raises(ValueError, match="dropout=0.1 makes tokens random, expected null"):
         tokenizers.load(tmp_path)
 
 
-def test_a_sentencepiece_model_whose_separator_is_no_control_symbol_is_refused(tmp_path):
+def test_a_sentencepiece_model_without_mask_and_separator_as_control_symbols_is_refused(tmp_path):
     model = io.BytesIO()
     options = dict(vocab_size=60, hard_vocab_limit=False, pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(
@@ -113,10 +113,10 @@ def test_a_sentencepiece_model_whose_separator_is_no_control_symbol_is_refused(t
         tokenizers.load(tmp_path)
 
 
-def test_what_is_no_unicode_text_is_refused_by_its_place(split, tmp_path):
+def test_a_text_that_is_not_valid_unicode_is_refused_with_its_index(split, tmp_path):
     for tokenizer in (split, tokenizers.load(bpe(tmp_path))):
         with pytest.raises(
-            ValueError, match=r"^text 3 holds a lone surrogate U\+D800 at character 17: not valid Unicode"
+            ValueError, match=r"^text 3 holds a lone surrogate U\+D800 at character 17: it is not valid"
         ):
             tokenizer.encode(["a", "b", "🙂", "x" * 17 + "\ud800", "\udc00"])
         for wrong, shown in ((None, r"None \(NoneType"), (b"x", r"b'x' \(bytes"), (["x"], r"\['x'\] \(list")):
@@ -139,12 +139,12 @@ def test_many_texts_at_once_equal_one_at_a_time(split):
         np.testing.assert_array_equal(ids, split.encode([text])[0])
 
 
-def test_training_is_deterministic_and_digests_tell_models_apart(split, plain, tmp_path):
+def test_training_is_deterministic_and_digests_distinguish_models(split, plain, tmp_path):
     train_sentencepiece(TEXTS, tmp_path, vocab_size=160)
     assert tokenizers.load(tmp_path).digest == split.digest != plain.digest
 
 
-def test_a_saved_tokenizer_loads_as_the_same(split, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(split, tmp_path):
     split.save(tmp_path)
     again = tokenizers.load(tmp_path)
     assert again.digest == split.digest and again.vocab_size == split.vocab_size
@@ -180,7 +180,7 @@ def test_a_hugging_face_tokenizer_adds_no_special_tokens(huggingface, tmp_path):
     assert tokenizers.load(tmp_path / "copy").digest == tokenizer.digest
 
 
-def test_a_digest_knows_the_tokens_of_texts_and_nothing_of_how_a_file_is_written(huggingface, tmp_path):
+def test_a_digest_depends_on_the_tokens_of_texts_and_not_on_the_layout_of_the_file(huggingface, tmp_path):
     digest = tokenizers.load(huggingface).digest
     file = huggingface / "tokenizer.json"
     fields = json.loads(file.read_text())
@@ -192,7 +192,7 @@ def test_a_digest_knows_the_tokens_of_texts_and_nothing_of_how_a_file_is_written
     assert tokenizers.load(huggingface).digest != digest
 
 
-def test_what_is_saved_for_transformers_is_the_same_tokenizer(huggingface, split, tmp_path):
+def test_a_tokenizer_saved_for_transformers_loads_unchanged(huggingface, split, tmp_path):
     for i, tokenizer in enumerate((tokenizers.load(huggingface), split)):
         (tmp_path / str(i)).mkdir()
         tokenizer.save_for_transformers(tmp_path / str(i), 512)
@@ -218,7 +218,7 @@ def config(folder, **fields):
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
 
 
-def test_the_mask_is_by_default_an_id_behind_the_vocabulary_that_no_text_yields(huggingface):
+def test_by_default_the_mask_is_the_first_id_after_the_vocabulary(huggingface):
     config(huggingface, separator_id=4)
     tokenizer = tokenizers.load(huggingface)
     assert (tokenizer.mask_id, tokenizer.vocab_size) == (5, 5)
@@ -233,7 +233,7 @@ def test_the_mask_is_by_default_an_id_behind_the_vocabulary_that_no_text_yields(
         (dict(eos_token="<s>"), 4),
     ],
 )
-def test_the_separator_of_a_folder_of_others_is_its_sep_or_pad_or_eos_token(huggingface, fields, separator):
+def test_the_separator_of_a_third_party_folder_is_its_sep_or_pad_or_eos_token(huggingface, fields, separator):
     config(huggingface, **fields)
     assert tokenizers.load(huggingface).separator_id == separator
 
@@ -245,21 +245,19 @@ def test_missing_and_wrong_files_are_named(huggingface, tmp_path):
         (dict(separator_id=99), "separator_id = 99 is outside the vocabulary of 5 tokens"),
         (dict(separator_id=4, mask_id=-1), "mask_id = -1 must be in 0..2147483647"),
         (dict(separator_id=4, mask_id=10**30), "mask_id = 1000000000000000000000000000000 must be in 0..2147483647"),
-        (dict(separator_id="4"), "has separator_id = '4', it must be an integer"),
-        (dict(pad_token="[PAD]"), "the separator '.PAD.', which tokenizer_config.json names, is not in the vocabulary"),
-        (dict(sep_token=[3]), "has sep_token = .3., it must be a token"),
-        (dict(mask_id=3), "names no separator: it has none of separator_id, sep_token, pad_token, eos_token"),
+        (dict(separator_id="4"), "has separator_id = '4', expected an integer"),
+        (dict(pad_token="[PAD]"), "the separator '.PAD.' of tokenizer_config.json is not in the vocabulary"),
+        (dict(sep_token=[3]), "has sep_token = .3., expected a token"),
+        (dict(mask_id=3), "names no separator: it needs separator_id, sep_token, pad_token or eos_token"),
     ]:
         config(huggingface, **fields)
         with pytest.raises(ValueError, match=message):
             tokenizers.load(huggingface)
     (huggingface / "tokenizer_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="it must say what separates chunks"):
+    with pytest.raises(FileNotFoundError, match="it must name the separator"):
         tokenizers.load(huggingface)
     (tmp_path / "sentencepiece.model").write_bytes(b"nonsense")
-    with pytest.raises(
-        ValueError, match="holds sentencepiece.model and tokenizer.json: which one is meant is not clear"
-    ):
+    with pytest.raises(ValueError, match="holds sentencepiece.model and tokenizer.json: keep the one to use"):
         tokenizers.load(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="not a SentencePiece model"):

@@ -1,4 +1,4 @@
-"""Write the model folder, that `embed.inference`, sentence-transformers, transformers and a stage's `init` read.
+"""Writes the model folder that `embed.inference`, sentence-transformers, transformers and a stage's `init` read.
 
 config.json                qwen3 with "is_causal": false
 model*.safetensors         float32
@@ -7,8 +7,9 @@ modules.json, 1_Pooling    for sentence-transformers; 2_Dense with tanh
 README.md                  the card
 embed.json                 settings, digests, provenance; written last
 
-It holds no code and no pickle. For other programs: format "pplx" is the layout of the released pplx-embed, without their code
-(configuration.py, modeling.py, st_quantize.py); "onnx" has onnx/model.onnx in the place of weights and modules.
+The folder contains no code and no pickle. Two formats are for other programs: "pplx" is the layout of the released
+pplx-embed, without its code (configuration.py, modeling.py, st_quantize.py); "onnx" has onnx/model.onnx instead of
+weights and modules.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ from embed.checkpoints.provenance import made_with
 from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
 
 FORMATS = ("", "pplx", "onnx")
-SHARD_BYTES = 5 * 10**9  # of a file of weights, and what one process holds of them
+SHARD_BYTES = 5 * 10**9  # per file of weights; a process holds no more of them at a time
 
 
 def write(
@@ -41,17 +42,18 @@ def write(
     format: str = "",
     tanh: bool = False,
 ):
-    """Write an encoder; returns the path. The folder appears whole or not at all and replaces nothing but an export.
+    """Write an encoder and return the path. The folder appears whole or not at all, and replaces only another export.
 
-    `params` may be sharded over devices and processes; then all processes must call this, and process 0 writes. Of its memory
-    no more is taken than one file of weights (SHARD_BYTES); onnx takes four times the parameters.
+    `params` may be sharded over devices and processes; then all processes must call this, and process 0 writes. It
+    holds at most one file of weights (SHARD_BYTES) in memory; onnx needs four times the parameters.
 
-    `embedding` has matryoshka (prefixes trained, list of int), separator (whether a separator token stands between the chunks of
-    a document), contextual (whether the model is made for chunks in their document) and max_length (tokens of a text, None for
-    no limit); its tanh, if any, is not read. `tanh` has programs give tanh(v), what int8 training saw, for a float32 vector v.
-    `provenance` is a JSON object (see `card`), to which commit and versions are added where it has none.
+    `embedding` has matryoshka (prefixes trained, list of int), separator (whether a separator token stands between the
+    chunks of a document), contextual (whether the model is made for chunks in their document) and max_length (tokens of
+    the longest text, None for no limit); its tanh, if any, is ignored. With `tanh`, float32 vectors are tanh(v), which
+    int8 training saw, instead of v. `provenance` is a JSON object (see `card`); commit and versions are added if it has
+    none.
 
-    ValueError lists everything that is wrong, or the tensors that are not finite, before anything is written.
+    ValueError lists all problems, or the tensors that are not finite, before anything is written.
     """
     config, params = encoder_only(config, params)
     embedding = {**embedding, "tanh": tanh}
@@ -85,12 +87,12 @@ def write(
 
 
 def check_output(folder, overwrite: bool = True) -> None:
-    """`settings.check_output`, for before the work. All processes call it, process 0 looks."""
+    """`settings.check_output` before the work. All processes call this, and process 0 checks."""
     _on_first_process(lambda: settings.check_output(folder, overwrite))
 
 
 def check_format(format: str, tanh: bool) -> None:
-    """ValueError unless `write` knows the format and can write it here: for before the work."""
+    """ValueError before the work, unless `write` supports the format and its package is installed."""
     if format not in FORMATS:
         raise ValueError(f"format {format!r} must be one of {', '.join(FORMATS[1:])}, or empty for the model folder")
     if format and tanh:
@@ -116,7 +118,7 @@ def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -
 
 
 def _on_first_process(work: Callable[[], None], stream: Iterable = ()) -> None:
-    """Do `work` in process 0; all draw what it left of `stream`, learn whether it failed, and leave together."""
+    """Do `work` in process 0. All processes draw the rest of `stream`, learn whether it failed, and return together."""
     error = None
     if jax.process_index() == 0:
         try:
@@ -128,30 +130,30 @@ def _on_first_process(work: Callable[[], None], stream: Iterable = ()) -> None:
             pass
         failed = multihost_utils.process_allgather(np.asarray(error is not None)).any()
         if failed and error is None:
-            raise OSError("process 0 could not write the model: it says why")
+            raise OSError("process 0 could not write the model: see its error")
     if error is not None:
         raise error
 
 
 def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tuple[str, np.ndarray]]) -> None:
-    """model.safetensors, or several files of at most SHARD_BYTES and their index."""
+    """Write model.safetensors, or several files of at most SHARD_BYTES and their index."""
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in names.shapes(config).items()}
-    files, room = [], 0
+    files, capacity = [], 0
     for name, size in sizes.items():
-        if size > room:
+        if size > capacity:
             files.append([])
-            room = SHARD_BYTES
+            capacity = SHARD_BYTES
         files[-1].append(name)
-        room -= size
-    where = {}
-    for i, wanted in enumerate(files):
+        capacity -= size
+    weight_map = {}
+    for i, members in enumerate(files):
         file = names.WEIGHTS if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         shard = {}
-        for _ in wanted:
+        for _ in members:
             name, tensor = next(stream)
             shard[name] = np.ascontiguousarray(tensor, np.float32)
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, file)
+        weight_map |= dict.fromkeys(shard, file)
     if len(files) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         paths.write_json(folder / names.INDEX, index)

@@ -1,7 +1,7 @@
-"""How texts become vectors in somebody else's folder, as the files of transformers and sentence-transformers say it.
+"""How a third-party folder turns texts into vectors, read from the files of transformers and sentence-transformers.
 
-A field that changes a vector is honoured, or refused by one sentence that names file, field, value and what is allowed.
-docs/checkpoints.md has the list, after transformers 5.24 and sentence-transformers 6.2.
+A field that changes a vector is honoured, or refused in one sentence that names file, field, value and what is allowed.
+docs/checkpoints.md has the list, which follows transformers 5.24 and sentence-transformers 6.2.
 """
 
 import json
@@ -12,7 +12,7 @@ from embed import paths, tokenizers
 from embed.checkpoints.names import PPLX
 
 MODULES, MODEL = "modules.json", "config_sentence_transformers.json"
-# sentence-transformers reads the first that is there.
+# sentence-transformers reads the first of these that exists.
 TRANSFORMER = (
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
@@ -23,14 +23,14 @@ TRANSFORMER = (
     "sentence_xlnet_config.json",
 )
 ADAPTER, ADDED_TOKENS, SPECIAL_TOKENS = "adapter_config.json", "added_tokens.json", "special_tokens_map.json"
-# Files that a loader reads beside config.json, weights and tokenizer: a folder's vectors may depend on them.
+# Files that loaders read besides config.json, weights and tokenizer. Vectors may depend on them.
 FILES = (MODULES, MODEL, *TRANSFORMER, ADAPTER, ADDED_TOKENS, SPECIAL_TOKENS)
-# A module of the released pplx-embed. It and Normalize change a vector's precision and its length alone, which are what
-# `encode` is asked for.
+# A module of the released pplx-embed. It changes only a vector's precision, and Normalize only its length. Here both
+# are arguments of `encode`.
 QUANTIZER = "st_quantize.FlexibleQuantizer"
 
 BOTH = (False, True, None)
-# Allowed values of the fields that are known; any value where it is Ellipsis.
+# The allowed values of each known field; Ellipsis allows any value.
 TRANSFORMER_FIELDS = {
     "max_seq_length": ...,
     "do_lower_case": (False, None),  # a Lowercase normalizer in tokenizer.json says the same and is honoured
@@ -62,7 +62,7 @@ NORMALIZE_FIELDS = {
     "module_input_name": ("sentence_embedding",),
     "module_output_name": ("sentence_embedding", None),
 }
-# Of tokenizer_config.json, which holds much else: what could change tokens.
+# The fields of tokenizer_config.json that could change tokens. The file contains many others.
 TOKENIZER_FIELDS = {
     "add_bos_token": (False, None),
     "add_eos_token": (False, None),
@@ -71,36 +71,36 @@ TOKENIZER_FIELDS = {
     "sp_model_kwargs": ({}, None),
     "fix_mistral_regex": (False, None),
 }
-# Classes of transformers that tokenize as tokenizer.json says. Qwen's have their own normalizer and pre-tokenizer.
+# The classes of transformers that follow tokenizer.json. Qwen's have their own normalizer and pre-tokenizer.
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 TOKENIZER_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend", *QWEN, None)
-POSITIONS = 32768  # max_position_embeddings of a config.json without it
+POSITIONS = 32768  # max_position_embeddings of a config.json that does not have it
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class _Reader:
-    """The JSON files of a folder and what is wrong with them, as sentences."""
+    """The JSON files of a folder, and their problems as sentences."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.problems: list[str] = []
 
     def read(self, name: str, kind=dict):
-        """The object, or list, of a file; an empty one where there is no file, or another thing in it."""
+        """The object or list in a file; an empty one if the file is missing or contains something else."""
         if not (self.folder / name).is_file():
             return kind()
         try:
-            found = paths.read_json(self.folder / name)
+            content = paths.read_json(self.folder / name)
         except ValueError as error:
             self.problems.append(str(error))
             return kind()
-        if not isinstance(found, kind):
-            self.problems.append(f"{name} holds {found!r:.40}, expected {'a list' if kind is list else 'an object'}")
+        if not isinstance(content, kind):
+            self.problems.append(f"{name} holds {content!r:.40}, expected {'a list' if kind is list else 'an object'}")
             return kind()
-        return found
+        return content
 
     def check(self, name: str, fields: Mapping, allowed: Mapping, known: bool = False) -> None:
-        """A problem for each field that has none of its allowed values, with `known` also for each unknown field."""
+        """Add a problem for each field without an allowed value and, with `known`, for each unknown field."""
         for field, value in fields.items():
             values = allowed.get(field, () if known else ...)
             if values is ...:
@@ -112,16 +112,16 @@ class _Reader:
                 self.problems.append(f"{name} has {field}={value!r:.80}, expected {shown}")
 
     def limits(self, fields: Mapping[tuple[str, str], object]) -> int | None:
-        """The least of some limits in tokens, {(file, field): value}; None where none is set."""
-        found = []
+        """The smallest of the limits {(file, field): value} in tokens; None if none is set."""
+        limits = []
         for (name, field), value in fields.items():
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 self.problems.append(f"{name} has {field}={value!r:.80}, expected a positive number of tokens or null")
-            elif value < 10**9:  # more is transformers' way to say none
-                found.append(int(value))
-        return min(found, default=None)
+            elif value < 10**9:  # a larger one is transformers' way to say none
+                limits.append(int(value))
+        return min(limits, default=None)
 
 
 def _same(value, other) -> bool:
@@ -129,9 +129,9 @@ def _same(value, other) -> bool:
 
 
 def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tuple[dict, list[str]]:
-    """How texts become vectors in a folder of others with config.json `fields`, and what of it is not done here.
+    """(settings.EMBEDDING of a third-party folder with config.json `fields`, problems as sentences).
 
-    The separator is that of the released contextual models (arXiv 2602.11151).
+    The released contextual models have a separator (arXiv 2602.11151).
     """
     reader = _Reader(folder)
     transformer = _read_modules(reader, hidden_size)
@@ -150,15 +150,15 @@ def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tu
 
 
 def _read_modules(reader: _Reader, hidden_size: int | None) -> dict:
-    """Check the files of sentence-transformers; returns those settings of its Transformer that are honoured."""
+    """Check the files of sentence-transformers and return the config of its Transformer module."""
     modules = reader.read(MODULES, list)
     if (reader.folder / MODULES).is_file():
         _check_modules(reader, modules)
     settings = {}
     for name in TRANSFORMER:
-        found = reader.read(name)
-        reader.check(name, found, TRANSFORMER_FIELDS, known=True)
-        settings = settings or found
+        fields = reader.read(name)
+        reader.check(name, fields, TRANSFORMER_FIELDS, known=True)
+        settings = settings or fields
     model = reader.read(MODEL)
     reader.check(MODEL, model, {"model_type": ("SentenceTransformer",)})
     cut = model.get("truncate_dim")
@@ -174,7 +174,7 @@ def _read_modules(reader: _Reader, hidden_size: int | None) -> dict:
             "expected an object and a name in it"
         )
     elif default is not None and (prompt := (prompts or {}).get(default)) != "":
-        reader.problems.append(f"{MODEL} puts the prompt {prompt!r} before texts, which is not done here")
+        reader.problems.append(f"{MODEL} puts the prompt {prompt!r} before texts, which is not supported")
     return settings
 
 
@@ -186,10 +186,10 @@ def _check_modules(reader: _Reader, modules: list) -> None:
         return
     kinds = [_kind(module["type"]) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or not {*kinds[2:]} <= {"Normalize", "FlexibleQuantizer"}:
-        found = ", ".join(module["type"] for module in modules)
+        types = ", ".join(module["type"] for module in modules)
         reader.problems.append(
-            f"{MODULES} has {found}, expected a Transformer and a Pooling of sentence-transformers, and after them "
-            f"nothing but Normalize or {QUANTIZER}"
+            f"{MODULES} has {types}, expected a Transformer and a Pooling of sentence-transformers, and after them "
+            f"only Normalize or {QUANTIZER}"
         )
         return
     for kind, path in zip(kinds, [module["path"] for module in modules]):
@@ -200,7 +200,7 @@ def _check_modules(reader: _Reader, modules: list) -> None:
         elif kind == "Pooling":
             name = f"{path}/config.json"
             if not (reader.folder / name).is_file():
-                reader.problems.append(f"{name} is missing, which says how to pool")
+                reader.problems.append(f"{name} is missing, but it must say how to pool")
             reader.check(name, reader.read(name), POOLING_FIELDS, known=True)
         elif kind == "Normalize":
             reader.check(f"{path}/config.json", reader.read(f"{path}/config.json"), NORMALIZE_FIELDS)
@@ -213,7 +213,7 @@ def _kind(type_: str) -> str | None:
 
 
 def _read_tokenizer(reader: _Reader) -> dict:
-    """Check the files beside tokenizer.json, or a SentencePiece model, against it; returns tokenizer_config.json."""
+    """Check the other files of the tokenizer against its model; return tokenizer_config.json."""
     name = tokenizers.CONFIG_FILE
     config, model = reader.read(name), reader.read(tokenizers.HUGGINGFACE_FILE)
     classes = TOKENIZER_CLASSES if model else (tokenizers.SENTENCEPIECE_CLASS, None)
@@ -225,15 +225,15 @@ def _read_tokenizer(reader: _Reader) -> dict:
         model.get("normalizer") != {"type": "NFC"} or steps != ["Sequence", "Split", "ByteLevel"]
     ):
         reader.problems.append(
-            f"{name} has tokenizer_class={config['tokenizer_class']!r}, but tokenizer.json another normalizer or "
-            "pre-tokenizer"
+            f"{name} has tokenizer_class={config['tokenizer_class']!r}, but tokenizer.json has another normalizer "
+            "or pre-tokenizer"
         )
-    prefix, wanted = [*_find(model.get("pre_tokenizer"), "add_prefix_space")], config.get("add_prefix_space")
-    if wanted is not None and any(not _same(x, wanted) for x in prefix or [False]):
+    prefix, expected = [*_find(model.get("pre_tokenizer"), "add_prefix_space")], config.get("add_prefix_space")
+    if expected is not None and any(not _same(x, expected) for x in prefix or [False]):
         reader.problems.append(
-            f"{name} has add_prefix_space={wanted!r:.80}, but tokenizer.json has {(prefix or [False])[0]!r:.80}"
+            f"{name} has add_prefix_space={expected!r:.80}, but tokenizer.json has {(prefix or [False])[0]!r:.80}"
         )
-    entries = model.get("added_tokens")  # what is no token there, `tokenizers.load` refuses
+    entries = model.get("added_tokens")  # `tokenizers.load` refuses malformed ones
     entries = [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
     entries = [e for e in entries if isinstance(e.get("id"), int) and isinstance(e.get("content"), str)]
     added = {entry["id"]: entry for entry in entries}
@@ -245,9 +245,9 @@ def _read_tokenizer(reader: _Reader) -> dict:
     for key, entry in decoder.items():
         other = added.get(int(key)) if key.isdecimal() else None
         if not isinstance(entry, dict) or other is None or any(other.get(k) != v for k, v in entry.items()):
-            reader.problems.append(f"{name} has another token {key}, {entry!r:.160}, than tokenizer.json")
+            reader.problems.append(f"{name} has token {key} as {entry!r:.160}, which differs from tokenizer.json")
     vocabulary = model["model"].get("vocab") if isinstance(model.get("model"), dict) else None
-    if isinstance(vocabulary, list):  # of a Unigram: token and score
+    if isinstance(vocabulary, list):  # Unigram: [token, score]
         vocabulary = {x[0]: i for i, x in enumerate(vocabulary) if isinstance(x, list) and x and isinstance(x[0], str)}
     vocabulary = vocabulary if isinstance(vocabulary, dict) else {}
     for token, index in reader.read(ADDED_TOKENS).items():
@@ -263,7 +263,7 @@ def _read_tokenizer(reader: _Reader) -> dict:
 
 
 def _find(value, field: str) -> Iterator:
-    """The values of a field wherever it stands in a JSON value."""
+    """All values of a field, at any depth of a JSON value."""
     if isinstance(value, dict):
         yield from [value[field]] if field in value else []
         value = list(value.values())
@@ -272,10 +272,10 @@ def _find(value, field: str) -> Iterator:
 
 
 def _named_tokens(document: Mapping) -> Iterator[tuple[str, str]]:
-    """(field, token) of the tokens that transformers takes for special ones."""
+    """(field, token) of the tokens that transformers treats as special."""
     for field in (*NAMED_TOKENS, "additional_special_tokens", "extra_special_tokens"):
-        found = document.get(field)
-        for token in found if isinstance(found, list) else [found]:
+        value = document.get(field)
+        for token in value if isinstance(value, list) else [value]:
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
                 yield field, token

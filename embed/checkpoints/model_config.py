@@ -1,18 +1,18 @@
-"""How a model folder says what its model is: config.json, read and written; sentence-transformers' files, written."""
+"""config.json of a model folder, read and written, and the files of sentence-transformers, written."""
 
 from collections.abc import Mapping
 
 from embed.checkpoints.names import CONFIG, FIELDS, FIXED, PPLX
 from embed.models.transformer import TransformerConfig
 
-# Where sentence-transformers finds its Transformer module. The same class is at home in base.modules, but that path exists in 5.4
-# to 5.6 as well, which allow a transformers that ignores is_causal. This one exists from 6.0: older releases fail.
+# The path of sentence-transformers' Transformer module. The class is defined in base.modules, but that path exists also
+# in 5.4 to 5.6, which allow a transformers that ignores is_causal. This path exists since 6.0: older releases fail.
 TRANSFORMER = "sentence_transformers.multi_vector_encoder.model.Transformer"
 POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 DENSE, TANH = "sentence_transformers.base.modules.dense.Dense", "torch.nn.modules.activation.Tanh"
 QUANTIZER = "st_quantize.FlexibleQuantizer"
 
-# What our encoder computes: allowed values of fields that could say otherwise, the one of a missing field first.
+# The allowed values of fields that change what an encoder computes. The first one is the default of a missing field.
 ALLOWED = {name: (value,) for name, value in FIXED.items()} | {
     "is_causal": (True, False),
     "use_bidirectional_attention": (None, True, False),
@@ -27,14 +27,14 @@ ALLOWED = {name: (value,) for name, value in FIXED.items()} | {
 
 
 def read(fields) -> tuple[TransformerConfig | None, list[str]]:
-    """The architecture that a config.json tells of, None if there are problems, and these as sentences."""
+    """(the architecture of a config.json, or None if there are problems; the problems as sentences)."""
     kind = fields.get("model_type") if isinstance(fields, dict) else fields
     if kind not in ("qwen3", PPLX):
         return None, [f"config.json has model_type {kind!r}, expected qwen3 or {PPLX}"]
     problems, values = [], {}
     rope, scaling = fields.get("rope_parameters"), fields.get("rope_scaling")
-    if rope and scaling and rope != scaling:  # transformers takes the latter alone, older ones the former
-        problems.append(f"config.json has rope_scaling={scaling!r} beside other rope_parameters={rope!r}, expected one")
+    if rope and scaling and rope != scaling:  # transformers reads only rope_scaling, older versions rope_parameters
+        problems.append(f"config.json has rope_scaling={scaling!r} and other rope_parameters={rope!r}, expected one")
     rope = scaling or rope or {}
     if not isinstance(rope, dict):
         problems.append(f"config.json has rope parameters {rope!r}, expected an object")
@@ -60,7 +60,7 @@ def read(fields) -> tuple[TransformerConfig | None, list[str]]:
     layers = fields.get("layer_types")
     full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
     if layers is not None and not (full and len(layers) == values["num_layers"]):
-        problems.append(f"config.json has layer_types {layers!r:.80}, expected full_attention alone, one a layer")
+        problems.append(f"config.json has layer_types {layers!r:.80}, expected full_attention once per layer")
     problems += _causal_problems(fields)
     if problems:
         return None, problems
@@ -71,7 +71,7 @@ def read(fields) -> tuple[TransformerConfig | None, list[str]]:
 
 
 def is_causal(fields: Mapping) -> bool:
-    """Whether a config.json is that of a causal language model."""
+    """Whether a config.json describes a causal language model."""
     return fields["model_type"] != PPLX and fields.get("is_causal", True)
 
 
@@ -86,16 +86,16 @@ def _causal_problems(fields: Mapping) -> list[str]:
 
 
 def documents(config: TransformerConfig, format: str, embedding: Mapping, end_id: int) -> dict[str, object]:
-    """{name: content} of the JSON files of a format: "" for ours, "pplx", "onnx". The tokenizer's are its own."""
+    """{name: content} of the JSON files of a format ("" for ours, "pplx", "onnx"), except the tokenizer's."""
     if format == "onnx":
         return {CONFIG: _config(config, format, embedding, end_id)}
     modules = [(TRANSFORMER, ""), (POOLING, "1_Pooling")]
     if format == "pplx":
         modules.append((QUANTIZER, "2_FlexibleQuantizer"))
-    D, found = config.hidden_size, {}
+    D, files = config.hidden_size, {}
     if embedding["tanh"]:
         modules.append((DENSE, "2_Dense"))
-        found["2_Dense/config.json"] = {
+        files["2_Dense/config.json"] = {
             "in_features": D,
             "out_features": D,
             "bias": False,
@@ -103,14 +103,14 @@ def documents(config: TransformerConfig, format: str, embedding: Mapping, end_id
             "module_input_name": "sentence_embedding",
             "module_output_name": "sentence_embedding",
         }
-    return found | {
+    return files | {
         CONFIG: _config(config, format, embedding, end_id),
         "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
         "1_Pooling/config.json": {
             "embedding_dimension": D,
             "pooling_mode": "mean",
             "include_prompt": True,
-            # As older programs ask for it.
+            # The names that older programs read.
             "word_embedding_dimension": D,
             "pooling_mode_cls_token": False,
             "pooling_mode_mean_tokens": True,
@@ -144,7 +144,7 @@ def _config(config: TransformerConfig, format: str, embedding: Mapping, end_id: 
         "tie_word_embeddings": True,
         "use_cache": False,
         "dtype": "float32",
-        "eos_token_id": end_id,  # some programs insist on one
+        "eos_token_id": end_id,  # some programs require one
         "pad_token_id": end_id,
     }
     if format == "pplx":

@@ -1,11 +1,11 @@
-"""Model folders, as the Hugging Face hub has them, read: Qwen3, ours and pplx-embed (arXiv 2602.11151).
+"""Reads model folders in the layout of the Hugging Face hub: Qwen3, ours and pplx-embed (arXiv 2602.11151).
 
     model = model_folder.open_model("Qwen/Qwen3-0.6B-Base")
     params = model.params(shardings)
 
-A folder holds config.json, *.safetensors and a tokenizer. Three kinds are read: `qwen3`, a causal language model;
-`qwen3` with `"is_causal": false`, an encoder, as `embed.checkpoints.export` writes it; `bidirectional_pplx_qwen3`, an encoder,
-dense or contextual. Nothing but safetensors is read and no code of a folder is run.
+A folder contains config.json, *.safetensors and a tokenizer. Three kinds are read: `qwen3`, a causal language model;
+`qwen3` with `"is_causal": false`, an encoder as `embed.checkpoints.export` writes it; `bidirectional_pplx_qwen3`, an
+encoder, dense or contextual. Weights are read only from safetensors, and no code of a folder is run.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from embed.checkpoints.names import CONFIG, INDEX, INPUTS, NAMES, WEIGHTS
 from embed.models.transformer import TransformerConfig, abstract_params
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# Of a repository: no code, no pickle, no other format, no weights but those at its root and those of a tanh.
+# The files of a repository to download: no code, no pickle, and weights only from its root and of a tanh.
 FILES = ["*.json", "model*.safetensors", "2_Dense/*.safetensors", *tokenizers.SENTENCEPIECE_FILES]
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
@@ -40,7 +40,7 @@ def resolve(source, revision: str | None = None, files=FILES) -> Path:
     """The local folder of a model: `source` itself, or the snapshot of a hub id "owner/name" in the local cache.
 
     A hub id is downloaded by huggingface_hub unless it is in the cache; HF_HUB_OFFLINE=1 downloads nothing.
-    `revision` is a branch, tag or commit of a hub id. FileNotFoundError says why there is none.
+    `revision` is a branch, tag or commit of a hub id. FileNotFoundError says why there is no folder.
     """
     folder = Path(paths.path(source))
     if folder.is_dir():
@@ -58,12 +58,13 @@ def resolve(source, revision: str | None = None, files=FILES) -> Path:
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"there is no folder {source}, and {source}{at} cannot be had from the hub: {str(error).splitlines()[0]}"
+            f"there is no folder {source}, and {source}{at} cannot be downloaded from the hub: "
+            f"{str(error).splitlines()[0]}"
         ) from None
 
 
 def is_model(path) -> bool:
-    """Whether a folder, on a disk or in a bucket, has a config.json that names a kind of model."""
+    """Whether a folder, on a disk or in a bucket, has a config.json with a model_type."""
     try:
         return "model_type" in paths.read_json(paths.path(path) / CONFIG)
     except (OSError, ValueError, TypeError):
@@ -71,7 +72,7 @@ def is_model(path) -> bool:
 
 
 def read_architecture(source) -> TransformerConfig:
-    """The sizes of a model, out of its config.json alone: no weights are downloaded or read."""
+    """The sizes of a model from its config.json. No weights are downloaded or read."""
     folder = paths.path(source) if paths.is_bucket(source) else resolve(source, files=[CONFIG])
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{source} has no {CONFIG}")
@@ -84,10 +85,11 @@ def read_architecture(source) -> TransformerConfig:
 def open_model(source, revision: str | None = None) -> "ModelFolder":
     """Check a model and read its config, but no tensor yet.
 
-    `source` is a folder, one in a bucket (gs://, copied to this machine for as long as what is returned lives) or the id of a
-    repository on the hub, owner/name, at its `revision`. A folder with embed.json must stand as it was exported.
+    `source` is a folder or the id of a repository on the hub, owner/name, at its `revision`. A folder in a bucket
+    (gs://) is copied to this machine for the lifetime of the returned object. A folder with embed.json must be
+    unchanged since its export.
 
-    FileNotFoundError where there is none; everything that is wrong with one is listed in one ValueError.
+    FileNotFoundError if there is no model. One ValueError lists all its problems.
     """
     with contextlib.ExitStack() as stack:
         if paths.is_bucket(source):
@@ -97,9 +99,9 @@ def open_model(source, revision: str | None = None) -> "ModelFolder":
                 raise ValueError(f"{source} is half an export, which was interrupted: export it again")
             if not paths.path(source).is_dir():
                 raise FileNotFoundError(f"there is no folder {source}: expected a model folder")
-            wanted = [*FILES, settings.FILE, settings.CARD]
+            patterns = [*FILES, settings.FILE, settings.CARD]
             folder = stack.enter_context(
-                paths.local(source, lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted))
+                paths.local(source, lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
             )
         else:
             folder = resolve(source, revision)
@@ -110,24 +112,24 @@ def open_model(source, revision: str | None = None) -> "ModelFolder":
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """A checked folder: every tensor is there, has its shape and can be read."""
+    """A checked folder: every tensor exists, has the right shape and can be read."""
 
-    source: str  # as `open_model` was given it
+    source: str  # as given to `open_model`
     folder: Path
     config: TransformerConfig
     causal: bool
     embedding: dict  # settings.EMBEDDING: matryoshka, separator, contextual, tanh, max_length
-    provenance: dict  # what an export of ours says of its run; {} for the folders of others
+    provenance: dict  # what an export says about its run; {} for third-party folders
     tensors: Mapping[str, Path]  # their name -> file
-    prefix: str  # before their names, all but the head
+    prefix: str  # of their names, except the head
     exported: Mapping[str, str] | None  # {name: sha256} of embed.json, verified
 
     def params(self, shardings=None, dtype=np.float32) -> dict:
-        """The parameter tree, float32 or bfloat16, one array after the other straight into its shards.
+        """The parameter tree, float32 or bfloat16, read array by array directly into its shards.
 
-        `shardings` is a tree like the parameters', None for this process's first device. Beside the arrays themselves
-        no more is held than the blocks of one array that go to this process's devices. ValueError names tensors that
-        are not finite in that dtype; all processes of a mesh call this and learn it.
+        `shardings` is a tree like the parameters; None means this process's first device. Besides the arrays, memory
+        holds only the blocks of one array for this process's devices. ValueError names tensors that are not finite in
+        that dtype. All processes of a mesh call this, and the error is raised in all of them.
         """
         abstract = names.flatten(abstract_params(self.config))
         if shardings is None:
@@ -146,25 +148,25 @@ class ModelFolder:
         return params
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The folder's tokenizer. ValueError if that of an encoder adds tokens to each text, which is not done here."""
+        """The folder's tokenizer. ValueError if an encoder's tokenizer adds tokens to each text."""
         tokenizer = tokenizers.load(self.folder)
         if not self.causal and getattr(tokenizer, "adds_tokens", False):
-            raise ValueError(f"{self.source}: tokenizer.json adds tokens to each text, which is not done here")
+            raise ValueError(f"{self.source}: tokenizer.json adds tokens to each text, which is not supported")
         return tokenizer
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 (hex) over weights, tokenizer and settings: all that changes a vector."""
+        """sha256 (hex) over weights, tokenizer and settings: everything that changes a vector."""
         files = self.exported
         if files is None:
             pooling = [str(path.relative_to(self.folder)) for path in self.folder.glob("*/config.json")]
-            there = [name for name in settings.READ if (self.folder / name).is_file()]
-            files = settings.digests(self.folder, {*there, *pooling, *(f.name for f in self.tensors.values())})
-        how = {name: value for name, value in self.embedding.items() if name != "matryoshka"}
-        return hashlib.sha256(json.dumps([dict(files), how], sort_keys=True).encode()).hexdigest()
+            existing = [name for name in settings.READ if (self.folder / name).is_file()]
+            files = settings.digests(self.folder, {*existing, *pooling, *(f.name for f in self.tensors.values())})
+        embedding = {name: value for name, value in self.embedding.items() if name != "matryoshka"}
+        return hashlib.sha256(json.dumps([dict(files), embedding], sort_keys=True).encode()).hexdigest()
 
     def _block(self, name: str, shape: tuple, index: tuple, dtype) -> np.ndarray:
-        """The part `index` of our array `name`."""
+        """The block `index` of our array `name`."""
         ranges = [range(n)[part] for n, part in zip(shape, index)]
         out = np.empty([len(r) for r in ranges], dtype)
         if not name.startswith("layers."):
@@ -179,13 +181,13 @@ class ModelFolder:
 
     def _read(self, name: str, part: tuple) -> np.ndarray:
         name = name if name == NAMES["head"] else self.prefix + name
-        # Opened anew for each tensor: pages of a mapped file count as this process's memory until it is closed.
+        # Opened again for each tensor: pages of a mapped file count as this process's memory until it is closed.
         with safetensors.safe_open(self.tensors[name], framework="numpy") as file:
             return file.get_slice(name)[part]
 
 
 def _merge(shape: tuple, ranges: list[range]) -> slice:
-    """The slice of dimensions that are one dimension in their matrix: only the first may be a part of its whole."""
+    """The slice of several dimensions that are one dimension of their matrix. Only the first one may be split."""
     inner = int(np.prod(shape[1:], dtype=int))
     if any(len(r) != n for r, n in zip(ranges[1:], shape[1:])):
         raise ValueError(f"cannot read the part {ranges} of {shape}: only its first dimension may be split")
@@ -193,7 +195,7 @@ def _merge(shape: tuple, ranges: list[range]) -> slice:
 
 
 def _open(source: str, folder: Path) -> ModelFolder:
-    """A folder, checked against its embed.json if it has one."""
+    """Read a folder and check it against its embed.json, if it has one."""
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}")
     document = settings.read(folder)
@@ -202,28 +204,28 @@ def _open(source: str, folder: Path) -> ModelFolder:
     if changes := settings.differences(folder, document["files"]):
         try:
             _read_folder(source, folder, None)
-            advice = f"delete {settings.FILE} to read it as somebody else's folder"
+            advice = f"delete {settings.FILE} to read it as a third-party folder"
         except ValueError:
             advice = "export it again"
-        raise ValueError(f"{source} does not stand as it was exported: {'; '.join(changes)}; {advice}")
+        raise ValueError(f"{source} was changed after its export: {'; '.join(changes)}; {advice}")
     return _read_folder(source, folder, document)
 
 
 def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolder:
-    """A folder with `document`, its embed.json, or as somebody else's."""
+    """Read a folder with `document`, its embed.json, or without one as a third-party folder."""
     fields = paths.read_json(folder / CONFIG)
     config, problems = model_config.read(fields)
     causal = bool(config) and model_config.is_causal(fields)
     if (folder / foreign.ADAPTER).is_file():
-        problems.append(f"{foreign.ADAPTER} is an adapter, which is not applied here: merge it into the weights")
+        problems.append(f"{foreign.ADAPTER} is an adapter, which is not supported: merge it into the weights")
     if document is not None:
         embedding = document.get("embedding")
         problems += [f"{settings.FILE}: {p}" for p in settings.problems(embedding, config)] if config else []
     else:
-        embedding, how_problems = foreign.read_embedding(
+        embedding, embedding_problems = foreign.read_embedding(
             fields if isinstance(fields, dict) else {}, folder, config and config.hidden_size
         )
-        problems += [] if causal else how_problems  # how a causal model's texts become vectors is not taken over
+        problems += [] if causal else embedding_problems  # a causal model's way to compute vectors is not used
     files, file_problems = _tensor_files(folder)
     problems += file_problems
     tensors, shapes, types = {}, {}, {}
@@ -241,12 +243,11 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
             problems.append(f"{file.name} is truncated or damaged ({error})")
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
     headless = fields.get("architectures") == ["Qwen3Model"] if config else False
-    if (
-        config and (headless or not causal) and NAMES["head"] not in tensors
-    ):  # none is meant, whatever tie_word_embeddings says
+    # A model that is used without a head counts as tied if it has none, whatever tie_word_embeddings says.
+    if config and (headless or not causal) and NAMES["head"] not in tensors:
         config = dataclasses.replace(config, tied=True)
     if config:
-        # A tied model may carry its head all the same: it must be the embedding table itself.
+        # A tied model may still contain a head, if it equals the embedding table.
         copy = NAMES["head"] if config.tied and NAMES["head"] in tensors else None
         if not file_problems:
             problems += _tensor_problems({n: s for n, s in shapes.items() if n != copy}, config, prefix)
@@ -276,8 +277,8 @@ def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:
             files = sorted(set(paths.read_json(index)["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError):
             return [], [f"{INDEX} has no weight_map"]
-        if WEIGHTS not in files and (folder / WEIGHTS).is_file():  # which transformers would read
-            return [], [f"{INDEX} does not name {WEIGHTS}, which is there too: remove one of them"]
+        if WEIGHTS not in files and (folder / WEIGHTS).is_file():  # transformers would read this file
+            return [], [f"{INDEX} does not name {WEIGHTS}, which exists too: remove one of them"]
     else:
         files = sorted(path.name for path in folder.glob("*.safetensors"))
     outside = [
@@ -292,13 +293,13 @@ def _tensor_files(folder: Path) -> tuple[list[Path], list[str]]:
         pickles = sorted(
             path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
         )
-        found = f"; {', '.join(pickles)} is a pickle, which may run code when read" if pickles else ""
-        problems.append(f"there is no .safetensors file{found}")
+        hint = f"; {', '.join(pickles)} is a pickle, which may run code when read" if pickles else ""
+        problems.append(f"there is no .safetensors file{hint}")
     return [] if problems else [folder / name for name in files], problems
 
 
 def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig, prefix: str) -> list[str]:
-    if config.num_layers > len(shapes):  # before so many layers are listed
+    if config.num_layers > len(shapes):  # before the tensors of that many layers are listed
         return [f"config.json has num_hidden_layers={config.num_layers}, but there are {len(shapes)} tensors"]
     expected = names.shapes(config, prefix)
     problems = [f"tensor {name} is missing" for name in expected if name not in shapes]

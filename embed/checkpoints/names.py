@@ -130,10 +130,10 @@ def _layer(stacked, layer):
 
 
 def check_finite(params: Mapping, source: str, prefix: str = "") -> None:
-    """ValueError that names the tensors, as in a model folder, that hold NaN or an infinity.
+    """ValueError that names, as in a model folder, the tensors that contain NaN or infinity.
 
-    `source` is where they come from, `prefix` what stands before their names.
-    Arrays may be sharded over devices and processes; then all processes call this, and all learn it.
+    `source` says where they come from; `prefix` is put before their names. Arrays may be sharded over devices and
+    processes; then all processes call this, and the error is raised in all of them.
     """
     if not _is_finite(params):
         wrong = [name for name, tensor in tensors(params, prefix) if not np.isfinite(tensor).all()]

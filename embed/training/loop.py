@@ -1,7 +1,7 @@
-"""The training loop, one for all stages.
+"""The training loop of all stages.
 
-Batch k and the key of step k are functions of (seed, k), the rest of the state is in the checkpoint: a run that is
-killed at any moment and started again gives the losses of an unbroken one.
+Batch k and the key of step k are functions of (seed, k); the rest of the state is in the checkpoint. So a run that was
+killed at any moment and started again has the losses of an uninterrupted run.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from embed.training.step import Step
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or its gradient was NaN or infinite in too many steps in a row."""
+    """The loss or its gradient was not finite in too many consecutive steps."""
 
 
 class PreemptedError(Exception):
-    """A signal ended the run after a checkpoint; `exit_code` is 128 and the signal's number."""
+    """A signal ended the run after a checkpoint; `exit_code` is 128 plus the signal's number."""
 
     def __init__(self, message: str, number: int = signal.SIGTERM):
         super().__init__(message)
@@ -43,7 +43,7 @@ class Asked:
         self.number: int | None = None
 
     def __call__(self, step: int) -> bool:
-        """Whether to end after `step`. All processes agree; ask at every step."""
+        """Whether to end after `step`. All processes must ask at every step, and agree."""
         if jax.process_count() > 1:  # jax.distributed has handled SIGTERM since it was initialized
             return multihost_utils.reached_preemption_sync_point(step)
         return self.number is not None
@@ -52,31 +52,31 @@ class Asked:
         self.number = self.number or number
 
     def interrupt(self, number, frame) -> None:
-        """The first Ctrl-C asks, the second one ends the process."""
+        """The first Ctrl-C asks the run to end, the second one ends the process."""
         self.number = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"embed: interrupted; ends after this step and a checkpoint, or at once by another Ctrl-C\n")
+        os.write(2, b"embed: interrupted: saving a checkpoint after this step; press Ctrl-C again to end at once\n")
         if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # which jax passes on to the other processes
+            os.kill(os.getpid(), signal.SIGTERM)  # jax passes it on to the other processes
 
 
 @contextlib.contextmanager
 def on_signals() -> Iterator[Asked]:
-    """Within the block SIGTERM and the first SIGINT (Ctrl-C) end nothing: they are asked for."""
+    """Within the block SIGTERM and the first SIGINT (Ctrl-C) only ask the run to end."""
     asked = Asked()
     handlers = {signal.SIGINT: asked.interrupt} | ({} if jax.process_count() > 1 else {signal.SIGTERM: asked.terminate})
     if threading.current_thread() is not threading.main_thread():
-        handlers = {}  # Python hands signals to the main thread alone
+        handlers = {}  # only the main thread can handle signals in Python
     before = {number: signal.getsignal(number) for number in handlers}
     for number, handler in handlers.items():
-        # A shell has its background jobs ignore Ctrl-C, which is for another process then.
+        # A background job of a shell ignores Ctrl-C, which is meant for another process.
         if number == signal.SIGTERM or before[number] not in (signal.SIG_IGN, None):
             signal.signal(number, handler)
     try:
         yield asked
     finally:
         for number, handler in before.items():
-            if handler is not None:  # one that is not Python's
+            if handler is not None:  # None: not installed by Python
                 signal.signal(number, handler)
 
 
@@ -103,18 +103,19 @@ def train(
     warn: Callable = print,
     tell: Callable = lambda sentence: None,
 ):
-    """Run all of `step.steps` under `folder` and return the final parameters; continues from the newest checkpoint there.
+    """Run `step.steps` steps in `folder`, from its newest checkpoint if there is one; return the final parameters.
 
-    `initial_params(shardings)` makes the starting parameters, called only when there is no checkpoint. Every `evaluate_every`
-    steps and at the end all processes call `evaluate(params)`, whose figure goes into the row as `evaluation`; the checkpoint with the
-    highest is kept. `check_held()` raises where the folder is another's by now. A batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the log's MFU, by default the published one of those that are
-    known. `profile_steps` are traced. `writer(folder, start)` makes a MetricsWriter, `progress(k, row)` is told of each logged
-    step, `warn(sentence)` of what went wrong and was mended, or was left out, `tell(sentence)` of the checkpoint that
-    it continues from.
+    `initial_params(shardings)` computes the starting parameters if there is no checkpoint. Every `evaluate_every` steps
+    and at the end, all processes call `evaluate(params)`; its figure goes into the row as `evaluation`, and the
+    checkpoint with the highest figure is kept. `check_held()` raises if another process has taken over the folder. A
+    batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the MFU, by default the published value.
+    `profile_steps` are traced. `writer(folder, start)` returns a MetricsWriter. `progress(k, row)` receives each logged
+    row, `warn(sentence)` what went wrong without ending the run, and `tell(sentence)` the checkpoint it continues from.
 
-    The host reads a step's metrics when it has sent off the next, so it never waits for the step it has just sent off.
-    NonFiniteLossError after more than max_skipped steps in a row without a finite loss and gradient; PreemptedError after a
-    SIGTERM or Ctrl-C, when a checkpoint is saved; ReaderStalledError, CheckpointError and PeerLostError as they say.
+    The host reads a step's metrics after it has dispatched the next step, so the devices never wait for it.
+    NonFiniteLossError after more than max_skipped consecutive steps without a finite loss and gradient; PreemptedError
+    after a SIGTERM or Ctrl-C, once a checkpoint is saved; ReaderStalledError, CheckpointError and PeerLostError as
+    documented there.
     """
     folder, execution, steps = paths.path(folder), step.stage.execution, step.steps
     checkpoints, every = folder / "checkpoints", execution.evaluate_every if evaluate else 0
@@ -154,7 +155,7 @@ def train(
             milestone = execution.milestone_every and (k + 1) % execution.milestone_every == 0
             saving = last or milestone or better or manager.should_save(k + 1)
             if saving or figure is not None or k + 1 == profile_steps.stop:
-                with peers(k + 1):  # what a row sums must not end with this process
+                with peers(k + 1):  # the counts so far must not be lost with this process
                     log.flush(row=saving or figure is not None, figure=figure, keep=saving)
             if k in profile_steps and (last or k + 1 == profile_steps.stop) and output:
                 jax.profiler.stop_trace()
@@ -166,7 +167,7 @@ def train(
                     manager,
                     k + 1,
                     params,
-                    None if k + 1 == steps else state,  # what has finished trains no more
+                    None if k + 1 == steps else state,  # a finished stage needs no optimizer state
                     figure=figure if better else None,
                     evaluated_on=execution.evaluate_on,
                     milestone=bool(milestone),
@@ -174,9 +175,8 @@ def train(
             if ending:
                 reached = k + 1
                 break
-    ending = ending or (
-        asked_to_end.number is not None and jax.process_count() == 1
-    )  # asked while the last step was saved
+    if jax.process_count() == 1 and asked_to_end.number is not None:  # asked while the last step was saved
+        ending = True
     if reached == steps:
         training_state.finish(checkpoints, execution.evaluate_on)
     if ending:
@@ -187,43 +187,43 @@ def train(
 
 
 def _sizes(batch: dict[str, np.ndarray], loader) -> dict[str, float]:
-    """Of a whole batch, out of this process's part of it: tokens, the sum of the segments' squared lengths, examples."""
+    """Tokens, squared lengths of segments and examples of a whole batch, estimated from this process's part."""
     segments = batch["segment_ids"]
     apart = segments + np.arange(len(segments))[:, None] * (segments.max(initial=0) + 1)  # numbered over all rows
     lengths = np.bincount(apart[segments > 0])
-    own = {"tokens": int(lengths.sum()), "squares": int((lengths**2).sum())}
-    own["examples"] = len(batch.get("valid", batch["tokens"]))
-    return {name: n * loader.num_shards / len(loader.shards) for name, n in own.items()}
+    local = {"tokens": int(lengths.sum()), "squares": int((lengths**2).sum())}
+    local["examples"] = len(batch.get("valid", batch["tokens"]))
+    return {name: n * loader.num_shards / len(loader.shards) for name, n in local.items()}
 
 
-COUNTED = ("skipped", "masked", "overflow")  # metrics of a step that a row sums
+COUNTED = ("skipped", "masked", "overflow")  # metrics that a row sums over steps
 
 
 class _Log:
-    """Reads a step's metrics when the next step is under way, and writes a row every so many steps.
+    """Reads a step's metrics while the next step runs, and writes a row every `log_every` steps.
 
-    A row holds the metrics of its own step, the mean fill, and since the row before: the sums of the loader's counts (this
-    process's) and of COUNTED, so that nothing cut or lost is left out; tokens and examples a second and device; MFU where
-    the devices' peak is known, by both conventions (embed.training.flops); the share of the time that the host waited for
-    data; the most memory a device has held.
+    A row contains the metrics of its step and, since the previous row: the mean fill; the sums of COUNTED and of the
+    loader's counts in this process, so that no cut or lost text goes unreported; tokens and examples per second and
+    device; MFU by both conventions (embed.training.flops) if the devices' peak is known; the share of time that the
+    host waited for data. It also has the peak memory of a device.
     """
 
     def __init__(self, writer, step: Step, progress: Callable, warn: Callable, start: int, peak: float | None):
         self.writer, self.step, self.progress, self.warn, self.peak = writer, step, progress, warn, peak
         self.every, self.max_skipped = step.stage.execution.log_every, step.stage.execution.max_skipped
         self.clock, self.clock_step = time.perf_counter(), start
-        self.pending = None  # (step, device metrics, stats) of the step just sent off
+        self.pending = None  # (step, device metrics, stats) of the step just dispatched
         self.stats = []  # of the steps since the last row
-        self.in_a_row = 0  # steps skipped
+        self.in_a_row = 0  # consecutive skipped steps
 
     def add(self, step: int, metrics: dict, stats: dict) -> None:
         self.flush()
         self.pending = step, metrics, stats
 
     def flush(self, row: bool = False, figure: float | None = None, keep: bool = False) -> None:
-        """Read what is pending, waiting for it; with `row` write a row of it in any case, with the `figure` of an evaluation.
+        """Wait for the pending step and read its metrics. With `row`, always write a row, with the `figure` if any.
 
-        With `keep` the rows so far must outlive this machine.
+        With `keep`, the rows so far must survive this machine.
         """
         if self.pending:
             (step, metrics, stats), self.pending = self.pending, None
@@ -234,7 +234,7 @@ class _Log:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Keep the time of the block out of the next row's figures."""
+        """Exclude the time of the block from the next row."""
         if self.pending:
             jax.block_until_ready(self.pending[1])
         start = time.perf_counter()
@@ -245,9 +245,8 @@ class _Log:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        with contextlib.suppress(
-            *(() if error is None else (Exception,))
-        ):  # the error that ended the work matters more
+        # The error that ended the work matters more than one of the writer.
+        with contextlib.suppress(*([Exception] if error else [])):
             if self.writer:
                 self.writer.close(error)
 
@@ -257,9 +256,9 @@ class _Log:
         if self.in_a_row > self.max_skipped:
             name = "gradient_norm" if np.isfinite(row["loss"]) else "loss"
             raise NonFiniteLossError(
-                f"the {name} of step {step} is {row[name]}, and {self.in_a_row} steps in a row were skipped for that "
-                f"(max_skipped={self.max_skipped}); lower optimizer.learning_rate or look at the batch; the last checkpoint is "
-                "intact"
+                f"the {name} of step {step} is {row[name]}, and {self.in_a_row} steps in a row were skipped "
+                f"(max_skipped={self.max_skipped}); lower optimizer.learning_rate or check the batch; "
+                "the last checkpoint is intact"
             )
         if step % self.every and not write:
             return
@@ -285,8 +284,8 @@ class _Log:
             self.writer.write(step, row)
         if row.get("overflow") and jax.process_index() == 0:
             self.warn(
-                f"{row['overflow']:.0f} masked tokens ({row['overflow'] / row['masked']:.2%} of all masked since the row "
-                f"before) found no room among the logits and are not in the loss, up to step {step}; the room is "
-                "embed.objectives.masked_diffusion.capacity"
+                f"{row['overflow']:.0f} masked tokens up to step {step} are not in the loss: they exceed "
+                "embed.objectives.masked_diffusion.capacity "
+                f"({row['overflow'] / row['masked']:.2%} of all masked tokens since the last row)"
             )
         self.progress(step, row)

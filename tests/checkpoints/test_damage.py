@@ -1,6 +1,6 @@
-"""Damaged model folders: one sentence that names the folder, or the encoder that was there before; never anything else.
+"""A damaged model folder gives a one-sentence error that names it, or the undamaged encoder, and nothing else.
 
-What stands for the vectors are parameters, config, settings and tokens: two encoders that agree in these give the same.
+The tests compare parameters, config, settings and tokens: encoders that agree in these give the same vectors.
 """
 
 import hashlib
@@ -29,31 +29,32 @@ def json_files(folder):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """{kind: an export}, the smallest there is."""
+    """{kind: a minimal export}."""
     root, sizes = tmp_path_factory.mktemp("damage"), dict(hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4)
     bpe = tokenizers.load(small.write_bpe(tmp_path_factory.mktemp("tokenizer"), small.sentences(100)))
-    found = {}
+    exports = {}
     for kind, tokenizer in (("sentencepiece", small.tokenizer()), ("tokenizer.json", bpe)):
         config = transformer.make_config("micro", tokenizer.vocab_size, **sizes, intermediate_size=8)
         params = small.random_params(config)
         embedding = {"matryoshka": [8], "separator": False}
-        found[kind] = small.write_model(root / kind, params, config, tokenizer, embedding=embedding)
-    found["two files of weights"] = split(small.foreign(shutil.copytree(found["sentencepiece"], root / "split")))
-    return found
+        exports[kind] = small.write_model(root / kind, params, config, tokenizer, embedding=embedding)
+    source = shutil.copytree(exports["sentencepiece"], root / "split")
+    exports["two files of weights"] = split(small.foreign(source))
+    return exports
 
 
 def split(folder):
     arrays = safetensors.numpy.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    where = {name: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, name in enumerate(arrays)}
-    for file in set(where.values()):
-        safetensors.numpy.save_file({n: x for n, x in arrays.items() if where[n] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    weight_map = {name: f"model-{i % 2 + 1:05d}-of-00002.safetensors" for i, name in enumerate(arrays)}
+    for file in set(weight_map.values()):
+        safetensors.numpy.save_file({n: x for n, x in arrays.items() if weight_map[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
 def summary(folder) -> str:
-    """A digest of all that makes vectors, of what `load` gives."""
+    """A digest of everything in a loaded encoder that determines its vectors."""
     encoder, digest = inference.load(folder), hashlib.sha256()
     for x in [*jax.tree.leaves(encoder.params), *encoder.tokenizer.encode(TEXTS)]:
         digest.update(np.asarray(x).tobytes() + b"|")
@@ -67,14 +68,14 @@ def undamaged(folders):
 
 
 def check(folder, want, note):
-    """The property; `want` is None where the folder may be one of another model."""
+    """The property above. `want` is None if the folder may be a valid one of another model."""
     try:
         got = summary(folder)
     except (ValueError, FileNotFoundError) as error:
         said = str(error)
         assert len(said.splitlines()) == 1 and str(folder) in said, f"{note}: {said}"
         return
-    assert want in (None, got), f"{note}: other vectors in silence"
+    assert want in (None, got), f"{note}: other vectors without an error"
 
 
 def copy(source, target):
@@ -83,7 +84,7 @@ def copy(source, target):
 
 
 def paths_of(value, at=()):
-    """Where something stands in a JSON value; of a long list or object the first entries."""
+    """The paths in a JSON value; only the first entries of long lists and objects."""
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for i, (key, x) in enumerate(entries):
         if i < 8:
@@ -93,14 +94,14 @@ def paths_of(value, at=()):
 
 @given(data=st.data())
 @settings(max_examples=80, **FUZZ)
-def test_bytes_cut_off_or_turned_in_any_file_of_an_export_are_noticed(data, folders, undamaged, tmp_path):
+def test_damage_to_the_bytes_of_any_file_of_an_export_is_noticed(data, folders, undamaged, tmp_path):
     kind = data.draw(st.sampled_from([k for k, folder in sorted(folders.items()) if (folder / "embed.json").exists()]))
     folder = copy(folders[kind], tmp_path / "m")
     name = data.draw(st.sampled_from(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())))
     file, content = folder / name, bytearray((folder / name).read_bytes())
-    how = data.draw(st.sampled_from(("cut", "turn", "gone", "empty", "append", "folder")))
+    how = data.draw(st.sampled_from(("cut", "flip", "gone", "empty", "append", "folder")))
     i = data.draw(st.integers(0, len(content) - 1))
-    if how == "turn":
+    if how == "flip":
         content[i] ^= 1 << data.draw(st.integers(0, 7))
     elif how == "append":
         content += data.draw(st.binary(min_size=1, max_size=4))
@@ -132,7 +133,7 @@ def test_other_values_in_any_json_file_are_refused_or_change_no_vector(data, fol
         document = value
     elif how == "delete":
         del parent[at[-1]]
-    elif how == "double" and isinstance(parent, dict):  # the later one counts, as for every reader in Python
+    elif how == "double" and isinstance(parent, dict):  # the last one counts, as in every JSON reader of Python
         mark = "\ue000"
         parent[mark] = value
         text = json.dumps(document).replace(json.dumps(mark), json.dumps(at[-1]))
@@ -147,10 +148,10 @@ SECTIONS = [("normalizer",), ("pre_tokenizer",), ("added_tokens",)]
 
 
 def is_another_model(name, at, how, value) -> bool:
-    """Whether what is there now may be a right folder of another model, which nothing in it tells from this one."""
+    """Whether the edited folder may be a valid one of another model."""
     if how == "delete":
         return name == "tokenizer.json" and len(at) > 1
-    if name == "tokenizer.json":  # a section may be none, and what stands in one is the tokenizer's own affair
+    if name == "tokenizer.json":  # sections may be null, and their contents define another tokenizer
         return len(at) > 1 or (at in SECTIONS and value is None)
     if name == "embed.json":
         return at == ("embedding", "tanh") and value is True
@@ -160,7 +161,7 @@ def is_another_model(name, at, how, value) -> bool:
 @given(data=st.data())
 @settings(max_examples=40, **FUZZ)
 def test_a_damaged_header_of_the_weights_is_refused(data, folders, undamaged, tmp_path):
-    """Without embed.json: bits of the weights themselves are then any other weights."""
+    """Without embed.json, changed bits of the weights themselves cannot be noticed."""
     folder = small.foreign(copy(folders["sentencepiece"], tmp_path / "m"))
     file = folder / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -172,7 +173,7 @@ def test_a_damaged_header_of_the_weights_is_refused(data, folders, undamaged, tm
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000, b'{"a": 1', b"\x00", b"\xef\xbb\xbf{}"])
-def test_what_is_no_json_in_utf_8_is_refused(content, folders, undamaged, tmp_path):
+def test_a_file_that_is_not_json_in_utf_8_is_refused(content, folders, undamaged, tmp_path):
     for kind in folders:
         for name in json_files(folders[kind]):
             folder = copy(folders[kind], tmp_path / "m")

@@ -53,7 +53,7 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-def test_the_folder_holds_what_programs_read_and_embed_json_names_all_of_it_but_the_card(folder):
+def test_the_folder_contains_what_programs_read_and_embed_json_names_all_files_but_the_card(folder):
     assert contents(folder) == LAYOUT
     document = read_json(folder / "embed.json")
     assert document["files"].keys() == set(LAYOUT) - {"README.md", "embed.json"}
@@ -69,7 +69,7 @@ def test_config_json_is_an_ordinary_qwen3_that_is_not_causal(folder):
     assert fields["hidden_size"] == 32 and "embed" not in fields and "remat" not in fields
 
 
-def test_the_tokenizer_says_what_separates_masks_and_whose_it_is(folder, bpe, tmp_path):
+def test_the_tokenizer_config_names_separator_and_mask(folder, bpe, tmp_path):
     fields = read_json(folder / "tokenizer_config.json")
     assert (fields["sep_token"], fields["mask_id"], fields["separator_id"]) == ("<sep>", 2, 3)
     config = transformer.make_config("micro", bpe.vocab_size + 3)
@@ -87,14 +87,14 @@ def test_bfloat16_parameters_are_written_as_float32(tmp_path):
     np.testing.assert_array_equal(tensors["norm.weight"], np.asarray(params["norm"], np.float32))
 
 
-def test_the_head_of_the_diffusion_stage_stays_behind(tmp_path):
+def test_the_head_of_the_diffusion_stage_is_not_exported(tmp_path):
     untied = transformer.make_config("micro", small.config().vocab_size, tied=False)
     path = small.write_model(tmp_path / "m", random_params(untied), untied)
     assert "lm_head.weight" not in safetensors.numpy.load_file(path / "model.safetensors")
     assert model_folder.open_model(path).config.tied
 
 
-def test_large_models_are_written_in_several_files_of_a_bounded_size(tmp_path, monkeypatch):
+def test_large_models_are_written_in_several_files_of_bounded_size(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
     path = small.write_model(tmp_path / "m")
     files = sorted(path.glob("model-*-of-*.safetensors"))
@@ -117,7 +117,7 @@ def test_weights_of_another_shape_are_refused_before_anything_is_written(tmp_pat
 
 
 @pytest.mark.parametrize("format", ["", "onnx"])
-def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_left(tmp_path, format):
+def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, format):
     query = small.params()["layers"]["query"].copy()
     query[1, 3, 0, 5] = np.inf
     params = {**small.params(), "layers": {**small.params()["layers"], "query": query}}
@@ -143,7 +143,7 @@ def test_a_wrong_embedding_setting_is_named(tmp_path, field, value, message):
         small.write_model(tmp_path / "m", embedding={field: value})
 
 
-def test_formats_are_known_and_tanh_is_for_the_plain_one(tmp_path):
+def test_unknown_formats_and_tanh_in_other_formats_are_refused(tmp_path):
     with pytest.raises(ValueError, match="format 'gguf' must be one of pplx, onnx"):
         small.write_model(tmp_path / "m", format="gguf")
     with pytest.raises(ValueError, match="tanh is for the model folder, not for format pplx"):
@@ -190,7 +190,7 @@ def test_the_pplx_layout_has_the_names_and_fields_of_the_release(contextual, tmp
     want = {f"layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
     assert shapes == {"embed_tokens.weight": (V, D), "norm.weight": (D,), **want}
     ours = model_folder.open_model(path).embedding
-    theirs = model_folder.open_model(small.foreign(path)).embedding  # as a program sees it that knows no embed.json
+    theirs = model_folder.open_model(small.foreign(path)).embedding  # as for a program that does not read embed.json
     for embedding in (ours, theirs):
         assert (embedding["contextual"], embedding["separator"]) == (contextual, contextual)
 
@@ -202,7 +202,7 @@ def test_the_real_shapes_have_as_many_tensors_as_the_release():
     assert sum(int(np.prod(s)) for s in shapes[0].values()) == 596_049_920
 
 
-# What stands there already
+# Existing folders
 
 
 def test_an_export_is_replaced_whole(folder):
@@ -213,7 +213,7 @@ def test_an_export_is_replaced_whole(folder):
 
 
 def edit_config(folder):
-    small.edit_config(folder, transformers_version="6")  # as a program does that saves a tuned model there
+    small.edit_config(folder, transformers_version="6")  # like a program that saves a tuned model there
 
 
 @pytest.mark.parametrize(
@@ -221,11 +221,13 @@ def edit_config(folder):
     [
         (lambda f: (f / "thesis.tex").write_text("years of work"), "holds thesis.tex, which no export wrote"),
         (lambda f: (f / "1_Pooling" / "x").write_text("x"), "holds 1_Pooling/x, which no export wrote"),
-        (edit_config, "holds another config.json than the export wrote"),
+        (edit_config, "holds a config.json that differs from the export's"),
         (small.foreign, "exists and was not written by this command"),
     ],
 )
-def test_what_is_not_an_export_is_never_replaced_and_refused_before_the_work(change, message, folder, monkeypatch):
+def test_a_folder_that_is_not_an_export_is_refused_before_the_work_and_never_replaced(
+    change, message, folder, monkeypatch
+):
     change(folder)
     before = {name: (folder / name).read_bytes() for name in contents(folder)}
     monkeypatch.setattr(names, "tensors", lambda *_: pytest.fail("a tensor was fetched"))
@@ -236,7 +238,7 @@ def test_what_is_not_an_export_is_never_replaced_and_refused_before_the_work(cha
     assert {name: (folder / name).read_bytes() for name in contents(folder)} == before
 
 
-def test_an_interrupted_export_leaves_the_old_one_and_no_debris(folder, monkeypatch):
+def test_an_interrupted_export_leaves_the_old_one_and_no_other_files(folder, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
@@ -298,14 +300,14 @@ def assert_small_weights(folder):
         np.testing.assert_array_equal(params[name], x)
 
 
-def test_parameters_over_several_devices_are_written_as_they_are(tmp_path):
+def test_parameters_over_several_devices_are_written_unchanged(tmp_path):
     process = start(4, tmp_path / "m")
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     assert_small_weights(tmp_path / "m")
 
 
-def test_parameters_over_two_processes_are_written_by_the_first_and_both_learn_of_a_failure(tmp_path):
+def test_the_first_of_two_processes_writes_and_a_failure_is_raised_in_both(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -318,10 +320,10 @@ def test_parameters_over_two_processes_are_written_by_the_first_and_both_learn_o
     assert sorted(f.name for f in tmp_path.iterdir()) == ["m", "m-file"]
 
 
-# The verb
+# The command
 
 
-def test_the_verb_writes_a_model_that_exists_in_every_format(tmp_path, capsys):
+def test_the_command_writes_an_existing_model_in_every_format(tmp_path, capsys):
     run = {"commit": "abc", "checkpoint": "pair", "figures": {"functions": {"int8": {"ndcg@10": 0.25}}}}
     source = small.write_model(tmp_path / "source", provenance=run)
     want, path = inference.load(source).encode(TEXTS), source
@@ -330,7 +332,7 @@ def test_the_verb_writes_a_model_that_exists_in_every_format(tmp_path, capsys):
         path = tmp_path / name
         got = inference.load(path).encode(TEXTS)
         np.testing.assert_allclose(got, np.tanh(want) if how == ["--tanh"] else want, atol=1e-6)
-        card = (path / "README.md").read_text()  # what a model says of its run stays with it
+        card = (path / "README.md").read_text()  # the provenance is kept
         assert "commit abc" in card and "| functions | int8 | 0.250 |" in card and "Made from" in card
     assert main(["export", f"--model={path}", f"--output={path}"]) == 2
     assert f"is {path}, which this command reads" in capsys.readouterr().err
@@ -341,7 +343,7 @@ def test_the_verb_writes_a_model_that_exists_in_every_format(tmp_path, capsys):
 # The card
 
 
-def test_a_card_says_what_is_known_and_that_the_rest_is_unknown():
+def test_a_card_has_the_known_facts_and_calls_the_rest_unknown():
     pair = {"folder": "gs://b/run/pair", "step": 400, "digest": "0123"}
     rows = [
         {

@@ -1,4 +1,4 @@
-"""What is read of somebody else's folder and what is refused: the table of docs/checkpoints.md, row by row."""
+"""Which fields of a third-party folder are read or refused: the table of docs/checkpoints.md, row by row."""
 
 import json
 import re
@@ -22,11 +22,11 @@ POOLING = "1_Pooling/config.json"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Somebody else's encoder, with a tokenizer.json."""
+    """A third-party encoder with a tokenizer.json."""
     tokenizer = tokenizers.load(small.write_bpe(tmp_path_factory.mktemp("tokenizer"), small.sentences(100)))
     config = transformer.make_config("micro", tokenizer.vocab_size + 3, rope_theta=1e4)
-    where = tmp_path_factory.mktemp("foreign") / "encoder"
-    return small.foreign(small.write_model(where, small.random_params(config), config, tokenizer, embedding=EMBEDDING))
+    path = tmp_path_factory.mktemp("foreign") / "encoder"
+    return small.foreign(small.write_model(path, small.random_params(config), config, tokenizer, embedding=EMBEDDING))
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def folder(original, tmp_path):
 
 
 def edit(path, **fields):
-    """Change fields of a JSON object, which is made if it is not there."""
+    """Change fields of a JSON file. A missing file is created."""
     path.parent.mkdir(exist_ok=True)
     document = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps(document | fields))
 
 
-def refused(folder, message):
-    """That it is refused by one line which names the folder and says `message`, found in it as a regular expression."""
+def assert_refused(folder, message):
+    """The folder must be refused in one line that names it and matches the regular expression `message`."""
     with pytest.raises(ValueError, match=message) as error:
         model_folder.open_model(folder)
     assert str(folder) in str(error.value) and len(str(error.value).splitlines()) == 1
@@ -66,17 +66,17 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
             dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
             "rope parameters .*yarn.*, expected rope_type",
         ),
-        (dict(rope_scaling=YARN), "rope_scaling=.*yarn.* beside other rope_parameters=.*default.*, expected one"),
+        (dict(rope_scaling=YARN), "rope_scaling=.*yarn.* and other rope_parameters=.*default.*, expected one"),
         (dict(rope_parameters={"rope_type": "default", "type": "yarn"}), "rope parameters .*, expected rope_type"),
-        (dict(rope_scaling={"rope_type": "default"}), "beside other rope_parameters"),
+        (dict(rope_scaling={"rope_type": "default"}), "and other rope_parameters"),
         (dict(rope_parameters={"rope_theta": 5e6}), "two values of rope_theta, .10000.0, 5000000.0."),
         (dict(rope_parameters=None, rope_theta=None), "rope_theta=None, expected a positive number"),
         (dict(rope_parameters=[1]), "rope parameters .1., expected an object"),
         (dict(rope_theta=[1]), "two values of rope_theta"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5, expected None or 1"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types .*sliding_attention.*, expected"),
-        (dict(layer_types=["full_attention"]), "layer_types .*, expected full_attention alone, one a layer"),
-        (dict(layer_types=3), "layer_types 3, expected full_attention alone"),
+        (dict(layer_types=["full_attention"]), "layer_types .*, expected full_attention once per layer"),
+        (dict(layer_types=3), "layer_types 3, expected full_attention once per layer"),
         (dict(num_hidden_layers=0), "num_hidden_layers=0, expected a positive whole number"),
         (dict(num_hidden_layers=2.0), "num_hidden_layers=2.0, expected a positive whole number"),
         (dict(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but there are 24 tensors"),
@@ -100,7 +100,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 )
 def test_another_architecture_is_refused(fields, message, folder):
     edit_config(folder, **fields)
-    refused(folder, message)
+    assert_refused(folder, message)
 
 
 TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -142,7 +142,7 @@ TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}
         (
             MODEL,
             dict(prompts={"q": "Query: "}, default_prompt_name="q"),
-            "'Query: ' before texts, which is not done here",
+            "'Query: ' before texts, which is not supported",
         ),
         (MODEL, dict(default_prompt_name="other"), "puts the prompt None before texts"),
         (MODEL, dict(default_prompt_name=["q"]), "default_prompt_name=.'q'., expected an object and a name in it"),
@@ -163,24 +163,24 @@ TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}
         (TOKENIZER, dict(do_lower_case=True), "tokenizer_config.json has do_lower_case=True, expected false"),
         (TOKENIZER, dict(truncation_side="left"), "truncation_side='left', expected .right. or null"),
         (TOKENIZER, dict(tokenizer_class="BertTokenizer"), "tokenizer_class='BertTokenizer', expected"),
-        (TOKENIZER, dict(tokenizer_class="Qwen2Tokenizer"), "but tokenizer.json another normalizer or pre-tokenizer"),
+        (TOKENIZER, dict(tokenizer_class="Qwen2Tokenizer"), "but tokenizer.json has another normalizer or pre-"),
         (TOKENIZER, dict(model_max_length=0), "model_max_length=0, expected a positive number of tokens or null"),
         (TOKENIZER, dict(eos_token="a"), "eos_token='a', expected a special token of tokenizer.json"),
         (TOKENIZER, dict(additional_special_tokens=["b"]), "additional_special_tokens='b', expected a special token"),
         (
             TOKENIZER,
             dict(added_tokens_decoder={"0": {"content": "<s>"}}),
-            "another token 0, .*<s>.*, than tokenizer.json",
+            "has token 0 as .*<s>.*, which differs from",
         ),
-        (TOKENIZER, dict(added_tokens_decoder={"9": {"content": "x"}}), "another token 9, .*x.*, than tokenizer.json"),
+        (TOKENIZER, dict(added_tokens_decoder={"9": {"content": "x"}}), "has token 9 as .*x.*, which differs from"),
         ("special_tokens_map.json", dict(bos_token={"content": "a"}), "special_tokens_map.json has bos_token='a', exp"),
         ("added_tokens.json", {"<think>": 5}, "added_tokens.json has the id 5 for '<think>', tokenizer.json has None"),
-        ("adapter_config.json", {}, "adapter_config.json is an adapter, which is not applied here"),
+        ("adapter_config.json", {}, "adapter_config.json is an adapter, which is not supported"),
     ],
 )
-def test_a_field_that_makes_other_vectors_is_refused(file, fields, message, folder):
+def test_a_field_that_changes_vectors_is_refused(file, fields, message, folder):
     edit(folder / file, **fields)
-    refused(folder, message)
+    assert_refused(folder, message)
 
 
 ST, NAME = "sentence_transformers.models.", "1_Pooling"
@@ -189,7 +189,7 @@ ST, NAME = "sentence_transformers.models.", "1_Pooling"
 @pytest.mark.parametrize(
     "modules, message",
     [
-        ([("Transformer", ""), ("Pooling", NAME), ("Dense", "2_Dense")], "and after them nothing but Normalize or"),
+        ([("Transformer", ""), ("Pooling", NAME), ("Dense", "2_Dense")], "and after them only Normalize or"),
         ([("Transformer", ""), ("Pooling", NAME), ("LayerNorm", "2_LayerNorm")], "models.LayerNorm, expected a Transf"),
         ([("Transformer", ""), ("Normalize", "1"), ("Pooling", NAME)], "expected a Transformer and a Pooling of sent"),
         ([("Transformer", "")], "expected a Transformer and a Pooling"),
@@ -200,20 +200,20 @@ ST, NAME = "sentence_transformers.models.", "1_Pooling"
             "its Transformer in '0_Transformer', expected the fold",
         ),
         ([("Transformer", ""), ("Pooling", "../1_Pooling")], "names '../1_Pooling', expected a folder in this one"),
-        ([("Transformer", ""), ("Pooling", "pool")], "pool/config.json is missing, which says how to pool"),
+        ([("Transformer", ""), ("Pooling", "pool")], "pool/config.json is missing, but it must say how to pool"),
         ([], r"modules.json holds \[\], expected modules with type and path"),
     ],
 )
 def test_other_modules_are_refused(modules, message, folder):
     (folder / "modules.json").write_text(json.dumps([dict(type=ST + kind, path=path) for kind, path in modules]))
-    refused(folder, message)
+    assert_refused(folder, message)
 
 
 def test_modules_of_other_packages_are_refused(folder):
     for kind in ("custom_st.Transformer", "Transformer", "my.sentence_transformers.Transformer"):
         modules = [dict(type=kind, path=""), dict(type=ST + "Pooling", path=NAME)]
         (folder / "modules.json").write_text(json.dumps(modules))
-        refused(folder, f"modules.json has {kind}, .*, expected a Transformer and a Pooling")
+        assert_refused(folder, f"modules.json has {kind}, .*, expected a Transformer and a Pooling")
 
 
 def test_a_normalize_of_tokens_is_refused_and_one_of_vectors_is_not(folder):
@@ -221,7 +221,9 @@ def test_a_normalize_of_tokens_is_refused_and_one_of_vectors_is_not(folder):
     (folder / "modules.json").write_text(json.dumps([dict(type=ST + kind, path=path) for kind, path in modules]))
     assert not model_folder.open_model(folder).causal
     edit(folder / "2_Normalize" / "config.json", module_input_name="token_embeddings")
-    refused(folder, "2_Normalize/config.json has module_input_name='token_embeddings', expected .sentence_embedding.")
+    assert_refused(
+        folder, "2_Normalize/config.json has module_input_name='token_embeddings', expected .sentence_embedding."
+    )
 
 
 def test_the_modules_of_the_released_pplx_embed_are_read(folder):
@@ -242,14 +244,14 @@ def test_every_wrong_file_is_listed_in_one_error(folder):
 
 @pytest.mark.parametrize("name", [*foreign.FILES, "config.json", "tokenizer.json", TOKENIZER, POOLING])
 @pytest.mark.parametrize("content", [b"{", b"[[3]]", b"7", b"\xff\xfe{}", b"[" * 100_000, b""])
-def test_a_file_that_is_no_json_object_is_refused_by_its_name(name, content, folder):
+def test_a_file_that_is_not_a_json_object_is_refused_by_name(name, content, folder):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(name)) as error:
         model_folder.open_model(folder)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_what_changes_no_vector_is_let_pass(folder):
+def test_fields_that_change_no_vector_are_allowed(folder):
     digest = model_folder.open_model(folder).digest
     edit_config(folder, dtype="bfloat16", use_cache=True, max_window_layers=1, sliding_window=4, attention_dropout=0.1)
     edit_config(folder, rope_scaling=json.loads((folder / "config.json").read_text())["rope_parameters"])
@@ -262,7 +264,7 @@ def test_what_changes_no_vector_is_let_pass(folder):
     assert model.embedding["max_length"] == 32768 and model.digest != digest
 
 
-def test_a_causal_model_is_not_asked_how_it_makes_vectors(folder):
+def test_fields_about_vectors_are_ignored_for_a_causal_model(folder):
     edit_config(folder, is_causal=None, use_bidirectional_attention=None)
     edit(folder / POOLING, pooling_mode="lasttoken")
     edit(folder / TRANSFORMER, do_lower_case=True)
@@ -272,7 +274,7 @@ def test_a_causal_model_is_not_asked_how_it_makes_vectors(folder):
 def test_the_digest_covers_every_file_that_is_read(folder):
     digests = {model_folder.open_model(folder).digest}
     names = [*foreign.FILES, "config.json", "tokenizer.json", TOKENIZER, POOLING]
-    names.remove(foreign.ADAPTER)  # which is refused
+    names.remove(foreign.ADAPTER)  # is always refused
     for name in names:
         file = folder / name
         file.write_text((file.read_text() if file.is_file() else "{}") + " ")
@@ -299,7 +301,7 @@ def test_the_shortest_limit_holds_and_a_tokenizer_that_adds_tokens_is_refused(fo
         inference.load(folder)
 
 
-def test_the_tokenizer_class_of_qwen_is_read_with_a_tokenizer_json_like_qwen_s(folder):
+def test_the_tokenizer_class_of_qwen_is_read_if_tokenizer_json_is_like_that_of_qwen(folder):
     edit(folder / TOKENIZER, tokenizer_class="Qwen2Tokenizer")
     split = {"type": "Split", "pattern": {"Regex": r"\s+|\S+"}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

@@ -22,14 +22,14 @@ def tensors(shape=(4, 3), seed=0, dtype=np.float32):
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 3), (2, 3, 4)])
-def test_the_ends_are_the_two_parents(shape):
+def test_ratios_0_and_1_give_the_two_parents(shape):
     a, b = tensors(shape)
     np.testing.assert_array_equal(slerp(a, b, 0.0), a)
     np.testing.assert_array_equal(slerp(a, b, 1.0), b)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.8])
-def test_a_tensor_is_one_vector_on_shoemakes_arc(t):
+def test_a_tensor_is_interpolated_as_one_vector_by_shoemakes_formula(t):
     a, b = tensors()
     np.testing.assert_allclose(slerp(a, b, t), reference.slerp(a.astype(float), b.astype(float), t), rtol=1e-5)
 

@@ -48,13 +48,13 @@ def rewrite(folder, change, dtype=None):
 
 @pytest.fixture
 def exported(encoder_folder, tmp_path):
-    """A copy of an export, to be changed."""
+    """A copy of an export that the test may change."""
     return shutil.copytree(encoder_folder, tmp_path / "exported")
 
 
 @pytest.fixture
 def folder(encoder_folder, tmp_path):
-    """The same model as somebody else's folder."""
+    """The same model as a third-party folder."""
     return small.foreign(shutil.copytree(encoder_folder, tmp_path / "copy"))
 
 
@@ -82,7 +82,7 @@ def test_an_encoder_folder_embeds_as_the_parameters_it_was_written_from(encoder_
     assert got.matryoshka == (16, 32) and got.digest == model_folder.open_model(encoder_folder).digest
 
 
-def test_a_sentencepiece_model_travels_along(tmp_path):
+def test_a_sentencepiece_model_is_exported_and_loaded(tmp_path):
     model = inference.load(small.write_model(tmp_path / "m"))
     np.testing.assert_array_equal(model.encode(TEXTS), small.encoder().encode(TEXTS))
     assert model.tokenizer.digest == small.tokenizer().digest
@@ -100,7 +100,7 @@ def test_causal_tensors_come_back_bit_for_bit_in_their_own_names_and_type(causal
             np.testing.assert_array_equal(x, original[name])
 
 
-def test_a_tied_model_may_carry_its_head_if_it_is_the_table(folder, config):
+def test_a_tied_model_may_contain_its_head_if_it_equals_the_embedding_table(folder, config):
     rewrite(folder, lambda t: {**t, "lm_head.weight": t["embed_tokens.weight"]})
     assert "head" not in model_folder.open_model(folder).params()
     rewrite(folder, lambda t: {**t, "lm_head.weight": t["lm_head.weight"] + 1})
@@ -114,7 +114,7 @@ def test_bfloat16_files_are_read_exactly(folder):
     np.testing.assert_array_equal(model_folder.open_model(folder).params()["norm"], want)
 
 
-def test_a_causal_folder_is_refused_by_load_with_what_to_do(causal):
+def test_load_refuses_a_causal_folder_and_says_what_it_is_for(causal):
     with pytest.raises(ValueError, match="is a causal language model, not an encoder: it can be the `init` of a stage"):
         inference.load(causal)
 
@@ -129,9 +129,7 @@ def released(folder, kind):
     return folder
 
 
-def test_the_released_contextual_model_puts_its_separator_between_chunks_and_pools_it_nowhere(
-    folder, config, tokenizer
-):
+def test_the_released_contextual_model_separates_chunks_with_a_token_that_is_not_pooled(folder, config, tokenizer):
     model = inference.load(released(folder, "PPLXQwen3ContextualModel"))
     assert model.separator and model.max_length == 32768
     chunks = ["parse the config", "", "a list of numbers"]
@@ -157,7 +155,7 @@ def test_a_chunk_that_truncation_loses_is_an_error_unless_asked_for(folder):
     assert first.any() and not last.any()
 
 
-def test_the_released_dense_model_joins_chunks_bare(folder):
+def test_the_released_dense_model_joins_chunks_without_a_separator(folder):
     assert not inference.load(released(folder, "PPLXQwen3Model")).separator
 
 
@@ -200,13 +198,13 @@ def test_truncated_files_pickles_and_paths_that_leave_the_folder_are_refused(fol
         model_folder.open_model(causal)
 
 
-def test_an_adapter_and_weights_that_transformers_would_rather_read_are_refused(folder, causal):
+def test_an_adapter_and_weights_that_the_index_does_not_name_are_refused(folder, causal):
     write_json(causal / "adapter_config.json", {"peft_type": "LORA"})
-    with pytest.raises(ValueError, match="adapter_config.json is an adapter, which is not applied here: merge it into"):
+    with pytest.raises(ValueError, match="adapter_config.json is an adapter, which is not supported: merge it into"):
         model_folder.open_model(causal)
     (causal / "adapter_config.json").unlink()
     shutil.copy(folder / "model.safetensors", causal)
-    with pytest.raises(ValueError, match="index.json does not name model.safetensors, which is there too: remove one"):
+    with pytest.raises(ValueError, match="index.json does not name model.safetensors, which exists too: remove one"):
         model_folder.open_model(causal)
 
 
@@ -232,7 +230,7 @@ def merge(*folders):
     return runs.merged("merged", *(runs.model_checkpoint(str(folder), None) for folder in folders), 0.5).params()
 
 
-def test_a_weight_that_the_dtype_of_the_computation_cannot_hold_is_refused(folder):
+def test_a_weight_that_overflows_the_dtype_is_refused(folder):
     rewrite(folder, lambda t: {**t, "norm.weight": np.full_like(t["norm.weight"], np.finfo(np.float32).max)})
     assert np.isfinite(model_folder.open_model(folder).params()["norm"]).all()
     with pytest.raises(ValueError, match="not finite: norm.weight$"):
@@ -240,7 +238,7 @@ def test_a_weight_that_the_dtype_of_the_computation_cannot_hold_is_refused(folde
 
 
 def test_a_hub_id_is_found_in_the_cache_without_a_network(encoder_folder, tmp_path):
-    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    """In a separate process, because huggingface_hub reads its environment when it is imported."""
     name = "models--someone--some-model"
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(encoder_folder, tmp_path / name / "snapshots" / commit)
@@ -255,7 +253,7 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(encoder_folder, tmp_pa
         np.testing.assert_array_equal(inference.load("someone/some-model").encode("a query"), here)
         np.testing.assert_allclose(
             inference.load("someone/some-model", revision={"b" * 40!r}).encode("a query"), 2 * here, rtol=1e-5)
-        for wrong, say in (("someone/other", "there is no folder someone/other, and someone/other cannot be had"),
+        for wrong, say in (("someone/other", "no folder someone/other, and someone/other cannot be downloaded from"),
                            ("no-such-folder", "a hub id in the form owner/name")):
             try:
                 inference.load(wrong)
@@ -289,7 +287,7 @@ SHARDED = """
 """
 
 
-def test_tensors_go_straight_into_their_shards(encoder_folder):
+def test_tensors_are_read_directly_into_their_shards(encoder_folder):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
@@ -312,7 +310,7 @@ def write_json(path, content):
     path.write_text(json.dumps(content))
 
 
-def test_what_a_hub_repository_is_filtered_to_is_all_that_load_needs(encoder_folder, tmp_path):
+def test_the_files_downloaded_from_the_hub_are_all_that_load_needs(encoder_folder, tmp_path):
     tanh = small.write_model(tmp_path / "tanh", tanh=True)
     for source in (encoder_folder, tanh):
         files = [str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()]
@@ -352,9 +350,9 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("message", CHANGES)
-def test_an_export_that_does_not_stand_as_it_was_written_is_refused_by_the_file(message, exported):
+def test_a_changed_export_is_refused_with_the_name_of_the_file(message, exported):
     CHANGES[message](exported)
-    with pytest.raises(ValueError, match=f"exported does not stand as it was exported: {message}"):
+    with pytest.raises(ValueError, match=f"exported was changed after its export: {message}"):
         model_folder.open_model(exported)
 
 
@@ -393,9 +391,7 @@ def test_a_wrong_embed_json_is_one_sentence(document, message, exported):
         model_folder.open_model(exported)
 
 
-def test_a_digest_is_that_of_the_content_wherever_it_lies(
-    encoder_folder, exported, folder, tmp_path, config, tokenizer
-):
+def test_a_digest_depends_on_content_and_not_on_location(encoder_folder, exported, folder, tmp_path, config, tokenizer):
     digest = model_folder.open_model(encoder_folder).digest
     assert len(digest) == 64 and model_folder.open_model(exported).digest == digest
     other = {"separator": True}
@@ -409,14 +405,14 @@ def test_a_digest_is_that_of_the_content_wherever_it_lies(
     assert model_folder.open_model(folder).digest != once
 
 
-def test_is_model_asks_for_a_config_with_a_model_type(encoder_folder, tmp_path):
+def test_is_model_requires_a_config_with_a_model_type(encoder_folder, tmp_path):
     assert model_folder.is_model(encoder_folder) and not model_folder.is_model(tmp_path / "nowhere")
     for content in ("{}", "3", "{"):
         (tmp_path / "config.json").write_text(content)
         assert not model_folder.is_model(tmp_path)
 
 
-def test_a_folder_in_a_bucket_is_read_as_one_on_a_disk(bucket, encoder_folder, config, tokenizer):
+def test_a_folder_in_a_bucket_is_read_like_one_on_a_disk(bucket, encoder_folder, config, tokenizer):
     url = f"{bucket}/model-folder/m"
     assert not model_folder.is_model(url)
     with pytest.raises(FileNotFoundError, match="there is no folder gs://"):
@@ -441,11 +437,11 @@ def test_a_folder_in_a_bucket_is_read_as_one_on_a_disk(bucket, encoder_folder, c
         small.export.write(url, params, config, tokenizer, **settings_)
 
 
-def test_a_causal_model_without_a_head_is_taken_as_tied(causal):
+def test_a_causal_model_without_a_head_counts_as_tied(causal):
     edit_config(causal, architectures=["Qwen3Model"])
-    assert not model_folder.open_model(causal).config.tied  # its head is there
-    where = json.loads((causal / "model.safetensors.index.json").read_text())["weight_map"]
-    file = causal / where["lm_head.weight"]
+    assert not model_folder.open_model(causal).config.tied  # it has a head
+    weight_map = json.loads((causal / "model.safetensors.index.json").read_text())["weight_map"]
+    file = causal / weight_map["lm_head.weight"]
     arrays = safetensors.numpy.load_file(file)
     del arrays["lm_head.weight"]
     safetensors.numpy.save_file(arrays, file)

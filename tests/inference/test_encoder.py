@@ -34,9 +34,9 @@ def test_an_exported_model_runs_the_programs_that_the_run_s_encoder_compiled(fol
     trained = dataclasses.replace(small.config(), unroll=64, dense_barrier=True, remat="full")  # as the quickstart
     shardings = sharding.parameter_shardings(sharding.make_mesh(), transformer.abstract_params(trained))
     want = inference.Encoder(jax.device_put(small.params(), shardings), trained, small.tokenizer()).encode(TEXTS)
-    compiled = room._pooled._cache_size()
+    compiled = encoding._pooled._cache_size()
     np.testing.assert_array_equal(inference.load(folder).encode(TEXTS), want)
-    assert room._pooled._cache_size() == compiled > 0
+    assert encoding._pooled._cache_size() == compiled > 0
 
 
 # One text

@@ -1,4 +1,4 @@
-"""Random Qwen3 models made by transformers, and texts of many kinds, for the tests against other programs."""
+"""Random Qwen3 models of transformers, and texts of many kinds, for the comparisons with other programs."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ TEXTS = [
 
 
 def random_qwen3(kind=transformers.Qwen3Model, *, scale=0.08, seed=0, **fields):
-    """A Qwen3 of transformers with random weights, norms included."""
+    """A Qwen3 of transformers with random weights, including the norms."""
     torch.manual_seed(seed)
     sizes = dict(
         vocab_size=640,
@@ -42,7 +42,7 @@ def random_qwen3(kind=transformers.Qwen3Model, *, scale=0.08, seed=0, **fields):
 
 
 def save(model, tokenizer_folder, folder, **keywords):
-    """The folder of a model of transformers, with a tokenizer."""
+    """Save a model of transformers with a tokenizer."""
     model.save_pretrained(folder, **keywords)
     for file in tokenizer_folder.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

@@ -1,6 +1,6 @@
-"""docs/checkpoints.md as a reader would run it: its commands and programs in order, in one folder.
+"""Runs the commands and programs of docs/checkpoints.md in order, in one folder.
 
-Small random models stand in the hub's cache and in the place of the quickstart's run.
+Small random models replace those of the hub, and a tiny run replaces the quickstart.
 """
 
 import os
@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
 
 
 def put_in_cache(cache, hub_id, folder):
-    """What huggingface_hub leaves behind when it has downloaded a repository."""
+    """Write a folder as huggingface_hub would after a download."""
     repository = cache / f"models--{hub_id.replace('/', '--')}"
     shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
     (repository / "refs").mkdir()
@@ -44,7 +44,7 @@ def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
         folder = save(random_qwen3(hidden_size=1024, num_hidden_layers=1), tokenizer_folder, tmp_path / kind)
         small.edit_config(folder, is_causal=None, model_type=names.PPLX, auto_map={"AutoModel": f"modeling.{kind}"})
         put_in_cache(cache, f"perplexity-ai/{name}", folder)
-    # The page exports what the quickstart made; at its micro size the run takes seconds.
+    # The page exports models of the quickstart, which takes seconds at this size.
     run = ["--config=configs/quickstart.py:runlocal", f"--workdir={here / 'runs/quickstart'}"]
     assert cli.main(["pipeline", *run]) == 0
     environment = {
@@ -57,7 +57,7 @@ def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
     blocks = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.S)
     assert len(blocks) >= 7
     for language, program in blocks:
-        program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # whose run it is
+        program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # as in the run above
         command = [sys.executable, "-c", program] if language == "python" else ["bash", "-e", "-c", program]
         done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"

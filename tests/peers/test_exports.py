@@ -1,4 +1,4 @@
-"""The model folder in sentence-transformers, transformers and onnxruntime against `embed.inference`."""
+"""Exports in sentence-transformers, transformers and onnxruntime give the vectors of `embed.inference`."""
 
 import importlib
 import json
@@ -18,14 +18,14 @@ from embed import cli, inference, tokenizers
 from embed.checkpoints import onnx
 from embed.models import transformer
 
-# With control tokens written out, also inside words: they are plain text.
+# Control tokens written out, some inside words, are plain text.
 WRITTEN_OUT = ["a <sep> b<mask>c <pad>", "of<|endoftext|> the <|endoftext|>", "<|endoftext|>"]
 SAMPLES = [*small.sentences(6, seed=5), *TEXTS, *WRITTEN_OUT]
 
 
 @pytest.fixture(scope="module", params=["sentencepiece", "tokenizer.json"])
 def model(request, tokenizer_folder):
-    """(parameters, config, tokenizer) with either kind of tokenizer."""
+    """(parameters, config, tokenizer), with each kind of tokenizer."""
     tokenizer = small.tokenizer() if request.param == "sentencepiece" else tokenizers.load(tokenizer_folder)
     config = transformer.make_config("micro", tokenizer.vocab_size + 5, rope_theta=1e4)
     rng = np.random.default_rng(0)
@@ -83,7 +83,7 @@ def test_pplx_and_back_is_the_same_model(model, encoder, folder, tmp_path):
     np.testing.assert_array_equal(inference.load(tmp_path / "pplx").encode(SAMPLES), encoder.encode(SAMPLES))
 
 
-def test_it_stays_so_after_sentence_transformers_saves_it(folder, encoder, tmp_path):
+def test_a_copy_saved_by_sentence_transformers_gives_the_same_vectors(folder, encoder, tmp_path):
     sentence_transformers.SentenceTransformer(str(folder), device="cpu").save(str(tmp_path / "again"))
     again = sentence_transformers.SentenceTransformer(str(tmp_path / "again"), device="cpu")
     np.testing.assert_allclose(again.encode(SAMPLES), encoder.encode(SAMPLES), atol=1e-4, rtol=0)
@@ -104,7 +104,7 @@ def test_auto_model_gives_our_vectors(folder, encoder):
 
 
 def test_the_transformer_module_is_named_by_a_path_that_releases_before_6_do_not_have(folder):
-    """5.6, the last of them, has no multi_vector_encoder: its loader fails to import the module."""
+    """5.6, the last of them, has no multi_vector_encoder, so it fails to import the module."""
     first, _ = json.loads((folder / "modules.json").read_text())
     assert first["type"].startswith("sentence_transformers.multi_vector_encoder.")
     assert importlib.import_module(first["type"].rpartition(".")[0]).Transformer is Transformer

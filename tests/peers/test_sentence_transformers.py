@@ -1,4 +1,4 @@
-"""Somebody else's folder in sentence-transformers and here: one vector, or refused here because theirs is another."""
+"""Third-party folders give the vectors of sentence-transformers, or are refused because theirs would differ."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 def original(tokenizer_folder, tmp_path_factory):
     tokenizer = tokenizers.load(tokenizer_folder)
     config = transformer.make_config("micro", tokenizer.vocab_size, rope_theta=1e4)
-    where = tmp_path_factory.mktemp("foreign") / "m"
-    return small.foreign(small.write_model(where, small.random_params(config), config, tokenizer))
+    path = tmp_path_factory.mktemp("foreign") / "m"
+    return small.foreign(small.write_model(path, small.random_params(config), config, tokenizer))
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(original, tmp_path):
 
 
 def edit(path, **fields):
-    """Change fields of a JSON object; None takes one out."""
+    """Change fields of a JSON object; None removes a field."""
     path.parent.mkdir(exist_ok=True)
     document = (json.loads(path.read_text()) if path.is_file() else {}) | fields
     path.write_text(json.dumps({name: value for name, value in document.items() if value is not None}))
@@ -67,12 +67,12 @@ HONOURED = {
 
 
 @pytest.mark.parametrize("what", HONOURED)
-def test_what_is_honoured_gives_the_vectors_of_sentence_transformers(what, folder):
+def test_honoured_fields_give_the_vectors_of_sentence_transformers(what, folder):
     HONOURED[what](folder)
     np.testing.assert_allclose(inference.load(folder).encode(TEXTS), theirs(folder).encode(TEXTS), atol=1e-5, rtol=0)
 
 
-def test_a_normalize_is_what_encode_is_asked_for(folder):
+def test_a_normalize_module_is_an_argument_of_encode(folder):
     add_normalize(folder)
     got = inference.load(folder).encode(TEXTS, normalize_embeddings=True)
     np.testing.assert_allclose(got, theirs(folder).encode(TEXTS), atol=1e-5, rtol=0)
@@ -81,7 +81,7 @@ def test_a_normalize_is_what_encode_is_asked_for(folder):
 @pytest.mark.parametrize(
     "file, field", [("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")]
 )
-def test_a_limit_cuts_where_sentence_transformers_cuts_and_only_if_asked_to(file, field, folder):
+def test_with_truncate_a_limit_cuts_where_sentence_transformers_cuts(file, field, folder):
     edit(folder / file, **{field: 5})
     model = inference.load(folder)
     with pytest.raises(ValueError, match="the model takes 5"):
@@ -108,7 +108,7 @@ REFUSED = {
         f / "1_Pooling" / "config.json", pooling_mode=None, pooling_mode_mean_tokens=False, pooling_mode_lasttoken=True
     ),
     "eos_token": lambda f: edit(f / "tokenizer_config.json", eos_token="a", split_special_tokens=False),
-    "another token 900": lambda f: edit(
+    "has token 900 as": lambda f: edit(
         f / "tokenizer_config.json",
         added_tokens_decoder={"900": {"content": "the", "special": False, "normalized": False}},
         split_special_tokens=False,
@@ -118,7 +118,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused_makes_other_vectors_in_sentence_transformers(what, folder, original):
+def test_refused_fields_change_the_vectors_of_sentence_transformers(what, folder, original):
     want = theirs(original).encode(TEXTS)
     REFUSED[what](folder)
     with pytest.raises(ValueError, match=what):
@@ -130,10 +130,10 @@ def test_what_is_refused_makes_other_vectors_in_sentence_transformers(what, fold
     assert got.shape != want.shape or np.abs(got - want).max() > 1e-3
 
 
-def test_the_tokenizer_class_of_qwen_that_is_refused_does_not_do_what_tokenizer_json_says(folder):
+def test_the_refused_tokenizer_class_of_qwen_does_not_follow_tokenizer_json(folder):
     edit(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
     want = inference.load(folder).encode(TEXTS)
     edit(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
-    with pytest.raises(ValueError, match="tokenizer_class='Qwen2Tokenizer', but tokenizer.json another normalizer"):
+    with pytest.raises(ValueError, match="tokenizer_class='Qwen2Tokenizer', but tokenizer.json has another norm"):
         inference.load(folder)
     assert np.abs(theirs(folder).encode(TEXTS) - want).max() > 1e-3

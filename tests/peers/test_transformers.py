@@ -1,4 +1,4 @@
-"""Our encoder against transformers' Qwen3 with its attention made bidirectional."""
+"""Our encoder compared with the Qwen3 of transformers, with bidirectional attention."""
 
 import json
 
@@ -18,7 +18,7 @@ LENGTHS = [1, 2, 3, 17, 64, 127, 400, 1023, 2048]
 
 
 def packed_states(config, params, sequences, length):
-    """Our hidden states, several sequences a row."""
+    """Our hidden states, with several sequences per row."""
     packed = pack([dense(np.asarray(s, np.int32)) for s in sequences], RowShape(length, 8, 8))
     rows = packed.rows
     apply = jax.jit(transformer.apply, static_argnums=0)
@@ -27,7 +27,7 @@ def packed_states(config, params, sequences, length):
 
 
 def assert_same_vectors(ours, theirs):
-    """float vectors [N, D]: cosine ≥ 0.999999, and the same int8 levels but where float32 cannot tell which is nearer."""
+    """Float vectors [N, D] with cosine ≥ 0.999999 and the same int8 levels, except for rounding ties in float32."""
     cosine = (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
     assert cosine.min() >= 0.999999
     exact = 127 * np.tanh(theirs.astype(np.float64))
@@ -79,7 +79,7 @@ def test_texts_of_many_languages_have_the_vectors_of_the_reference(model, folder
 
 
 def test_a_causal_reference_would_fail(folder):
-    """The negative control: with the causal mask the states are others by far."""
+    """The negative control: with the causal mask the states differ by far."""
     checkpoint = model_folder.open_model(folder)
     sequence = np.random.default_rng(2).integers(0, 640, 40)
     (ours,) = packed_states(checkpoint.config, checkpoint.params(), [sequence], 64)
@@ -109,7 +109,7 @@ def test_a_causal_checkpoint_comes_back_bit_for_bit_and_its_head_gives_the_refer
 
 
 def test_the_released_contextual_layout_pools_between_separators_as_its_code_does(model, tokenizer_folder, tmp_path):
-    """The reference is arXiv 2602.11151 by hand: join, tokenize once, one pass, split at the separators."""
+    """The reference follows arXiv 2602.11151: join, tokenize once, one pass, split at the separators."""
     folder = save(model, tokenizer_folder, tmp_path)
     fields = json.loads((folder / "config.json").read_text())
     del fields["is_causal"]
@@ -147,7 +147,7 @@ def test_the_real_0p6b_shape_equals_the_reference(tokenizer_folder, tmp_path):
     )
     rows = [np.random.default_rng(i).integers(0, 151936, n) for i, n in enumerate((1, 30, 77, 5, 12, 50, 20, 60))]
     folder = save(model, tokenizer_folder, tmp_path, max_shard_size="1GB")
-    # In float64: at this depth its own float32 rounds 1 of these 8,192 entries to another int8 level.
+    # In float64, because their float32 rounds 1 of these 8,192 entries to another int8 level at this depth.
     theirs = hidden_states(model.double(), rows)
     del model
     checkpoint = model_folder.open_model(folder)
@@ -159,7 +159,7 @@ def test_the_real_0p6b_shape_equals_the_reference(tokenizer_folder, tmp_path):
 
 
 @pytest.mark.parametrize("size, count", [("0.6b", 310), ("4b", 398)])
-def test_names_and_shapes_of_the_real_sizes_are_those_of_transformers(size, count):
+def test_names_and_shapes_of_the_real_sizes_equal_those_of_transformers(size, count):
     config = transformer.make_config(size, 151936)
     fields = {theirs: getattr(config, ours) for ours, theirs in names.FIELDS.items()}
     with torch.device("meta"):
@@ -168,7 +168,7 @@ def test_names_and_shapes_of_the_real_sizes_are_those_of_transformers(size, coun
     assert names.shapes(config) == theirs and len(theirs) == count
 
 
-def test_the_mask_of_somebody_else_s_tokenizer_is_a_token_that_no_text_yields(tokenizer_folder, tmp_path):
+def test_the_mask_of_a_third_party_tokenizer_is_a_token_that_no_text_yields(tokenizer_folder, tmp_path):
     model = random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True)
     tokenizer = model_folder.open_model(save(model, tokenizer_folder, tmp_path / "source")).tokenizer()
     assert tokenizer.mask_id == tokenizer.vocab_size > max(map(max, tokenizer.encode(TEXTS)))

@@ -2,9 +2,9 @@
 
     python small_run.py FOLDER KILLS
 
-trains in FOLDER in KILLS processes, one after the other, that kill themselves (signal 9) at random moments, and then in
-one that runs to the end. A moment is a batch read or a file operation in the folder, including those of saves in the
-background; no clock is involved. The program prints the last logged step of each process.
+starts KILLS processes in turn, which train in FOLDER and kill themselves (signal 9) at random moments, and then one
+that runs to the end. A moment is a batch read or a file operation in the folder, including those of background saves;
+no clock is involved. The program prints the last logged step of each process.
 """
 
 import os

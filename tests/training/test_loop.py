@@ -17,7 +17,7 @@ def dying_at(step):
     return Loader(read)
 
 
-def test_a_run_that_died_continues_with_the_losses_of_an_unbroken_one_bit_for_bit(tmp_path):
+def test_a_run_that_died_continues_with_the_losses_of_an_uninterrupted_run_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole", Loader())
     with pytest.raises(RuntimeError):
         train(tmp_path / "broken", dying_at(8))
@@ -56,7 +56,7 @@ def test_a_non_finite_gradient_stops_the_run_and_reaches_no_checkpoint(tmp_path)
     def loss(params, batch, key, progress):
         value, metrics = finite(params, batch, key, progress)
         zero = jax.numpy.where(progress >= 0.5, params["norm"][0] - jax.lax.stop_gradient(params["norm"][0]), 1.0)
-        return value + jax.numpy.sqrt(zero), metrics  # where it is 0, the gradient is infinite and the loss is not
+        return value + jax.numpy.sqrt(zero), metrics  # at 0 the gradient is infinite and the loss is finite
 
     with pytest.raises(loop.NonFiniteLossError, match="gradient_norm of step 7 is (nan|inf)"):
         train(tmp_path, Loader(), loss=loss, stage={"checkpoint_every": 1})
@@ -77,14 +77,14 @@ def test_a_run_compiles_its_step_once(tmp_path):
     assert len(traced) == 1
 
 
-def test_rows_sum_what_the_loader_counted_and_the_last_step_has_one(tmp_path):
+def test_rows_sum_the_counts_of_the_loader_and_the_last_step_has_a_row(tmp_path):
     train(tmp_path, Loader(), steps=7, stage={"log_every": 5})
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[-1]["step"] == 7 and sum(row["cut"] for row in rows) == sum(range(7))
     assert [(row["step"], row["cut"]) for row in rows if row["step"] == 5] == [(5, 1 + 2 + 3 + 4)]  # a row at each save
 
 
-def test_the_host_reads_no_metric_of_the_step_it_has_just_sent_off():
+def test_the_host_reads_no_metrics_of_the_step_it_has_just_dispatched():
     read = []
 
     class OnDevice:

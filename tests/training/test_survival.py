@@ -1,4 +1,4 @@
-"""What a run on a pod has to live through."""
+"""Kills, signals, damaged files, full disks, lost processes: a run must survive them or end with a clear error."""
 
 import functools
 import os
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """A run of 12 steps: the parameters of step 12 are left."""
+    """A finished run of 12 steps, with the parameters of step 12."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     train(folder)
     return folder
@@ -38,7 +38,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """The same run, ended by its reader after step 11: with the checkpoints of steps 5 and 10."""
+    """The same run, ended by its reader after step 11, with the checkpoints of steps 5 and 10."""
 
     def read(step):
         if step == 11:
@@ -62,13 +62,13 @@ def assert_same(a, b):
 # --- kills -----------------------------------------------------------------------------------------------------
 
 
-def test_twenty_kills_at_random_moments_leave_the_losses_of_an_unbroken_run_bit_for_bit(tmp_path):
+def test_twenty_kills_at_random_moments_do_not_change_one_bit_of_the_losses(tmp_path):
     killed = subprocess.run(
         [sys.executable, HERE / "small_run.py", tmp_path / "killed", "20"], capture_output=True, text=True
     )
     assert killed.returncode == 0, killed.stdout + killed.stderr[-3000:]
     steps = [int(line) for line in killed.stdout.split()]
-    assert len(steps) == 21 and steps[-1] == small_run.LIFE and len(set(steps)) > 5  # they died at many places
+    assert len(steps) == 21 and steps[-1] == small_run.LIFE and len(set(steps)) > 5  # they died at many different steps
     train(tmp_path / "unbroken", steps=small_run.LIFE)
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
     assert sorted(losses(tmp_path / "killed")) == list(range(1, small_run.LIFE + 1))
@@ -92,18 +92,18 @@ def test_a_signal_saves_after_the_step_and_the_next_run_continues_with_the_same_
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
     last = max(losses(tmp_path))
     assert 5 <= last <= 8 and f"step {last} of" in str(ended.value)  # batches are read up to two steps ahead
-    asked, told = [], []
-    train(tmp_path, Loader(asked.append), tell=told.append)
-    assert told == [f"continues at step {last} of 12, from {tmp_path / 'checkpoints' / str(last)}"]
+    asked, lines = [], []
+    train(tmp_path, Loader(asked.append), tell=lines.append)
+    assert lines == [f"continues at step {last} of 12, from {tmp_path / 'checkpoints' / str(last)}"]
     assert min(asked) == last and losses(tmp_path) == losses(unbroken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_in_the_last_step_ends_the_process_all_the_same_with_the_stage_complete(tmp_path, number):
+def test_a_signal_in_the_last_step_completes_the_stage_and_ends_the_process(tmp_path, number):
     with pytest.raises(loop.PreemptedError, match="saved at step 1 of 1"):
         train(tmp_path, Loader(lambda step: step == 0 and os.kill(os.getpid(), number)), steps=1)
     assert list(losses(tmp_path)) == [1] and training_state.is_finished(tmp_path / "checkpoints")
-    train(tmp_path, steps=1)  # which has nothing to do
+    train(tmp_path, steps=1)  # nothing left to do
 
 
 INTERRUPTED = """
@@ -133,11 +133,11 @@ def interrupt(folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def test_the_first_ctrl_c_says_what_it_waits_for_and_what_is_saved_and_the_second_one_ends_at_once(tmp_path):
+def test_the_first_ctrl_c_announces_a_checkpoint_and_the_second_one_ends_at_once(tmp_path):
     done = interrupt(tmp_path / "once", "1")
     waits, saved = (line for line in done.stderr.splitlines() if line.startswith("embed: "))
     assert done.returncode == 130, done.stderr
-    assert waits == "embed: interrupted; ends after this step and a checkpoint, or at once by another Ctrl-C"
+    assert waits == "embed: interrupted: saving a checkpoint after this step; press Ctrl-C again to end at once"
     step = max(losses(tmp_path / "once"))
     assert saved == f"embed: interrupted: saved at step {step} of 12; the same command continues"
     assert training_state.steps(tmp_path / "once" / "checkpoints")[-1] == step
@@ -145,7 +145,7 @@ def test_the_first_ctrl_c_says_what_it_waits_for_and_what_is_saved_and_the_secon
     assert done.returncode == -signal.SIGINT and "saved at step" not in done.stderr
 
 
-def test_where_a_shell_has_a_job_ignore_ctrl_c_training_ignores_it_too(tmp_path):
+def test_training_ignores_ctrl_c_if_its_shell_made_the_job_ignore_it(tmp_path):
     done = interrupt(tmp_path, "1", "ignored")
     assert done.returncode == 0, done.stderr
     assert max(losses(tmp_path)) == 12
@@ -180,7 +180,7 @@ def empty_the_metadata(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_an_item, empty_the_metadata])
-def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_continues(
+def test_a_damaged_newest_checkpoint_is_named_and_put_aside_and_training_continues_from_the_one_before(
     tmp_path, interrupted, unbroken, damage
 ):
     shutil.copytree(interrupted, tmp_path / "run")
@@ -197,7 +197,7 @@ def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_conti
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit])
-def test_parameters_that_are_damaged_start_no_other_stage(tmp_path, unbroken, damage):
+def test_damaged_parameters_cannot_start_another_stage(tmp_path, unbroken, damage):
     shutil.copytree(unbroken, tmp_path / "run")
     damage(tmp_path / "run" / "checkpoints" / "12" / "params")
     with pytest.raises(
@@ -206,7 +206,7 @@ def test_parameters_that_are_damaged_start_no_other_stage(tmp_path, unbroken, da
         load(tmp_path / "run")
 
 
-def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_the_names_of_the_tensors(tmp_path):
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused_with_the_names_of_the_tensors(tmp_path):
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), transformer.abstract_params(MODEL))
     params["layers"]["gate"][1, 0, 0] = np.inf
     params["norm"][0] = np.nan
@@ -219,7 +219,7 @@ def test_a_checkpoint_whose_weights_are_not_finite_is_refused_by_the_names_of_th
         load(tmp_path)
 
 
-def test_a_bit_that_the_files_own_checks_do_not_see_is_seen_by_the_checksum(tmp_path, interrupted):
+def test_the_checksum_finds_a_wrong_bit_that_the_checks_of_the_files_do_not_find(tmp_path, interrupted):
     shutil.copytree(interrupted, tmp_path / "run")
     sums = tmp_path / "run" / "checkpoints" / "10" / "checksums"
     (path,) = (path for path in sums.rglob("*") if path.is_file() and "optimizer" in path.read_text())
@@ -230,7 +230,7 @@ def test_a_bit_that_the_files_own_checks_do_not_see_is_seen_by_the_checksum(tmp_
     assert "the params of step 10 do not have the checksum" in warnings[0]
 
 
-def test_a_finished_run_keeps_parameters_alone_and_is_done_when_started_again(tmp_path, unbroken):
+def test_a_finished_run_keeps_only_parameters_and_does_nothing_when_started_again(tmp_path, unbroken):
     assert training_state.steps(unbroken / "checkpoints") == [12]
     assert not (unbroken / "checkpoints" / "12" / "optimizer").exists()
     asked = []
@@ -238,7 +238,7 @@ def test_a_finished_run_keeps_parameters_alone_and_is_done_when_started_again(tm
     assert not asked
 
 
-def test_the_checksum_sees_any_one_bit_and_no_sharding():
+def test_the_checksum_depends_on_every_bit():
     tree = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones((5,), jnp.bfloat16), "count": jnp.int32(3)}
     value = int(training_state.checksum(tree))
     assert int(training_state.checksum(jax.tree.map(jnp.copy, tree))) == value
@@ -248,7 +248,7 @@ def test_the_checksum_sees_any_one_bit_and_no_sharding():
     assert int(training_state.checksum({"a": tree["a"], "b": tree["count"], "count": tree["b"]})) != value
 
 
-def test_when_no_checkpoint_can_be_read_the_run_ends_and_touches_nothing(tmp_path, interrupted):
+def test_if_no_checkpoint_can_be_read_the_run_ends_and_changes_nothing(tmp_path, interrupted):
     shutil.copytree(interrupted, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in ("5", "10"):
@@ -299,9 +299,9 @@ print(code, min(asked), len(losses(disk / "run")))
 
 
 @pytest.mark.parametrize("state, reason", [("full", "No space left on device"), ("read-only", "Read-only file system")])
-def test_a_disk_that_cannot_be_written_is_named_and_the_last_checkpoint_stays_good(tmp_path, state, reason):
+def test_a_disk_that_cannot_be_written_is_an_error_and_the_last_checkpoint_stays_good(tmp_path, state, reason):
     if subprocess.run(["unshare", "-rm", "true"]).returncode:
-        pytest.skip("needs the right to mount a small file system of one's own")
+        pytest.skip("needs the permission to mount a file system")
     disk, program = tmp_path / "disk", tmp_path / "program.py"
     disk.mkdir()
     program.write_text(ON_A_SMALL_DISK)
@@ -334,12 +334,8 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter_and_no_moment_and
     settings = {"max_skipped": 2, "checkpoint_every": 100, "log_every": 4}
     train(tmp_path / "run", loss=breaking(5, 6), stage=settings, steps=12)
     rows = {row["step"]: row for row in read_metrics(tmp_path / "run" / "metrics.jsonl")}
-    assert {step: row["skipped"] for step, row in rows.items()} == {
-        1: 0,
-        4: 0,
-        8: 2,
-        12: 0,
-    }  # the first step is saved, and so has a row
+    # The first step is saved and so has a row.
+    assert {step: row["skipped"] for step, row in rows.items()} == {1: 0, 4: 0, 8: 2, 12: 0}
 
     train_step = jax.jit(make_train_step(breaking(5), optimizer := _adamw(), 0, 12))
     params = transformer.init(MODEL, jax.random.key(0))
@@ -365,7 +361,7 @@ def _adamw():
     return make_optimizer(small_run.STAGE.optimizer, lambda step: 1e-3)
 
 
-def test_more_than_the_allowed_steps_in_a_row_end_the_run_with_its_checkpoint_intact(tmp_path):
+def test_more_than_max_skipped_steps_in_a_row_end_the_run_with_its_checkpoint_intact(tmp_path):
     with pytest.raises(
         loop.NonFiniteLossError, match=r"gradient_norm of step 9 is (nan|inf), and 3 steps in a row .*max_skipped=2"
     ):
@@ -377,7 +373,7 @@ def test_more_than_the_allowed_steps_in_a_row_end_the_run_with_its_checkpoint_in
 # --- readers and peers -------------------------------------------------------------------------------------------
 
 
-def test_a_reader_that_stalls_ends_the_run_with_its_name_and_the_exit_code_of_try_again():
+def test_a_reader_that_stalls_is_named_and_ends_the_run_with_the_exit_code_for_a_restart():
     program = f"""
 import sys, threading; sys.path.insert(0, {str(HERE)!r})
 import tempfile; from pathlib import Path
@@ -391,7 +387,7 @@ sys.exit(run(lambda argv: train(Path(tempfile.mkdtemp()) / "run", Loader(stall),
     assert "embed: error: the small loader gave no batch of step 3 in 0.5 s" in done.stderr
 
 
-def test_what_a_lost_process_makes_the_others_raise_names_the_step_and_what_to_do(monkeypatch):
+def test_the_error_after_a_lost_process_names_the_step_and_the_remedy(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(PeerLostError, match="process 0 of 4 cannot continue at step 9: Gloo all-reduce failed") as lost:
         with loop.peers(9):
@@ -441,9 +437,9 @@ end(run, lambda argv: train(folder, Loader(read, own), mesh=mesh, warn=warn) and
 
 
 def run_processes(folder, count, what="nothing"):
-    """[(exit code, stderr)] of so many processes that train together.
+    """[(exit code, stderr)] of `count` processes that train together.
 
-    The last gets the signal `what` at step 7; "unreadable": process 1 cannot read checkpoint 10.
+    The last one gets the signal `what` at step 7. With "unreadable", process 1 cannot read checkpoint 10.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -461,7 +457,7 @@ def run_processes(folder, count, what="nothing"):
 
 
 @pytest.mark.parametrize("number, code", [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_to_one_process_ends_all_after_the_same_step_and_they_continue(tmp_path, unbroken, number, code):
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path, unbroken, number, code):
     ended = run_processes(tmp_path / "run", 2, number)
     assert [each for each, _ in ended] == [143, code], ended
     said = {int(step) for _, error in ended for step in re.findall(r": saved at step (\d+) of 12;", error)}
@@ -473,13 +469,11 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step_and_they_continue(
     np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
 
 
-def test_when_one_process_of_four_dies_the_others_end_and_say_so_and_two_continue_with_the_losses_of_one(
-    tmp_path, unbroken
-):
+def test_if_one_of_four_processes_dies_the_others_end_with_an_error_and_two_can_continue(tmp_path, unbroken):
     ended = run_processes(tmp_path / "run", 4, "SIGKILL")
     assert ended[3][0] == -signal.SIGKILL
     for code, error in ended[:3]:
-        assert code in (75, -signal.SIGABRT), error[-2000:]  # ours, or the one of jax's coordination service
+        assert code in (75, -signal.SIGABRT), error[-2000:]  # our own, or that of jax's coordination service
         assert "Another process ended or the network failed" in error or "another task died" in error
     again = run_processes(tmp_path / "run", 2)
     assert [code for code, _ in again] == [0, 0], again
@@ -488,7 +482,7 @@ def test_when_one_process_of_four_dies_the_others_end_and_say_so_and_two_continu
     np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
 
 
-def test_a_checkpoint_that_one_process_of_two_cannot_read_makes_both_continue_from_the_one_before(
+def test_if_one_of_two_processes_cannot_read_a_checkpoint_both_continue_from_the_one_before(
     tmp_path, interrupted, unbroken
 ):
     shutil.copytree(interrupted, tmp_path / "run")
@@ -528,7 +522,7 @@ np.testing.assert_allclose([b[k] for k in sorted(b)], [a[k] for k in sorted(a)],
 """
 
 
-def test_a_checkpoint_continues_on_other_meshes_with_the_losses_of_one(tmp_path):
+def test_a_run_continues_on_other_meshes_with_the_same_losses(tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", OTHER_MESHES, HERE, tmp_path],
@@ -540,10 +534,10 @@ def test_a_checkpoint_continues_on_other_meshes_with_the_losses_of_one(tmp_path)
     assert done.stdout.count("SIGTERM: saved") == 2
 
 
-# --- what a row says -----------------------------------------------------------------------------------------------
+# --- logged rows -------------------------------------------------------------------------------------------------
 
 
-def test_a_row_says_how_fast_how_well_used_and_how_often_the_host_waited_for_data(tmp_path):
+def test_a_row_has_speed_mfu_and_the_share_of_time_spent_waiting_for_data(tmp_path):
     lines = []
     train(
         tmp_path,
@@ -552,9 +546,8 @@ def test_a_row_says_how_fast_how_well_used_and_how_often_the_host_waited_for_dat
         progress=lambda step, row: lines.append(log_line(step, 12, row)),
     )
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    needed = flops.model_flops(small_run.STAGE, MODEL) / (
-        1e9 * jax.device_count()
-    )  # seconds: its rows are full segments
+    # At the peak of 1e9 FLOP/s, in seconds; all rows are one full segment.
+    needed = flops.model_flops(small_run.STAGE, MODEL) / (1e9 * jax.device_count())
     assert [row["step"] for row in rows] == [1, 4, 8, 12]
     for row in rows:
         seconds = row["seconds_per_step"]
@@ -568,7 +561,7 @@ def test_a_row_says_how_fast_how_well_used_and_how_often_the_host_waited_for_dat
 
 
 class HalfRows(Loader):
-    """Rows of two segments of 4 tokens and as much padding."""
+    """Rows with two segments of 4 tokens and 8 tokens of padding."""
 
     def batch(self, step):
         batch = super().batch(step)
@@ -576,7 +569,7 @@ class HalfRows(Loader):
         return batch
 
 
-def test_mfu_counts_segments_and_mfu_full_rows_all_of_a_row(tmp_path):
+def test_mfu_counts_segments_and_mfu_full_rows_counts_whole_rows(tmp_path):
     train(tmp_path, HalfRows(), steps=2, peak=1e9)
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         segments = flops.model_flops(small_run.STAGE, MODEL, tokens=4 * 8, squares=4 * 2 * 4**2)
@@ -585,17 +578,17 @@ def test_mfu_counts_segments_and_mfu_full_rows_all_of_a_row(tmp_path):
         assert row["masked"] <= 4 * 8 and row["overflow"] == 0
 
 
-def test_masked_tokens_without_room_in_any_step_since_the_last_row_are_summed_and_told(tmp_path, monkeypatch):
+def test_masked_tokens_beyond_the_capacity_are_summed_since_the_last_row_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.25)  # 16 of 64 tokens
     warnings = []
     train(tmp_path, steps=8, stage={"log_every": 4, "checkpoint_every": 100}, warn=warnings.append)
     first, *rows = read_metrics(tmp_path / "metrics.jsonl")
     assert first["overflow"] == first["masked"] - 16 > 0 and [row["step"] for row in rows] == [4, 8]
-    assert rows[1]["overflow"] == rows[1]["masked"] - 4 * 16 > 0  # of four steps, each with room for 16
+    assert rows[1]["overflow"] == rows[1]["masked"] - 4 * 16 > 0  # of four steps, each with a capacity of 16
     assert len(warnings) == 3
     share = rows[1]["overflow"] / rows[1]["masked"]
-    said = f"{rows[1]['overflow']:.0f} masked tokens ({share:.2%} of all masked since the row before) found no room"
-    assert warnings[2].startswith(said) and "up to step 8" in warnings[2]
+    assert warnings[2].startswith(f"{rows[1]['overflow']:.0f} masked tokens up to step 8 are not in the loss")
+    assert warnings[2].endswith(f"({share:.2%} of all masked tokens since the last row)")
 
 
 def test_padding_is_not_counted_as_tokens():
@@ -610,7 +603,7 @@ def test_profile_steps_write_a_trace(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_weights_and_biases_gets_every_row_under_one_run_a_folder(tmp_path, monkeypatch):
+def test_weights_and_biases_gets_every_row_in_one_run_per_folder(tmp_path, monkeypatch):
     class Service:
         def __init__(self):
             self.opened, self.rows = [], []
@@ -645,7 +638,7 @@ def test_weights_and_biases_gets_every_row_under_one_run_a_folder(tmp_path, monk
         MetricsWriter(tmp_path, 0, wandb="project")
 
 
-def test_what_is_counted_is_complete_when_a_run_was_broken_between_two_rows(tmp_path):
+def test_counts_are_complete_after_an_interruption_between_two_rows(tmp_path):
     stage = {"log_every": 50}
     with pytest.raises(loop.PreemptedError):
         train(tmp_path, Loader(lambda step: step == 7 and os.kill(os.getpid(), signal.SIGTERM)), stage=stage)
