@@ -108,7 +108,10 @@ def summary(docstring: str) -> str:
     return " ".join(_SECTION.split(paragraph, maxsplit=1)[0].split())
 
 
-_TITLES = "Args|Arguments|Parameters|Params|Attributes|Returns|Return|Yields|Raises|Example|Examples|Notes?|See Also|References"
+_TITLES = (
+    "Args|Arguments|Parameters|Params|Attributes|Returns|Return|Yields|Raises|Example|Examples|Notes?|See Also|"
+    "References"
+)
 _SECTION = re.compile(rf"^\s*(?:(?:{_TITLES})\s*(?::|\n\s*-{{3,}})|:\w+[^:\n]*:|>>>|\.\. |@param)", re.MULTILINE)
 _PARAMETERS = re.compile(
     # Google: an indented block under the title. NumPy: up to the next underlined title.
@@ -284,9 +287,10 @@ PACKAGES = Packages(
     train=tuple(
         "stdlib tensorflow scipy jax matplotlib tensorflow_datasets numpy keras pyglove huggingface_hub IPython "
         "fontTools prompt_toolkit _pytest setuptools beartype pip tornado ipykernel PIL jupyter_client zmq "
-        "mpl_toolkits psutil jedi packaging platformdirs nbformat click traitlets treescope h5py pyarrow pyparsing anyio optree "
-        "urllib3 requests tensorflow_text pexpect simple_parsing markdown_it grpc attr opt_einsum gin tensorboardX "
-        "ml_collections filelock parso tqdm dateutil xdist bm25s jupyter_core pluggy jsonschema nbclient".split()
+        "mpl_toolkits psutil jedi packaging platformdirs nbformat click traitlets treescope h5py pyarrow pyparsing "
+        "anyio optree urllib3 requests tensorflow_text pexpect simple_parsing markdown_it grpc attr opt_einsum gin "
+        "tensorboardX ml_collections filelock parso tqdm dateutil xdist bm25s jupyter_core pluggy jsonschema "
+        "nbclient".split()
     ),
     development=("absl", "clu", "etils", "fsspec", "rich"),
     test=("flax", "optax", "orbax", "seqio"),
