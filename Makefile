@@ -1,6 +1,6 @@
-# make quickstart: the whole pipeline on this machine. make test: everything that guards the code.
+# make quickstart runs the whole pipeline on this machine. make test runs all tests.
 PYTHON ?= python3
-# One environment for each Python, so that `make test PYTHON=python3.13` leaves the default one alone.
+# One environment per Python, so that `make test PYTHON=python3.13` does not touch the default one.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/quickstart
 	$(BIN)/embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
-# Two worker processes, one thread pool each; a test file stays in one of them.
+# Two worker processes, each with one thread pool. All tests of a file run in the same process.
 test: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers --ignore=tests/tpu tests
 
@@ -17,7 +17,8 @@ test: $(VENV)/installed
 test-reference: $(VENV)/installed-reference
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q tests/peers
 
-# Compiles every stage for TPUs that are not there: half an hour. libtpu makes jax look for one, so an environment of its own.
+# Compiles every stage for TPUs, without a TPU, in half an hour. It has its own environment, because jax looks for a TPU
+# if libtpu is installed.
 test-tpu: $(VENV)-tpu/installed
 	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q tests/tpu
 
@@ -28,7 +29,7 @@ lint: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(VENV)-tpu
 
-# Without bytecode: pip would spend half a minute on 12,000 files, of which few are imported.
+# Without bytecode: pip would take half a minute to compile 12,000 files, and few are imported.
 $(VENV)/quickstart: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --editable '.[data,quickstart]'
@@ -44,7 +45,7 @@ $(VENV)-tpu/installed: setup.py
 	$(VENV)-tpu/bin/pip install --quiet --editable '.[tpu,test]'
 	touch $@
 
-# torch by itself first: a version of that name, so that a CPU build can be had.
+# torch first and with a fixed version, so that a CPU build can satisfy the requirement.
 $(VENV)/installed-reference: $(VENV)/installed
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[data,test,reference]'

