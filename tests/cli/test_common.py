@@ -1,4 +1,4 @@
-"""How every verb ends, and what it says about arguments that it does not have."""
+"""How every verb ends, and how it refuses unknown arguments."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ VERBS = list(cli.verbs())
 
 
 def run_program(program, *arguments, **environment):
-    """A Python program in a process of its own; it hangs if it does not end."""
+    """Runs a Python program in a new process. TimeoutExpired if it does not end."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/tests/training"} | environment
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -26,29 +26,29 @@ def run_program(program, *arguments, **environment):
 
 
 def refused(capsys, *arguments):
-    """The one sentence with which a command is refused."""
+    """The sentence that refuses a command."""
     assert cli.main(list(arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_what_is_missing(verb, capsys):
+def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_ones(verb, capsys):
     known = {"plan": "--topology", "evaluate": "--output"}.get(verb, "--workdir")
     known = "--output" if verb in ("encode", "index", "mine", "merge") else "--query" if verb == "search" else known
     mistyped = known[:-2] + known[:-3:-1]
-    said = refused(capsys, verb, f"{mistyped}=x")
-    assert said == f"embed: error: embed {verb}: unknown argument '{mistyped}'; did you mean '{known}'?"
+    message = refused(capsys, verb, f"{mistyped}=x")
+    assert message == f"embed: error: embed {verb}: unknown argument '{mistyped}'; did you mean '{known}'?"
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_takes_the_beginning_of_an_option_for_it_or_a_word_without_a_name(verb, capsys):
+def test_no_verb_accepts_an_abbreviated_option(verb, capsys):
     assert "unknown argument '--mod'" in refused(capsys, verb, "--mod=x")
-    sentence = refused(capsys, verb, "--help=x")  # argparse's own errors end in a sentence too
+    sentence = refused(capsys, verb, "--help=x")  # argparse's own errors are one sentence too
     assert sentence.startswith(f"embed: error: embed {verb}: argument -h/--help: ")
 
 
-def test_arguments_that_are_no_options_are_refused(capsys):
+def test_arguments_that_are_not_options_are_refused(capsys):
     run = ["--config=configs/quickstart.py", "--workdir=x"]
     assert "unknown argument 'runs/a'; options are --name=value" in refused(capsys, "train", *run, "runs/a")
     assert "unknown argument '-x'" in refused(capsys, "train", *run, "-x")
@@ -86,16 +86,16 @@ def test_wrong_arguments_end_in_one_sentence(arguments, sentence, capsys):
         ),
     ],
 )
-def test_a_config_file_that_cannot_be_run_is_named_with_its_line(tmp_path, text, sentence, capsys):
+def test_a_config_file_that_fails_is_named_with_the_line(tmp_path, text, sentence, capsys):
     (tmp_path / "mine.py").write_text(text)
-    said = refused(capsys, "train", f"--config={tmp_path}/mine.py", "--workdir=x")
-    assert f"config file {tmp_path}/mine.py, {sentence}" in said
+    message = refused(capsys, "train", f"--config={tmp_path}/mine.py", "--workdir=x")
+    assert f"config file {tmp_path}/mine.py, {sentence}" in message
 
 
 # --- ~ --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_begins_with_a_tilde_lies_in_the_home_folder_wherever_it_is_named(tmp_path, monkeypatch, capsys):
+def test_a_tilde_means_the_home_folder_in_every_argument(tmp_path, monkeypatch, capsys):
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()
     here.mkdir()
@@ -113,7 +113,7 @@ def test_a_path_that_begins_with_a_tilde_lies_in_the_home_folder_wherever_it_is_
     assert cli.main(["index", f"--model={model}", "--corpus=~/texts.jsonl", "--output=~/index"]) == 0
     assert cli.main(["search", "--model=~/model", "--index=~/index", "--query=file"]) == 0
     assert cli.main(["evaluate", "--model=~/model", "--data=~/data/evaluation/set/test", "--output=~/f.json"]) == 0
-    assert cli.main(["merge", "--a=~/model", "--b=~/run/pair", "--output=~/merged"]) == 2  # of other settings
+    assert cli.main(["merge", "--a=~/model", "--b=~/run/pair", "--output=~/merged"]) == 2  # different model settings
     assert not list(here.iterdir())
     assert {"run", "exported", "vectors.npy", "index", "f.json"} <= {entry.name for entry in home.iterdir()}
     assert "~" not in {entry.name for entry in home.iterdir()}
@@ -126,7 +126,7 @@ import sys, threading
 from embed.cli.common import end, run
 
 def main(argv):
-    threading.Thread(target=threading.Event().wait).start()  # no daemon: the interpreter would wait for it
+    threading.Thread(target=threading.Event().wait).start()  # not a daemon: the interpreter would wait for it
     print("done")
     {ending}
 
@@ -135,7 +135,7 @@ end(run, main)
 
 
 @pytest.mark.parametrize(
-    "ending, code, said",
+    "ending, code, message",
     [
         ("return 0", 0, ""),
         ("return 1", 1, ""),
@@ -150,12 +150,12 @@ end(run, main)
         ("raise RuntimeError('a fault of ours')", 1, "RuntimeError: a fault of ours\n"),
     ],
 )
-def test_a_process_ends_with_its_code_whatever_thread_hangs(ending, code, said):
+def test_a_process_ends_with_its_exit_code_even_if_a_thread_hangs(ending, code, message):
     done = run_program(HANGING.format(ending=ending))
-    assert (done.returncode, done.stdout) == (code, "done\n") and done.stderr.endswith(said)
+    assert (done.returncode, done.stdout) == (code, "done\n") and done.stderr.endswith(message)
 
 
-def test_what_libraries_do_at_the_end_is_done_and_given_up_where_it_hangs():
+def test_exit_handlers_of_libraries_run_until_one_hangs():
     program = """
 import atexit, threading
 from embed.cli import common
@@ -176,7 +176,6 @@ from orbax.checkpoint._src.path import atomicity
 from embed.cli.common import end, run
 from small_run import train
 
-whole = atomicity.AtomicRenameTemporaryPath.finalize
 async def finalize(self, *arguments, **keywords):
     threading.Thread(target=threading.Event().wait).start()
     raise FileNotFoundError("another process removed it")
@@ -191,7 +190,7 @@ def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
     assert "embed: error: cannot write a checkpoint under" in done.stderr
 
 
-def test_the_program_itself_ends_so():
+def test_the_program_and_every_verb_end_with_end():
     setup = (ROOT / "setup.py").read_text()
     assert '"embed = embed.cli:entry"' in setup
     for verb in VERBS:
@@ -200,11 +199,11 @@ def test_the_program_itself_ends_so():
     assert done.returncode == 0 and "train" in done.stdout
 
 
-# --- what others write to the standard error ------------------------------------------------------------------------
+# --- what libraries write to the standard error ---------------------------------------------------------------------
 
 
-def test_plan_says_nothing_but_its_own():
-    """Without libtpu, which tells of chips that are not there, it says what is missing."""
+def test_plan_prints_only_its_own_lines():
+    """Without libtpu, which can describe absent chips, it refuses a topology in one sentence."""
     embed = "from embed.cli import entry; entry()"
     done = run_program(embed, "plan", "--help")
     assert done.returncode == 0 and not done.stderr
@@ -215,7 +214,7 @@ def test_plan_says_nothing_but_its_own():
     assert done.returncode == 2 and line.startswith("embed: error: topology v6e:2x2: ")
 
 
-def test_what_a_library_writes_while_it_is_loaded_is_dropped_unless_it_fails():
+def test_output_of_a_library_import_is_dropped_unless_the_import_fails():
     program = """
 import os, sys
 from embed.console import quiet
