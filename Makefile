@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/quickstart
 	$(BIN)/embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
-# Two worker processes, one thread pool each; a test file stays in one of them.
+# Two worker processes, each with one thread pool. All tests of a file run in the same process.
 test: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers --ignore=tests/tpu tests
 
@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 clean:
 	rm -rf $(VENV) $(VENV)-tpu
 
-# Without bytecode: pip would spend half a minute on 12,000 files, of which few are imported.
+# Without bytecode: pip would take half a minute to compile 12,000 files, and few are imported.
 $(VENV)/quickstart: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile --editable '.[data,quickstart]'

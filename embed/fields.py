@@ -1,4 +1,4 @@
-"""Which values the fields of a config may have: others are refused before the work, by name."""
+"""The allowed values of config fields. `check` refuses other values by name, before any work."""
 
 import fnmatch
 import math
@@ -9,32 +9,42 @@ from ml_collections import ConfigDict
 from embed.config import leaves, nearest
 from embed.models import transformer
 
-Rule = tuple[Callable, str]  # whether a value is allowed, and what is, in words
+Rule = tuple[Callable, str]  # (whether a value is allowed, the allowed values in words)
 
 
 def _number(allowed: Callable) -> Callable:
-    def check(value) -> bool:
-        return isinstance(value, int | float) and math.isfinite(value) and allowed(value)
-
-    return check
+    """Whether a value is a finite number that `allowed` accepts."""
+    return lambda value: isinstance(value, int | float) and math.isfinite(value) and allowed(value)
 
 
 def _each(rule: Rule) -> Rule:
     return lambda values: all(map(rule[0], values)), f"each {rule[1]}"
 
 
-def one_of(*values: str) -> Rule:
+def _one_of(*values: str) -> Rule:
     return lambda value: value in values, f"one of {', '.join(values)}"
+
+
+def _is_fraction(value) -> bool:
+    return _number(lambda x: 0 <= x <= 1)(value)
+
+
+def _are_two_fractions(values) -> bool:
+    return len(values) == 2 and all(map(_is_fraction, values))
+
+
+def _is_window(values) -> bool:
+    return len(values) == 2 and 0 <= values[0] < values[1]
 
 
 COUNT = _number(lambda x: x >= 1), "at least 1"
 NOT_NEGATIVE = _number(lambda x: x >= 0), "at least 0"
 POSITIVE = _number(lambda x: x > 0), "above 0"
-FRACTION = _number(lambda x: 0 <= x <= 1), "from 0 to 1"
-PAIR_OF_FRACTIONS = lambda v: len(v) == 2 and all(map(FRACTION[0], v)), "two numbers from 0 to 1"  # noqa: E731
-WINDOW = lambda v: len(v) == 2 and 0 <= v[0] < v[1], "(lo, hi) with 0 <= lo < hi"  # noqa: E731
+FRACTION = _is_fraction, "from 0 to 1"
+PAIR_OF_FRACTIONS = _are_two_fractions, "two numbers from 0 to 1"
+WINDOW = _is_window, "(lo, hi) with 0 <= lo < hi"
 
-# The first pattern that fits a field's name is its rule; a field that none fits may have any value of its type.
+# The first pattern that matches a field's name gives its rule. A field without a match may have any value of its type.
 RULES: dict[str, Rule] = {
     "seed": NOT_NEGATIVE,
     "model.vocab_size": NOT_NEGATIVE,
@@ -56,7 +66,7 @@ RULES: dict[str, Rule] = {
     "stages.*.optimizer.eps": POSITIVE,
     "stages.*.optimizer.weight_decay": NOT_NEGATIVE,
     "stages.*.optimizer.clip": NOT_NEGATIVE,
-    "stages.*.optimizer.moment_dtype": one_of("float32", "bfloat16"),
+    "stages.*.optimizer.moment_dtype": _one_of("float32", "bfloat16"),
     "stages.*.batch.truncate_probability": FRACTION,
     "stages.*.batch.*": COUNT,
     "stages.*.execution.milestone_every": NOT_NEGATIVE,
@@ -64,13 +74,13 @@ RULES: dict[str, Rule] = {
     "stages.*.execution.max_skipped": NOT_NEGATIVE,
     "stages.*.execution.evaluate_on": (lambda name: True, ""),
     "stages.*.execution.*": COUNT,
-    "stages.*.left_shift": one_of("auto", "True", "False"),
+    "stages.*.left_shift": _one_of("auto", "True", "False"),
     "stages.*.temperature": POSITIVE,
     "stages.*.margin": NOT_NEGATIVE,
     "stages.*.alpha": FRACTION,
     "stages.*.beta": PAIR_OF_FRACTIONS,
     "mining.*.step": NOT_NEGATIVE,
-    "mining.*.precision": one_of("float32", "int8"),
+    "mining.*.precision": _one_of("float32", "int8"),
     "mining.*.queries": NOT_NEGATIVE,
     "mining.*.num_negatives": COUNT,
     "mining.*.rank_window": WINDOW,
@@ -81,7 +91,7 @@ RULES: dict[str, Rule] = {
     "report.mask_fraction": (_number(lambda x: 0 < x <= 1), "above 0 and at most 1"),
     "report.tokens_per_step": COUNT,
 }
-# A field that the batches or the loss of a kind need, and no other kind has.
+# {kind of stage: a field that its batches or its loss need}.
 KINDS = {
     "diffusion": "batch.rows",
     "pair": "margin",
@@ -91,26 +101,26 @@ KINDS = {
 
 
 def check(config: ConfigDict) -> None:
-    """ValueError for the first field with a value that no run can use."""
+    """Raises ValueError for the first field with a value that no run can use."""
     for key, value in leaves(config):
         rule = next((rule for pattern, rule in RULES.items() if fnmatch.fnmatchcase(key, pattern)), None)
         if rule and not rule[0](value):
             _refuse(key, value, rule[1])
     if sum(size == -1 for size in config.execution.mesh.values()) > 1:
-        _refuse("execution.mesh", config.execution.mesh.to_dict(), "at least 1 along all axes but one, which may be -1")
+        _refuse("execution.mesh", config.execution.mesh.to_dict(), "at least 1, or -1 for at most one axis")
     transformer.from_config(config.model, config.execution, 1)
     for name, stage in config.stages.items():
         for key, value, allowed in _stage(stage, config.model.hidden_size):
             _refuse(f"stages.{name}.{key}", value, allowed)
     data = config.data
     if not data.tokenizer and data.vocab_size < (least := least_vocabulary(data.split_identifiers)):
-        _refuse("data.vocab_size", data.vocab_size, f"at least {least}: control pieces and single characters")
+        _refuse("data.vocab_size", data.vocab_size, f"at least {least}: the control pieces and single characters")
 
 
 def least_vocabulary(split_identifiers: bool) -> int:
-    """Fewest pieces of a SentencePiece vocabulary that `embed.preparation.vocabulary` can train on any usual text.
+    """Minimum size of a SentencePiece vocabulary that `embed.preparation.vocabulary` trains on common texts.
 
-    Four control pieces, and printable ASCII in one case with the space, or all bytes, for the fallback.
+    It has four control pieces and either printable ASCII in one case, with the space, or all bytes for the fallback.
     """
     return 4 + (len({chr(code).lower() for code in range(0x20, 0x7F)}) if split_identifiers else 256)
 
@@ -120,16 +130,16 @@ def _refuse(key: str, value, allowed: str):
 
 
 def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, str]]:
-    """(field, value, what is allowed) of what is wrong with a stage, as far as fields depend on one another."""
+    """(field, value, allowed values in words) per wrong field of a stage. Covers fields that depend on other fields."""
     kind, batch, optimizer = stage.kind, stage.batch, stage.optimizer
     if kind not in KINDS:
         yield "kind", kind, f"one of {', '.join(KINDS)}{nearest(kind, KINDS)}"
     if KINDS[kind] not in dict(leaves(stage)):
-        yield "kind", kind, f"the kind that it was made with: a {kind} stage has {KINDS[kind]}"
+        yield "kind", kind, f"the kind given to base.stage: a {kind} stage has {KINDS[kind]}"
     if not _is_curriculum(stage.curriculum):
-        yield "curriculum", stage.curriculum, "((steps, mixture or {task: rate}), …) with at least one step in each"
+        yield "curriculum", stage.curriculum, "((steps, mixture or {task: rate}), …) with at least one step each"
     if optimizer.warmup + optimizer.decay > 1:
-        yield "optimizer.warmup", optimizer.warmup, f"at most {1 - optimizer.decay:g}, what decay leaves of the steps"
+        yield "optimizer.warmup", optimizer.warmup, f"at most {1 - optimizer.decay:g} (1 - optimizer.decay)"
     rows = batch.rows if kind == "diffusion" else batch.groups * batch.rows_per_group
     if rows % stage.execution.microbatches:
         yield "execution.microbatches", stage.execution.microbatches, f"a divisor of the {rows} rows of a batch"

@@ -1,4 +1,4 @@
-"""Wrong values of a config's fields are refused by name, before data are read."""
+"""Wrong values of config fields are refused by name, before any data are read."""
 
 import pytest
 
@@ -6,17 +6,17 @@ from embed import cli, config, fields
 from embed.training import stages
 
 QUICKSTART = "configs/quickstart.py"
-# Fields in which a negative number means something.
-FREE = {"mining.hard_negatives.margin"}
+# Fields that may be negative.
+MAY_BE_NEGATIVE = {"mining.hard_negatives.margin"}
 
 
-def test_what_ships_is_allowed():
+def test_the_configs_of_the_project_are_allowed():
     for name in ("quickstart", "laptop", "pplx_embed"):
         for arg in ("", ":runlocal"):
             fields.check(config.load(f"configs/{name}.py{arg}"))
 
 
-def test_no_number_of_a_config_but_a_few_may_be_negative():
+def test_only_a_few_numbers_of_a_config_may_be_negative():
     numbers = {
         key: value
         for key, value in config.leaves(config.load(QUICKSTART))
@@ -25,7 +25,7 @@ def test_no_number_of_a_config_but_a_few_may_be_negative():
     assert len(numbers) > 80
     for key, value in numbers.items():
         overridden = config.load(QUICKSTART, [f"--config.{key}={type(value)(-3)}"])
-        if key in FREE:
+        if key in MAY_BE_NEGATIVE:
             fields.check(overridden)
             continue
         with pytest.raises(ValueError, match=r"^[\w. -]+=-3(\.0)? must be "):
@@ -44,7 +44,7 @@ def test_no_number_of_a_config_but_a_few_may_be_negative():
             "stages.pair.kind=pairs",
             "config.stages.pair.kind='pairs' must be one of diffusion, pair, contextual, triplet",
         ),
-        ("stages.pair.kind=triplet", "config.stages.pair.kind='triplet' must be the kind that it was made with"),
+        ("stages.pair.kind=triplet", "config.stages.pair.kind='triplet' must be the kind given to base.stage"),
         ("stages.pair.curriculum=((-1, 'pairs'),)", "config.stages.pair.curriculum=((-1, 'pairs'),) must be ((steps, "),
         ("stages.pair.curriculum=()", "config.stages.pair.curriculum=() must be"),
         ("stages.pair.curriculum=(400, 'pairs')", "config.stages.pair.curriculum=(400, 'pairs') must be"),
@@ -77,8 +77,11 @@ def test_no_number_of_a_config_but_a_few_may_be_negative():
         ("execution.attention=flash", "attention='flash' must be one of auto, xla"),
         ("execution.remat=some", "remat='some' must be one of"),
         ("execution.mesh.fsdp=0", "config.execution.mesh.fsdp=0 must be at least 1, or -1"),
-        ("execution.mesh.fsdp=-1", "must be at least 1 along all axes but one, which may be -1"),
-        ("data.vocab_size=72", "config.data.vocab_size=72 must be at least 73: control pieces and single characters"),
+        ("execution.mesh.fsdp=-1", "must be at least 1, or -1 for at most one axis"),
+        (
+            "data.vocab_size=72",
+            "config.data.vocab_size=72 must be at least 73: the control pieces and single characters",
+        ),
         ("mining.hard_negatives.rank_window=(50, 5)", "rank_window=(50, 5) must be (lo, hi) with 0 <= lo < hi"),
         ("mining.hard_negatives.precision=binary", "precision='binary' must be one of float32, int8"),
         ("merges.merged.ratio=1.5", "config.merges.merged.ratio=1.5 must be from 0 to 1"),
@@ -87,7 +90,7 @@ def test_no_number_of_a_config_but_a_few_may_be_negative():
         ("report.mask_fraction=0.0", "config.report.mask_fraction=0.0 must be above 0 and at most 1"),
     ],
 )
-def test_a_wrong_value_ends_every_verb_of_a_run_in_one_sentence_before_anything_is_read(
+def test_every_verb_refuses_a_wrong_value_in_one_sentence_before_it_reads_anything(
     override, sentence, tmp_path, capsys
 ):
     for verb in ("prepare", "train", "pipeline"):
@@ -100,7 +103,7 @@ def test_a_wrong_value_ends_every_verb_of_a_run_in_one_sentence_before_anything_
     assert not (tmp_path / "run").exists()
 
 
-def test_every_kind_of_stage_has_its_own_field():
+def test_every_kind_of_stage_has_a_required_field():
     assert set(fields.KINDS) == set(stages.KINDS)
 
 
@@ -108,4 +111,4 @@ def test_a_vocabulary_with_byte_fallback_needs_all_bytes():
     overrides = ["--config.data.split_identifiers=False", "--config.data.vocab_size=259"]
     with pytest.raises(ValueError, match="config.data.vocab_size=259 must be at least 260"):
         fields.check(config.load(QUICKSTART, overrides))
-    fields.check(config.load(QUICKSTART, [*overrides, "--config.data.tokenizer=a_folder"]))  # none is trained
+    fields.check(config.load(QUICKSTART, [*overrides, "--config.data.tokenizer=a_folder"]))  # no vocabulary is trained

@@ -800,7 +800,7 @@ def test_preparing_without_its_libraries_names_them(tmp_path, monkeypatch, capsy
 def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
     for binding, sentence in (
         ("vocabulary.charcters = 5", "'vocabulary.charcters'; the nearest valid one is 'vocabulary.characters'"),
-        ("some_scope/vocabulary.characters = 5", "'some_scope/vocabulary.characters' is used by nothing"),
+        ("some_scope/vocabulary.characters = 5", "unused gin binding 'some_scope/vocabulary.characters'"),
     ):
         arguments = [
             "prepare",

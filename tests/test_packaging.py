@@ -1,4 +1,4 @@
-"""The package as it is installed, away from its repository."""
+"""The installed package, outside its repository."""
 
 import os
 import shutil
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Runs the program of an installed package: what the script `embed` does.
+# Runs the installed package as the script `embed` does.
 EMBED = "import sys; from embed.cli import entry; sys.argv[0] = 'embed'; entry()"
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The content of the wheel, as `pip install` puts it into site-packages."""
+    """The content of the wheel, as in site-packages after `pip install`."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("embed", "configs"):
@@ -37,7 +37,7 @@ def embed(installed, cwd, *arguments):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def test_the_wheel_holds_one_package_with_every_config_and_gin_file(installed):
+def test_the_wheel_contains_one_package_with_every_config_and_gin_file(installed):
     assert sorted(entry.name for entry in installed.iterdir()) == ["embed", "embed-0.1.0.dist-info"]
     for kind in ("py", "gin"):
         ours = {str(file.relative_to(ROOT / "configs")) for file in (ROOT / "configs").rglob(f"*.{kind}")}
@@ -48,9 +48,7 @@ def test_the_wheel_holds_one_package_with_every_config_and_gin_file(installed):
     assert "embed = embed.cli:entry" in (installed / "embed-0.1.0.dist-info" / "entry_points.txt").read_text()
 
 
-def test_the_quickstart_of_an_installed_package_makes_its_data_in_any_folder_and_says_nothing_but_its_own(
-    installed, tmp_path
-):
+def test_an_installed_package_prepares_its_data_in_any_folder_and_prints_only_its_own_lines(installed, tmp_path):
     refused = embed(installed, tmp_path, "train", "--config=configs/none.py", "--workdir=run")
     assert (
         f"no file configs/none.py in {tmp_path}, or among the configs that ship in {installed}/embed/configs"
@@ -60,13 +58,13 @@ def test_the_quickstart_of_an_installed_package_makes_its_data_in_any_folder_and
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "data" / "mixtures.json").exists() and not done.stdout
     head, table = done.stderr.split("Prepared data\n")
-    assert len(head.splitlines()) <= 1 and "data: " in head  # the bar at its end
+    assert len(head.splitlines()) <= 1 and "data: " in head  # the finished bar
     table, _, rest = table.rpartition("┘\n")
     assert set(line[0] for line in table.splitlines()) <= set("┏┃┡│├└") and "…" not in table
-    assert not rest or rest.startswith("packages of the fixed lists that are not installed here: ")
+    assert not rest or rest.startswith("packages of python_docs that are not installed: ")
 
 
-def test_a_config_of_ones_own_builds_on_those_of_an_installed_package(installed, tmp_path):
+def test_a_user_config_extends_those_of_an_installed_package(installed, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from configs import base, quickstart\n"
         "def get_config(arg=''):\n"

@@ -119,7 +119,7 @@ class Encoder:
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
-        # How a gradient is computed makes no other program here: encoders of one architecture share those that are compiled.
+        # Without the fields that matter only for gradients, encoders of one architecture share their compiled programs.
         unroll = config.num_layers if _on_cpu() else config.unroll
         self.config = dataclasses.replace(config, remat="none", dense_barrier=False, unroll=unroll)
         self.mesh = sharding.make_mesh() if mesh is None else mesh

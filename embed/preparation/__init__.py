@@ -1,1 +1,1 @@
-"""What makes the data: sources, seqio tasks, `prepare`. TensorFlow, seqio and gin are imported in this room alone."""
+"""Data preparation: sources, seqio tasks and `prepare`. Only this package imports TensorFlow, seqio and gin."""

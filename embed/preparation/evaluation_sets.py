@@ -1,10 +1,11 @@
-"""The held-out functions and modules as retrieval sets in the layout of BEIR.
+"""Held-out functions and modules as retrieval sets in BEIR's layout.
 
-    corpus.jsonl    {"_id", "text"}, contextual also {"document", "chunk"}: rows of one document stand together, in order
+    corpus.jsonl    {"_id", "text"}; contextual sets add {"document", "chunk"}, with the rows of a document adjacent and
+                    in order
     queries.jsonl   {"_id", "text"}
     qrels.jsonl     {"query-id", "corpus-id", "score": 1}
 
-Equal queries are one query with several relevant texts.
+Equal queries become one query with several relevant texts.
 """
 
 import json
@@ -17,11 +18,11 @@ from embed.tokenizers import Tokenizer
 
 def functions(functions: Sequence[Mapping], *, max_queries: int) -> tuple[list, list, list]:
     """(corpus, queries, qrels): docstring summary -> function without its docstring."""
-    corpus, asked = [], []
+    corpus, labelled = [], []
     for function in functions:
         corpus.append({"_id": f"f{len(corpus)}", "text": function["code"]})
-        asked.append((function["summary"], corpus[-1]["_id"]))
-    return corpus, *_queries(asked, max_queries)
+        labelled.append((function["summary"], corpus[-1]["_id"]))
+    return corpus, *_queries(labelled, max_queries)
 
 
 def contextual(
@@ -32,31 +33,31 @@ def contextual(
     document_length: int,
     max_chunks: int,
     max_queries: int,
-    seen: Collection[str] = (),
+    excluded: Collection[str] = (),
 ) -> tuple[list, list, list]:
-    """(corpus, queries, qrels): owner's words and summary -> chunk, in documents cut as those of training are.
+    """(corpus, queries, qrels): words of the owner and summary -> chunk. Documents are divided as in training.
 
-    A chunk's text ends at `chunk_length` tokens. Nobody asks for a chunk whose digest is in `seen`.
+    A chunk's text is truncated to `chunk_length` tokens. A chunk whose digest is in `excluded` has no query.
     """
-    corpus, asked = [], []
+    corpus, labelled = [], []
     for module in modules:
         chunks = examples.chunks(module)
-        texts = cut([chunk.text for chunk in chunks], tokenizer, chunk_length)
+        texts = truncate([chunk.text for chunk in chunks], tokenizer, chunk_length)
         lengths = [len(tokens) for tokens in tokenizer.encode(texts)]
         for indices in examples.documents(
             [c.header for c in chunks], lengths, max_chunks=max_chunks, max_tokens=document_length
         ):
             document = f"d{len(corpus)}"
-            for place, index in enumerate(indices):
-                name = f"c{len(corpus)}"
-                corpus.append({"_id": name, "text": texts[index], "document": document, "chunk": place})
-                if chunks[index].query and hygiene.digest(chunks[index].text) not in seen:
-                    asked.append((chunks[index].query, name))
-    return corpus, *_queries(asked, max_queries)
+            for position, index in enumerate(indices):
+                chunk_id = f"c{len(corpus)}"
+                corpus.append({"_id": chunk_id, "text": texts[index], "document": document, "chunk": position})
+                if chunks[index].query and hygiene.digest(chunks[index].text) not in excluded:
+                    labelled.append((chunks[index].query, chunk_id))
+    return corpus, *_queries(labelled, max_queries)
 
 
-def cut(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[str]:
-    """Each text up to about its first `length` tokens: the longest prefix, by bisection, that is no longer in tokens."""
+def truncate(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[str]:
+    """Truncates each text to about `length` tokens: bisects for the longest prefix of at most that many tokens."""
     result = list(texts)
     too_long = [i for i, tokens in enumerate(tokenizer.encode(texts)) if len(tokens) > length]
     low = {i: 0 for i in too_long}
@@ -71,6 +72,7 @@ def cut(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[str]:
 
 
 def write(folder: str | Path, corpus: Iterable, queries: Iterable, qrels: Iterable) -> None:
+    """Writes the three files to the new `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True)
     for name, rows in (("corpus", corpus), ("queries", queries), ("qrels", qrels)):
@@ -79,11 +81,11 @@ def write(folder: str | Path, corpus: Iterable, queries: Iterable, qrels: Iterab
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _queries(asked: Iterable[tuple[str, str]], max_queries: int) -> tuple[list, list]:
-    """Queries and qrels of (query, corpus id); of too many queries those with the smallest digests."""
+def _queries(labelled: Iterable[tuple[str, str]], max_queries: int) -> tuple[list, list]:
+    """Queries and qrels from (query, corpus id). Of more than `max_queries`, those with the smallest digests stay."""
     relevant: dict[str, list[str]] = {}
-    for query, name in asked:
-        relevant.setdefault(query, []).append(name)
+    for query, corpus_id in labelled:
+        relevant.setdefault(query, []).append(corpus_id)
     kept = set(sorted(relevant, key=hygiene.digest)[:max_queries])
     queries, qrels = [], []
     for query in relevant:

@@ -1,6 +1,6 @@
-"""From `python_docs` records to training texts: pairs, and modules as documents of chunks. No framework.
+"""Turns `python_docs` records into training texts: pairs, and modules as documents of chunks. No framework.
 
-A query must read like something a person would type; what it is cut out of is not in its document.
+A query must read like something a person would type, and its document must not contain the source of the query.
 """
 
 import re
@@ -9,53 +9,56 @@ from typing import NamedTuple
 
 from embed.preparation import sources
 
-MIN_WORDS = 3  # shorter summaries say nothing
-MAX_MEMBERS_PER_OWNER = 4  # pairs that one class or module gives in `member_pairs`
+MIN_WORDS = 3  # a shorter summary says too little
+MAX_MEMBERS_PER_OWNER = 4  # pairs per class or module in `member_pairs`
 
 Pair = tuple[str, str]  # query, document
 
 
 def words(*identifiers: str) -> str:
-    """Identifiers as lower-case words: cut at "_", "." and case ("jax.tree_util HTTPServer" -> "jax tree util http server")."""
+    """Identifiers as lower-case words, split at "_", "." and case.
+
+    "jax.tree_util HTTPServer" -> "jax tree util http server".
+    """
     return " ".join(_WORD.findall(" ".join(identifiers))).lower()
 
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+|[^\W\d_a-zA-Z]+")
 
 
-# --- from records of `python_docs/functions` --------------------------------------------------------------------------
+# --- pairs from records of `python_docs/functions` --------------------------------------------------------------------
 
 
 def summary_pairs(function: Mapping) -> Iterator[Pair]:
-    """First paragraph of the docstring -> the function without its docstring."""
+    """First paragraph of the docstring -> function without its docstring."""
     if len((summary := sources.summary(function["docstring"])).split()) >= MIN_WORDS:
         yield summary, function["code"]
 
 
 def description_pairs(function: Mapping) -> Iterator[Pair]:
-    """The prose after the first paragraph -> the function."""
+    """Prose after the first paragraph -> function without its docstring."""
     if len((description := sources.description(function["docstring"])).split()) >= MIN_WORDS:
         yield description, function["code"]
 
 
 def parameter_pairs(function: Mapping) -> Iterator[Pair]:
-    """The documentation of the parameters -> the function."""
+    """Documentation of the parameters -> function without its docstring."""
     if len((parameters := sources.parameters(function["docstring"])).split()) >= MIN_WORDS:
         yield parameters, function["code"]
 
 
-# --- from records of `python_docs/modules` ----------------------------------------------------------------------------
+# --- pairs from records of `python_docs/modules` ----------------------------------------------------------------------
 
 
 def name_pairs(module: Mapping) -> Iterator[Pair]:
-    """Words of class, function and arguments -> the body alone. Undocumented functions take part."""
+    """Words of class, function and arguments -> body only. Undocumented functions are included."""
     for member in module["members"]:
         if member["kind"] == "function" and len(body := member["code"][member["body"] :].strip()) >= 40:
             yield words(member["owner"], member["name"], member["arguments"]), body
 
 
 def class_pairs(module: Mapping) -> Iterator[Pair]:
-    """Summary of a class -> its header, fields and the signatures of its methods."""
+    """Summary of a class -> its header, its fields and the signatures of its methods."""
     for owner in module["members"]:
         if owner["kind"] == "class" and len(owner["summary"].split()) >= MIN_WORDS:
             methods = [m for m in module["members"] if m["kind"] == "function" and m["owner"] == owner["name"]]
@@ -63,7 +66,7 @@ def class_pairs(module: Mapping) -> Iterator[Pair]:
 
 
 def member_pairs(module: Mapping) -> Iterator[Pair]:
-    """What a class (or the module) is about, and its words -> one of its functions."""
+    """Words and summary of a class or module -> one of its functions."""
     summaries = {m["name"]: m["summary"] for m in module["members"] if m["kind"] == "class"} | {"": module["summary"]}
     count: dict[str, int] = {}
     for member in module["members"]:
@@ -78,18 +81,18 @@ def member_pairs(module: Mapping) -> Iterator[Pair]:
 
 
 class Chunk(NamedTuple):
-    """`header` is the index of the chunk that names the owner: 0 the module's, or a class's."""
+    """`header`: index of the chunk that names the owner, a class or the module (0)."""
 
     text: str
-    query: str  # "" where nothing asks for this chunk
+    query: str  # "": the chunk has no query
     header: int
 
 
 def chunks(module: Mapping) -> list[Chunk]:
     """The module's header, then each class's header and each function without its docstring, in source order.
 
-    A query is the owner's words (module and class) and the function's summary: its chunk does not say whose it is, the
-    document does. No function's docstring is in the document.
+    A query is the words of the owner (module and class) and the summary of the function. The chunk does not name its
+    owner, but the document does. The document contains no docstring of a function.
     """
     result = [Chunk(f"{module['module']}\n{module['summary']}".strip(), "", 0)]
     headers = {"": 0}
@@ -106,11 +109,11 @@ def chunks(module: Mapping) -> list[Chunk]:
 
 
 def documents(headers: Sequence[int], lengths: Sequence[int], *, max_chunks: int, max_tokens: int) -> list[list[int]]:
-    """Cuts a module into documents: lists of chunk indices, each starting with the module's header (chunk 0).
+    """Divides a module into documents: lists of chunk indices that each start with the module's header (chunk 0).
 
-    A document that begins inside a class has the class's header next. It ends before it would have more than
-    `max_chunks` chunks or, with a separator between chunks, more than `max_tokens` tokens. `headers[i]` is the chunk that
-    heads chunk i. A module of nothing but its header gives no document.
+    In a document that begins inside a class, the class's header comes second. A document has at most `max_chunks`
+    chunks and, with a separator between chunks, at most `max_tokens` tokens. `headers[i]` is the index of chunk i's
+    header and `lengths[i]` its number of tokens. A module with only a header gives no document.
     """
     result: list[list[int]] = []
     current: list[int] = []

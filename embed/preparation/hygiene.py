@@ -1,7 +1,7 @@
 """Deduplication and decontamination by normalised content: pure functions, no framework.
 
-Two texts are the same when they are equal after all white space is removed, so re-indented or re-wrapped copies of a
-function count as copies.
+Two texts are the same if they are equal without white space, so re-indented and re-wrapped copies of a function count
+as copies.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 Item = TypeVar("Item")
-WINDOW = 32  # characters: no shorter text is looked for inside others
+WINDOW = 32  # characters; `contained` accepts no shorter needle
 
 
 def normalise(text: str) -> str:
@@ -25,7 +25,7 @@ def digest(text: str) -> str:
 
 
 def deduplicate(items: Iterable[Item], key: Callable[[Item], str]) -> tuple[list[Item], int]:
-    """The first item of each key, in order, and how many later ones were dropped."""
+    """(the first item of each key in order, number of items dropped)."""
     kept = {}
     count = 0
     for item in items:
@@ -37,7 +37,7 @@ def deduplicate(items: Iterable[Item], key: Callable[[Item], str]) -> tuple[list
 def decontaminate(
     items: Iterable[Item], keys: Callable[[Item], Iterable[str]], held_out: Collection[str]
 ) -> tuple[list[Item], int]:
-    """The items none of whose keys is held out, in order, and how many were dropped."""
+    """(the items without a held-out key in order, number of items dropped)."""
     kept = []
     count = 0
     for item in items:
@@ -50,16 +50,17 @@ def decontaminate(
 def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW) -> set[int]:
     """Indices of the needles that occur, up to white space, inside one of the texts.
 
-    A rolling hash of `window` characters finds candidates (Rabin and Karp, 1987), an exact comparison confirms them.
-    Needles shorter than `window` normalised characters raise ValueError: they would be found everywhere.
+    A rolling hash of `window` characters finds candidates (Rabin and Karp, 1987). An exact comparison confirms them.
+    A needle shorter than `window` normalised characters raises ValueError: it would match everywhere.
     """
-    # hash(i) = sum_j c[i + j] * B^(i + j) over the window, times B^-i: prefix sums modulo 2^64, where an odd B is invertible.
+    # hash(i) = B^-i * sum_j c[i + j] * B^(i + j) over the window, from prefix sums modulo 2^64, where an odd B is
+    # invertible.
     base = 0x9E3779B97F4A7C15
     by_hash: dict[int, list[tuple[int, str]]] = {}
     for index, needle in enumerate(map(normalise, needles)):
         if len(needle) < window:
             raise ValueError(
-                f"needle {index} has {len(needle)} characters without white space, needs at least {window}"
+                f"needle {index} has {len(needle)} characters without white space; it must have at least {window}"
             )
         value = 0
         for power, character in enumerate(needle[:window]):
@@ -68,14 +69,14 @@ def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW
     if not by_hash:
         return set()
     hashes = np.array(sorted(by_hash), np.uint64)
-    possible = np.zeros(1 << 16, bool)  # by the top 16 bits: rejects nearly all positions at once
+    possible = np.zeros(1 << 16, bool)  # indexed by the top 16 bits: rejects nearly all offsets at once
     possible[hashes >> np.uint64(48)] = True
 
     block = 1 << 20
     inverse = pow(base, -1, 2**64)
     powers = _powers(base, block)
     inverses = _powers(inverse, block)
-    found: set[int] = set()
+    matches: set[int] = set()
     for text in _joined(texts, block):
         for start in range(0, max(len(text) - window + 1, 0), block - window):
             part = text[start : start + block]
@@ -87,12 +88,12 @@ def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW
             for offset in offsets[np.isin(rolling[offsets], hashes)]:
                 for index, needle in by_hash[int(rolling[offset])]:
                     if text.startswith(needle, start + int(offset)):
-                        found.add(index)
-    return found
+                        matches.add(index)
+    return matches
 
 
 def _joined(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Normalised texts, joined by a null character (which no source has) to at least `size` characters."""
+    """Strings of at least `size` characters: normalised texts joined by null characters, which no source contains."""
     pending: list[str] = []
     length = 0
     for text in texts:

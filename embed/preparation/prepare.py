@@ -1,15 +1,16 @@
-"""From sources to the store that trainers read: builds `python_docs`, trains the vocabulary, runs every task once.
+"""Turns sources into the stores that trainers read: builds `python_docs`, trains the vocabulary, runs each task once.
 
     prepare(directory, gin_file="configs/data/python_docs.gin")
 
     directory/tokenizer/sentencepiece.model
-    directory/tasks/TASK/               `embed.data.store`, shuffled
+    directory/tasks/TASK/               store of `embed.data.store`, shuffled
     directory/mixtures.json             {mixture: {task: rate}}
-    directory/evaluation/SET/SPLIT/     `embed.preparation.evaluation_sets`
+    directory/evaluation/SET/SPLIT/     set of `embed.preparation.evaluation_sets`
     directory/tfds/                     the TFDS build
-    directory/info.json                 arguments, packages, counts, what was dropped and why, seconds
+    directory/info.json                 arguments, packages, counts, dropped items by reason, seconds
 
-Everything is written beside `directory` and renamed at the end; a bucket gets it at the end, info.json last. gin is parsed here and nowhere else.
+`prepare` writes to a temporary folder and renames it at the end, or copies it to a bucket, info.json last. Only this
+module parses gin.
 """
 
 import contextlib
@@ -36,13 +37,13 @@ from embed.console import make_console, print_table, quiet
 from embed.data import store
 from embed.preparation import evaluation_sets, sources, vocabulary
 
-_WINDOW = 600  # characters of one training text of the vocabulary
+_WINDOW = 600  # characters per training text of the vocabulary
 
 
 @gin.configurable("mixtures")
 @dataclasses.dataclass(frozen=True)
 class Mixtures:
-    """rates: {mixture: {task: relative number of examples}}. Tasks that are in no mixture are not prepared."""
+    """rates: {mixture: {task: relative number of examples}}. Tasks outside all mixtures are not prepared."""
 
     rates: Mapping[str, Mapping[str, float]] = gin.REQUIRED
 
@@ -50,7 +51,7 @@ class Mixtures:
 @gin.configurable("vocabulary")
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """characters: how much training text the vocabulary is trained on, sampled evenly."""
+    """characters: amount of training text, sampled evenly."""
 
     characters: int = 4_000_000
 
@@ -58,7 +59,7 @@ class Vocabulary:
 @gin.configurable("text")
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """max_characters: of all diffusion text together."""
+    """max_characters: total of the diffusion text."""
 
     max_characters: int = 40_000_000
 
@@ -66,7 +67,7 @@ class Text:
 @gin.configurable("pairs")
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Longest query and document of a pair, in tokens."""
+    """Maximum lengths of a pair in tokens."""
 
     query_length: int = 32
     document_length: int = 128
@@ -75,10 +76,9 @@ class Pairs:
 @gin.configurable("contextual")
 @dataclasses.dataclass(frozen=True)
 class Contextual:
-    """Of training: longest query, chunk and document, in tokens (documents with a separator between chunks), and most
-    chunks.
+    """Maximum lengths in tokens (a document with a separator between chunks) and number of chunks, for training.
 
-    Chunks of the evaluation sets are as long.
+    `chunk_length` also applies to the evaluation sets.
     """
 
     query_length: int = 32
@@ -90,7 +90,7 @@ class Contextual:
 @gin.configurable("evaluation")
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """max_queries: of one evaluation set. Longest document in tokens, and most chunks, of the contextual sets."""
+    """max_queries: per evaluation set. The other maxima are of a document in the contextual sets, length in tokens."""
 
     max_queries: int = 3000
     document_length: int = 1024
@@ -119,11 +119,12 @@ def prepare(
     packages: sources.Packages | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
-    """Writes `directory`; does nothing where it is complete and was made with the same arguments.
+    """Writes `directory`. Does nothing if it is complete and was prepared with the same arguments.
 
-    `limit`: at most that many functions and modules a split (of about as many files: for trials). `packages`: other
-    sources than `python_docs.PACKAGES`. With `tokenizer` no vocabulary is trained. Raises ValueError for a directory made with other arguments (naming them), for
-    unknown and unused gin bindings (naming the nearest valid key), for empty splits and empty tasks.
+    `limit`: maximum number of source files, functions and modules per split, for trials. `packages`: by default
+    `sources.PACKAGES`. With `tokenizer`, no vocabulary is trained. Raises ValueError for a directory with other
+    arguments (names them), for unknown and unused gin bindings (names the nearest valid key), for empty splits and
+    tasks, and for a `vocab_size` that the texts do not allow.
     """
     directory = paths.path(directory)
     settings = bind(gin_file, gin_bindings)
@@ -141,8 +142,8 @@ def prepare(
     arguments = json.loads(json.dumps(arguments))
     console = make_console(stderr=True)
     if (directory / "info.json").exists():
-        found = paths.read_json(directory / "info.json")["arguments"]
-        if differing := list(differences(found, arguments)):
+        previous = paths.read_json(directory / "info.json")["arguments"]
+        if differing := list(differences(previous, arguments)):
             raise ValueError(
                 f"{directory} was prepared with other arguments: "
                 + "; ".join(f"{name.removeprefix('gin.')} was {was!r}, now {now!r}" for name, was, now in differing)
@@ -151,7 +152,7 @@ def prepare(
         console.print(f"data: {directory} is complete")
         return
     if not (paths.is_empty(directory) or paths.is_partial(directory)):
-        raise ValueError(f"{directory} exists and holds no prepared data (no info.json); choose another directory")
+        raise ValueError(f"{directory} exists and has no prepared data (no info.json); choose another directory")
 
     with paths.replace_folder(directory, is_ours=lambda folder: False, marker="info.json") as partial:
         info = _write(partial, arguments, settings, packages, tokenizer, console)
@@ -172,41 +173,41 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
     seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def timed(what: str):
+    def timed(part: str):
         start = time.monotonic()
-        progress.update(bar, description=f"data: {what}")
+        progress.update(bar, description=f"data: {part}")
         yield
-        seconds[what] = round(time.monotonic() - start, 2)
+        seconds[part] = round(time.monotonic() - start, 2)
         progress.advance(bar)
 
     rates = settings["mixtures"].rates
     names = sorted({task for mixture in rates.values() for task in mixture})
     with progress, ThreadPoolExecutor(3) as pool:
         bar = progress.add_task("data", total=len(names) + 7)
-        # The sources are read by processes of their own while TensorFlow is imported.
+        # Worker processes read the sources while this one imports TensorFlow.
         packages = packages or sources.PACKAGES
         reading = sources.Reading(packages, limit=limit)
         with timed("import tensorflow"):
-            # Missing GPUs do not matter here. jax has set the level to 1, unless somebody asked for more.
-            loud = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "0"
-            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0" if loud else "3"
-            with contextlib.nullcontext() if loud else quiet():
+            # Hides warnings about missing GPUs, which do not matter here. jax sets level 1; 0 is the user's choice.
+            verbose = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "0"
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = "0" if verbose else "3"
+            with contextlib.nullcontext() if verbose else quiet():
                 import tensorflow_datasets as tfds
 
                 from embed.preparation import python_docs, tasks
-            tfds.disable_progress_bar()  # there is one here
+            tfds.disable_progress_bar()  # `progress` replaces it
 
             if unknown := [name for name in names if name not in tasks.TASKS]:
                 raise ValueError(f"mixtures.rates: no task {unknown[0]!r}{_nearest(unknown[0], tasks.TASKS)}")
         with timed("read sources"):
             modules = reading.result()
         gc.collect()
-        gc.freeze()  # or every collection walks through all sources again
+        gc.freeze()  # keeps later collections from walking through all sources
         with timed("deduplicate and decontaminate"):
             corpus = python_docs.clean(modules, limit)
             corpus.dropped["unreadable files"] = len(reading.unreadable)
 
-        def make_vocabulary() -> tokenizers.Tokenizer:
+        def train_and_register() -> tokenizers.Tokenizer:
             with timed("vocabulary and tasks"):
                 if tokenizer:
                     tokenizer.save(folder / "tokenizer")
@@ -231,7 +232,7 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
                 tasks.register_mixtures(rates)
                 return trained
 
-        def work(config: str) -> dict:
+        def build_and_run_tasks(config: str) -> dict:
             with timed(f"build {config}"):
                 builders[config].download_and_prepare()
             registered.result()
@@ -250,14 +251,18 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
             for config in ("functions", "modules")
         }
         version = str(builders["functions"].version)
-        # A thread each: what one does in Python runs beside what the others do in SentencePiece and TensorFlow.
-        registered = pool.submit(make_vocabulary)
-        working = [pool.submit(work, config) for config in builders]
-        tokenizer = registered.result()
-        with timed("evaluation sets"):
-            evaluation = _evaluation_sets(folder / "evaluation", corpus, tokenizer, settings)
-        found = {name: count for part in working for name, count in part.result().items()}
-        counts = {name: found[name] for name in names} | evaluation
+        # One thread's Python code runs while the others are in SentencePiece or TensorFlow.
+        registered = pool.submit(train_and_register)
+        working = [pool.submit(build_and_run_tasks, config) for config in builders]
+        try:
+            tokenizer = registered.result()
+            with timed("evaluation sets"):
+                evaluation = _evaluation_sets(folder / "evaluation", corpus, tokenizer, settings)
+            task_counts = {name: count for part in working for name, count in part.result().items()}
+        except BaseException:
+            corpus.clear()  # ends the builds, for which the pool would wait
+            raise
+        counts = {name: task_counts[name] for name in names} | evaluation
         (folder / "mixtures.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
     gc.unfreeze()
     return {
@@ -274,7 +279,7 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
 
 
 def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: int) -> dict:
-    """Tokens of a task's train split, shuffled, as a store; returns its counts. Raises ValueError where it is empty."""
+    """Writes a task's train split to a store, shuffled, and returns its counts. Raises ValueError if it is empty."""
     import seqio
 
     from embed.preparation import tasks
@@ -288,7 +293,7 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
         trim_output_features=False,
         try_in_mem_cache=False,
     )
-    # A pair with an empty side, a document without tokens: nothing to learn from.
+    # An example with an empty side, such as a query without tokens, teaches nothing.
     sides = {"diffusion": ("tokens",), "pair": ("query", "document"), "contextual": ("document", "queries")}[stage]
     vocabulary = task.output_features[sides[0]].vocabulary
     vocabulary.lost.clear()
@@ -299,7 +304,7 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
     kept = [i for i in range(len(values[sides[0]])) if all(len(values[side][i]) for side in sides)]
     lost = {"examples without tokens": len(values[sides[0]]) - len(kept), **vocabulary.lost}
     if not kept:
-        raise ValueError(f"the task {name!r} gives no example with tokens; take it out of mixtures.rates")
+        raise ValueError(f"task {name!r} has no example with tokens; remove it from mixtures.rates")
     np.random.default_rng(int(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).hexdigest(), 16)).shuffle(kept)
     writer = store.Writer(path, tasks.COLUMNS[stage])
     writer.extend(
@@ -319,7 +324,7 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
 
 
 def sample(texts: Sequence[str], characters: int, seed: int) -> list[str]:
-    """Windows of text, drawn evenly without replacement, of about so many characters together."""
+    """Windows of the texts, about `characters` in total, sampled evenly without replacement."""
     windows = [(i, start) for i, text in enumerate(texts) for start in range(0, len(text), _WINDOW)]
     chosen = random.Random(seed).sample(windows, min(len(windows), -(-characters // _WINDOW)))
     return [texts[i][start : start + _WINDOW] for i, start in chosen]
@@ -340,12 +345,12 @@ def _evaluation_sets(folder: Path, corpus, tokenizer, settings: Mapping) -> dict
                 document_length=evaluation.document_length,
                 max_chunks=evaluation.max_chunks,
                 max_queries=evaluation.max_queries,
-                seen=corpus.seen,
+                excluded=corpus.contaminated,
             ),
         }
         for name, (texts, queries, qrels) in sets.items():
             if not queries:
-                raise ValueError(f"the evaluation set {name}/{split} has no query: its packages document too little")
+                raise ValueError(f"evaluation set {name}/{split} has no query: its packages have too few docstrings")
             evaluation_sets.write(folder / name / split, texts, queries, qrels)
             counts[f"evaluation/{name}/{split}"] = {
                 "corpus": len(texts),
@@ -360,7 +365,7 @@ def _evaluation_sets(folder: Path, corpus, tokenizer, settings: Mapping) -> dict
 
 
 def bind(gin_file: str | Path, gin_bindings: Sequence[str] = ()) -> dict:
-    """{configurable: its bound settings}. Unknown and unused bindings raise ValueError."""
+    """{configurable: its settings}. Unknown and unused bindings raise ValueError."""
     if not Path(gin_file).is_file():
         raise FileNotFoundError(f"no gin file {gin_file}")
     text = Path(gin_file).read_text(encoding="utf-8") + "\n" + "\n".join(gin_bindings)
@@ -376,11 +381,11 @@ def bind(gin_file: str | Path, gin_bindings: Sequence[str] = ()) -> dict:
             settings = {name: kind() for name, kind in _CONFIGURABLES.items()}
         except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{gin_file}: {str(error).splitlines()[0]}") from None
-        # gin passes macros and scopes that nothing uses in silence.
+        # gin does not report unused macros and scopes.
         used = _bindings(gin.operative_config_str(), "operative config")
         for key in bound:
             if key not in used:
-                raise ValueError(f"{gin_file}: the gin binding {key!r} is used by nothing{_nearest(key, valid)}")
+                raise ValueError(f"{gin_file}: unused gin binding {key!r}{_nearest(key, valid)}")
     finally:
         gin.clear_config()
     for name, value in settings.items():
@@ -396,25 +401,27 @@ def _check_rates(rates, gin_file) -> None:
         raise ValueError(f"{gin_file}: mixtures.rates must be {{mixture: {{task: rate}}}}, got {rates!r}")
     for mixture, members in rates.items():
         if not isinstance(members, dict) or not members:
-            raise ValueError(f"{gin_file}: mixture {mixture!r} must be {{task: rate}} with at least one task")
+            raise ValueError(
+                f"{gin_file}: mixture {mixture!r} must be {{task: rate}} with at least one task, got {members!r}"
+            )
         for task, rate in members.items():
             if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
                 raise ValueError(f"{gin_file}: the rate of {task!r} in {mixture!r} must be positive, got {rate!r}")
 
 
-def _bindings(text: str, where) -> dict:
-    """{"scope/configurable.parameter" or macro: None} of a gin text, in order."""
+def _bindings(text: str, source) -> dict:
+    """{"scope/configurable.parameter" or macro: None} of a gin text, in order. `source` is its name in errors."""
     try:
         statements = list(gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()))
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{source}: {str(error).splitlines()[0]}") from None
     keys = {}
     for s in statements:
         if isinstance(s, gin.config_parser.BindingStatement):
             name = f"{s.scope}/{s.selector}" if s.scope else s.selector
             keys[f"{name}.{s.arg_name}" if s.arg_name else name] = None
         elif not isinstance(s, gin.config_parser.ImportStatement):
-            raise ValueError(f"{where}: only bindings are allowed, got {type(s).__name__}")
+            raise ValueError(f"{source}: only bindings are allowed, got {type(s).__name__}")
     return keys
 
 
@@ -429,7 +436,7 @@ def _nearest(name: str, valid) -> str:
 
 def _print(console, info: Mapping) -> None:
     table = rich.table.Table(title="Prepared data", title_justify="left")
-    for column in ("", "examples", "tokens", "cut or left out", "seconds"):
+    for column in ("", "examples", "tokens", "truncated or dropped", "seconds"):
         table.add_column(column, justify="left" if not column else "right")
     for name, count in info["counts"].items():
         if "examples" in count:
@@ -452,4 +459,4 @@ def _print(console, info: Mapping) -> None:
             table.add_row(reason, "", "", f"{count:,}", "")
     print_table(table, stderr=True)
     if info["packages_missing"]:
-        console.print(f"packages of the fixed lists that are not installed here: {', '.join(info['packages_missing'])}")
+        console.print(f"packages of python_docs that are not installed: {', '.join(info['packages_missing'])}")

@@ -1,12 +1,12 @@
-"""`python_docs`: documented Python source as a TFDS dataset, read from the packages that are installed here.
+"""`python_docs`: documented Python source of the installed packages, as a TFDS dataset.
 
-Two configs, each with splits train, development and test, divided by *package*:
+Two configs with splits train, development and test, which are divided by *package*:
 
     functions   a documented function: names, docstring, source without the docstring
     modules     a module: source text, and its classes and functions in source order, documented or not
 
-The version ends in a fingerprint of name==version of every package and of the options, so that a stale build is never
-reused; `info.metadata` lists the packages and what was dropped and why.
+The version ends in a fingerprint of the options and of name==version of every package, so that a stale build is never
+reused. `info.metadata` lists the packages and counts the dropped items by reason.
 """
 
 import dataclasses
@@ -20,45 +20,50 @@ from etils import epath
 
 from embed.preparation import hygiene, sources
 
-# Bump when the extraction changes what it extracts.
+# Increment when the extracted content changes.
 FORMAT = 1
 
 MIN_SUMMARY_WORDS = 3
-MAX_MODULE_CHARACTERS = 40_000  # of the text; members are whole
+MAX_MODULE_CHARACTERS = 40_000  # of the text; members are not truncated
 
 
 @dataclasses.dataclass
 class Corpus:
-    """{split: examples} of each config, clean; and {reason: number dropped}."""
+    """Clean {split: examples} of each config, and {reason: number of dropped items}."""
 
     functions: dict[str, list[dict]]
     modules: dict[str, list[dict]]
     dropped: dict[str, int]
-    seen: set[str]  # digests of held-out functions that occur inside some text of training: no evaluation uses them
+    contaminated: set[str]  # digests of held-out functions inside training texts; no evaluation uses these functions
+
+    def clear(self) -> None:
+        """Removes all examples. Builds that read them in other threads end."""
+        for examples in [*self.functions.values(), *self.modules.values()]:
+            examples.clear()
 
 
 def clean(modules: dict[str, list[dict]], limit: int | None = None) -> Corpus:
-    """Deduplicates by content, takes from training whatever is held out, and counts it.
+    """Drops duplicates, drops held-out content from training, and counts both.
 
-    A training module that contains the text of any held-out function, even an undocumented or nested one, goes; so does
-    a training function equal to one. `limit`: at most that many examples of each kind in a split.
+    Training loses every module that contains the text of a held-out function, even an undocumented or nested one, and
+    every function equal to a held-out function. `limit`: at most that many examples per config and split.
     """
     dropped: dict[str, int] = {}
     held_out = {d for split in ("development", "test") for module in modules[split] for d in module["digests"]}
     result = Corpus({}, {}, dropped, set())
     seen_functions: set[str] = set()
     for split in ("test", "development", "train"):
-        found = modules[split]
-        if not found:
+        unique = modules[split]
+        if not unique:
             raise ValueError(f"split {split!r} of python_docs is empty: none of its packages is installed")
-        found, dropped[f"{split}: duplicate modules"] = hygiene.deduplicate(found, lambda m: m["digest"])
-        functions = [{"module": m["module"], **function} for m in found for function in m["functions"]]
+        unique, dropped[f"{split}: duplicate modules"] = hygiene.deduplicate(unique, lambda m: m["digest"])
+        functions = [{"module": m["module"], **function} for m in unique for function in m["functions"]]
         documented = [f for f in functions if len(f["summary"].split()) >= MIN_SUMMARY_WORDS]
         dropped[f"{split}: functions without a summary"] = len(functions) - len(documented)
         functions = documented
         if split == "train":
-            found, dropped["train: modules with held-out text"] = hygiene.decontaminate(
-                found, lambda m: m["digests"], held_out
+            unique, dropped["train: modules with held-out text"] = hygiene.decontaminate(
+                unique, lambda m: m["digests"], held_out
             )
             functions, dropped["train: held-out functions"] = hygiene.decontaminate(
                 functions, lambda f: [f["digest"]], held_out
@@ -69,26 +74,26 @@ def clean(modules: dict[str, list[dict]], limit: int | None = None) -> Corpus:
                 functions, lambda f: [f["digest"]], seen_functions
             )
             seen_functions |= {f["digest"] for f in functions}
-        # Ordered by content: any prefix is then a fair sample of all packages.
+        # In order of content, any prefix is a fair sample of all packages.
         result.functions[split] = sorted(functions, key=lambda f: f["digest"])[:limit]
-        result.modules[split] = sorted(found, key=lambda m: m["digest"])[:limit]
-    _check_inside(result)
+        result.modules[split] = sorted(unique, key=lambda m: m["digest"])[:limit]
+    _drop_contained(result)
     return result
 
 
-def _check_inside(corpus: Corpus) -> None:
-    """Takes from the held-out functions those whose text stands inside a longer one of training, or is too short to tell."""
+def _drop_contained(corpus: Corpus) -> None:
+    """Drops held-out functions whose text is part of a training function, or too short to tell."""
     training = {f["digest"]: f["code"] for module in corpus.modules["train"] for f in module["functions"]}
     training |= {f["digest"]: f["code"] for f in corpus.functions["train"]}
     held_out = [f for split in ("test", "development") for f in corpus.functions[split]]
     short = {f["digest"] for f in held_out if len(hygiene.normalise(f["code"])) < hygiene.WINDOW}
     rest = [f for f in held_out if f["digest"] not in short]
     inside = {rest[i]["digest"] for i in hygiene.contained([f["code"] for f in rest], training.values())}
-    corpus.seen |= short | inside
+    corpus.contaminated |= short | inside
     corpus.dropped["held-out functions too short to tell whether training has them"] = len(short)
     corpus.dropped["held-out functions found inside training text"] = len(inside)
     for split in ("test", "development"):
-        corpus.functions[split] = [f for f in corpus.functions[split] if f["digest"] not in corpus.seen]
+        corpus.functions[split] = [f for f in corpus.functions[split] if f["digest"] not in corpus.contaminated]
 
 
 _FEATURES = {
@@ -109,7 +114,7 @@ _FEATURES = {
 
 
 def module_example(record: dict) -> dict:
-    """A module as read from its source, as an example of the builder's `modules` config: members in source order."""
+    """A module dictionary of `sources` as an example of the `modules` config, with members in source order."""
     members = []
     for kind, index in record["order"]:
         if kind == "class":
@@ -137,10 +142,10 @@ _MEMBER = ("owner", "name", "arguments", "summary", "code", "body")
 
 
 class PythonDocs(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of `python_docs`; `reading` is a `sources.Reading` already under way, of the same packages."""
+    """TFDS builder of `python_docs`. `corpus`: the clean records of `packages`; by default the builder reads them."""
 
     name = "python_docs"
-    # TFDS 4.9.10 would look it up with importlib_resources, which it does not install.
+    # Without it, TFDS 4.9.10 needs importlib_resources, which it does not install.
     code_path = epath.Path(__file__)
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS = [
@@ -166,7 +171,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _log_download_bytes(self) -> None:
-        """Nothing is downloaded; `prepare` tells what it does."""
+        """Logs nothing: there is no download, and `prepare` reports its own progress."""
 
     def _log_download_done(self) -> None:
         pass
@@ -177,7 +182,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
             description="Documented Python source of installed packages, split by package.",
             features=tfds.features.FeaturesDict(_FEATURES[self.builder_config.name]),
             metadata=tfds.core.MetadataDict(packages=self._packages),
-            disable_shuffling=True,  # examples come ordered by content already
+            disable_shuffling=True,  # examples are already in order of content
         )
 
     def _split_generators(self, dl_manager):

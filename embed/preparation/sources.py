@@ -1,13 +1,14 @@
-"""Python source trees -> functions, classes and modules, with `ast`. Standard library only: worker processes run this file.
+"""Python source trees -> functions, classes and modules, with `ast`.
 
-A file is read, parsed and walked once. What comes out of it are plain dictionaries:
+Worker processes run this file, so it imports only the standard library. It reads, parses and walks a source file once
+and returns plain dictionaries:
 
-    module    package, module (dotted name), text, digest, summary (first paragraph of the docstring), functions, classes,
-              order: [["class" | "function", index], …] in source order,
-              digests: normalised content of every function in it, nested ones too, without docstrings
-    function  name, owner (its class, dotted where nested, or ""), arguments (names), docstring, summary,
-              code (source without the docstring, dedented), body (offset in `code` where the body begins), digest
-    class     name (dotted where nested), summary, header (decorators, class statement and fields)
+    module    package, module (dotted name), text, digest, summary (first paragraph of the docstring), functions,
+              classes, order: [["class" | "function", index], …] in source order,
+              digests: of the normalised content of all its functions, including nested ones, without docstrings
+    function  name, owner (its class, dotted if nested, or ""), arguments (names), docstring, summary,
+              code (source without the docstring, dedented), body (offset of the body in `code`), digest
+    class     name (dotted if nested), summary, header (decorators, class statement and fields)
 """
 
 import ast
@@ -33,7 +34,7 @@ SKIPPED_FOLDERS = frozenset(
     "test tests testing testdata test_data site-packages __pycache__ _vendor _vendored vendored third_party "
     "idlelib lib2to3 turtledemo ensurepip".split()
 )
-# Tests, and modules that a program wrote.
+# Tests and generated modules.
 SKIPPED_FILES = re.compile(
     r"(test_|gen_).*|.*(_test|_tests|_test_utils|_pb2|_pb2_grpc|_gen|_generated)\.py|conftest\.py"
 )
@@ -43,7 +44,7 @@ SPLITS = ("train", "development", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Packages:
-    """Which import packages make up which split, and the folders to look for them in (none: where Python looks)."""
+    """The import packages of each split. `path`: folders to search for them (empty: sys.path)."""
 
     train: tuple[str, ...]
     development: tuple[str, ...]
@@ -51,29 +52,29 @@ class Packages:
     path: tuple[str, ...] = ()
 
     def folders(self) -> dict[str, dict[str, Path]]:
-        """{split: {package: folder}} of the packages that are here."""
+        """{split: {package: folder}} of the installed packages."""
         path = self.path or tuple(entry for entry in sys.path if entry)
-        found: dict[str, dict[str, Path]] = {}
+        result: dict[str, dict[str, Path]] = {}
         for split in SPLITS:
-            found[split] = {}
+            result[split] = {}
             for package in getattr(self, split):
                 if package == "stdlib" and not self.path:
-                    found[split][package] = Path(sysconfig.get_path("stdlib"))
+                    result[split][package] = Path(sysconfig.get_path("stdlib"))
                     continue
                 for entry in path:
                     if (Path(entry) / package).is_dir():
-                        found[split][package] = Path(entry) / package
+                        result[split][package] = Path(entry) / package
                         break
-        return found
+        return result
 
     def versions(self) -> dict[str, str]:
-        """{package: "name==version"} of the distributions that brought the packages that are here."""
-        here = [package for packages in self.folders().values() for package in packages]
+        """{package: "name==version" of its distributions} for the installed packages."""
+        installed = [package for packages in self.folders().values() for package in packages]
         if self.path:
-            return {package: f"{package}==0" for package in here}
+            return {package: f"{package}==0" for package in installed}
         distributions = importlib.metadata.packages_distributions()
         versions = {}
-        for package in here:
+        for package in installed:
             if package == "stdlib":
                 versions[package] = "python==" + ".".join(map(str, sys.version_info[:3]))
             else:
@@ -82,12 +83,13 @@ class Packages:
         return versions
 
     def missing(self) -> list[str]:
+        """The packages that are not installed."""
         folders = self.folders()
         return [p for split in SPLITS for p in getattr(self, split) if p not in folders[split]]
 
 
 def files(folder: Path, package: str) -> Iterator[tuple[str, str]]:
-    """(dotted module name, path) of the package's sources, sorted, without tests, vendored and generated code."""
+    """(dotted module name, path) of the package's sources, sorted. Skips tests, vendored and generated code."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in SKIPPED_FOLDERS and not f.startswith("test_"))
         for name in sorted(names):
@@ -101,12 +103,15 @@ def files(folder: Path, package: str) -> Iterator[tuple[str, str]]:
 
 
 def summary(docstring: str) -> str:
-    """The first paragraph in one line, up to where a section or an example begins."""
+    """The first paragraph on one line, up to the first section or example."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return " ".join(_SECTION.split(paragraph, maxsplit=1)[0].split())
 
 
-_TITLES = "Args|Arguments|Parameters|Params|Attributes|Returns|Return|Yields|Raises|Example|Examples|Notes?|See Also|References"
+_TITLES = (
+    "Args|Arguments|Parameters|Params|Attributes|Returns|Return|Yields|Raises|Example|Examples|Notes?|See Also|"
+    "References"
+)
 _SECTION = re.compile(rf"^\s*(?:(?:{_TITLES})\s*(?::|\n\s*-{{3,}})|:\w+[^:\n]*:|>>>|\.\. |@param)", re.MULTILINE)
 _PARAMETERS = re.compile(
     # Google: an indented block under the title. NumPy: up to the next underlined title.
@@ -118,25 +123,25 @@ _FIELD = re.compile(r"^:param[^:\n]*?(\w+):((?:.*\n?)(?:[ \t]+.*\n?)*)", re.MULT
 
 
 def parameters(docstring: str) -> str:
-    """The documentation of the parameters (Google, NumPy or Sphinx style) in one line, or ""."""
+    """The documentation of the parameters (Google, NumPy or Sphinx style) on one line, or ""."""
     if match := _PARAMETERS.search(docstring):
         return " ".join((match[1] or match[2]).split())
     return " ".join(f"{name}: {' '.join(text.split())}" for name, text in _FIELD.findall(docstring))
 
 
 def description(docstring: str) -> str:
-    """The prose between the first paragraph and the first section or example, in one line, or ""."""
+    """The prose between the first paragraph and the first section or example, on one line, or ""."""
     parts = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)
     return " ".join(_SECTION.split(parts[1], maxsplit=1)[0].split()) if len(parts) == 2 else ""
 
 
 def digest(text: str) -> str:
-    """As `hygiene.digest`, which a worker process does not import."""
+    """Equals `hygiene.digest`, which a worker process does not import."""
     return hashlib.blake2b("".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def read_module(package: str, name: str, source: bytes) -> dict:
-    """One file as the dictionary described above. Raises SyntaxError, UnicodeDecodeError or ValueError (null bytes)."""
+    """The module dictionary of one file. Raises SyntaxError, UnicodeDecodeError or ValueError (null bytes)."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
     text = source.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     tree = ast.parse(text)
@@ -156,7 +161,7 @@ def read_module(package: str, name: str, source: bytes) -> dict:
 
 
 class _Reader:
-    """Walks the statements of one module (never its expressions, where most of the nodes are)."""
+    """Walks the statements of one module. Skips its expressions, which hold most of the nodes."""
 
     def __init__(self, lines: list[str]):
         self.lines = lines
@@ -182,7 +187,7 @@ class _Reader:
                     self.visit(block, owner)
 
     def nested(self, statements: Iterable[ast.stmt]) -> None:
-        """Digests of the functions inside a function: they are no examples, but their text is in the module's."""
+        """Adds the digests of functions inside a function. They are no examples, but the module contains them."""
         for node in statements:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 self.digests.add(digest(self.code(node)[0]))
@@ -212,16 +217,16 @@ class _Reader:
 
     def class_(self, node: ast.ClassDef, name: str) -> dict:
         fields = [s for s in node.body if isinstance(s, (ast.Assign, ast.AnnAssign))]
-        end = max(_start(node.body[0]), node.lineno + 1)  # the first line that is not the class statement's
+        end = max(_start(node.body[0]), node.lineno + 1)  # the first line after the class statement
         header = self.text(_start(node), end, node.col_offset)
         header += "".join("\n" + self.text(_start(s), s.end_lineno + 1, node.col_offset) for s in fields)
         return {"name": name, "summary": summary(ast.get_docstring(node) or ""), "header": header}
 
     def code(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[str, int]:
-        """The function without its docstring, and where in it the body begins."""
+        """The function without its docstring, and the offset of its body."""
         start, end, indent = _start(node), node.end_lineno + 1, node.col_offset
         first = node.body[0]
-        if ast.get_docstring(node, clean=False) is None or not self.alone(first):
+        if ast.get_docstring(node, clean=False) is None or not self.has_own_lines(first):
             body = _start(first)
             if body > node.lineno:
                 head = self.text(start, body, indent)
@@ -233,14 +238,14 @@ class _Reader:
         head = self.text(start, first.lineno, indent)
         return head + "\n" + self.text(first.end_lineno + 1, end, indent), len(head) + 1
 
-    def alone(self, node: ast.stmt) -> bool:
-        """Whether the statement shares its lines with no other one."""
+    def has_own_lines(self, node: ast.stmt) -> bool:
+        """Whether the statement shares its lines with no other statement."""
         before = self.lines[node.lineno - 1].encode()[: node.col_offset]
         after = self.lines[node.end_lineno - 1].encode()[node.end_col_offset :].strip()
         return not before.strip() and (not after or after.startswith(b"#"))
 
     def text(self, start: int, end: int, indent: int) -> str:
-        """Lines start … end - 1 (from 1), dedented by `indent` columns where they are indented so far."""
+        """Lines start … end - 1 (from 1). Dedents lines that begin with `indent` columns of white space."""
         lines = self.lines[start - 1 : end - 1]
         if indent:
             lines = [line[indent:] if line[:indent].isspace() or not line.strip() else line for line in lines]
@@ -248,7 +253,7 @@ class _Reader:
 
 
 def _start(node: ast.stmt) -> int:
-    """The first line of a statement, decorators included."""
+    """The first line of a statement, including decorators."""
     decorators = getattr(node, "decorator_list", None)
     return min(node.lineno, decorators[0].lineno) if decorators else node.lineno
 
@@ -265,7 +270,7 @@ def _blocks(node: ast.stmt) -> Iterator[list[ast.stmt]]:
 
 
 def _trivial(body: Sequence[ast.stmt]) -> bool:
-    """Nothing to read: no statement, or nothing but pass, constants and raise NotImplementedError."""
+    """Whether the body is empty or has only pass, constants and raise NotImplementedError."""
     for node in body:
         if isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             continue
@@ -277,14 +282,15 @@ def _trivial(body: Sequence[ast.stmt]) -> bool:
     return True
 
 
-# Packages that an installation of this project brings. None of the held-out ones is a copy of a training package.
+# Packages that this project installs. No held-out package is a copy of a training package.
 PACKAGES = Packages(
     train=tuple(
-        "stdlib tensorflow scipy jax matplotlib tensorflow_datasets numpy keras pyglove huggingface_hub IPython fontTools "
-        "prompt_toolkit _pytest setuptools beartype pip tornado ipykernel PIL jupyter_client zmq mpl_toolkits psutil jedi "
-        "packaging platformdirs nbformat click traitlets treescope h5py pyarrow pyparsing anyio optree urllib3 requests "
-        "tensorflow_text pexpect simple_parsing markdown_it grpc attr opt_einsum gin tensorboardX ml_collections filelock "
-        "parso tqdm dateutil xdist bm25s jupyter_core pluggy jsonschema nbclient".split()
+        "stdlib tensorflow scipy jax matplotlib tensorflow_datasets numpy keras pyglove huggingface_hub IPython "
+        "fontTools prompt_toolkit _pytest setuptools beartype pip tornado ipykernel PIL jupyter_client zmq "
+        "mpl_toolkits psutil jedi packaging platformdirs nbformat click traitlets treescope h5py pyarrow pyparsing "
+        "anyio optree urllib3 requests tensorflow_text pexpect simple_parsing markdown_it grpc attr opt_einsum gin "
+        "tensorboardX ml_collections filelock parso tqdm dateutil xdist bm25s jupyter_core pluggy jsonschema "
+        "nbclient".split()
     ),
     development=("absl", "clu", "etils", "fsspec", "rich"),
     test=("flax", "optax", "orbax", "seqio"),
@@ -292,18 +298,18 @@ PACKAGES = Packages(
 
 
 class Reading:
-    """Reads all files of the packages in worker processes that start at once; `result` waits for them."""
+    """Reads all files of the packages in worker processes, which start immediately. `result` waits for them."""
 
     def __init__(self, packages: Packages, *, limit: int | None = None, processes: int | None = None):
-        """`limit`: at most that many files a split, chosen by the digest of their names."""
+        """`limit`: at most that many files per split, chosen by the digest of their names."""
         self.packages = packages
         self.unreadable: dict[str, str] = {}
         work = []
         for split, folders in packages.folders().items():
-            found = [(package, *file) for package, folder in folders.items() for file in files(folder, package)]
+            entries = [(package, *file) for package, folder in folders.items() for file in files(folder, package)]
             if limit is not None:
-                found = sorted(found, key=lambda file: digest(file[1]))[:limit]
-            work += [(os.path.getsize(path), split, package, module, path) for package, module, path in found]
+                entries = sorted(entries, key=lambda entry: digest(entry[1]))[:limit]
+            work += [(os.path.getsize(path), split, package, module, path) for package, module, path in entries]
         work.sort(reverse=True)
         if processes is None:
             processes = min(
@@ -311,7 +317,7 @@ class Reading:
             )
         self._folder = tempfile.TemporaryDirectory(prefix="python_docs_")
         self._workers = []
-        # Plain processes of this file, not `multiprocessing`: a spawned one would import the caller's main module again.
+        # Not `multiprocessing`, which would import the caller's main module in each spawned process.
         for index in range(processes):
             share = [item[1:] for item in work[index::processes]]
             Path(self._folder.name, f"{index}.in").write_text(json.dumps(share))
@@ -319,14 +325,14 @@ class Reading:
             self._workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
 
     def result(self) -> dict[str, list[dict]]:
-        """{split: modules sorted by name}; `unreadable` then holds {path: why} of the files that were left out."""
+        """{split: modules sorted by name}. Sets `unreadable` to {path: reason} of the files that were left out."""
         modules: dict[str, list[dict]] = {split: [] for split in SPLITS}
         for index, worker in enumerate(self._workers):
             if worker.wait() != 0:
-                raise RuntimeError(f"reading Python sources failed: a worker ended with exit code {worker.returncode}")
+                raise RuntimeError(f"a worker that reads Python sources ended with exit code {worker.returncode}")
             with open(Path(self._folder.name, f"{index}.out"), "rb") as records:
-                while found := pickle.load(records):
-                    split, module = found
+                while record := pickle.load(records):
+                    split, module = record
                     if "error" in module:
                         self.unreadable[module["path"]] = module["error"]
                     else:
@@ -338,16 +344,16 @@ class Reading:
 
 
 def _work(folder: str, index: str) -> None:
-    warnings.simplefilter("ignore")  # SyntaxWarning of the sources
-    gc.disable()  # syntax trees hold no cycles, and scanning them doubles the time
+    warnings.simplefilter("ignore")  # SyntaxWarnings of the sources
+    gc.disable()  # syntax trees have no cycles, and scanning them doubles the time
     with open(Path(folder, f"{index}.out"), "wb") as out:
         for split, package, module, path in json.loads(Path(folder, f"{index}.in").read_text()):
             try:
                 source = Path(path).read_bytes()
                 if b"def " not in source:
-                    continue  # imports, tables of constants
+                    continue  # only imports and tables of constants
                 if len(source) > MAX_FILE_BYTES:
-                    raise ValueError(f"{len(source)} bytes, at most {MAX_FILE_BYTES} are read")
+                    raise ValueError(f"has {len(source)} bytes, at most {MAX_FILE_BYTES} are allowed")
                 record = read_module(package, module, source)
             except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError, LookupError) as error:
                 record = {"path": path, "error": f"{type(error).__name__}: {error}"}

@@ -1,4 +1,4 @@
-"""The seqio side: our tokenizer as a seqio vocabulary, the tasks over `python_docs`, and mixtures of them.
+"""Our tokenizer as a seqio vocabulary, the seqio tasks over `python_docs`, and their mixtures.
 
 task                       columns (all int32[length])
 python_docs_text           tokens
@@ -7,8 +7,8 @@ python_docs_descriptions   query, document          rest of the docstring's pros
 python_docs_parameters     query, document          parameter documentation -> function
 python_docs_names          query, document          words of class, name and arguments -> body
 python_docs_classes        query, document          class summary -> class header and method signatures
-python_docs_members        query, document          class or module summary and words -> one of its functions
-python_docs_modules        document, chunk_lengths, queries, query_lengths, positives       see examples.chunks
+python_docs_members        query, document          words and summary of a class or module -> one of its functions
+python_docs_modules        document, chunk_lengths, queries, query_lengths, positives; see examples.chunks
 """
 
 import functools
@@ -23,10 +23,14 @@ import tensorflow as tf
 from embed.preparation import examples
 from embed.tokenizers import Tokenizer
 
-BATCH = 512  # texts tokenised at once
-# No token is longer than 16 characters, and indentation is squeezed: what lies beyond is not worth tokenising.
+BATCH = 512  # texts per call of the tokenizer
+# Limits the characters to tokenise: no token is longer than 16 characters, and the tokenizer squeezes indentation.
 CHARACTERS_PER_TOKEN = 20
-CUT, BEYOND, UNASKED = "texts cut to their length", "modules beyond max_characters", "documents without a query"
+TRUNCATED, OVER_LIMIT, WITHOUT_QUERY = (
+    "texts cut to their length",
+    "modules beyond max_characters",
+    "documents without a query",
+)
 COLUMNS = {
     "diffusion": ("tokens",),
     "pair": ("query", "document"),
@@ -50,9 +54,9 @@ CONFIGS = {name: PAIRS[name][0] if name in PAIRS else "modules" for name in TASK
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """Our tokenizer as seqio knows it: the tokens are the same as at inference. No EOS.
+    """Our tokenizer as a seqio vocabulary: the same tokens as at inference, no EOS.
 
-    `lost` counts what the preprocessors cut or left out since it was last cleared, by reason.
+    `lost` counts, by reason, what the preprocessors truncated or left out since it was last cleared.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -73,7 +77,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return self.tokenizer.decode(ids)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(text):  # bytes in a graph, an array when eager
+        def encode(text):  # bytes in a graph, an array in eager mode
             return self.tokenizer.encode([tf.compat.as_text(np.asarray(text).item())])[0]
 
         tokens = tf.numpy_function(encode, [s], tf.int32, stateful=False)
@@ -90,30 +94,31 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return hash(self.tokenizer.digest)
 
     def encode_batch(self, texts: Sequence[str], length: int | None = None) -> list[np.ndarray]:
-        """int32[at most length] of each text."""
+        """int32[at most length] per text."""
         if length is None:
             return self.tokenizer.encode(texts)
-        cut = [text[: length * CHARACTERS_PER_TOKEN] for text in texts]
-        every = self.tokenizer.encode(cut)
-        self.lost[CUT] += sum(len(a) < len(b) or len(t) > length for a, b, t in zip(cut, texts, every))
-        return [tokens[:length] for tokens in every]
+        prefixes = [text[: length * CHARACTERS_PER_TOKEN] for text in texts]
+        encoded = self.tokenizer.encode(prefixes)
+        self.lost[TRUNCATED] += sum(len(a) < len(b) or len(t) > length for a, b, t in zip(prefixes, texts, encoded))
+        return [tokens[:length] for tokens in encoded]
 
 
 class _ReadOnce(seqio.TfdsDataSource):
-    """A TFDS source whose splits are read and parsed once for all tasks: they share a dataset, which TFDS caches in memory
-    unless it is large.
+    """A TFDS source that reads and parses a split once for all tasks.
+
+    The tasks share the split's dataset, which TFDS caches in memory unless it is large.
     """
+
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        self._datasets: dict[str, tf.data.Dataset] = {}
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None):
         if shuffle or shard_info:
             return super().get_dataset(split, shuffle, seed, shard_info)
-        if split not in self._read:
-            self._read[split] = super().get_dataset(split, shuffle=False)
-        return self._read[split]
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        self._read: dict[str, tf.data.Dataset] = {}
+        if split not in self._datasets:
+            self._datasets[split] = super().get_dataset(split, shuffle=False)
+        return self._datasets[split]
 
 
 def register(
@@ -129,7 +134,7 @@ def register(
 ) -> None:
     """Registers (anew) every task over the `python_docs` build of `version` in `data_dir`.
 
-    Pair tasks take their lengths from seqio's `sequence_length`. The arguments of the contextual task are in tokens.
+    The lengths of pair tasks come from seqio's `sequence_length`. Those of the contextual task are in tokens.
     """
     sources = {
         config: _ReadOnce(
@@ -142,7 +147,7 @@ def register(
     }
 
     def add(name: str, preprocessor: Callable) -> None:
-        vocabulary = TokenizerVocabulary(tokenizer)  # one a task: it counts what the task lost
+        vocabulary = TokenizerVocabulary(tokenizer)  # one per task, since it counts what the task lost
         seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(
             name,
@@ -175,11 +180,11 @@ def register_mixtures(mixtures: Mapping[str, Mapping[str, float]]) -> None:
         seqio.MixtureRegistry.add(name, [(task, float(rate)) for task, rate in rates.items()])
 
 
-# --- preprocessors: tf.data in, tf.data out, Python between --------------------------------------------------------------
+# --- preprocessors: tf.data to tf.data, with Python in between --------------------------------------------------------
 
 
 def text(dataset: tf.data.Dataset, output_features, max_characters: int) -> tf.data.Dataset:
-    """Whole module sources, until `max_characters` are reached. (Records come ordered by content: a fair sample.)"""
+    """Module sources, up to `max_characters` in total: a fair sample, since records are in order of content."""
     vocabulary = output_features["tokens"].vocabulary
 
     def generate():
@@ -188,7 +193,7 @@ def text(dataset: tf.data.Dataset, output_features, max_characters: int) -> tf.d
         for record in _records(dataset, ("text",)):
             source = record["text"][: max(max_characters - total, 0)]
             total += len(source)
-            vocabulary.lost[BEYOND] += len(source) < len(record["text"])
+            vocabulary.lost[OVER_LIMIT] += len(source) < len(record["text"])
             if source:
                 batch.append(source)
             if sum(map(len, batch)) > 1_000_000:
@@ -202,7 +207,7 @@ def text(dataset: tf.data.Dataset, output_features, max_characters: int) -> tf.d
 def pairs(
     dataset: tf.data.Dataset, output_features, sequence_length: Mapping[str, int] | None, make: Callable
 ) -> tf.data.Dataset:
-    """The texts that `make` takes from each record, tokenised and cut to `sequence_length`."""
+    """The pairs that `make` yields for each record, tokenised and truncated to `sequence_length`."""
     lengths = sequence_length or {}
 
     def generate():
@@ -223,30 +228,33 @@ def contextual(
     query_length: int,
     max_chunks: int,
 ) -> tf.data.Dataset:
-    """Modules as documents of chunks, with the queries that ask for one. Documents without a query are left out."""
+    """Modules as documents of chunks with queries. Documents without a query are left out."""
     vocabulary = output_features["document"].vocabulary
 
     def generate():
         for modules in _batches((examples.chunks(record) for record in _records(dataset)), 16):
-            every = [chunk for chunks in modules for chunk in chunks]
-            tokens = vocabulary.encode_batch([chunk.text for chunk in every], chunk_length)
-            asked = [i for i, chunk in enumerate(every) if chunk.query]
-            queries = dict(zip(asked, vocabulary.encode_batch([every[i].query for i in asked], query_length)))
+            flat = [chunk for chunks in modules for chunk in chunks]
+            tokens = vocabulary.encode_batch([chunk.text for chunk in flat], chunk_length)
+            with_query = [i for i, chunk in enumerate(flat) if chunk.query]
+            queries = dict(zip(with_query, vocabulary.encode_batch([flat[i].query for i in with_query], query_length)))
             batch = {column: [] for column in COLUMNS["contextual"]}
             first = 0
             for chunks in modules:
-                mine = tokens[first : first + len(chunks)]
+                chunk_tokens = tokens[first : first + len(chunks)]
                 for document in examples.documents(
-                    [c.header for c in chunks], [len(t) for t in mine], max_chunks=max_chunks, max_tokens=context_length
+                    [c.header for c in chunks],
+                    [len(t) for t in chunk_tokens],
+                    max_chunks=max_chunks,
+                    max_tokens=context_length,
                 ):
-                    positives = [place for place, i in enumerate(document) if first + i in queries]
-                    vocabulary.lost[UNASKED] += not positives
+                    positives = [position for position, i in enumerate(document) if first + i in queries]
+                    vocabulary.lost[WITHOUT_QUERY] += not positives
                     if positives:
-                        asking = [queries[first + document[place]] for place in positives]
-                        batch["document"].append(np.concatenate([mine[i] for i in document]))
-                        batch["chunk_lengths"].append(np.array([len(mine[i]) for i in document], np.int32))
-                        batch["queries"].append(np.concatenate(asking))
-                        batch["query_lengths"].append(np.array([len(q) for q in asking], np.int32))
+                        document_queries = [queries[first + document[position]] for position in positives]
+                        batch["document"].append(np.concatenate([chunk_tokens[i] for i in document]))
+                        batch["chunk_lengths"].append(np.array([len(chunk_tokens[i]) for i in document], np.int32))
+                        batch["queries"].append(np.concatenate(document_queries))
+                        batch["query_lengths"].append(np.array([len(q) for q in document_queries], np.int32))
                         batch["positives"].append(np.array(positives, np.int32))
                 first += len(chunks)
             yield batch
@@ -255,15 +263,15 @@ def contextual(
 
 
 def _records(dataset: tf.data.Dataset, features: Sequence[str] | None = None) -> Iterator[dict]:
-    """Records with str instead of bytes, sequences of structures as lists of dictionaries."""
+    """Records with str instead of bytes, and with lists of dictionaries for sequences of structures."""
     if features:
         dataset = dataset.map(lambda record: {name: record[name] for name in features})
-    for batch in dataset.ragged_batch(128):  # a record at a time takes three times as long
+    for batch in dataset.ragged_batch(128):  # one record at a time takes three times as long
         yield from _rows({name: _column(value) for name, value in batch.items()})
 
 
 def _column(value) -> list:
-    """One feature of a batch as a list."""
+    """One feature of a batch, as a list with an entry per record."""
     if isinstance(value, dict):
         columns = {name: _column(item) for name, item in value.items()}
         return [_rows(dict(zip(columns, row))) for row in zip(*columns.values())]
@@ -290,7 +298,7 @@ def _batches(items: Iterable, size: int = BATCH) -> Iterator[list]:
 
 
 def _ragged(generate: Callable[[], Iterator[dict[str, list[np.ndarray]]]], columns: Sequence[str]) -> tf.data.Dataset:
-    """A dataset of examples out of batches of them."""
+    """A dataset of single examples from a generator of batches."""
 
     def ragged():
         for batch in generate():

@@ -1,4 +1,4 @@
-"""Training a SentencePiece vocabulary, and the normalisation that is baked into it."""
+"""Trains a SentencePiece vocabulary and defines the normalisation that it contains."""
 
 import re
 import string
@@ -10,8 +10,8 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-MAX_TEXT_BYTES = 8192  # longer training texts are cut
-THREADS = 2  # fixed: the sums of EM depend on it in the last bits
+MAX_TEXT_BYTES = 8192  # longer training texts are truncated
+THREADS = 2  # fixed, because the last bits of EM's sums depend on it
 
 _PUNCTUATION = ".([{<\"'`=-+*/@:,;!~#$%&|^\\"
 
@@ -21,9 +21,10 @@ def train_sentencepiece(
 ) -> None:
     """Writes folder/sentencepiece.model: a unigram model with <pad> 0, <unk> 1, <mask> 2, <sep> 3, no BOS, no EOS.
 
-    With `split_identifiers` text is case-folded and cut where identifiers are (`identifier_rules`), so parse_config,
-    parseConfig and "parse the config" share pieces. Without, it is NFKC with byte fallback, and case is kept.
-    The same texts in the same order give the same model. Raises ValueError where `vocab_size` cannot be reached.
+    With `split_identifiers`, the model case-folds text and splits identifiers (`identifier_rules`), so that
+    parse_config, parseConfig and "parse the config" share pieces. Without it, the model applies NFKC with byte fallback
+    and keeps case. The same texts in the same order give the same model. Raises ValueError if the texts do not allow
+    `vocab_size` pieces.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +35,7 @@ def train_sentencepiece(
             lines = (f"{_hex(source)}\t{_hex(target)}\n" for source, target in sorted(identifier_rules().items()))
             rules.write_text("".join(lines), encoding="ascii")
             options = {"normalization_rule_tsv": str(rules), "character_coverage": 0.9998}
-        # From a file, not an iterator: then the trainer holds no interpreter lock and others work beside it.
+        # A file, not an iterator: the trainer then holds no interpreter lock, and other threads run meanwhile.
         sentences = Path(scratch, "texts.txt")
         count = 0
         with open(sentences, "w", encoding="utf-8") as out:
@@ -43,7 +44,7 @@ def train_sentencepiece(
                 out.write("\n")
                 count += 1
         if not count:
-            raise ValueError("a vocabulary needs at least one training text, there is none")
+            raise ValueError("a vocabulary needs at least one training text, got none")
         try:
             sentencepiece.SentencePieceTrainer.train(
                 input=str(sentences),
@@ -65,13 +66,13 @@ def train_sentencepiece(
         except RuntimeError as error:
             least, most = re.search(r"required_chars\. \d+ vs (\d+)", str(error)), re.search(r"<= (\d+)\.", str(error))
             if least:
-                why = f"must be at least {least[1]}: the characters of these {count} texts and the control pieces"
+                why = f"must be at least {least[1]}: the control pieces and the characters of the {count} texts"
             elif most:
-                why = f"must be at most {most[1]}: these {count} texts give no more pieces"
+                why = f"must be at most {most[1]}: the {count} texts give no more pieces"
             else:
                 why = f"cannot be trained on {count} texts: {error}"
             raise ValueError(f"vocab_size={vocab_size} {why}") from None
-        # The trainer writes down the paths it read: without them the same texts give the same file.
+        # The model records the trainer's temporary paths. Without them, the same texts give the same file.
         model = sentencepiece_model_pb2.ModelProto.FromString(Path(scratch, "sentencepiece.model").read_bytes())
         model.trainer_spec.ClearField("input")
         model.trainer_spec.ClearField("model_prefix")
@@ -80,13 +81,14 @@ def train_sentencepiece(
 
 
 def identifier_rules() -> dict[str, str]:
-    """The normalisation as {source: target}; SentencePiece applies the longest rule that matches at each position.
+    """The normalisation as {source: target}. At each position SentencePiece applies the longest matching rule.
 
-    - NFKC with case folding, of every character and of its canonical decomposition;
-    - "_" and white space become a space (runs of spaces are squeezed later);
-    - a space between a lower-case or digit and an upper-case letter ("aB" -> "a b"), and in front of the last capital of
-      a run that a lower-case letter follows ("HTTPServer" -> "http server");
-    - a space between punctuation and a letter, so that a word has one piece wherever it stands ("(config" -> "( config").
+    - NFKC with case folding, for every character and its canonical decomposition;
+    - "_" and white space become a space (SentencePiece later squeezes runs of spaces);
+    - a space between a lower-case letter or digit and a capital ("aB" -> "a b"), and before the last capital of a run
+      if a lower-case letter follows ("HTTPServer" -> "http server");
+    - a space between punctuation and a letter, so that a word has the same piece in every context ("(config" ->
+      "( config").
     """
     rules = {}
     for code in range(0x80, 0x20000):
@@ -102,8 +104,8 @@ def identifier_rules() -> dict[str, str]:
     lower, upper = string.ascii_lowercase, string.ascii_uppercase
     for capital in upper:
         rules[capital] = capital.lower()
-        for before in lower + string.digits:
-            rules[before + capital] = f"{before} {capital.lower()}"
+        for left in lower + string.digits:
+            rules[left + capital] = f"{left} {capital.lower()}"
         for second in upper:
             for third in lower:
                 rules[capital + second + third] = f"{capital.lower()} {second.lower()}{third}"

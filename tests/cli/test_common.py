@@ -37,14 +37,14 @@ def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_on
     known = {"plan": "--topology", "evaluate": "--output"}.get(verb, "--workdir")
     known = "--output" if verb in ("encode", "index", "mine", "merge") else "--query" if verb == "search" else known
     mistyped = known[:-2] + known[:-3:-1]
-    said = refused(capsys, verb, f"{mistyped}=x")
-    assert said == f"embed: error: embed {verb}: unknown argument '{mistyped}'; did you mean '{known}'?"
+    message = refused(capsys, verb, f"{mistyped}=x")
+    assert message == f"embed: error: embed {verb}: unknown argument '{mistyped}'; did you mean '{known}'?"
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_verb_accepts_abbreviated_options(verb, capsys):
     assert "unknown argument '--mod'" in refused(capsys, verb, "--mod=x")
-    sentence = refused(capsys, verb, "--help=x")  # argparse's own errors end in a sentence too
+    sentence = refused(capsys, verb, "--help=x")  # argparse's own errors are one sentence too
     assert sentence.startswith(f"embed: error: embed {verb}: argument -h/--help: ")
 
 
@@ -88,8 +88,8 @@ def test_wrong_arguments_end_in_one_sentence(arguments, sentence, capsys):
 )
 def test_an_error_about_a_config_file_names_its_line(tmp_path, text, sentence, capsys):
     (tmp_path / "mine.py").write_text(text)
-    said = refused(capsys, "train", f"--config={tmp_path}/mine.py", "--workdir=x")
-    assert f"config file {tmp_path}/mine.py, {sentence}" in said
+    message = refused(capsys, "train", f"--config={tmp_path}/mine.py", "--workdir=x")
+    assert f"config file {tmp_path}/mine.py, {sentence}" in message
 
 
 # --- ~ --------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_every_path_with_a_leading_tilde_is_in_the_home_folder(tmp_path, monkeyp
     assert cli.main(["index", f"--model={model}", "--corpus=~/texts.jsonl", "--output=~/index"]) == 0
     assert cli.main(["search", "--model=~/model", "--index=~/index", "--query=file"]) == 0
     assert cli.main(["evaluate", "--model=~/model", "--data=~/data/evaluation/set/test", "--output=~/f.json"]) == 0
-    assert cli.main(["merge", "--a=~/model", "--b=~/run/pair", "--output=~/merged"]) == 2  # of other settings
+    assert cli.main(["merge", "--a=~/model", "--b=~/run/pair", "--output=~/merged"]) == 2  # different model settings
     assert not list(here.iterdir())
     assert {"run", "exported", "vectors.npy", "index", "f.json"} <= {entry.name for entry in home.iterdir()}
     assert "~" not in {entry.name for entry in home.iterdir()}
@@ -126,7 +126,7 @@ import sys, threading
 from embed.cli.common import end, run
 
 def main(argv):
-    threading.Thread(target=threading.Event().wait).start()  # no daemon: the interpreter would wait for it
+    threading.Thread(target=threading.Event().wait).start()  # not a daemon: the interpreter would wait for it
     print("done")
     {ending}
 
@@ -135,7 +135,7 @@ end(run, main)
 
 
 @pytest.mark.parametrize(
-    "ending, code, said",
+    "ending, code, message",
     [
         ("return 0", 0, ""),
         ("return 1", 1, ""),
@@ -152,7 +152,7 @@ end(run, main)
 )
 def test_a_process_ends_with_its_code_even_if_a_thread_hangs(ending, code, said):
     done = run_program(HANGING.format(ending=ending))
-    assert (done.returncode, done.stdout) == (code, "done\n") and done.stderr.endswith(said)
+    assert (done.returncode, done.stdout) == (code, "done\n") and done.stderr.endswith(message)
 
 
 def test_exit_functions_of_libraries_run_until_one_hangs():
@@ -176,7 +176,6 @@ from orbax.checkpoint._src.path import atomicity
 from embed.cli.common import end, run
 from small_run import train
 
-whole = atomicity.AtomicRenameTemporaryPath.finalize
 async def finalize(self, *arguments, **keywords):
     threading.Thread(target=threading.Event().wait).start()
     raise FileNotFoundError("another process removed it")

@@ -1,4 +1,4 @@
-"""`prepare` on a small tree of packages that the tests write."""
+"""`prepare` on a small tree of generated packages."""
 
 import json
 import textwrap
@@ -10,7 +10,7 @@ from embed import tokenizers
 from embed.data.store import Store
 from embed.preparation import hygiene
 from embed.preparation.prepare import bind, prepare
-from embed.preparation.sources import Packages
+from embed.preparation.sources import Packages, Reading
 
 GIN = "configs/data/python_docs.gin"
 PACKAGES = ("alpha", "beta", "gamma", "delta")
@@ -21,7 +21,7 @@ SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo zu".split
 
 
 def nonsense(seed, count=12):
-    """Made-up words, so that the vocabulary has something to learn."""
+    """Random words, so that the vocabulary has enough pieces to learn."""
     rng = np.random.default_rng(list(seed.encode()))
     return " ".join("".join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(count))
 
@@ -47,10 +47,11 @@ def function(package, verb, indent=""):
 def module(package, part):
     methods = "".join(function(f"{package}{part}", verb, "    ") for verb in VERBS)
     summary = f'"""Everything about {package} {part}, in one place."""'
-    return f'{summary}\n\n\nclass {package.capitalize()}Store{part}:\n    """Keeps {package} values together."""\n{methods}\n'
+    header = f'class {package.capitalize()}Store{part}:\n    """Keeps {package} values together."""'
+    return f"{summary}\n\n\n{header}\n{methods}\n"
 
 
-COPIED = function("held", "copy")  # stands in a training and in a held-out package
+COPIED = function("held", "copy")  # in a training package and in a held-out package
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +103,12 @@ def test_training_has_no_text_of_a_held_out_function(data):
     for code in corpus:
         seen = tokenizer.decode(tokenizer.encode([code])[0])
         assert hygiene.normalise(seen) not in training
-    # The check can find something: a training function is there.
+    # The check can match: it finds a training function.
     known = tokenizer.decode(tokenizer.encode(["records = open(path).readlines()[: limit * 10]"])[0])
     assert hygiene.normalise(known) in training
 
 
-def test_what_was_left_out_is_counted(data):
+def test_dropped_items_are_counted_by_reason(data):
     info = json.loads((data / "info.json").read_text())
     assert info["packages"] == {p: f"{p}==0" for p in PACKAGES} and info["packages_missing"] == ["absent"]
     assert info["dropped"]["train: modules with held-out text"] == 1
@@ -115,33 +116,33 @@ def test_what_was_left_out_is_counted(data):
     assert [path.rpartition("/")[2] for path in info["unreadable"]] == ["broken.py"]
 
 
-def test_texts_that_are_cut_are_counted(data):
+def test_truncated_texts_are_counted(data):
     from embed.preparation import tasks
 
     info = json.loads((data / "info.json").read_text())
-    assert set(info["counts"]["python_docs_modules"]["lost"]) >= {tasks.CUT, tasks.UNASKED}
+    assert set(info["counts"]["python_docs_modules"]["lost"]) >= {tasks.TRUNCATED, tasks.WITHOUT_QUERY}
     vocabulary = tasks.TokenizerVocabulary(tokenizers.load(data / "tokenizer"))
     texts = ["open(path)", "records of a file in order, and then all of it once more", ""]
     longest = len(vocabulary.tokenizer.encode(texts[:1])[0])
     assert [len(tokens) for tokens in vocabulary.encode_batch(texts, longest)] == [longest, longest, 0]
-    assert vocabulary.lost == {tasks.CUT: 1}
+    assert vocabulary.lost == {tasks.TRUNCATED: 1}
     vocabulary.encode_batch(["x" * (longest * tasks.CHARACTERS_PER_TOKEN + 1)], longest)
-    assert vocabulary.lost == {tasks.CUT: 2}
+    assert vocabulary.lost == {tasks.TRUNCATED: 2}
 
 
-def test_function_queries_are_summaries_and_documents_do_not_hold_them(data):
+def test_function_queries_are_summaries_that_their_documents_do_not_contain(data):
     folder = data / "evaluation" / "functions" / "test"
     corpus = {row["_id"]: row["text"] for row in rows(folder / "corpus.jsonl")}
     queries = {row["_id"]: row["text"] for row in rows(folder / "queries.jsonl")}
     qrels = rows(folder / "qrels.jsonl")
-    assert len(corpus) == len(queries) == len(qrels) == 31  # 3 modules of 10, and the original of the copy
+    assert len(corpus) == len(queries) == len(qrels) == 31  # 3 modules of 10 functions, and the copied function
     for row in qrels:
         query, code = queries[row["query-id"]], corpus[row["corpus-id"]]
         verb = query.split()[0].lower().removesuffix("s")
         assert f"def {verb}" in code and query not in code and '"""' not in code
 
 
-def test_contextual_queries_name_the_owner_and_their_chunks_do_not(data):
+def test_contextual_queries_name_the_owner_but_their_chunks_do_not(data):
     folder = data / "evaluation" / "contextual" / "test"
     corpus = {row["_id"]: row for row in rows(folder / "corpus.jsonl")}
     first = {row["document"]: row["text"] for row in corpus.values() if row["chunk"] == 0}
@@ -151,10 +152,10 @@ def test_contextual_queries_name_the_owner_and_their_chunks_do_not(data):
         assert query.startswith("delta ") and "Store" not in chunk["text"]
         assert first[chunk["document"]].startswith("delta.")
     chunks = [row["chunk"] for row in corpus.values()]
-    assert all(b in (0, a + 1) for a, b in zip(chunks, chunks[1:]))  # rows of a document stand together, in order
+    assert all(b in (0, a + 1) for a, b in zip(chunks, chunks[1:]))  # rows of a document are adjacent and in order
 
 
-def test_contextual_examples_are_whole_documents_and_their_queries(data):
+def test_contextual_examples_are_whole_documents_with_their_queries(data):
     store = Store(data / "tasks" / "python_docs_modules")
     for example in store.read(range(len(store))):
         assert example["chunk_lengths"].sum() == len(example["document"])
@@ -177,7 +178,7 @@ def test_seqio_sees_the_same_tokens_as_inference(data):
     assert vocabulary.vocab_size == tokenizer.vocab_size
 
 
-def test_the_same_arguments_do_nothing_and_others_are_refused_by_name(data, packages):
+def test_preparing_again_does_nothing_and_other_arguments_are_refused_by_name(data, packages):
     before = (data / "info.json").stat().st_mtime_ns
     prepare(data, gin_file=GIN, vocab_size=200, packages=packages)
     assert (data / "info.json").stat().st_mtime_ns == before
@@ -185,7 +186,7 @@ def test_the_same_arguments_do_nothing_and_others_are_refused_by_name(data, pack
         prepare(data, gin_file=GIN, vocab_size=201, packages=packages)
 
 
-def test_preparing_again_elsewhere_gives_the_same_tokens_in_the_same_order(data, packages, tmp_path):
+def test_preparing_another_directory_gives_the_same_tokens_in_the_same_order(data, packages, tmp_path):
     prepare(tmp_path / "data", gin_file=GIN, vocab_size=200, packages=packages)
     for name in ("python_docs_summaries", "python_docs_modules"):
         one, two = Store(data / "tasks" / name), Store(tmp_path / "data" / "tasks" / name)
@@ -194,9 +195,31 @@ def test_preparing_again_elsewhere_gives_the_same_tokens_in_the_same_order(data,
 
 
 def test_a_split_without_packages_is_an_error(packages, tmp_path):
-    nothing = Packages(train=packages.train, development=("gone",), test=packages.test, path=packages.path)
+    incomplete = Packages(train=packages.train, development=("absent",), test=packages.test, path=packages.path)
     with pytest.raises(ValueError, match="split 'development' of python_docs is empty"):
-        prepare(tmp_path / "data", gin_file=GIN, vocab_size=200, packages=nothing)
+        prepare(tmp_path / "data", gin_file=GIN, vocab_size=200, packages=incomplete)
+
+
+@pytest.mark.parametrize("vocab_size, allowed", [(30, "at least"), (100_000, "at most")])
+def test_a_vocabulary_size_that_the_texts_do_not_allow_is_refused_and_leaves_nothing(
+    vocab_size, allowed, packages, tmp_path
+):
+    with pytest.raises(ValueError, match=rf"^vocab_size={vocab_size} must be {allowed} \d+: "):
+        prepare(tmp_path / "data", gin_file=GIN, vocab_size=vocab_size, packages=packages)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", ["functions", "modules"])
+def test_a_build_ends_when_its_corpus_is_cleared(config, packages, tmp_path):
+    from embed.preparation import python_docs
+
+    corpus = python_docs.clean(Reading(packages).result())
+    splits = python_docs.PythonDocs(
+        config=config, data_dir=tmp_path, packages=packages, corpus=corpus
+    )._split_generators(None)
+    assert next(splits["train"])[0] == 0
+    corpus.clear()
+    assert [list(examples) for examples in splits.values()] == [[], [], []]
 
 
 @pytest.mark.parametrize(
@@ -206,13 +229,13 @@ def test_a_split_without_packages_is_an_error(packages, tmp_path):
             "pairs.query_lenth = 8",
             "unknown gin binding 'pairs.query_lenth'; the nearest valid one is 'pairs.query_length'",
         ),
-        ("a_scope/pairs.query_length = 8", "'a_scope/pairs.query_length' is used by nothing"),
-        ("A_MACRO = 8", "the gin binding 'A_MACRO' is used by nothing"),
+        ("a_scope/pairs.query_length = 8", "unused gin binding 'a_scope/pairs.query_length'"),
+        ("A_MACRO = 8", "unused gin binding 'A_MACRO'"),
         ("pairs.query_length = 0", "pairs.query_length must be a whole number of at least 1, got 0"),
         ("mixtures.rates = {'pairs': {'python_docs_names': -1.0}}", "must be positive, got -1.0"),
     ],
 )
-def test_wrong_gin_bindings_are_errors_that_name_them(binding, message):
+def test_wrong_gin_bindings_are_refused_by_name(binding, message):
     with pytest.raises(ValueError, match=message):
         bind(GIN, [binding])
 

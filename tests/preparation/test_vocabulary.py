@@ -8,7 +8,7 @@ TEXTS = [f"the quick brown fox jumps over {k} lazy d\u00f6gs \u6f22\u5b57" for k
 @pytest.mark.parametrize(
     "split_identifiers, vocab_size, allowed", [(False, 262, "at least"), (True, 100_000, "at most")]
 )
-def test_a_vocabulary_that_texts_do_not_allow_is_refused_with_the_size_that_they_do(
+def test_a_vocabulary_size_that_the_texts_do_not_allow_is_refused_with_the_nearest_allowed_size(
     tmp_path, split_identifiers, vocab_size, allowed
 ):
     def train(size):
