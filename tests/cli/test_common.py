@@ -150,7 +150,7 @@ end(run, main)
         ("raise RuntimeError('a fault of ours')", 1, "RuntimeError: a fault of ours\n"),
     ],
 )
-def test_a_process_ends_with_its_code_even_if_a_thread_hangs(ending, code, said):
+def test_a_process_ends_with_its_code_even_if_a_thread_hangs(ending, code, message):
     done = run_program(HANGING.format(ending=ending))
     assert (done.returncode, done.stdout) == (code, "done\n") and done.stderr.endswith(message)
 
