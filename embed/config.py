@@ -55,8 +55,8 @@ def find(name: str, config: str = "") -> Path:
     for candidate in (file, *beside, *ships):
         if candidate.is_file():
             return candidate
-    folders = [str(Path.cwd()), *(["the folder of the config or one above it"] if config else [])]
-    raise FileNotFoundError(f"no file {name} in {', '.join(folders)}, or among the configs that ship in {shipped()}")
+    folders = [str(Path.cwd()), *(["the folder of the config or one above it"] if config else []), str(shipped())]
+    raise FileNotFoundError(f"no file {name}; searched in {', '.join(folders)}")
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:

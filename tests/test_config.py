@@ -40,7 +40,7 @@ def test_errors_about_keys_and_values_name_what_is_allowed(path, overrides, mess
 
 
 def test_a_missing_config_file_is_named():
-    with pytest.raises(FileNotFoundError, match="no file configs/nowhere.py in"):
+    with pytest.raises(FileNotFoundError, match="no file configs/nowhere.py; searched in"):
         config.load("configs/nowhere.py")
 
 
