@@ -66,7 +66,7 @@ def test_shipped_configs_are_found_from_any_working_directory(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert config.load(QUICKSTART) == here
     assert config.find(here.data.gin_file).is_absolute()
-    with pytest.raises(FileNotFoundError, match="no file configs/nowhere.gin in"):
+    with pytest.raises(FileNotFoundError, match="no file configs/nowhere.gin; searched in"):
         config.find("configs/nowhere.gin")
 
 
