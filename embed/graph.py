@@ -148,6 +148,7 @@ def _prepared(run: Run) -> str:
 def check(config: ConfigDict) -> None:
     """ValueError before the first node, if the graph names something that does not exist."""
     runs.check_names(config)
+    nodes.check_mined(config, config.stages)
     order(config)
     named = set(config.stages) | set(config.merges) | {runs.RANDOM}
     for field, names in (

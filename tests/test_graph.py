@@ -499,6 +499,63 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
     assert not (tmp_path / "run" / "diffusion").exists()
 
 
+@pytest.fixture(scope="module")
+def small_graph(tmp_path_factory):
+    """(config file, --config.data.directory=…) of the small graph."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "graph.py").write_text(small.GRAPH)
+    small.write_data(folder / "data")
+    return folder / "graph.py", f"--config.data.directory={folder / 'data'}"
+
+
+HARD = "query, document, negatives, negative_lengths"
+
+
+@pytest.mark.parametrize(
+    "stage, task, sentence",
+    [
+        ("pair", "diffusion", "'text' has the columns tokens, but pair batches need also query, document"),
+        ("triplet", "pairs", "'pairs' has the columns query, document, but triplet batches need also negatives, negat"),
+        ("diffusion", "pairs", "'pairs' has the columns query, document, but diffusion batches need also tokens"),
+        ("diffusion", "hard", f"'hard' has the columns {HARD}, but diffusion batches need also tokens"),
+        ("pair", "no", "stage pair: mixture 'no' must be one of diffusion, pairs, hard"),
+    ],
+)
+def test_a_mixture_of_another_kind_is_refused_before_training(stage, task, sentence, small_graph, tmp_path, capsys):
+    file, data = small_graph
+    run = [f"--config={file}:{stage}", f"--workdir={tmp_path / 'run'}", data]
+    assert cli.main(["train", *run, f"--config.stages.{stage}.curriculum=((2,'{task}'),)"]) == 2
+    assert sentence in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_other_reference_to_data_of_another_kind_is_refused_too(small_graph, tmp_path, capsys):
+    file, data = small_graph
+    for stage, override, sentence in (
+        (
+            "pair",
+            "stages.pair.curriculum=((2,{'pairs':1.0,'text':0.5}),)",
+            "config.stages.pair.curriculum: the task 't",
+        ),
+        ("pair", "stages.pair.curriculum=((2,{'pears':1.0}),)", "config.stages.pair.curriculum='pears' must be one of"),
+        ("triplet", "mining.hard.task=text", "config.mining.hard.task: the task 'text' has the columns tokens, but pa"),
+    ):
+        run = [f"--config={file}:{stage}", f"--workdir={tmp_path / 'run'}", data, f"--config.{override}"]
+        assert cli.main(["train", *run]) == 2
+        assert sentence in said(capsys)
+    # A pipeline knows the columns of mined tasks before the data are prepared.
+    run = [f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(["pipeline", *run, "--config.stages.diffusion.curriculum=((2,'hard'),)"]) == 2
+    assert "config.stages.diffusion.curriculum: the task 'hard' has the columns" in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pair_stage_may_train_on_mined_negatives(small_graph, tmp_path):
+    file, data = small_graph
+    run = runs.Run(config.load(str(file), [data, "--config.stages.pair.curriculum=((2,'hard'),)"]), tmp_path)
+    nodes.check_data(run, ["pair"])
+
+
 def test_a_checkpoint_with_another_tokenizer_can_be_evaluated_and_exported_but_mines_nothing(workdir, shared, tmp_path):
     other = small.write_model(tmp_path / "other")
     run = make_run(tmp_path / "run", shared, f"--config.mining.hard_negatives.checkpoint={other}")
