@@ -320,14 +320,16 @@ class Run:
 
 def check_names(config: ConfigDict) -> None:
     """ValueError if a name in the graph is reserved, used twice or unknown, or if a stage starts from itself."""
+    for part in ("stages", "mining", "merges", "exports", "evaluations"):
+        for name in config[part]:
+            if not isinstance(name, str) or not name.isprintable() or not name.strip() or "/" in name or name[0] == ".":
+                raise ValueError(f"config.{part} has the name {name!r}: it must have no slash and start with no dot")
     groups = {part: list(config[part]) for part in ("stages", "mining", "merges")}
     for part, names in groups.items():
         for name in names:
             others = [p for p in groups if p != part and name in groups[p]]
-            if name in RESERVED or "/" in name or name.startswith("."):
-                raise ValueError(
-                    f"config.{part}.{name}: the name must have no slash and be none of {', '.join(RESERVED)}"
-                )
+            if name in RESERVED:
+                raise ValueError(f"config.{part}.{name}: the name must be none of {', '.join(RESERVED)}")
             if others:
                 raise ValueError(f"config.{part}.{name}: config.{others[0]} has the same name")
     if config.stage and config.stage not in config.stages:
