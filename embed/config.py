@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -149,6 +149,13 @@ def differences(a: Mapping, b: Mapping, prefix: str = "") -> Iterator[tuple[str,
             yield from differences(left, right, f"{prefix}{key}.")
         elif left != right:
             yield f"{prefix}{key}", left, right
+
+
+def brief(items: Iterable[str], limit: int = 8, separator: str = "; ") -> str:
+    """The items in one string: all of them, or the first `limit` and how many more there are."""
+    items = list(items)
+    shown = items if len(items) <= limit else [*items[:limit], f"and {len(items) - limit} more"]
+    return separator.join(shown)
 
 
 def nearest(name: str, known) -> str:
