@@ -5,6 +5,7 @@ tokenizers treat "<|endoftext|>" in a text as plain characters. So no text can e
 token. In transformers this is `split_special_tokens=True`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ CONFIG_FILE = "tokenizer_config.json"
 # The sections of a tokenizer.json that change the tokens of a text.
 SECTIONS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 SENTENCEPIECE_CLASS = "BertGenerationTokenizer"  # runs SentencePiece in transformers, adds no tokens
+NORMALIZER_SPEC = 3  # the number of this field of a SentencePiece model, which is written after the pieces
 NO_LIMIT = 10**30  # what transformers writes for a tokenizer without a limit
 
 
@@ -62,6 +64,9 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self._model = model
+        # The library accepts no bytes at all, and the first pieces of a file that was cut after one of them.
+        if NORMALIZER_SPEC not in _message_fields(model):
+            raise ValueError(f"not a SentencePiece model ({len(model)} bytes): it is empty, cut or of another kind")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -283,6 +288,28 @@ def _find_separator(config: dict, path) -> str:
         if token is not None:
             raise ValueError(f"{path} has {name} = {token!r:.80}, expected a token")
     raise ValueError(f"{path} names no separator: it needs separator_id, sep_token, pad_token or eos_token")
+
+
+def _message_fields(message: bytes) -> set[int]:
+    """The numbers of the outermost fields of a protocol buffer whose fields are all bytes; without a cut last one."""
+    numbers, i = set(), 0
+
+    def varint() -> int:
+        nonlocal i
+        value = shift = 0
+        while True:
+            value |= (message[i] & 0x7F) << shift
+            i, shift = i + 1, shift + 7
+            if message[i - 1] < 0x80:
+                return value
+
+    with contextlib.suppress(IndexError):
+        while i < len(message):
+            number, length = varint() >> 3, varint()
+            i += length
+            if i <= len(message):
+                numbers.add(number)
+    return numbers
 
 
 def _first_line(error: Exception) -> str:
