@@ -85,8 +85,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     Hard negatives for the stage are mined first. Its folder belongs to the config of its first checkpoint; until there
     is one, any config may use it.
     """
-    if name not in run.config.stages:
-        raise ValueError(f"config.stage={name!r} must be one of {', '.join(run.config.stages)}")
+    runs.check_stage(run.config, name)
     stage, folder, steps = run.config.stages[name], run.folder(name), run.steps(name)
     check_data(run, [name])
     for task in mined_tasks(run.config, name):
