@@ -74,6 +74,7 @@ class Checkpoint:
     matryoshka: tuple[int, ...] = ()  # prefixes trained
     of: tuple[str, ...] = ()  # the two names of a merge
     provenance: dict | None = None  # of a model folder, as in its card
+    not_exported: tuple[str, ...] = ()  # settings that an export leaves out
 
     def check_encoder(self) -> None:
         """ValueError for a causal language model: its vectors mean nothing."""
@@ -456,6 +457,7 @@ def model_checkpoint(source: str, execution) -> Checkpoint:
         left_shift=opened.causal,
         matryoshka=tuple(embedding.get("matryoshka", ())),
         provenance=opened.provenance,
+        not_exported=opened.not_exported,
     )
 
 
@@ -486,6 +488,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
         contextual=a.contextual and b.contextual,
         left_shift=False,
         provenance=None,
+        not_exported=tuple(dict.fromkeys(a.not_exported + b.not_exported)),
         matryoshka=tuple(p for p in a.matryoshka if p in b.matryoshka),
     )
 

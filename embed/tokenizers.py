@@ -72,17 +72,23 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model ({len(model)} bytes): {_first_line(error)}") from None
         self.vocab_size = self._processor.vocab_size()
+        self.unknown = self._processor.id_to_piece(self._processor.unk_id())
         self.mask_id = self._id("<mask>")
         self.separator_id = self._id("<sep>")
         self.digest = hashlib.sha256(model).hexdigest()
 
     def _id(self, piece: str) -> int:
-        index = self._processor.piece_to_id(piece)
-        if self._processor.id_to_piece(index) != piece or not self._processor.is_control(index):
+        index, is_control = self.find(piece) or (None, False)
+        if not is_control:
             raise ValueError(
                 f"the SentencePiece model has no control symbol {piece!r}: train it with that control symbol"
             )
         return index
+
+    def find(self, piece: str) -> tuple[int, bool] | None:
+        """(id of a piece, whether it is a control symbol); None if the model does not have it."""
+        index = self._processor.piece_to_id(piece)
+        return (index, self._processor.is_control(index)) if self._processor.id_to_piece(index) == piece else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = _texts(texts)
@@ -103,7 +109,7 @@ class SentencePieceTokenizer:
         """
         Path(folder, SENTENCEPIECE_FILES[1]).write_bytes(self._model)
         piece = self._processor.id_to_piece
-        pad, unknown = piece(self._processor.pad_id()), piece(self._processor.unk_id())
+        pad = piece(self._processor.pad_id())
         _write_config(
             folder,
             tokenizer_class=SENTENCEPIECE_CLASS,
@@ -113,7 +119,7 @@ class SentencePieceTokenizer:
             pad_token=pad,
             bos_token=pad,
             eos_token=pad,
-            unk_token=unknown,
+            unk_token=self.unknown,
             sep_token=piece(self.separator_id),
             mask_id=self.mask_id,
             separator_id=self.separator_id,

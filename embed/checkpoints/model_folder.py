@@ -124,6 +124,7 @@ class ModelFolder:
     tensors: Mapping[str, Path]  # their name -> file
     prefix: str  # of their names, except the head
     exported: Mapping[str, str] | None  # {name: sha256} of embed.json, verified
+    not_exported: tuple[str, ...]  # settings of a third-party folder that an export leaves out
 
     def params(self, shardings=None, dtype=np.float32) -> dict:
         """The parameter tree, float32 or bfloat16, read array by array directly into its shards.
@@ -218,13 +219,15 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
     fields = paths.read_json(folder / CONFIG)
     config, problems = model_config.read(fields)
     causal = bool(config) and model_config.is_causal(fields)
-    if (folder / foreign.ADAPTER).is_file():
-        problems.append(f"{foreign.ADAPTER} is an adapter, which is not supported: merge it into the weights")
+    for name, (what, advice) in foreign.UNSUPPORTED.items():
+        if (folder / name).is_file():
+            problems.append(f"{name} is {what}, which is not supported: {advice}")
+    not_exported: list[str] = []
     if document is not None:
         embedding = document.get("embedding")
         problems += [f"{settings.FILE}: {p}" for p in settings.problems(embedding, config)] if config else []
     else:
-        embedding, embedding_problems = foreign.read_embedding(
+        embedding, embedding_problems, not_exported = foreign.read_embedding(
             fields if isinstance(fields, dict) else {}, folder, config and config.hidden_size
         )
         problems += [] if causal else embedding_problems  # a causal model's way to compute vectors is not used
@@ -272,6 +275,7 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
         tensors,
         prefix,
         document.get("files"),
+        tuple(not_exported),
     )
 
 
