@@ -87,7 +87,10 @@ class SentencePieceTokenizer:
 
     def find(self, piece: str) -> tuple[int, bool] | None:
         """(id of a piece, whether it is a control symbol); None if the model does not have it."""
-        index = self._processor.piece_to_id(piece)
+        try:
+            index = self._processor.piece_to_id(piece.encode())
+        except UnicodeEncodeError:  # a lone surrogate
+            return None
         return (index, self._processor.is_control(index)) if self._processor.id_to_piece(index) == piece else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -219,7 +219,7 @@ def test_a_field_that_changes_vectors_is_refused(file, fields, message, folder):
 def test_a_token_that_a_file_adds_to_a_sentencepiece_model_is_refused(file, fields, message, tmp_path):
     folder = small.foreign(small.write_model(tmp_path / "m"))
     edit(folder / "added_tokens.json", **{"<sep>": 3, "<mask>": 2})
-    edit(folder / "special_tokens_map.json", unk_token="<unk>", sep_token={"content": "<sep>"}, cls_token="<cls>")
+    edit(folder / "special_tokens_map.json", unk_token="<unk>", sep_token="<sep>", cls_token="\ud800")
     edit(folder / TOKENIZER, added_tokens_decoder={"0": {"content": "<pad>"}, "1": {"content": "<unk>"}})
     assert not model_folder.open_model(folder).causal
     edit(folder / file, **fields)
