@@ -607,7 +607,7 @@ def test_a_workdir_that_cannot_be_a_folder_is_refused_by_name(verb, tmp_path, ca
     assert f"config.data.directory='{tmp_path / 'file'}' must be a folder, but" in said(capsys)
     if verb != "train":  # which first needs data
         assert cli.main([verb, f"--config={CONFIG}", "--workdir=/proc/w"]) == 2
-        assert "cannot be written (No such file or directory): choose another --workdir" in said(capsys)
+        assert re.search(r"/proc/w.* cannot be written \(.*\): choose another --workdir", said(capsys))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
