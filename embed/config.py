@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -70,8 +70,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if "configs" not in sys.modules:  # so that any config can build on the shipped ones: from configs import base
         sys.modules["configs"] = package = types.ModuleType("configs")
         package.__path__ = [str(shipped())]
-    config = _call_get_config(find(name), arg).lock()
-    known = dict(leaves(config))
+    file = find(name)
+    config = _call_get_config(file, arg)
+    _check_complete(file, config)
+    known = dict(leaves(config.lock()))
     for item in overrides:
         name, equals, text = item.removeprefix("--config.").partition("=")
         if not item.startswith("--config.") or not equals:
@@ -80,8 +82,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             raise ValueError(f"unknown config key {name!r}{nearest(name, known)}")
         try:
             value = text if isinstance(known[name], str) else ast.literal_eval(text)
+            if value is None or isinstance(value, bool) and not isinstance(known[name], bool):
+                raise TypeError("None and True have a type that ml_collections takes for any, or for a number")
             config.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError, SyntaxError):
+        except (TypeError, ValueError, SyntaxError, OverflowError, RecursionError, MemoryError):
             kind = type(known[name]).__name__
             raise ValueError(f"config key {name!r} must be of type {kind} like {known[name]!r}, got {text!r}") from None
     return config
@@ -106,6 +110,28 @@ def _call_get_config(file: Path, arg: str) -> ConfigDict:
         ) from error
 
 
+def _check_complete(file: Path, config) -> None:
+    """ValueError unless a config has every field of configs/base.py, and its graph has entries of the kinds there."""
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"config file {file}: get_config returns {config!r:.40}, expected a config of configs/base.py")
+    base = importlib.import_module("configs.base")
+    expected = dict(leaves(base.get_config()))
+    make = {"mining": base.mining, "merges": base.merge, "exports": base.export, "evaluations": base.evaluation}
+    for part in ("stages", *make):
+        for name, entry in (config.get(part) or {}).items():
+            if not isinstance(entry, ConfigDict):
+                raise ValueError(
+                    f"config file {file}: config.{part}.{name} is {entry!r:.40}, expected an entry of base"
+                )
+            fresh = base.stage(entry.get("kind", "")) if part == "stages" else make[part]()
+            expected |= {f"{part}.{name}.{key}": value for key, value in leaves(fresh)}
+    present = {key for key, _ in leaves(config)}
+    if missing := [key for key in expected if key not in present]:
+        raise ValueError(
+            f"config file {file} lacks {', '.join(missing[:3])}{' …' * (len(missing) > 3)}: build it on configs/base.py"
+        )
+
+
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
     """(key, value) of every field of a config; nested keys are joined with dots."""
     for key, value in config.items():
@@ -123,6 +149,13 @@ def differences(a: Mapping, b: Mapping, prefix: str = "") -> Iterator[tuple[str,
             yield from differences(left, right, f"{prefix}{key}.")
         elif left != right:
             yield f"{prefix}{key}", left, right
+
+
+def brief(items: Iterable[str], limit: int = 8, separator: str = "; ") -> str:
+    """The items in one string: all of them, or the first `limit` and how many more there are."""
+    items = list(items)
+    shown = items if len(items) <= limit else [*items[:limit], f"and {len(items) - limit} more"]
+    return separator.join(shown)
 
 
 def nearest(name: str, known) -> str:

@@ -1,6 +1,7 @@
 """Writes checkpoints as model folders, for `embed export`, `embed merge` and the exports of a config."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
@@ -75,6 +76,9 @@ def write_model(
     """Write any checkpoint as a model folder. Its parameters are loaded in `shardings(model)`."""
     checkpoint.check_encoder()
     export.check_format(format, tanh)
+    if checkpoint.not_exported:
+        what = "; ".join(checkpoint.not_exported)
+        warnings.warn(f"the export leaves out settings of {checkpoint.name}: {what}", stacklevel=2)
     model = transformer.encoder_only(checkpoint.model, {})[0]
     embedding = {
         "matryoshka": list(checkpoint.matryoshka),

@@ -12,13 +12,30 @@ from embed.models import transformer
 Rule = tuple[Callable, str]  # (whether a value is allowed, the allowed values in words)
 
 
-def _number(allowed: Callable) -> Callable:
-    """Whether a value is a finite number that `allowed` accepts."""
-    return lambda value: isinstance(value, int | float) and math.isfinite(value) and allowed(value)
+LARGEST = 2**31 - 1  # of int32, in which jax computes
+LARGEST_FLOAT = 3.4e38  # of float32
+
+
+def _number(allowed: Callable = lambda x: True) -> Callable:
+    """Whether a value is a number, finite in float32, that `allowed` accepts."""
+    return lambda value: type(value) in (int, float) and abs(value) <= LARGEST_FLOAT and allowed(value)
+
+
+def _whole(allowed: Callable) -> Callable:
+    """Whether a value is a whole number of at most LARGEST that `allowed` accepts."""
+    return lambda value: type(value) is int and value <= LARGEST and allowed(value)
 
 
 def _each(rule: Rule) -> Rule:
-    return lambda values: all(map(rule[0], values)), f"each {rule[1]}"
+    return lambda values: _is_list(values) and all(map(rule[0], values)), f"each {rule[1]}"
+
+
+def _is_list(values) -> bool:
+    return isinstance(values, tuple | list)
+
+
+def _is_name(value) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def _one_of(*values: str) -> Rule:
@@ -30,35 +47,40 @@ def _is_fraction(value) -> bool:
 
 
 def _are_two_fractions(values) -> bool:
-    return len(values) == 2 and all(map(_is_fraction, values))
+    return _is_list(values) and len(values) == 2 and all(map(_is_fraction, values))
 
 
 def _is_window(values) -> bool:
-    return len(values) == 2 and 0 <= values[0] < values[1]
+    return _is_list(values) and len(values) == 2 and all(map(COUNT_OR_0[0], values)) and values[0] < values[1]
 
 
-COUNT = _number(lambda x: x >= 1), "at least 1"
+COUNT = _whole(lambda n: n >= 1), f"at least 1 and at most {LARGEST}"
+COUNT_OR_0 = _whole(lambda n: n >= 0), f"at least 0 and at most {LARGEST}"
+NUMBER = _number(), "a finite number"
 NOT_NEGATIVE = _number(lambda x: x >= 0), "at least 0"
 POSITIVE = _number(lambda x: x > 0), "above 0"
 FRACTION = _is_fraction, "from 0 to 1"
 PAIR_OF_FRACTIONS = _are_two_fractions, "two numbers from 0 to 1"
+NAMES = _each((_is_name, "a name"))
 WINDOW = _is_window, "(lo, hi) with 0 <= lo < hi"
 
 # The first pattern that matches a field's name gives its rule. A field without a match may have any value of its type.
 RULES: dict[str, Rule] = {
-    "seed": NOT_NEGATIVE,
-    "model.vocab_size": NOT_NEGATIVE,
+    "seed": COUNT_OR_0,
+    "model.vocab_size": COUNT_OR_0,
     "model.rope_theta": POSITIVE,
     "model.norm_eps": POSITIVE,
-    "model.head_dim": (lambda n: n >= 2 and n % 2 == 0, "even and at least 2"),
+    "model.head_dim": (_whole(lambda n: n >= 2 and n % 2 == 0), "even and at least 2"),
     "model.num_*": COUNT,
     "model.*_size": COUNT,
-    "data.mask_id": (lambda n: n >= -1, "at least -1"),
-    "data.limit": NOT_NEGATIVE,
-    "execution.mesh.*": (lambda n: n >= 1 or n == -1, "at least 1, or -1"),
+    "data.mask_id": (_whole(lambda n: n >= -1), f"at least -1 and at most {LARGEST}"),
+    "data.vocab_size": COUNT_OR_0,
+    "data.gin_bindings": NAMES,
+    "data.limit": COUNT_OR_0,
+    "execution.mesh.*": (_whole(lambda n: n >= 1 or n == -1), "at least 1, or -1"),
     "execution.unroll": COUNT,
-    "execution.read_timeout": NOT_NEGATIVE,
-    "stages.*.init_step": NOT_NEGATIVE,
+    "execution.read_timeout": (_number(lambda x: 0 <= x <= 1e9), "from 0 to 1e9"),  # no thread waits longer
+    "stages.*.init_step": COUNT_OR_0,
     "stages.*.optimizer.learning_rate": POSITIVE,
     "stages.*.optimizer.warmup": FRACTION,
     "stages.*.optimizer.decay": FRACTION,
@@ -69,25 +91,30 @@ RULES: dict[str, Rule] = {
     "stages.*.optimizer.moment_dtype": _one_of("float32", "bfloat16"),
     "stages.*.batch.truncate_probability": FRACTION,
     "stages.*.batch.*": COUNT,
-    "stages.*.execution.milestone_every": NOT_NEGATIVE,
-    "stages.*.execution.evaluate_every": NOT_NEGATIVE,
-    "stages.*.execution.max_skipped": NOT_NEGATIVE,
-    "stages.*.execution.evaluate_on": (lambda name: True, ""),
+    "stages.*.execution.milestone_every": COUNT_OR_0,
+    "stages.*.execution.evaluate_every": COUNT_OR_0,
+    "stages.*.execution.max_skipped": COUNT_OR_0,
+    "stages.*.execution.evaluate_on": (lambda name: isinstance(name, str), "a name"),
     "stages.*.execution.*": COUNT,
     "stages.*.left_shift": _one_of("auto", "True", "False"),
     "stages.*.temperature": POSITIVE,
     "stages.*.margin": NOT_NEGATIVE,
     "stages.*.alpha": FRACTION,
     "stages.*.beta": PAIR_OF_FRACTIONS,
-    "mining.*.step": NOT_NEGATIVE,
+    "mining.*.step": COUNT_OR_0,
     "mining.*.precision": _one_of("float32", "int8"),
-    "mining.*.queries": NOT_NEGATIVE,
+    "mining.*.queries": COUNT_OR_0,
     "mining.*.num_negatives": COUNT,
     "mining.*.rank_window": WINDOW,
-    "merges.*.of": (lambda names: len(names) == 2, "two names"),
+    "mining.*.margin": NUMBER,
+    "merges.*.of": (lambda names: NAMES[0](names) and len(names) == 2, "two names"),
     "merges.*.ratio": FRACTION,
     "merges.*.sweep": _each(FRACTION),
-    "exports.*.max_length": NOT_NEGATIVE,
+    "merges.*.sweep_on": NAMES,
+    "evaluations.*.checkpoints": NAMES,
+    "report.fuse": NAMES,
+    "card.languages": NAMES,
+    "exports.*.max_length": COUNT_OR_0,
     "report.mask_fraction": (_number(lambda x: 0 < x <= 1), "above 0 and at most 1"),
     "report.tokens_per_step": COUNT,
 }
@@ -103,6 +130,8 @@ KINDS = {
 def check(config: ConfigDict) -> None:
     """Raises ValueError for the first field with a value that no run can use."""
     for key, value in leaves(config):
+        if value is None:  # ml_collections allows it in every field
+            _refuse(key, value, "a value")
         rule = next((rule for pattern, rule in RULES.items() if fnmatch.fnmatchcase(key, pattern)), None)
         if rule and not rule[0](value):
             _refuse(key, value, rule[1])
@@ -141,23 +170,42 @@ def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, st
     if optimizer.warmup + optimizer.decay > 1:
         yield "optimizer.warmup", optimizer.warmup, f"at most {1 - optimizer.decay:g} (1 - optimizer.decay)"
     rows = batch.rows if kind == "diffusion" else batch.groups * batch.rows_per_group
+    for name in ("length", "spans", "segments"):
+        if rows * batch.get(name, 0) > LARGEST:
+            yield f"batch.{name}", batch[name], f"at most {LARGEST // rows}, because a batch has {rows} rows"
     if rows % stage.execution.microbatches:
         yield "execution.microbatches", stage.execution.microbatches, f"a divisor of the {rows} rows of a batch"
     if kind == "diffusion":
         return
     prefixes = stage.matryoshka
-    if not prefixes or not all(isinstance(p, int) and 1 <= p <= dimensions for p in prefixes):
+    if not prefixes or not all(type(p) is int and 1 <= p <= dimensions for p in prefixes):
         yield "matryoshka", prefixes, f"prefixes from 1 to the {dimensions} dimensions of the model, at least one"
+    examples = batch.groups * batch.group_size
+    for name in ("max_chunks", "max_queries_per_document", "num_negatives"):
+        if examples * batch.get(name, 0) > LARGEST:
+            yield (
+                f"batch.{name}",
+                batch[name],
+                f"at most {LARGEST // examples}, because a batch has {examples} examples",
+            )
     if kind == "contextual" and batch.max_chunks > batch.spans:
         yield "batch.max_chunks", batch.max_chunks, f"at most batch.spans={batch.spans}"
+    # Every text has a token, an embedding and a segment of its own. A document has at least one chunk and one query.
+    texts = batch.group_size * (2 + batch.get("num_negatives", 0))
+    per_row = min(batch.length, batch.spans, batch.segments)
+    if batch.rows_per_group * per_row < texts:
+        allowed = f"at least {-(-texts // per_row)}: a group has {texts} texts, and a row holds at most {per_row}, the "
+        yield "batch.rows_per_group", batch.rows_per_group, allowed + "smallest of batch.length, spans and segments"
 
 
 def _is_curriculum(curriculum) -> bool:
     try:
         for steps, mixture in curriculum:
             rates = [1.0] if isinstance(mixture, str) else [float(rate) for rate in dict(mixture).values()]
-            if int(steps) != steps or steps < 1 or min(rates) < 0 or not sum(rates):
+            if isinstance(steps, bool) or int(steps) != steps or steps < 1 or min(rates) < 0:
                 return False
-    except (TypeError, ValueError):
+            if not (sum(rates) and math.isfinite(sum(rates))):
+                return False
+        return 0 < sum(steps for steps, _ in curriculum) <= LARGEST
+    except (TypeError, ValueError, OverflowError):
         return False
-    return len(curriculum) > 0

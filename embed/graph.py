@@ -24,7 +24,6 @@ from embed.checkpoints.provenance import made_with
 from embed.config import differences
 from embed.console import print_table
 from embed.data.store import read_header
-from embed.evaluation import report
 from embed.runs import Run
 from embed.training.metrics import FILE, read_metrics
 
@@ -145,9 +144,13 @@ def _prepared(run: Run) -> str:
     return json.dumps(paths.read_json(info)["arguments"], sort_keys=True) if info.exists() else ""
 
 
-def check(config: ConfigDict) -> None:
-    """ValueError before the first node, if the graph names something that does not exist."""
+def check(config: ConfigDict, *, whole: bool = True) -> None:
+    """ValueError before the work, if the graph names something that does not exist.
+
+    Without `whole`, for one stage, paths may name folders that another command will write.
+    """
     runs.check_names(config)
+    nodes.check_mined(config, config.stages)
     order(config)
     named = set(config.stages) | set(config.merges) | {runs.RANDOM}
     for field, names in (
@@ -158,7 +161,7 @@ def check(config: ConfigDict) -> None:
         *((f"evaluations.{n}.checkpoints", e.checkpoints) for n, e in config.evaluations.items()),
     ):
         for name in names:
-            if name not in named and not _elsewhere(name):
+            if name not in named and not (not whole and "/" in name) and not _elsewhere(name):
                 raise ValueError(
                     f"config.{field}={name!r} must be one of {', '.join(sorted(named))}, a folder or a hub id"
                 )
@@ -167,11 +170,12 @@ def check(config: ConfigDict) -> None:
         if not all(name in e.checkpoints for e in config.evaluations.values() if e.bm25):
             raise ValueError(
                 f"config.report.fuse={name!r} must be in the checkpoints of every evaluation with bm25; "
-                f"evaluations have {', '.join(sorted(ranked))}"
+                f"evaluations have {', '.join(sorted(ranked)) or 'none'}"
             )
     for field, group in (("denoise", config.stages), ("search", config.exports)):
         if (name := config.report[field]) and name not in group:
-            raise ValueError(f"config.report.{field}={name!r} must be one of {', '.join(group)}")
+            allowed = f"one of {', '.join(group)}" if group else "empty, because the config has none"
+            raise ValueError(f"config.report.{field}={name!r} must be {allowed}")
 
 
 def _elsewhere(name: str) -> bool:
@@ -281,6 +285,8 @@ def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
 
 
 def _report(run: Run, total: dict) -> None:
+    from embed.evaluation import report  # imports matplotlib
+
     paths.write_json(run.workdir / "results.json", total)
     if total["checkpoints"]:
         metrics = {node.of: run.folder(node.of) / FILE for node in make_nodes(run.config) if node.kind == "stage"}

@@ -18,6 +18,7 @@ from embed.checkpoints import model_folder, training_state
 from embed.checkpoints.names import TOKENIZER_FILES
 from embed.checkpoints.provenance import made_with
 from embed.console import make_console
+from embed.data.loader import COLUMNS
 from embed.data.store import Writer, read_header
 from embed.evaluation import baselines, retrieval
 from embed.inference import denoise, load
@@ -84,8 +85,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     Hard negatives for the stage are mined first. Its folder belongs to the config of its first checkpoint; until there
     is one, any config may use it.
     """
-    if name not in run.config.stages:
-        raise ValueError(f"config.stage={name!r} must be one of {', '.join(run.config.stages)}")
+    runs.check_stage(run.config, name)
     stage, folder, steps = run.config.stages[name], run.folder(name), run.steps(name)
     check_data(run, [name])
     for task in mined_tasks(run.config, name):
@@ -223,7 +223,7 @@ def _mined(run: Run, name: str, info: Mapping) -> dict:
 
 
 def _write_mined(target, examples, rows, chosen, info: dict) -> None:
-    writer, none = Writer(target, ["query", "document", "negatives", "negative_lengths"]), np.zeros(0, np.int32)
+    writer, none = Writer(target, COLUMNS["triplet"]), np.zeros(0, np.int32)
     for i, row in zip(rows, chosen):
         negatives = [examples[j]["document"] for j in row if j >= 0]
         writer.append(
@@ -367,18 +367,41 @@ def mined_tasks(config: ConfigDict, stage: str) -> list[str]:
     return sorted({name for name in named if name in config.mining})
 
 
-def check_data(run: Run, names: Iterable[str]) -> None:
-    """ValueError if stages name mixtures, tasks or evaluation sets that the prepared data do not have."""
-    config, tasks = run.config, sorted({task for rates in run.mixtures.values() for task in rates})
+def check_mined(config: ConfigDict, names: Iterable[str]) -> None:
+    """ValueError if stages name mined tasks that their kind cannot train on. Needs no data."""
     for name in names:
-        run.phases(name)
+        for entry in mined_tasks(config, name):
+            check_columns(f"stages.{name}.curriculum", entry, config.stages[name].kind, COLUMNS["triplet"])
+
+
+def check_columns(field: str, task: str, kind: str, columns: Iterable[str]) -> None:
+    """ValueError unless a task with `columns` has those that `kind` needs. `field` of the config names the task."""
+    if missing := [column for column in COLUMNS[kind] if column not in columns]:
+        raise ValueError(
+            f"config.{field}: the task {task!r} has the columns {', '.join(columns)}, but {kind} batches need also "
+            f"{', '.join(missing)}"
+        )
+
+
+def check_data(run: Run, names: Iterable[str]) -> None:
+    """ValueError if stages name mixtures, tasks or sets that the data do not have, or tasks of another kind."""
+    config, tasks = run.config, sorted({task for rates in run.mixtures.values() for task in rates})
+
+    def check(field: str, task: str, kind: str) -> None:
+        if not (run.store_path(task) / "info.json").exists():
+            raise ValueError(f"config.{field}={task!r} must be one of {', '.join(tasks)}")
+        check_columns(field, task, kind, read_header(run.store_path(task))["columns"])
+
+    check_mined(config, names)
+    for name in names:
+        for task in sorted(
+            {task for _, rates in run.phases(name) for task, rate in rates.items() if rate} - set(config.mining)
+        ):
+            check(f"stages.{name}.curriculum", task, config.stages[name].kind)
         for entry in mined_tasks(config, name):
             if entry in run.mixtures:
                 raise ValueError(f"config.mining.{entry}: a mixture of the data has the same name")
-            if config.mining[entry].task not in tasks:
-                raise ValueError(
-                    f"config.mining.{entry}.task={config.mining[entry].task!r} must be one of {', '.join(tasks)}"
-                )
+            check(f"mining.{entry}.task", config.mining[entry].task, "pair")
         if config.stages[name].execution.evaluate_every:
             _check_set(run, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
 

@@ -11,8 +11,10 @@ A stage owns its folder from its first checkpoint on. Any run may start from it,
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -32,6 +34,8 @@ from embed.training import stages
 RANDOM = "random init"
 # Names in a workdir that no stage may have.
 RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", RANDOM)
+# The folder is not writable, in a read-only or virtual file system, or a link that leads nowhere.
+CANNOT_BE_MADE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 # Fields of a stage's config that parent and phases stand for, or that do not change the result.
 NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")
 # Without the fields that say how to compute, and without `tied`: only the diffusion stage has an output layer.
@@ -70,6 +74,7 @@ class Checkpoint:
     matryoshka: tuple[int, ...] = ()  # prefixes trained
     of: tuple[str, ...] = ()  # the two names of a merge
     provenance: dict | None = None  # of a model folder, as in its card
+    not_exported: tuple[str, ...] = ()  # settings that an export leaves out
 
     def check_encoder(self) -> None:
         """ValueError for a causal language model: its vectors mean nothing."""
@@ -93,9 +98,12 @@ class Run:
         if str(workdir).startswith("s3://"):
             raise ValueError(f"workdir {workdir} must be a folder or gs://: checkpoints are not written to s3://")
         self.config, self.workdir, self.config_path = config, paths.path(workdir), config_path
+        check_folder(f"--workdir={workdir}", workdir)
         self._checkpoints: dict[tuple[str, int], Checkpoint] = {}
         fields.check(config)
         check_names(config)
+        if config.data.directory:
+            check_folder(f"config.data.directory={config.data.directory!r}", config.data.directory)
 
     @property
     def data(self):
@@ -318,22 +326,46 @@ class Run:
         return self.steps(stage) in done
 
 
+def check_folder(option: str, folder) -> None:
+    """ValueError if a file has the path of a folder, or of one above it; `option` says who names the folder."""
+    if paths.is_bucket(folder):
+        return
+    folder = paths.path(folder)
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        what = "a file" if existing.exists() else "a link that leads nowhere"
+        raise ValueError(f"{option} must be a folder, but {existing} is {what}")
+
+
 def check_names(config: ConfigDict) -> None:
     """ValueError if a name in the graph is reserved, used twice or unknown, or if a stage starts from itself."""
+    for part in ("stages", "mining", "merges", "exports", "evaluations"):
+        for name in config[part]:
+            if not isinstance(name, str) or not name.isprintable() or not name.strip() or "/" in name or name[0] == ".":
+                raise ValueError(f"config.{part} has the name {name!r}: it must have no slash and start with no dot")
     groups = {part: list(config[part]) for part in ("stages", "mining", "merges")}
     for part, names in groups.items():
         for name in names:
             others = [p for p in groups if p != part and name in groups[p]]
-            if name in RESERVED or "/" in name or name.startswith("."):
-                raise ValueError(
-                    f"config.{part}.{name}: the name must have no slash and be none of {', '.join(RESERVED)}"
-                )
+            if name in RESERVED:
+                raise ValueError(f"config.{part}.{name}: the name must be none of {', '.join(RESERVED)}")
             if others:
                 raise ValueError(f"config.{part}.{name}: config.{others[0]} has the same name")
-    if config.stage and config.stage not in config.stages:
-        raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
+    if config.stage:
+        check_stage(config, config.stage)
     for name in (*config.stages, *config.merges):
         parents(config, name)
+
+
+def check_stage(config: ConfigDict, name: str) -> None:
+    """ValueError unless the config has a stage of this name."""
+    if not config.stages:
+        raise ValueError(f"config.stage={name!r}: the config has no stage; add one, as configs/quickstart.py does")
+    if not name:
+        names = ", ".join(config.stages)
+        raise ValueError(f"config.stage is empty: set it to one of {names}, with FILE.py:stage=NAME or --config.stage")
+    if name not in config.stages:
+        raise ValueError(f"config.stage={name!r} must be one of {', '.join(config.stages)}")
 
 
 def parents(config: ConfigDict, name: str, seen: tuple[str, ...] = ()) -> set[str]:
@@ -425,6 +457,7 @@ def model_checkpoint(source: str, execution) -> Checkpoint:
         left_shift=opened.causal,
         matryoshka=tuple(embedding.get("matryoshka", ())),
         provenance=opened.provenance,
+        not_exported=opened.not_exported,
     )
 
 
@@ -455,6 +488,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
         contextual=a.contextual and b.contextual,
         left_shift=False,
         provenance=None,
+        not_exported=tuple(dict.fromkeys(a.not_exported + b.not_exported)),
         matryoshka=tuple(p for p in a.matryoshka if p in b.matryoshka),
     )
 
@@ -567,6 +601,9 @@ def hold(folder, refuse: Callable[[], None] = lambda: None) -> Iterator[Callable
                 refuse()  # again: another process may have written the folder before this one locked it
             except (ValueError, OSError) as caught:
                 error = caught
+                if getattr(caught, "errno", None) in CANNOT_BE_MADE:
+                    option = "--workdir, --output or config.data.directory"
+                    error = ValueError(f"{folder} cannot be written ({caught.strerror}): choose another {option}")
         if jax.process_count() > 1 and multihost_utils.process_allgather(error is not None).any():
             error = error or ValueError(f"process 0 cannot write {folder}: see its error")
         if error:

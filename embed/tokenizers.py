@@ -5,6 +5,7 @@ tokenizers treat "<|endoftext|>" in a text as plain characters. So no text can e
 token. In transformers this is `split_special_tokens=True`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ CONFIG_FILE = "tokenizer_config.json"
 # The sections of a tokenizer.json that change the tokens of a text.
 SECTIONS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 SENTENCEPIECE_CLASS = "BertGenerationTokenizer"  # runs SentencePiece in transformers, adds no tokens
+NORMALIZER_SPEC = 3  # the number of this field of a SentencePiece model, which is written after the pieces
 NO_LIMIT = 10**30  # what transformers writes for a tokenizer without a limit
 
 
@@ -62,22 +64,34 @@ class SentencePieceTokenizer:
         import sentencepiece
 
         self._model = model
+        # The library accepts no bytes at all, and the first pieces of a file that was cut after one of them.
+        if NORMALIZER_SPEC not in _message_fields(model):
+            raise ValueError(f"not a SentencePiece model ({len(model)} bytes): it is empty, cut or of another kind")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model ({len(model)} bytes): {_first_line(error)}") from None
         self.vocab_size = self._processor.vocab_size()
+        self.unknown = self._processor.id_to_piece(self._processor.unk_id())
         self.mask_id = self._id("<mask>")
         self.separator_id = self._id("<sep>")
         self.digest = hashlib.sha256(model).hexdigest()
 
     def _id(self, piece: str) -> int:
-        index = self._processor.piece_to_id(piece)
-        if self._processor.id_to_piece(index) != piece or not self._processor.is_control(index):
+        index, is_control = self.find(piece) or (None, False)
+        if not is_control:
             raise ValueError(
                 f"the SentencePiece model has no control symbol {piece!r}: train it with that control symbol"
             )
         return index
+
+    def find(self, piece: str) -> tuple[int, bool] | None:
+        """(id of a piece, whether it is a control symbol); None if the model does not have it."""
+        try:
+            index = self._processor.piece_to_id(piece.encode())
+        except UnicodeEncodeError:  # a lone surrogate
+            return None
+        return (index, self._processor.is_control(index)) if self._processor.id_to_piece(index) == piece else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = _texts(texts)
@@ -98,7 +112,7 @@ class SentencePieceTokenizer:
         """
         Path(folder, SENTENCEPIECE_FILES[1]).write_bytes(self._model)
         piece = self._processor.id_to_piece
-        pad, unknown = piece(self._processor.pad_id()), piece(self._processor.unk_id())
+        pad = piece(self._processor.pad_id())
         _write_config(
             folder,
             tokenizer_class=SENTENCEPIECE_CLASS,
@@ -108,7 +122,7 @@ class SentencePieceTokenizer:
             pad_token=pad,
             bos_token=pad,
             eos_token=pad,
-            unk_token=unknown,
+            unk_token=self.unknown,
             sep_token=piece(self.separator_id),
             mask_id=self.mask_id,
             separator_id=self.separator_id,
@@ -283,6 +297,28 @@ def _find_separator(config: dict, path) -> str:
         if token is not None:
             raise ValueError(f"{path} has {name} = {token!r:.80}, expected a token")
     raise ValueError(f"{path} names no separator: it needs separator_id, sep_token, pad_token or eos_token")
+
+
+def _message_fields(message: bytes) -> set[int]:
+    """The numbers of the outermost fields of a protocol buffer whose fields are all bytes; without a cut last one."""
+    numbers, i = set(), 0
+
+    def varint() -> int:
+        nonlocal i
+        value = shift = 0
+        while True:
+            value |= (message[i] & 0x7F) << shift
+            i, shift = i + 1, shift + 7
+            if message[i - 1] < 0x80:
+                return value
+
+    with contextlib.suppress(IndexError):
+        while i < len(message):
+            number, length = varint() >> 3, varint()
+            i += length
+            if i <= len(message):
+                numbers.add(number)
+    return numbers
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from embed import config
+from embed import config, runs
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "configs/quickstart.py"
@@ -48,6 +48,43 @@ def test_a_config_that_is_not_a_python_file_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="config.json must be a Python file with get_config"):
         config.load(str(tmp_path / "config.json"))
+
+
+BASE = "from configs import base\n\ndef get_config(arg=''):\n    config = base.get_config()\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (BASE, "get_config returns None, expected a config of configs/base.py"),
+        ("def get_config(arg=''):\n    return {}\n", "get_config returns {}, expected a config"),
+        (BASE + "    del config.model.tied\n    return config\n", "lacks model.tied: build it on configs/base.py"),
+        (
+            BASE + "    config.stages.a = base.stage('pair')\n    del config.stages.a.margin\n    return config\n",
+            "lacks stag",
+        ),
+        (BASE + "    config.exports.a = 3\n    return config\n", "config.exports.a is 3, expected an entry of base"),
+        (
+            BASE + "    config.merges.a = base.export()\n    return config\n",
+            "lacks merges.a.of, merges.a.ratio, merges.a.sw",
+        ),
+        (BASE + "    config.seed = 'x'\n    return config\n", "line 5: TypeError"),
+    ],
+)
+def test_a_file_without_a_whole_config_is_refused_in_one_sentence(text, message, tmp_path):
+    (tmp_path / "wrong.py").write_text(text)
+    with pytest.raises(ValueError, match=f"config file .*wrong.py.*{message}"):
+        config.load(str(tmp_path / "wrong.py"))
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "/x", "a\n"])
+@pytest.mark.parametrize("part", ["stages", "mining", "merges", "exports", "evaluations"])
+def test_a_name_of_the_graph_that_is_no_name_of_a_file_is_refused(part, name):
+    loaded = config.load(QUICKSTART)
+    with loaded.unlocked():
+        loaded[part][name] = next(iter(loaded[part].values()))
+    with pytest.raises(ValueError, match=rf"config.{part} has the name"):
+        runs.check_names(loaded)
 
 
 def test_the_config_is_locked():

@@ -1,8 +1,13 @@
 """Wrong values of config fields are refused by name, before any data are read."""
 
+import functools
+
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from embed import cli, config, fields
+from embed.rows import RowShape, dense, pack_group
 from embed.training import stages
 
 QUICKSTART = "configs/quickstart.py"
@@ -78,6 +83,39 @@ def test_only_a_few_numbers_of_a_config_may_be_negative():
         ("execution.remat=some", "remat='some' must be one of"),
         ("execution.mesh.fsdp=0", "config.execution.mesh.fsdp=0 must be at least 1, or -1"),
         ("execution.mesh.fsdp=-1", "must be at least 1, or -1 for at most one axis"),
+        ("seed=99999999999999999999", "config.seed=99999999999999999999 must be at least 0 and at most 2147483647"),
+        (
+            "stages.pair.batch.groups=True",
+            "config key 'stages.pair.batch.groups' must be of type int like 2, got 'True'",
+        ),
+        (
+            "stages.pair.batch.groups=None",
+            "config key 'stages.pair.batch.groups' must be of type int like 2, got 'None'",
+        ),
+        (
+            "stages.pair.temperature=" + "9" * 400,
+            "config key 'stages.pair.temperature' must be of type float like 0.05",
+        ),
+        ("stages.pair.temperature=" + "(" * 5000, "config key 'stages.pair.temperature' must be of type float like"),
+        ("stages.pair.curriculum=((99999999999,'pairs'),)", "must be ((steps, mixture or {task: rate}), …)"),
+        ("stages.pair.curriculum=((1,{'a':1e999}),)", "must be ((steps, mixture or {task: rate}), …)"),
+        ("stages.pair.matryoshka=(True,)", "matryoshka=(True,) must be prefixes from 1 to"),
+        (
+            "stages.pair.batch.length=2000000000",
+            "length=2000000000 must be at most 21913098, because a batch has 98 rows",
+        ),
+        (
+            "stages.contextual.batch.max_queries_per_document=99999999",
+            "must be at most 67108863, because a batch has 32",
+        ),
+        (
+            "stages.triplet.batch.rows_per_group=1",
+            "rows_per_group=1 must be at least 16: a group has 128 texts, and a row",
+        ),
+        ("execution.read_timeout=1e10", "config.execution.read_timeout=10000000000.0 must be from 0 to 1e9"),
+        ("mining.hard_negatives.rank_window=('a', 5)", "rank_window=('a', 5) must be (lo, hi) with 0 <= lo < hi"),
+        ("merges.merged.of=('pair', 1)", "config.merges.merged.of=('pair', 1) must be two names"),
+        ("report.fuse=('',)", "config.report.fuse=('',) must be each a name"),
         (
             "data.vocab_size=72",
             "config.data.vocab_size=72 must be at least 73: the control pieces and single characters",
@@ -101,6 +139,51 @@ def test_every_verb_refuses_a_wrong_value_in_one_sentence_before_it_reads_anythi
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("embed: error: ") and sentence in line
     assert not (tmp_path / "run").exists()
+
+
+NUMBERS = {int: [True, 1.5, 10**20, "7", None], float: [True, float("nan"), float("inf"), 10**400, 1e39, "7", None]}
+
+
+def test_no_number_of_a_config_may_be_a_bool_too_large_not_finite_or_missing():
+    loaded = config.load(QUICKSTART).to_dict()
+    for key, value in config.leaves(config.load(QUICKSTART)):
+        *parents, name = key.split(".")
+        section = functools.reduce(dict.__getitem__, parents, loaded)
+        for wrong in NUMBERS.get(type(value), [None]):
+            with pytest.raises(ValueError, match=rf"^config\.{key}=.* must be "):
+                section[name] = wrong
+                fields.check(ConfigDict(loaded))
+        section[name] = value
+    fields.check(ConfigDict(loaded))
+
+
+@pytest.mark.parametrize(
+    "kind, batch, rows",
+    [
+        ("pair", dict(group_size=8, length=128, spans=4, segments=9), 4),
+        ("pair", dict(group_size=8, length=1, spans=4, segments=9), 16),
+        ("triplet", dict(group_size=8, length=128, spans=9, segments=4, num_negatives=3), 10),
+        ("contextual", dict(group_size=9, length=128, spans=4, segments=4, max_chunks=4), 5),
+    ],
+)
+def test_a_group_needs_the_rows_that_hold_one_token_of_each_text(kind, batch, rows):
+    """The packer of the loader is the reference."""
+    for count in (rows, rows - 1):
+        loaded = config.load(QUICKSTART)
+        loaded.stages[kind].batch.update(batch, groups=1, rows_per_group=count)
+        texts = batch["group_size"] * (2 + batch.get("num_negatives", 0))
+        segments, shape = [dense(np.ones(1))] * texts, RowShape(*(batch[n] for n in ("length", "spans", "segments")))
+        if count == rows:
+            fields.check(loaded)
+            pack_group(segments, shape, count)
+            continue
+        sentence = (
+            f"config.stages.{kind}.batch.rows_per_group={count} must be at least {rows}: a group has {texts} texts"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            fields.check(loaded)
+        with pytest.raises(ValueError, match="do not fit"):
+            pack_group(segments, shape, count)
 
 
 def test_every_kind_of_stage_has_a_required_field():

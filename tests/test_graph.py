@@ -500,6 +500,124 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
     assert not (tmp_path / "run" / "diffusion").exists()
 
 
+@pytest.fixture(scope="module")
+def small_graph(tmp_path_factory):
+    """(config file, --config.data.directory=…) of the small graph."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "graph.py").write_text(small.GRAPH)
+    small.write_data(folder / "data")
+    return folder / "graph.py", f"--config.data.directory={folder / 'data'}"
+
+
+HARD = "query, document, negatives, negative_lengths"
+
+
+@pytest.mark.parametrize(
+    "stage, task, sentence",
+    [
+        ("pair", "diffusion", "'text' has the columns tokens, but pair batches need also query, document"),
+        ("triplet", "pairs", "'pairs' has the columns query, document, but triplet batches need also negatives, negat"),
+        ("diffusion", "pairs", "'pairs' has the columns query, document, but diffusion batches need also tokens"),
+        ("diffusion", "hard", f"'hard' has the columns {HARD}, but diffusion batches need also tokens"),
+        ("pair", "no", "stage pair: mixture 'no' must be one of diffusion, pairs, hard"),
+    ],
+)
+def test_a_mixture_of_another_kind_is_refused_before_training(stage, task, sentence, small_graph, tmp_path, capsys):
+    file, data = small_graph
+    run = [f"--config={file}:{stage}", f"--workdir={tmp_path / 'run'}", data]
+    assert cli.main(["train", *run, f"--config.stages.{stage}.curriculum=((2,'{task}'),)"]) == 2
+    assert sentence in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_other_reference_to_data_of_another_kind_is_refused_too(small_graph, tmp_path, capsys):
+    file, data = small_graph
+    for stage, override, sentence in (
+        (
+            "pair",
+            "stages.pair.curriculum=((2,{'pairs':1.0,'text':0.5}),)",
+            "config.stages.pair.curriculum: the task 't",
+        ),
+        ("pair", "stages.pair.curriculum=((2,{'pears':1.0}),)", "config.stages.pair.curriculum='pears' must be one of"),
+        ("triplet", "mining.hard.task=text", "config.mining.hard.task: the task 'text' has the columns tokens, but pa"),
+    ):
+        run = [f"--config={file}:{stage}", f"--workdir={tmp_path / 'run'}", data, f"--config.{override}"]
+        assert cli.main(["train", *run]) == 2
+        assert sentence in said(capsys)
+    # A pipeline knows the columns of mined tasks before the data are prepared.
+    run = [f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(["pipeline", *run, "--config.stages.diffusion.curriculum=((2,'hard'),)"]) == 2
+    assert "config.stages.diffusion.curriculum: the task 'hard' has the columns" in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        (
+            "exports.model.checkpoint=merge",
+            "config.exports.model.checkpoint='merge' must be one of diffusion, merged, ",
+        ),
+        ("exports.model.checkpoint=", "config.exports.model.checkpoint='' must be one of diffusion, merged, "),
+        ("merges.merged.of=('pair','triple')", "config.merges.merged.of='triple' must be one of"),
+        ("evaluations.words.checkpoints=('pear',)", "config.evaluations.words.checkpoints='pear' must be one of"),
+        ("mining.hard.checkpoint=pear", "config.mining.hard.checkpoint='pear' must be one of"),
+        ("report.search=embed", "config.report.search='embed' must be one of model"),
+        (
+            "stage=",
+            "config.stage is empty: set it to one of diffusion, pair, triplet, with FILE.py:stage=NAME or --conf",
+        ),
+    ],
+)
+def test_an_unknown_name_anywhere_in_the_graph_is_refused_before_a_stage_is_trained(
+    override, sentence, small_graph, tmp_path, capsys
+):
+    file, data = small_graph
+    run = [f"--config={file}:diffusion", f"--workdir={tmp_path / 'run'}", data, f"--config.{override}"]
+    assert cli.main(["train", *run]) == 2
+    assert sentence in said(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_may_be_trained_before_a_folder_that_the_graph_names_exists(small_graph, tmp_path, capsys):
+    file, data = small_graph
+    later = f"--config.mining.hard.checkpoint={tmp_path}/later/pair"
+    run = [f"--config={file}:diffusion", f"--workdir={tmp_path / 'run'}", later]
+    assert cli.main(["pipeline", *run, data]) == 2
+    assert "config.mining.hard.checkpoint=" in said(capsys)
+    graph.check(config.load(f"{file}:diffusion", [later]), whole=False)
+
+
+def test_a_config_without_stages_says_so(tmp_path, capsys):
+    for verb in ("train", "plan"):
+        where = [f"--workdir={tmp_path}/run"] if verb == "train" else ["--topology=v5e:2x2"]
+        assert cli.main([verb, "--config=configs/base.py", *where]) == 2
+        assert "config.stage='': the config has no stage; add one" in said(capsys)
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "pipeline"])
+def test_a_workdir_that_cannot_be_a_folder_is_refused_by_name(verb, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for workdir, reason in (("file", "a file"), ("file/a", "a file"), ("link", "a link"), ("link/a", "a link")):
+        existing = tmp_path / workdir.removesuffix("/a")
+        assert cli.main([verb, f"--config={CONFIG},stage=pair", f"--workdir={tmp_path / workdir}"]) == 2
+        assert f"--workdir={tmp_path / workdir} must be a folder, but {existing} is {reason}" in said(capsys)
+    directory = f"--config.data.directory={tmp_path / 'file'}"
+    assert cli.main([verb, f"--config={CONFIG},stage=pair", f"--workdir={tmp_path / 'run'}", directory]) == 2
+    assert f"config.data.directory='{tmp_path / 'file'}' must be a folder, but" in said(capsys)
+    if verb != "train":  # which first needs data
+        assert cli.main([verb, f"--config={CONFIG}", "--workdir=/proc/w"]) == 2
+        assert re.search(r"/proc/w.* cannot be written \(.*\): choose another --workdir", said(capsys))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_pair_stage_may_train_on_mined_negatives(small_graph, tmp_path):
+    file, data = small_graph
+    run = runs.Run(config.load(str(file), [data, "--config.stages.pair.curriculum=((2,'hard'),)"]), tmp_path)
+    nodes.check_data(run, ["pair"])
+
+
 def test_a_checkpoint_with_another_tokenizer_can_be_evaluated_and_exported_but_mines_nothing(workdir, shared, tmp_path):
     other = small.write_model(tmp_path / "other")
     run = make_run(tmp_path / "run", shared, f"--config.mining.hard_negatives.checkpoint={other}")

@@ -40,6 +40,20 @@ def test_without_splitting_case_and_bytes_survive_a_round_trip(plain):
         assert plain.decode(plain.encode([text])[0]) == text
 
 
+def test_a_sentencepiece_model_that_is_empty_or_cut_anywhere_is_refused_without_noise(tmp_path, capfd):
+    train_sentencepiece(TEXTS, tmp_path, vocab_size=60)
+    file = tmp_path / "sentencepiece.model"
+    whole = file.read_bytes()
+    tokenizers.load(tmp_path)
+    capfd.readouterr()
+    pieces = whole.index(b"<sep>") + 200  # many cuts here fall between two pieces
+    for size in (*range(pieces), *range(pieces, len(whole), 997), len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"sentencepiece.model: not a SentencePiece model \({size} bytes\)"):
+            tokenizers.load(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_control_tokens_have_fixed_ids_and_text_never_yields_them(split, plain):
     for tokenizer in (split, plain):
         assert (tokenizer.mask_id, tokenizer.separator_id) == (2, 3)

@@ -25,6 +25,7 @@ from embed import paths
 from embed.checkpoints import model_config, names, onnx, settings
 from embed.checkpoints.card import model_card
 from embed.checkpoints.provenance import made_with
+from embed.config import brief
 from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
 
 FORMATS = ("", "pplx", "onnx")
@@ -114,7 +115,7 @@ def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
     if problems:
-        raise ValueError(f"cannot export to {folder}: " + "; ".join(sorted(problems)))
+        raise ValueError(f"cannot export to {folder}: " + brief(sorted(problems)))
 
 
 def _on_first_process(work: Callable[[], None], stream: Iterable = ()) -> None:

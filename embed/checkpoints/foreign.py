@@ -10,6 +10,7 @@ from pathlib import Path
 
 from embed import paths, tokenizers
 from embed.checkpoints.names import PPLX
+from embed.config import brief
 
 MODULES, MODEL = "modules.json", "config_sentence_transformers.json"
 # sentence-transformers reads the first of these that exists.
@@ -22,9 +23,12 @@ TRANSFORMER = (
     "sentence_xlm-roberta_config.json",
     "sentence_xlnet_config.json",
 )
-ADAPTER, ADDED_TOKENS, SPECIAL_TOKENS = "adapter_config.json", "added_tokens.json", "special_tokens_map.json"
+ADAPTER, ROUTER = "adapter_config.json", "router_config.json"
+# Files that no model may have: (what they are, what to do).
+UNSUPPORTED = {ADAPTER: ("an adapter", "merge it into the weights"), ROUTER: ("of a Router", "use one of its models")}
+ADDED_TOKENS, SPECIAL_TOKENS = "added_tokens.json", "special_tokens_map.json"
 # Files that loaders read besides config.json, weights and tokenizer. Vectors may depend on them.
-FILES = (MODULES, MODEL, *TRANSFORMER, ADAPTER, ADDED_TOKENS, SPECIAL_TOKENS)
+FILES = (MODULES, MODEL, *TRANSFORMER, *UNSUPPORTED, ADDED_TOKENS, SPECIAL_TOKENS)
 # A module of the released pplx-embed. It changes only a vector's precision, and Normalize only its length. Here both
 # are arguments of `encode`.
 QUANTIZER = "st_quantize.FlexibleQuantizer"
@@ -46,9 +50,9 @@ TRANSFORMER_FIELDS = {
 } | dict.fromkeys(
     ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs"), ({}, None)
 )
+DIMENSIONS = ("embedding_dimension", "word_embedding_dimension")  # the width of the model
 POOLING_FIELDS = {
-    "embedding_dimension": ...,
-    "word_embedding_dimension": ...,
+    **dict.fromkeys(DIMENSIONS, ...),
     "include_prompt": BOTH,  # there is no prompt
     "pooling_mode": ("mean", ["mean"]),
     "pooling_mode_mean_tokens": (True,),
@@ -84,6 +88,7 @@ class _Reader:
     def __init__(self, folder: Path):
         self.folder = folder
         self.problems: list[str] = []
+        self.not_exported: list[str] = []  # settings that an export of this model leaves out
 
     def read(self, name: str, kind=dict):
         """The object or list in a file; an empty one if the file is missing or contains something else."""
@@ -128,9 +133,10 @@ def _same(value, other) -> bool:
     return type(value) is type(other) and value == other
 
 
-def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tuple[dict, list[str]]:
-    """(settings.EMBEDDING of a third-party folder with config.json `fields`, problems as sentences).
+def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tuple[dict, list[str], list[str]]:
+    """(settings.EMBEDDING of a third-party folder, problems as sentences, settings that an export leaves out).
 
+    `fields` is its config.json.
     The released contextual models have a separator (arXiv 2602.11151).
     """
     reader = _Reader(folder)
@@ -146,14 +152,14 @@ def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tu
     contextual = "Contextual" in str(code)
     embedding = {"matryoshka": [], "separator": contextual, "contextual": contextual, "tanh": False}
     embedding["max_length"] = reader.limits(limits)
-    return embedding, reader.problems
+    return embedding, reader.problems, reader.not_exported
 
 
 def _read_modules(reader: _Reader, hidden_size: int | None) -> dict:
     """Check the files of sentence-transformers and return the config of its Transformer module."""
     modules = reader.read(MODULES, list)
     if (reader.folder / MODULES).is_file():
-        _check_modules(reader, modules)
+        _check_modules(reader, modules, hidden_size)
     settings = {}
     for name in TRANSFORMER:
         fields = reader.read(name)
@@ -175,10 +181,15 @@ def _read_modules(reader: _Reader, hidden_size: int | None) -> dict:
         )
     elif default is not None and (prompt := (prompts or {}).get(default)) != "":
         reader.problems.append(f"{MODEL} puts the prompt {prompt!r} before texts, which is not supported")
+    named = [name for name, prompt in prompts.items() if prompt != ""] if isinstance(prompts, dict) else []
+    if named:
+        reader.not_exported.append(f"the prompts {brief(named, 3, ', ')}, which callers put before texts")
+    if (similarity := model.get("similarity_fn_name")) not in (None, "cosine"):
+        reader.not_exported.append(f"similarity_fn_name={similarity!r:.80}")
     return settings
 
 
-def _check_modules(reader: _Reader, modules: list) -> None:
+def _check_modules(reader: _Reader, modules: list, hidden_size: int | None) -> None:
     if not modules or not all(
         isinstance(m, dict) and isinstance(m.get("type"), str) and isinstance(m.get("path"), str) for m in modules
     ):
@@ -201,8 +212,11 @@ def _check_modules(reader: _Reader, modules: list) -> None:
             name = f"{path}/config.json"
             if not (reader.folder / name).is_file():
                 reader.problems.append(f"{name} is missing, but it must say how to pool")
-            reader.check(name, reader.read(name), POOLING_FIELDS, known=True)
+            fields = reader.read(name)
+            width = dict.fromkeys(DIMENSIONS, (hidden_size,)) if hidden_size else {}
+            reader.check(name, fields, POOLING_FIELDS | width, known=True)
         elif kind == "Normalize":
+            reader.not_exported.append("Normalize, so vectors keep their lengths")
             reader.check(f"{path}/config.json", reader.read(f"{path}/config.json"), NORMALIZE_FIELDS)
 
 
@@ -219,6 +233,7 @@ def _read_tokenizer(reader: _Reader) -> dict:
     classes = TOKENIZER_CLASSES if model else (tokenizers.SENTENCEPIECE_CLASS, None)
     reader.check(name, config, TOKENIZER_FIELDS | {"tokenizer_class": classes})
     if not model:
+        _check_beside_sentencepiece(reader, config)
         return config
     steps = [*_find(model.get("pre_tokenizer"), "type")]
     if config.get("tokenizer_class") in QWEN and (
@@ -260,6 +275,38 @@ def _read_tokenizer(reader: _Reader) -> dict:
             if token in vocabulary and token not in ids:
                 reader.problems.append(f"{file} has {field}={token!r:.80}, expected a special token of tokenizer.json")
     return config
+
+
+def _check_beside_sentencepiece(reader: _Reader, config: Mapping) -> None:
+    """Check the tokens that other files add to a SentencePiece model.
+
+    transformers splits texts at them before the model reads a text.
+    """
+    try:
+        tokenizer = tokenizers.load(reader.folder)
+    except (ValueError, FileNotFoundError):  # raised again when the tokenizer is used
+        return
+    decoder = config.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict):
+        reader.problems.append(f"{tokenizers.CONFIG_FILE} has added_tokens_decoder={decoder!r:.80}, expected an object")
+        decoder = {}
+    contents = {key: entry.get("content") if isinstance(entry, dict) else entry for key, entry in decoder.items()}
+    added = [(tokenizers.CONFIG_FILE, token, int(key) if key.isdecimal() else key) for key, token in contents.items()]
+    added += [(ADDED_TOKENS, token, index) for token, index in reader.read(ADDED_TOKENS).items()]
+    for file, token, index in added:
+        known, is_control = (tokenizer.find(token) if isinstance(token, str) else None) or (None, False)
+        if type(index) is not int or known != index or not (is_control or token == tokenizer.unknown):
+            reader.problems.append(
+                f"{file} has the id {index!r:.80} for {token!r:.80}, expected the id of a control symbol of the "
+                "SentencePiece model"
+            )
+    for file, document in ((tokenizers.CONFIG_FILE, config), (SPECIAL_TOKENS, reader.read(SPECIAL_TOKENS))):
+        for field, token in _named_tokens(document):
+            _, is_control = tokenizer.find(token) or (None, True)
+            if not is_control and token != tokenizer.unknown:
+                reader.problems.append(
+                    f"{file} has {field}={token!r:.80}, expected a control symbol of the SentencePiece model"
+                )
 
 
 def _find(value, field: str) -> Iterator:

@@ -28,6 +28,7 @@ import safetensors
 from embed import paths, tokenizers
 from embed.checkpoints import foreign, model_config, names, settings
 from embed.checkpoints.names import CONFIG, INDEX, INPUTS, NAMES, WEIGHTS
+from embed.config import brief
 from embed.models.transformer import TransformerConfig, abstract_params
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -78,7 +79,7 @@ def read_architecture(source) -> TransformerConfig:
         raise FileNotFoundError(f"{source} has no {CONFIG}")
     config, problems = model_config.read(paths.read_json(folder / CONFIG))
     if problems:
-        raise ValueError(f"{source} is not a model that can be read: " + "; ".join(problems))
+        raise ValueError(f"{source} is not a model that can be read: {brief(problems)}")
     return config
 
 
@@ -123,6 +124,7 @@ class ModelFolder:
     tensors: Mapping[str, Path]  # their name -> file
     prefix: str  # of their names, except the head
     exported: Mapping[str, str] | None  # {name: sha256} of embed.json, verified
+    not_exported: tuple[str, ...]  # settings of a third-party folder that an export leaves out
 
     def params(self, shardings=None, dtype=np.float32) -> dict:
         """The parameter tree, float32 or bfloat16, read array by array directly into its shards.
@@ -202,12 +204,13 @@ def _open(source: str, folder: Path) -> ModelFolder:
     if document is None:
         return _read_folder(source, folder, None)
     if changes := settings.differences(folder, document["files"]):
-        try:
-            _read_folder(source, folder, None)
-            advice = f"delete {settings.FILE} to read it as a third-party folder"
-        except ValueError:
-            advice = "export it again"
-        raise ValueError(f"{source} was changed after its export: {'; '.join(changes)}; {advice}")
+        advice = "export it again"
+        with contextlib.suppress(ValueError):
+            other = _read_folder(source, folder, None).embedding
+            advice += f", or delete {settings.FILE} to read it as a third-party folder"
+            if lost := settings.changes(document.get("embedding"), other):
+                advice += f", which changes its settings: {'; '.join(lost)}"
+        raise ValueError(f"{source} was changed after its export: {brief(changes)}; {advice}")
     return _read_folder(source, folder, document)
 
 
@@ -216,31 +219,35 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
     fields = paths.read_json(folder / CONFIG)
     config, problems = model_config.read(fields)
     causal = bool(config) and model_config.is_causal(fields)
-    if (folder / foreign.ADAPTER).is_file():
-        problems.append(f"{foreign.ADAPTER} is an adapter, which is not supported: merge it into the weights")
+    for name, (what, advice) in foreign.UNSUPPORTED.items():
+        if (folder / name).is_file():
+            problems.append(f"{name} is {what}, which is not supported: {advice}")
+    not_exported: list[str] = []
     if document is not None:
         embedding = document.get("embedding")
         problems += [f"{settings.FILE}: {p}" for p in settings.problems(embedding, config)] if config else []
     else:
-        embedding, embedding_problems = foreign.read_embedding(
+        embedding, embedding_problems, not_exported = foreign.read_embedding(
             fields if isinstance(fields, dict) else {}, folder, config and config.hidden_size
         )
         problems += [] if causal else embedding_problems  # a causal model's way to compute vectors is not used
     files, file_problems = _tensor_files(folder)
     problems += file_problems
     tensors, shapes, types = {}, {}, {}
+    twice, untyped = [], []
     for file in files:
         try:
             with safetensors.safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():
                     part = opened.get_slice(name)
                     if name in tensors:
-                        problems.append(f"tensor {name} is in {tensors[name].name} and in {file.name}")
+                        twice.append(f"tensor {name} is in {tensors[name].name} and in {file.name}")
                     if part.get_dtype() not in DTYPES:
-                        problems.append(f"tensor {name} is {part.get_dtype()}, expected {', '.join(DTYPES)}")
+                        untyped.append(f"tensor {name} is {part.get_dtype()}, expected {', '.join(DTYPES)}")
                     tensors[name], shapes[name], types[name] = file, tuple(part.get_shape()), part.get_dtype()
         except safetensors.SafetensorError as error:
             problems.append(f"{file.name} is truncated or damaged ({error})")
+    problems += [brief(listed, 3) for listed in (twice, untyped) if listed]
     prefix = "model." if any(name.startswith("model.") for name in tensors) else ""
     headless = fields.get("architectures") == ["Qwen3Model"] if config else False
     # A model that is used without a head counts as tied if it has none, whatever tie_word_embeddings says.
@@ -256,7 +263,7 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
         if known == {copy, table} and not _equal(tensors[copy], copy, tensors[table], table):
             problems.append(f"tie_word_embeddings is true, but {copy} differs from {table}")
     if problems:
-        raise ValueError(f"{folder} is not a model that can be read: " + "; ".join(problems))
+        raise ValueError(f"{folder} is not a model that can be read: {brief(problems)}")
     document = document or {}
     return ModelFolder(
         source,
@@ -268,6 +275,7 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
         tensors,
         prefix,
         document.get("files"),
+        tuple(not_exported),
     )
 
 
@@ -302,12 +310,23 @@ def _tensor_problems(shapes: Mapping[str, tuple], config: TransformerConfig, pre
     if config.num_layers > len(shapes):  # before the tensors of that many layers are listed
         return [f"config.json has num_hidden_layers={config.num_layers}, but there are {len(shapes)} tensors"]
     expected = names.shapes(config, prefix)
-    problems = [f"tensor {name} is missing" for name in expected if name not in shapes]
-    problems += [f"tensor {name} is not part of this architecture" for name in sorted(shapes.keys() - expected.keys())]
-    for name in expected.keys() & shapes.keys():
-        if shapes[name] != expected[name]:
-            problems.append(f"tensor {name} has shape {list(shapes[name])}, expected {list(expected[name])}")
-    return problems
+    missing = [name for name in expected if name not in shapes]
+    unknown = sorted(shapes.keys() - expected.keys())
+    wrong = [
+        f"tensor {name} has shape {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    problems = [_about(missing, "missing"), _about(unknown, "not part of this architecture"), brief(wrong, 3)]
+    return [problem for problem in problems if problem]
+
+
+def _about(tensors: list[str], what: str) -> str:
+    """The sentence that tensors are `what`; empty without tensors."""
+    plural = len(tensors) > 1
+    if not tensors:
+        return ""
+    return f"tensor{'s' * plural} {brief(tensors, 3, ', ')} {'are' if plural else 'is'} {what}"
 
 
 def _equal(a: Path, a_name: str, b: Path, b_name: str, rows: int = 4096) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from embed import tokenizers
+from embed.config import brief
 from embed.models.transformer import TransformerConfig, abstract_params
 
 # Our parameter -> their tensor; {} is the layer. Causal models have the prefix "model." on all tensors but the head.
@@ -137,8 +138,7 @@ def check_finite(params: Mapping, source: str, prefix: str = "") -> None:
     """
     if not _is_finite(params):
         wrong = [name for name, tensor in tensors(params, prefix) if not np.isfinite(tensor).all()]
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(f"{source} has weights that are not finite: {', '.join(wrong[:3])}{more}")
+        raise ValueError(f"{source} has weights that are not finite: {brief(wrong, 3, ', ')}")
 
 
 @jax.jit

@@ -10,6 +10,7 @@
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,13 @@ def problems(embedding, config: TransformerConfig) -> list[str]:
     if longest is not None and not _is_count(longest):
         messages.append(f"max_length is {longest!r}, expected a positive number of tokens or null")
     return messages
+
+
+def changes(embedding, other: Mapping) -> list[str]:
+    """How settings of an embed.json, which may be malformed, differ from other ones, as sentences."""
+    embedding = embedding if isinstance(embedding, Mapping) else {}
+    pairs = {name: (embedding.get(name), other[name]) for name in EMBEDDING}
+    return [f"{name} is {json.dumps(a):.80}, then {json.dumps(b)}" for name, (a, b) in pairs.items() if a != b]
 
 
 def _is_count(value) -> bool:

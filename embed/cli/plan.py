@@ -40,14 +40,13 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
     from embed import config as configs
-    from embed import fields
+    from embed import fields, runs
     from embed.models import sharding, transformer
     from embed.training import plan, stages
 
     config = configs.load(arguments.config, overrides)
     fields.check(config)
-    if config.stage not in config.stages:
-        raise ValueError(f"config.stage={config.stage!r} must be one of {', '.join(config.stages)}")
+    runs.check_stage(config, config.stage)
     stage, axes = config.stages[config.stage], config.execution.mesh.to_dict()
     model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
     model = stages.stage_model(stage.kind, model)

@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from embed.data.store import Store
 
 
+# {kind of stage: the columns that its loader reads}, all int32[length]. A store may have more of them.
+PAIR = ("query", "document")
+COLUMNS = {
+    "diffusion": ("tokens",),
+    "pair": PAIR,
+    "contextual": ("document", "chunk_lengths", "queries", "query_lengths", "positives"),
+    "triplet": (*PAIR, "negatives", "negative_lengths"),
+}
+
+
 def _local_shards(name: str, total: int, shards: Sequence[int] | None) -> np.ndarray:
     """The indices of the shards that this process builds, sorted, int[n]; None = all `total` of them."""
     indices = np.arange(total) if shards is None else np.unique(shards)

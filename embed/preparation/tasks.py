@@ -20,6 +20,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from embed.data.loader import COLUMNS
 from embed.preparation import examples
 from embed.tokenizers import Tokenizer
 
@@ -31,11 +32,6 @@ TRUNCATED, OVER_LIMIT, WITHOUT_QUERY = (
     "modules beyond max_characters",
     "documents without a query",
 )
-COLUMNS = {
-    "diffusion": ("tokens",),
-    "pair": ("query", "document"),
-    "contextual": ("document", "chunk_lengths", "queries", "query_lengths", "positives"),
-}
 PAIRS = {
     "python_docs_summaries": ("functions", examples.summary_pairs),
     "python_docs_descriptions": ("functions", examples.description_pairs),

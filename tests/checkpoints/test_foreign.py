@@ -9,7 +9,7 @@ import pytest
 import small
 from small import edit_config
 
-from embed import inference, tokenizers
+from embed import cli, inference, tokenizers
 from embed.checkpoints import foreign, model_folder
 from embed.models import transformer
 
@@ -176,11 +176,79 @@ TEXT = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}
         ("special_tokens_map.json", dict(bos_token={"content": "a"}), "special_tokens_map.json has bos_token='a', exp"),
         ("added_tokens.json", {"<think>": 5}, "added_tokens.json has the id 5 for '<think>', tokenizer.json has None"),
         ("adapter_config.json", {}, "adapter_config.json is an adapter, which is not supported"),
+        ("router_config.json", {}, "router_config.json is of a Router, which is not supported: use one of its models"),
+        (POOLING, dict(embedding_dimension=16), "1_Pooling/config.json has embedding_dimension=16, expected 32"),
+        (POOLING, dict(word_embedding_dimension="32"), "word_embedding_dimension='32', expected 32"),
     ],
 )
 def test_a_field_that_changes_vectors_is_refused(file, fields, message, folder):
     edit(folder / file, **fields)
     assert_refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    "file, fields, message",
+    [
+        (
+            "added_tokens.json",
+            {"<think>": 120},
+            "added_tokens.json has the id 120 for '<think>', expected the id of a con",
+        ),
+        (
+            "added_tokens.json",
+            {"<sep>": 9},
+            "added_tokens.json has the id 9 for '<sep>', expected the id of a control s",
+        ),
+        ("added_tokens.json", {"<sep>": 3.0}, "added_tokens.json has the id 3.0 for '<sep>'"),
+        ("added_tokens.json", {"s": 7}, "added_tokens.json has the id 7 for 's'"),
+        (
+            "special_tokens_map.json",
+            dict(bos_token={"content": "s"}),
+            "special_tokens_map.json has bos_token='s', expect",
+        ),
+        (TOKENIZER, dict(additional_special_tokens=["s"]), "additional_special_tokens='s', expected a control symbol"),
+        (TOKENIZER, dict(added_tokens_decoder={"7": {"content": "x"}}), "tokenizer_config.json has the id 7 for 'x'"),
+        (TOKENIZER, dict(added_tokens_decoder={"7": "<sep>"}), "tokenizer_config.json has the id 7 for '<sep>'"),
+        (
+            TOKENIZER,
+            dict(added_tokens_decoder=[1]),
+            "tokenizer_config.json has added_tokens_decoder=.1., expected an obj",
+        ),
+    ],
+)
+def test_a_token_that_a_file_adds_to_a_sentencepiece_model_is_refused(file, fields, message, tmp_path):
+    folder = small.foreign(small.write_model(tmp_path / "m"))
+    edit(folder / "added_tokens.json", **{"<sep>": 3, "<mask>": 2})
+    edit(folder / "special_tokens_map.json", unk_token="<unk>", sep_token="<sep>", cls_token="\ud800")
+    edit(folder / TOKENIZER, added_tokens_decoder={"0": {"content": "<pad>"}, "1": {"content": "<unk>"}})
+    assert not model_folder.open_model(folder).causal
+    edit(folder / file, **fields)
+    assert_refused(folder, message)
+
+
+def test_a_module_folder_that_modules_json_does_not_name_is_not_read(folder):
+    edit(folder / "2_Dense" / "config.json", in_features=7)
+    assert not model_folder.open_model(folder).causal
+
+
+def test_exports_and_merges_warn_in_one_line_about_settings_that_they_leave_out(folder, tmp_path, capsys):
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    modules = [("Transformer", ""), ("Pooling", NAME), ("Normalize", "2_Normalize")]
+    (folder / "modules.json").write_text(json.dumps([dict(type=ST + kind, path=path) for kind, path in modules]))
+    edit(folder / MODEL, prompts={"query": "Q: ", "document": ""}, similarity_fn_name="dot")
+    left_out = (
+        f"embed: warning: the export leaves out settings of {folder}: Normalize, so vectors keep their lengths; "
+        "the prompts query, which callers put before texts; similarity_fn_name='dot'\n"
+    )
+    assert cli.main(["export", f"--model={plain}", f"--output={tmp_path / 'a'}"]) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main(["export", f"--model={folder}", f"--output={tmp_path / 'b'}"]) == 0
+    assert capsys.readouterr().err == left_out
+    assert cli.main(["merge", f"--a={plain}", f"--b={folder}", "--ratio=0.5", f"--output={tmp_path / 'c'}"]) == 0
+    assert capsys.readouterr().err == left_out.replace(str(folder), f"{plain} and {folder}")
+    # The export itself has none of them.
+    assert cli.main(["export", f"--model={tmp_path / 'b'}", f"--output={tmp_path / 'd'}"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 ST, NAME = "sentence_transformers.models.", "1_Pooling"
@@ -274,7 +342,7 @@ def test_fields_about_vectors_are_ignored_for_a_causal_model(folder):
 def test_the_digest_covers_every_file_that_is_read(folder):
     digests = {model_folder.open_model(folder).digest}
     names = [*foreign.FILES, "config.json", "tokenizer.json", TOKENIZER, POOLING]
-    names.remove(foreign.ADAPTER)  # is always refused
+    names = [name for name in names if name not in foreign.UNSUPPORTED]
     for name in names:
         file = folder / name
         file.write_text((file.read_text() if file.is_file() else "{}") + " ")

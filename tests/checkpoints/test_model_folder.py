@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,27 @@ def test_everything_that_is_wrong_is_listed_in_one_error(folder):
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: {f"x.{name}": x for name, x in t.items()},
+            "tensors embed_tokens.weight, .*, and {more} more are missing",
+        ),
+        (lambda t: t | {f"x.{name}": x for name, x in t.items()}, "tensors x.*, and {more} more are not part of"),
+        (lambda t: {name: x.reshape(1, *x.shape) for name, x in t.items()}, "tensor .* has shape .*; and {more} more"),
+        (lambda t: {name: x.astype(np.int8) for name, x in t.items()}, "tensor .* is I8, expected .*; and {more} more"),
+        (lambda t: {name: x * np.float32("nan") for name, x in t.items()}, "not finite: .*, and {more} more"),
+    ],
+)
+def test_an_error_about_many_tensors_names_a_few_and_counts_the_rest(change, message, folder):
+    count = len(safetensors.numpy.load_file(folder / "model.safetensors"))
+    rewrite(folder, change)
+    with pytest.raises(ValueError, match=message.format(more=count - 3)) as error:
+        model_folder.open_model(folder).params()
+    assert count > 20 and len(str(error.value)) < 700 + 2 * len(str(folder))
+
+
 def test_truncated_files_pickles_and_paths_that_leave_the_folder_are_refused(folder, causal):
     path = causal / "model-00001-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
@@ -331,17 +353,21 @@ def flip_a_byte(file):
 
 
 CHANGES = {
-    "model.safetensors was changed; delete embed.json to read": lambda f: flip_a_byte(f / "model.safetensors"),
-    "tokenizer.json was changed; delete embed.json to read": lambda f: (f / "tokenizer.json").write_text(
+    "model.safetensors was changed; export it again, or delete embed.json": lambda f: flip_a_byte(
+        f / "model.safetensors"
+    ),
+    "tokenizer.json was changed; export it again, or delete embed.json": lambda f: (f / "tokenizer.json").write_text(
         (f / "tokenizer.json").read_text() + " "
     ),
-    "config.json was changed; delete embed.json to read": lambda f: edit_config(f, transformers_version="6"),
+    "config.json was changed; export it again, or delete embed.json": lambda f: edit_config(
+        f, transformers_version="6"
+    ),
     "config.json was changed; export it again": lambda f: edit_config(f, hidden_size=64),
     "1_Pooling/config.json was changed; export it again": lambda f: write_json(
         f / "1_Pooling" / "config.json", {"pooling_mode": "cls"}
     ),
     "model.safetensors is missing; export it again": lambda f: (f / "model.safetensors").unlink(),
-    "modules.json is missing; delete embed.json to read": lambda f: (f / "modules.json").unlink(),
+    "modules.json is missing; export it again, or delete embed.json": lambda f: (f / "modules.json").unlink(),
     "extra.safetensors was added; export it again": lambda f: safetensors.numpy.save_file(
         {"x": np.zeros(1, np.float32)}, f / "extra.safetensors"
     ),
@@ -356,9 +382,28 @@ def test_a_changed_export_is_refused_with_the_name_of_the_file(message, exported
         model_folder.open_model(exported)
 
 
-def test_deleting_embed_json_does_what_the_error_says(exported):
-    edit_config(exported, transformers_version="6")
-    assert small.foreign(exported) and model_folder.open_model(exported).embedding["matryoshka"] == []
+OTHERS = [  # settings and what the error says about them if the folder is read without embed.json
+    (dict(matryoshka=[], max_length=7), ""),
+    (dict(), "matryoshka is [16, 32], then []; max_length is null, then 32768"),
+    (dict(matryoshka=[], max_length=9, separator=True), "separator is true, then false"),
+    (dict(matryoshka=[], max_length=9, contextual=True), "contextual is true, then false"),
+]
+
+
+@pytest.mark.parametrize("embedding, lost", OTHERS)
+def test_the_error_about_a_changed_export_says_which_settings_are_lost_without_embed_json(
+    embedding, lost, tmp_path, tokenizer, config
+):
+    folder = tmp_path / "m"
+    small.write_model(folder, random_params(config), config, tokenizer, embedding=EMBEDDING | embedding)
+    edit_config(folder, transformers_version="6")
+    with pytest.raises(ValueError) as error:
+        model_folder.open_model(folder)
+    _, _, settings_ = str(error.value).partition(" to read it as a third-party folder")
+    assert settings_ == (f", which changes its settings: {lost}" if lost else "")
+    before = json.loads((folder / "embed.json").read_text())["embedding"]
+    after = model_folder.open_model(small.foreign(folder)).embedding
+    assert {name for name in before if before[name] != after[name]} == set(re.findall(r"(\w+) is ", lost))
 
 
 def test_files_that_change_no_vector_may_be_added(exported):
