@@ -18,7 +18,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from embed import paths
@@ -77,7 +76,7 @@ def write(
                 paths.write_json(aside / name, document)
             if tanh:
                 identity = {"linear.weight": np.eye(config.hidden_size, dtype=np.float32)}
-                safetensors.numpy.save_file(identity, aside / "2_Dense" / names.WEIGHTS, metadata={"format": "pt"})
+                paths.write_tensors(aside / "2_Dense" / names.WEIGHTS, identity, {"format": "pt"})
             card = model_card(config, embedding, provenance, format=format)
             (aside / settings.CARD).write_text(card, encoding="utf-8")
             settings.write(aside, embedding, provenance)
@@ -152,7 +151,7 @@ def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tup
         for _ in members:
             name, tensor = next(stream)
             shard[name] = np.ascontiguousarray(tensor, np.float32)
-        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        paths.write_tensors(folder / file, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -34,6 +34,10 @@ BLOCK_QUERIES, BLOCK_VECTORS = 256, 16384  # scores held at once
 EXACT_DIMENSIONS = 1024  # float32 sums 1024 products of two int8 without rounding: 1024 · 128² = 2^24
 GZIP = b"\x1f\x8b"
 NOT_TEXT = {  # the first bytes of files that are not text in UTF-8
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    b"{\0\0\0": "UTF-32",
+    b"\0\0\0{": "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
     b"{\0": "UTF-16",
@@ -143,7 +147,7 @@ class Index:
         An existing index is replaced only with `overwrite`; a folder with other files is never replaced.
         """
         with paths.replace_folder(folder, is_ours=is_index, marker=INFO, overwrite=overwrite) as partial:
-            safetensors.numpy.save_file({"vectors": self.vectors}, partial / VECTORS)
+            paths.write_tensors(partial / VECTORS, {"vectors": self.vectors})
             info = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -157,7 +161,7 @@ class Index:
                 "ids": self.ids,
                 "texts": self.texts,
             }
-            (partial / INFO).write_text(json.dumps(info | {"sha256": _digest(info)}) + "\n")
+            (partial / INFO).write_text(json.dumps(info | {"sha256": _digest(info)}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder) -> "Index":
