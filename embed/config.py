@@ -127,5 +127,6 @@ def differences(a: Mapping, b: Mapping, prefix: str = "") -> Iterator[tuple[str,
 
 def nearest(name: str, known) -> str:
     """The end of an error about an unknown name: the most similar known name, if any is similar."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    bare = {other.lstrip("-"): other for other in known}  # the dashes of options are no similarity
+    match = difflib.get_close_matches(name.lstrip("-"), list(bare), n=1, cutoff=0.7)
+    return f"; did you mean {bare[match[0]]!r}?" if match else ""

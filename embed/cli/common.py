@@ -93,8 +93,12 @@ def keeps_work() -> Iterator[None]:
 def end(main: Callable[..., int], *arguments) -> NoReturn:
     """Run `main(*arguments)` and end the process with the returned code; only for the outermost call of a process.
 
-    A hanging thread, such as a reader, a save or a library, does not keep the process alive.
+    A hanging thread, such as a reader, a save or a library, does not keep the process alive. Characters that the locale
+    cannot print are printed as "?".
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = main(*arguments)
     except SystemExit as ended:  # of --help
