@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from embed import paths, runs
-from embed.checkpoints import export
+from embed.checkpoints import card, export
 from embed.models import transformer
 from embed.runs import Checkpoint, Run
 
@@ -75,6 +75,7 @@ def write_model(
     """Write any checkpoint as a model folder. Its parameters are loaded in `shardings(model)`."""
     checkpoint.check_encoder()
     export.check_format(format, tanh)
+    card.check_provenance(provenance, checkpoint.name)
     model = transformer.encoder_only(checkpoint.model, {})[0]
     embedding = {
         "matryoshka": list(checkpoint.matryoshka),

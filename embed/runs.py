@@ -455,6 +455,8 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
 
     ValueError lists the differences that would change vectors.
     """
+    if not 0 <= ratio <= 1:  # also not a number
+        raise ValueError(f"ratio={ratio} must be between 0 and 1")
     a.check_encoder(), b.check_encoder()
     compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in ARCHITECTURE}
     compared |= {f"tokenizer {n}": (a.tokenizer[n], b.tokenizer[n]) for n in a.tokenizer.keys() & b.tokenizer.keys()}

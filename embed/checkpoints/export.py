@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from embed import paths
 from embed.checkpoints import model_config, names, onnx, settings
-from embed.checkpoints.card import model_card
+from embed.checkpoints.card import check_provenance, model_card
 from embed.checkpoints.provenance import made_with
 from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
 
@@ -56,7 +56,7 @@ def write(
     """
     config, params = encoder_only(config, params)
     embedding = {**embedding, "tanh": tanh}
-    _check(folder, params, config, tokenizer, embedding, format)
+    _check(folder, params, config, tokenizer, embedding, provenance, format)
     check_output(folder)
     names.check_finite(params, f"the model for {folder}")
     provenance = made_with() | dict(provenance)
@@ -100,8 +100,9 @@ def check_format(format: str, tanh: bool) -> None:
         raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'")
 
 
-def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -> None:
+def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Mapping, format: str) -> None:
     check_format(format, embedding["tanh"])
+    check_provenance(provenance, f"the model for {folder}")
     shapes = {name: x.shape for name, x in names.flatten(params).items()}
     expected = {name: x.shape for name, x in names.flatten(abstract_params(config)).items()}
     problems = [f"parameter {name} is missing" for name in expected.keys() - shapes.keys()]
