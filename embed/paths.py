@@ -76,6 +76,13 @@ def resolve(name) -> epath.Path:
     return result
 
 
+def parents(name) -> list[epath.Path]:
+    """The folders that contain a path, symbolic links resolved, nearest first, up to the root or the bucket."""
+    target = resolve(name)
+    count = len(target.parents) - 2 if is_bucket(target) else len(target.parents)  # those of gs://b/x: gs://b, gs://, /
+    return list(target.parents)[:count]
+
+
 def is_bucket(name) -> bool:
     """Whether a path is a URL, which `path` allows only of a bucket."""
     return "://" in os.fspath(name)

@@ -295,3 +295,10 @@ def test_a_bucket_without_its_package_names_the_package(monkeypatch, url, packag
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"{url} needs the package {package}: pip install {package}"):
         paths.path(url)
+
+
+def test_the_parents_of_a_path_end_at_the_root_or_the_bucket(tmp_path):
+    (tmp_path / "link").symlink_to("/a/b")
+    assert list(map(str, paths.parents(tmp_path / "link" / "c"))) == ["/a/b", "/a", "/"]
+    assert list(map(str, paths.parents("gs://b/x/y"))) == ["gs://b/x", "gs://b"]
+    assert list(map(str, paths.parents("s3://b/x"))) == ["s3://b"] and paths.parents("gs://b") == []

@@ -184,7 +184,7 @@ def output(
                 raise ValueError(
                     f"--output={arguments.output} {how} {given}, which this command reads: choose another path"
                 )
-        for folder in paths.resolve(arguments.output).parents:
+        for folder in paths.parents(arguments.output):
             if what := runs.contents(folder):
                 raise ValueError(f"--output={arguments.output} is inside {folder}, {what}: choose another path")
         paths.check_output(arguments.output, is_ours=is_ours, is_our_file=is_our_file, overwrite=arguments.overwrite)
