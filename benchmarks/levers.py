@@ -31,7 +31,7 @@ def run_variant(arguments, name: str, overrides: list[str]) -> dict:
     folder = Path(arguments.workdir) / name.replace(" ", "_")
     run = runs.Run(config.load(arguments.config, overrides), folder)
     if (done := folder / "lever.json").exists():
-        return json.loads(done.read_text())
+        return json.loads(done.read_text(encoding="utf-8"))
     stage = run.config.stages[arguments.stage]
     folder.mkdir(parents=True, exist_ok=True)
     for shared in ("data", stage.init if stage.init in run.config.stages else ""):

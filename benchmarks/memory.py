@@ -29,7 +29,7 @@ def write_checkpoint(folder: Path, size: str, files: int) -> None:
     """A causal Qwen3 of a named size in bfloat16, with a tokenizer of two words."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "<|endoftext|>": 1}, unk_token="[UNK]"))
     words.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>"}), encoding="utf-8")
     config = transformer.make_config(size, 151936)
     shapes = names.shapes(config, "model.")
     rng, tensors, weight_map = np.random.default_rng(0), list(shapes), {}
@@ -39,15 +39,17 @@ def write_checkpoint(folder: Path, size: str, files: int) -> None:
         arrays = {n: rng.random(shapes[n], np.float32).astype(ml_dtypes.bfloat16) for n in in_file}
         safetensors.numpy.save_file(arrays, folder / file)
         weight_map |= dict.fromkeys(in_file, file)
-    (folder / names.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (folder / names.INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     fields = {theirs: getattr(config, ours) for ours, theirs in names.FIELDS.items()}
     fields |= {"model_type": "qwen3", "rope_theta": config.rope_theta, "tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
 def peak() -> float:
     """Largest resident size of this process so far, in GB. getrusage would include the parent's."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024 / 1e9
 
 

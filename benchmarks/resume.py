@@ -44,7 +44,7 @@ def prepare(run, name: str, folder: Path, step: int) -> None:
     with training_state.open_manager(folder / "checkpoints", save_every=1, keep=1) as manager:
         training_state.save(manager, step, params, state)
     rows = ({"step": k, "loss": 1.0, "gradient_norm": 1.0, "skipped": 0.0} for k in range(10, step + 1, 10))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def resume(run, name: str, folder: Path, step: int) -> dict[str, float]:

@@ -107,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     saved = {}
     if arguments.rows and arguments.rows.exists():
-        for row in map(json.loads, arguments.rows.read_text().splitlines()):
+        for row in map(json.loads, arguments.rows.read_text(encoding="utf-8").splitlines()):
             saved[row["size"], row["topology"], row["slices"]] = row
     rows = []
     for size in MAX_ROWS:
@@ -115,7 +115,7 @@ def main() -> None:
             row = saved.get((size, topology, slices)) or plan_row(size, topology, slices)
             rows.append(row)
             if arguments.rows and (size, topology, slices) not in saved:
-                with arguments.rows.open("a") as file:
+                with arguments.rows.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     print(f"{header('libtpu')}\n\n{table(rows)}")
     if arguments.plot:

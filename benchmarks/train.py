@@ -122,7 +122,9 @@ def timed(step, steps: int) -> list[float]:
 
 def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -435,7 +437,7 @@ def run_child(side: str, folder: str, steps: int) -> None:
     if side == "about":
         print(json.dumps(about()))
         return
-    settings = json.loads((Path(folder) / "specification.json").read_text())
+    settings = json.loads((Path(folder) / "specification.json").read_text(encoding="utf-8"))
     texts = dict(np.load(Path(folder) / "texts.npz"))
     measure = {"embed": measure_embed, "PyTorch": measure_pytorch}[side]
     print(json.dumps(measure(ConfigDict(settings["stage"]), settings["model"], texts, steps)))
@@ -450,7 +452,7 @@ def measure_stage(arguments, selection: str, peak: float) -> list[str]:
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         failures["PyTorch"] = "not installed"
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "specification.json").write_text(json.dumps(settings))
+        (Path(folder) / "specification.json").write_text(json.dumps(settings), encoding="utf-8")
         np.savez(Path(folder) / "texts.npz", **texts)
         for side in SIDES * arguments.rounds:
             if side not in failures:
@@ -545,7 +547,7 @@ def main() -> None:
             write(line)
     write(f"\nload average after: {load(os.getloadavg()[0])}")
     if arguments.output:
-        arguments.output.write_text("\n".join(output) + "\n")
+        arguments.output.write_text("\n".join(output) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def brief(items: Iterable[str], limit: int = 8, separator: str = "; ") -> str:
 
 
 def nearest(name: str, known) -> str:
-    """The end of an error about an unknown name: the most similar known name."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    """The end of an error about an unknown name: the most similar known name, if any is similar."""
+    bare = {other.lstrip("-"): other for other in known}  # the dashes of options are no similarity
+    match = difflib.get_close_matches(name.lstrip("-"), list(bare), n=1, cutoff=0.7)
+    return f"; did you mean {bare[match[0]]!r}?" if match else ""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from ml_collections import ConfigDict
 
 from embed import paths, runs
-from embed.checkpoints import export
+from embed.checkpoints import card, export
 from embed.models import transformer
 from embed.runs import Checkpoint, Run
 
@@ -79,6 +79,7 @@ def write_model(
     if checkpoint.not_exported:
         what = "; ".join(checkpoint.not_exported)
         warnings.warn(f"the export leaves out settings of {checkpoint.name}: {what}", stacklevel=2)
+    card.check_provenance(provenance, checkpoint.name)
     model = transformer.encoder_only(checkpoint.model, {})[0]
     embedding = {
         "matryoshka": list(checkpoint.matryoshka),

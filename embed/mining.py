@@ -63,6 +63,8 @@ def mine(
     if len(positives) and not (0 <= positives.min() and positives.max() < len(documents)):
         raise ValueError(f"positives must be in 0..{len(documents) - 1}, got {positives.min()}..{positives.max()}")
     check_window(num_negatives, rank_window)
+    if margin is not None and not np.isfinite(margin):
+        raise ValueError(f"margin={margin} must be a finite number or None")
     low, high = rank_window
     high = min(high, len(documents))
 

@@ -7,6 +7,7 @@ when its marker, one named file, is there, which is written last.
 import contextlib
 import datetime
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise epath imports TensorFlow if it is installed
@@ -27,6 +28,7 @@ from filelock import FileLock, Timeout  # noqa: E402
 PARTIAL = ".embed.partial"  # in a folder that is written file by file, until it is complete
 # Files that file systems and desktops leave in folders, and locks and interrupted writes of this module.
 FOREIGN = re.compile(r"lost\+found|Thumbs\.db|\.DS_Store|\._.*|\.snapshots?|\.nfs.*|\.Trash.*|\..*\.(lock|partial|old)")
+BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # the package that reads and writes each kind of bucket
 LEASE_SECONDS = 180.0  # a lease in a bucket expires after this time without a renewal
 RENEW_SECONDS = 30.0
 RELEASE_SECONDS = 10.0  # time limit for releasing a lease; a lease that is not released expires
@@ -45,10 +47,22 @@ class LeaseLostError(RuntimeError):
 def path(name) -> epath.Path:
     """The path of a name or URL. A local path is absolute, with the home folder for a leading ~.
 
-    A shell does not expand ~ after the = of an option or in a config.
+    A shell does not expand ~ after the = of an option or in a config. ValueError for an empty name, for a URL that is
+    not in a bucket, and for a bucket whose package is not installed.
     """
-    result = epath.Path(name)
-    return result if is_bucket(result) else epath.Path(os.path.abspath(os.path.expanduser(result)))
+    text = os.fspath(name)
+    if not text:
+        raise ValueError("a path is empty: expected a file or folder")
+    if is_bucket(text):
+        scheme = text.partition("://")[0]
+        if not (package := BUCKETS.get(scheme)) or len(text) == len(scheme) + 3:
+            hub_id = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", text)
+            hint = f"; the hub id of this model is {hub_id[1]}" if hub_id else ""
+            raise ValueError(f"{text} is not a path: expected a local path, gs://BUCKET/… or s3://BUCKET/…{hint}")
+        if not importlib.util.find_spec(package):
+            raise ValueError(f"{text} needs the package {package}: pip install {package}")
+        return epath.Path(name)
+    return epath.Path(os.path.abspath(os.path.expanduser(text)))
 
 
 def resolve(name) -> epath.Path:
@@ -62,8 +76,15 @@ def resolve(name) -> epath.Path:
     return result
 
 
+def parents(name) -> list[epath.Path]:
+    """The folders that contain a path, symbolic links resolved, nearest first, up to the root or the bucket."""
+    target = resolve(name)
+    count = len(target.parents) - 2 if is_bucket(target) else len(target.parents)  # those of gs://b/x: gs://b, gs://, /
+    return list(target.parents)[:count]
+
+
 def is_bucket(name) -> bool:
-    """Whether a path is in a bucket."""
+    """Whether a path is a URL, which `path` allows only of a bucket."""
     return "://" in os.fspath(name)
 
 
@@ -86,18 +107,43 @@ def write(file, content: str | bytes) -> None:
         target.write_bytes(content)
         return
     aside = None
+    with _whole(file, "an existing file is unchanged"):
+        try:
+            handle, aside = tempfile.mkstemp(**_aside(target))  # unique: several processes may write the same file
+            with open(handle, "wb") as opened:
+                opened.write(content)
+            os.chmod(aside, 0o666 & ~_umask())
+            os.replace(aside, target)
+        except BaseException:
+            if aside:
+                os.unlink(aside)
+            raise
+
+
+def write_tensors(file, tensors: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a local safetensors file {name: array}. A disk that cannot take it is an OSError, as in other writes."""
+    import safetensors.numpy
+
     try:
-        handle, aside = tempfile.mkstemp(**_aside(target))  # a unique name: several processes may write the same file
-        with open(handle, "wb") as opened:
-            opened.write(content)
-        os.chmod(aside, 0o666 & ~_umask())
-        os.replace(aside, target)
-    except BaseException as error:
-        if aside:
-            os.unlink(aside)
-        if isinstance(error, OSError):
-            error.add_note(f"{file} was not written; an existing file is unchanged")
-        raise
+        safetensors.numpy.save_file(dict(tensors), file, metadata=metadata)
+    except safetensors.SafetensorError as error:
+        if not (code := re.search(r"(?:code: |os error )(\d+)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+
+
+@contextlib.contextmanager
+def _whole(target, kept: str) -> Iterator[None]:
+    """Make an OSError in the block name only `target`, not the temporary files next to it, and say what is `kept`."""
+    try:
+        yield
+    except OSError as error:
+        about = [error.filename, error.filename2, *getattr(error, "__notes__", [])]
+        temporary = (f"/.{resolve(target).name}.", "/.embed-")
+        is_temporary = any(part in f"{text}" for text in about for part in temporary)
+        named = OSError(error.errno, error.strerror) if is_temporary and error.errno else error
+        named.add_note(f"{target} was not written; {kept}")
+        raise named from error.__cause__
 
 
 def write_json(file, value) -> None:
@@ -142,22 +188,24 @@ def is_partial(folder) -> bool:
     return (path(folder) / PARTIAL).exists()
 
 
-def check_output(target, *, is_ours: Callable | None = None, overwrite: bool = True) -> None:
+def check_output(
+    target, *, is_ours: Callable | None = None, is_our_file: Callable | None = None, overwrite: bool = True
+) -> None:
     """Refuse a file, or with `is_ours` a folder, that cannot be written. Call it before the work.
 
-    An existing target may be replaced only with `overwrite`, and a folder only if `is_ours(folder)` is true; `is_ours`
-    may also raise a ValueError. The folder of a file must exist; the parents of a folder are created when it is
-    written.
+    An existing target may be replaced only with `overwrite`, and only if `is_ours(folder)` or, if given,
+    `is_our_file(file)` is true; they may also raise a ValueError. The folder of a file must exist; the parents of a
+    folder are created when it is written.
     """
     try:
-        _check_output(target, is_ours, overwrite)
+        _check_output(target, is_ours, is_our_file, overwrite)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise PermissionError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
-def _check_output(target, is_ours: Callable | None, overwrite: bool) -> None:
+def _check_output(target, is_ours: Callable | None, is_our_file: Callable | None, overwrite: bool) -> None:
     resolved = resolve(target)
     if is_ours is None:
         if resolved.is_dir() or not (is_bucket(resolved) or resolved.parent.is_dir()):
@@ -165,12 +213,14 @@ def _check_output(target, is_ours: Callable | None, overwrite: bool) -> None:
         exists = resolved.exists()
         if exists and not is_bucket(resolved) and not os.path.isfile(resolved):  # epath takes a device for a file
             raise ValueError(f"{target} is neither a file nor a folder: choose another path")
+        is_theirs = exists and is_our_file is not None and not is_our_file(resolved)
     else:
         if resolved.is_file() if is_bucket(resolved) else os.path.isfile(resolved):
             raise ValueError(f"{target} must be a folder, but it is a file")
         exists = not is_empty(resolved)
-        if exists and not is_partial(resolved) and not is_ours(resolved):
-            raise ValueError(f"{target} exists and was not written by this command: remove it or choose another path")
+        is_theirs = exists and not is_partial(resolved) and not is_ours(resolved)
+    if is_theirs:
+        raise ValueError(f"{target} exists and was not written by this command: remove it or choose another path")
     if exists and not overwrite:
         raise ValueError(f"{target} exists: choose another path, or replace it with --overwrite")
     if not is_bucket(resolved):
@@ -198,9 +248,12 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
     target = resolve(folder)
     bucket = is_bucket(target)
     if bucket or not _can_be_renamed(target):
-        with tempfile.TemporaryDirectory(
-            prefix=".embed-", suffix=".partial", dir=None if bucket else Path(target)
-        ) as aside:
+        with (
+            _whole(folder, "it may be incomplete"),
+            tempfile.TemporaryDirectory(
+                prefix=".embed-", suffix=".partial", dir=None if bucket else Path(target)
+            ) as aside,
+        ):
             yield Path(aside)
             old, new = files(target) if target.exists() else {}, files(aside)
             write(target / PARTIAL, "")
@@ -213,17 +266,17 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
             (target / PARTIAL).unlink()
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(**_aside(target)))
-    try:
-        os.chmod(aside, 0o777 & ~_umask())
-        yield aside
-        check_output(folder, is_ours=is_ours, overwrite=overwrite)  # again: it may have changed meanwhile
-        _swap(aside, target)
-    except OSError as error:
-        error.add_note(f"{folder} was not written; an existing folder is unchanged")
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with _whole(folder, "an existing folder is unchanged"):
+        aside = Path(tempfile.mkdtemp(**_aside(target)))
+        try:
+            os.chmod(aside, 0o777 & ~_umask())
+            yield aside
+            for file in files(aside).values():  # safetensors makes files that only their owner can read
+                os.chmod(file, 0o666 & ~_umask())
+            check_output(folder, is_ours=is_ours, overwrite=overwrite)  # again: it may have changed meanwhile
+            _swap(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _can_be_renamed(folder) -> bool:

@@ -388,6 +388,28 @@ def is_stage(folder) -> bool:
         return False
 
 
+def contents(folder) -> str:
+    """What a folder is, in words: a stage, a model, an index, prepared data or examples; "" for any other folder."""
+    folder = paths.path(folder)
+
+    def has(name: str, *keys: str) -> bool:
+        try:
+            document = paths.read_json(folder / name)
+        except (OSError, ValueError):
+            return False
+        return isinstance(document, dict) and all(key in document for key in keys)
+
+    if has("config.json", "phases", "stage"):
+        return "a stage folder"
+    if has("config.json", "model_type") or has("embed.json", "embedding", "files"):
+        return "a model folder"
+    if has("index.json", "format", "format_version"):
+        return "an index"
+    if has("mixtures.json") and has("info.json", "arguments"):
+        return "prepared data"
+    return "a folder of examples" if has("info.json", "columns", "digest") else ""
+
+
 def find(source: str, step: int = 0, execution: Mapping | None = None, others=()) -> Checkpoint:
     """A stage folder, model folder or hub id as a checkpoint; errors also list the valid names `others`."""
     if is_stage(source):
@@ -466,6 +488,8 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
 
     ValueError lists the differences that would change vectors.
     """
+    if not 0 <= ratio <= 1:  # also not a number
+        raise ValueError(f"ratio={ratio} must be between 0 and 1")
     a.check_encoder(), b.check_encoder()
     compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in ARCHITECTURE}
     compared |= {f"tokenizer {n}": (a.tokenizer[n], b.tokenizer[n]) for n in a.tokenizer.keys() & b.tokenizer.keys()}

@@ -33,7 +33,8 @@ run() {
 }
 
 # options "name zone …" "$@": set variables from the --name=value options before `--`, `words` from the single word
-# among them, and the array `arguments` from everything after `--`. A name that ends in ! is a switch.
+# among them, and the array `arguments` from everything after `--`. A name that ends in ! is a switch. An option of the
+# launcher after `--` is refused, unless the verb of embed has an option of that name.
 options() {
   local known=" $1 dry_run! " option
   shift
@@ -41,7 +42,16 @@ options() {
   while (($#)); do
     option=${1%%=*}; option=${option#--}; option=${option//-/_}
     case "$1" in
-      --) shift; arguments=("$@"); return ;;
+      --)
+        shift; arguments=("$@")
+        for option in "$@"; do
+          [[ "$option" == --* ]] || continue
+          option=${option%%=*}; option=${option#--}; option=${option//-/_}
+          [[ "$known" == *" $option "* || "$known" == *" $option! "* ]] || continue
+          grep -qs "\"--$option\"" "$root/embed/cli/common.py" "$root/embed/cli/$1.py" ||
+            die "--${option//_/-} comes after --, but the options of the launcher come before --"
+        done
+        return ;;
       -h | --help) usage; exit 0 ;;
       --*=*)
         [[ "$known" != *" $option! "* ]] || die "${1%%=*} takes no value"
@@ -77,6 +87,12 @@ need_number() {
   for option in "$@"; do
     [[ "${!option:-1}" =~ ^[1-9][0-9]{0,8}$ ]] || die "--${option//_/-}=${!option} must be a whole number, at least 1"
   done
+}
+
+# The name of a job: Kubernetes and Cloud TPU append to it and allow 63 characters.
+need_name() {
+  [[ "$name" =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] || die "--name=$name must be at most 40 lower-case letters," \
+    "digits and hyphens, begin with a letter and not end with a hyphen"
 }
 
 # need name zone …: these options are required.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run a verb of embed on TPU slices of a GKE cluster, as a JobSet: one job per slice, one pod per host.
 #
-#   launch/gke.sh submit --name=NAME --accelerator=LABEL --topology=AxB --image=IMAGE [--slices=N] [--chips-per-host=4]
-#                        [--service-account=NAME] [--restarts=100] [--run-id=ID]
+#   launch/gke.sh submit --name=NAME --accelerator=LABEL --topology=AxB --image=IMAGE [--slices=N]
+#                        [--chips-per-host=N: by default 4, or all of a smaller slice] [--service-account=NAME] [--restarts=100] [--run-id=ID]
 #                        -- VERB ARGUMENTS...        with --workdir=gs://BUCKET/… or --output=gs://BUCKET/…
 #   launch/gke.sh list
 #   launch/gke.sh logs --name=NAME
@@ -17,7 +17,7 @@
 # the run continues. Wrong input (exit codes 1 and 2) fails the set at once.
 source "$(dirname "$0")/common.sh"
 
-name='' accelerator='' topology='' image='' slices=1 chips_per_host=4 service_account='' restarts=100 run_id=''
+name='' accelerator='' topology='' image='' slices=1 chips_per_host='' service_account='' restarts=100 run_id=''
 options "name accelerator topology image slices chips_per_host service_account restarts run_id" "$@"
 need_command
 need_number slices chips_per_host restarts
@@ -25,9 +25,19 @@ need_number slices chips_per_host restarts
 # Text as a YAML scalar.
 scalar() { printf "'%s'" "${1//\'/\'\'}"; }
 
+# Check `topology` and `chips_per_host`. Sets `chips`, those of a slice, and the default of `chips_per_host`.
+need_topology() {
+  local size sizes=
+  [[ "$topology" =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] || die "--topology=$topology must be AxB or AxBxC"
+  chips=$((${topology//x/*}))
+  for size in 1 2 4 8; do ((chips % size)) || sizes+=" $size"; done
+  chips_per_host=${chips_per_host:-$((chips % 4 ? chips : 4))}
+  [[ "$sizes " == *" $chips_per_host "* ]] ||
+    die "--chips-per-host=$chips_per_host must divide the $chips chips of $topology: one of$sizes"
+}
+
 manifest() {
-  local chips=$((${topology//x/*})) word
-  local hosts=$(((chips + chips_per_host - 1) / chips_per_host))
+  local hosts=$((chips / chips_per_host)) word
   cat <<YAML
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -82,16 +92,17 @@ YAML
               - {containerPort: 8471}
               - {containerPort: 8080}
               resources:
-                limits: {google.com/tpu: $((chips < chips_per_host ? chips : chips_per_host))}
+                limits: {google.com/tpu: $chips_per_host}
 YAML
 }
 
 case "$verb" in
   submit)
     need name accelerator topology image
+    need_name
     need_verb
     need_bucket
-    [[ "$topology" =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die "--topology=$topology must be AxB or AxBxC"
+    need_topology
     # The code is the image's, not this clone's, so the run is named after the image; EMBED_COMMIT is set in the image.
     version=${image##*[:/@]}
     run_id=${run_id:-$name-$(date +%Y%m%d-%H%M%S)-${version:0:12}}

@@ -54,6 +54,7 @@ SCRIPT
 case "$verb" in
   submit)
     need nodes gpus
+    need_name
     need_verb
     logs=$(log_folder)
     [[ -n "$logs" ]] || die "no folder for logs: set LOGS or --workdir to a folder that all nodes share"

@@ -75,6 +75,7 @@ SCRIPT
 case "$verb" in
   submit)
     need name zone type runtime
+    need_name
     need_verb
     need_bucket
     if [[ "$commit" == *-dirty ]] && ! $dry_run; then die "uncommitted changes would not be copied: commit them"; fi

@@ -131,6 +131,27 @@ def test_help_prints_the_usage_and_so_does_a_wrong_word_with_code_2(launch, scri
         ("slurm.sh", ["submit", "--nodes=0", "--gpus=8", *TRAIN], "--nodes=0 must be a whole number"),
         ("slurm.sh", ["list", "all"], "unexpected argument all"),
         ("slurm.sh", ["list", "--", "train"], "list takes no arguments after --"),
+        ("tpu.sh", ["submit", *TPU, *TRAIN, "--dry-run"], "--dry-run comes after --, but the options of the launcher"),
+        ("gke.sh", ["submit", *GKE, *TRAIN, "--dry-run"], "the options of the launcher come before --"),
+        ("slurm.sh", ["submit", "--nodes=1", "--gpus=8", *TRAIN, "--dry-run"], "--dry-run comes after --"),
+        ("slurm.sh", ["submit", "--nodes=1", *TRAIN, "--gpus", "8"], "--gpus comes after --"),
+        ("local.sh", ["2", *TRAIN, "--dry-run"], "--dry-run comes after --"),
+        ("local.sh", ["2", *TRAIN, "--dry_run=1"], "--dry-run comes after --"),
+        ("tpu.sh", ["submit", *TPU, *TRAIN, "--run-id=x"], "--run-id comes after --"),
+        ("gke.sh", ["submit", *GKE, "--chips-per-host=3", *TRAIN], "must divide the 32 chips of 4x8: one of 1 2 4 8"),
+        ("gke.sh", ["submit", *GKE, "--chips-per-host=16", *TRAIN], "--chips-per-host=16 must divide the 32 chips"),
+        (
+            "gke.sh",
+            ["submit", *GKE, "--topology=1x1", "--chips-per-host=4", *TRAIN],
+            "--chips-per-host=4 must divide the 1 chips of 1x1: one of 1",
+        ),
+        ("gke.sh", ["submit", *GKE, "--topology=3x3", *TRAIN], "--chips-per-host=9 must divide the 9 chips of 3x3"),
+        ("gke.sh", ["submit", *GKE, "--topology=0x8", *TRAIN], "--topology=0x8 must be AxB or AxBxC"),
+        *(
+            (script, ["submit", *options, f"--name={name}", *TRAIN], f"--name={name} must be at most 40 lower-case")
+            for script, options in (("tpu.sh", TPU), ("gke.sh", GKE), ("slurm.sh", ["--nodes=1", "--gpus=8"]))
+            for name in ("Pair", "my_run", "a b", "-a", "a-", "7up", "a" * 41)
+        ),
     ],
 )
 def test_errors_name_what_is_missing_or_unknown_and_nothing_is_called(launch, script, arguments, sentence):
@@ -320,6 +341,17 @@ def test_gke_renders_one_job_per_slice_and_one_pod_per_host(launch):
         "restartStrategy": "BlockingRecreate",
         "rules": [{"name": "wrong_input", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
     }
+
+
+@pytest.mark.parametrize(
+    "topology, given, hosts, chips", [("4x8", [], 8, 4), ("2x4", ["--chips-per-host=8"], 1, 8), ("1x1", [], 1, 1)]
+)
+def test_gke_gives_each_host_its_chips(launch, topology, given, hosts, chips):
+    done, _ = launch("gke.sh", "submit", *GKE, f"--topology={topology}", *given, "--dry-run", *TRAIN)
+    (job,) = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    limits = spec["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (spec["parallelism"], limits) == (hosts, {"google.com/tpu": chips})
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,8 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch):
     [
         ({"rank_window": (3, 3)}, r"rank_window=\(3, 3\) must be \(lo, hi\) with 0 <= lo < hi"),
         ({"num_negatives": 0}, "num_negatives=0 must be positive"),
+        ({"margin": np.nan}, "margin=nan must be a finite number or None"),
+        ({"margin": -np.inf}, "margin=-inf must be a finite number or None"),
         ({"positives": [7]}, r"positives must be in 0..6, got 7..7"),
         ({"positives": [1, 2]}, r"positives has shape \[2\], expected \[1\]"),
         ({"document_ids": np.arange(3)}, r"document_ids has shape \[3\], expected \[7\]"),

@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from embed import paths
@@ -50,9 +51,47 @@ def test_a_folder_that_cannot_be_written_completely_is_unchanged(tmp_path, small
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / "f").write_text("old")
-    with small_files, pytest.raises(OSError), paths.replace_folder(folder, is_ours=anything, marker="f") as aside:
-        (aside / "f").write_bytes(b"x" * 10_000)
-    assert (folder / "f").read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["d"]
+    for name, write_file in WRITERS.items():
+        with (
+            small_files,
+            pytest.raises(OSError) as caught,
+            paths.replace_folder(folder, is_ours=anything, marker="f") as aside,
+        ):
+            write_file(aside / "f")
+        assert caught.value.errno == errno.EFBIG, name
+        lines = [str(caught.value), *caught.value.__notes__]
+        assert lines == ["[Errno 27] File too large", f"{folder} was not written; an existing folder is unchanged"]
+        assert (folder / "f").read_text() == "old" and [f.name for f in tmp_path.iterdir()] == ["d"]
+
+
+WRITERS = {
+    "python": lambda file: file.write_bytes(b"x" * 10_000),
+    "paths": lambda file: paths.write(file, b"x" * 10_000),
+    "safetensors": lambda file: paths.write_tensors(file, {"x": np.zeros(10_000)}),
+}
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="No such file or directory: '.*/nowhere'"),
+        paths.replace_folder(tmp_path / "d", is_ours=anything, marker="f"),
+    ):
+        open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_every_file_of_a_written_folder_has_the_usual_permissions(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        with paths.replace_folder(tmp_path / "d", is_ours=anything, marker="m") as aside:
+            (aside / "in").mkdir()
+            paths.write_tensors(aside / "m", {"x": np.zeros(3)})
+            paths.write_tensors(aside / "in" / "n", {"x": np.zeros(3)}, {"format": "pt"})
+            (aside / "o").touch(0o600)
+        for name, usual in (("m", 0o666), ("o", 0o666), ("in/n", 0o666), ("in", 0o777), ("", 0o777)):
+            assert (tmp_path / "d" / name).stat().st_mode & 0o777 == usual & ~mask, name
+    finally:
+        os.umask(before)
 
 
 def test_a_written_file_has_the_usual_permissions(tmp_path):
@@ -230,3 +269,36 @@ def test_a_path_with_a_leading_tilde_is_in_the_home_folder(tmp_path, monkeypatch
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == [1]
     assert str(paths.path("~/a/b.json")) == f"{tmp_path}/a/b.json" and str(paths.path("gs://~/a")) == "gs://~/a"
     assert str(paths.path("a~b")).endswith("/a~b")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("", "a path is empty: expected a file or folder"),
+        ("https://x.org/a", r"^https://x.org/a is not a path: expected a local path, gs://BUCKET/… or s3://BUCKET/…$"),
+        ("https://huggingface.co/a/b-1.5/tree/main", "…; the hub id of this model is a/b-1.5$"),
+        ("http://x.org/a", "^http://x.org/a is not a path"),
+        ("file:///a", "^file:///a is not a path"),
+        ("GS://b/a", "^GS://b/a is not a path"),
+        ("gs://", "^gs:// is not a path"),
+        ("s3://", "^s3:// is not a path"),
+    ],
+)
+def test_an_empty_name_and_a_url_that_is_not_in_a_bucket_are_not_paths(name, message):
+    with pytest.raises(ValueError, match=message):
+        paths.path(name)
+
+
+@pytest.mark.parametrize("url, package", [("gs://b/a", "gcsfs"), ("s3://b/a", "s3fs")])
+def test_a_bucket_without_its_package_names_the_package(monkeypatch, url, package):
+    assert str(paths.path(url)) == url
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"{url} needs the package {package}: pip install {package}"):
+        paths.path(url)
+
+
+def test_the_parents_of_a_path_end_at_the_root_or_the_bucket(tmp_path):
+    (tmp_path / "link").symlink_to("/a/b")
+    assert list(map(str, paths.parents(tmp_path / "link" / "c"))) == ["/a/b", "/a", "/"]
+    assert list(map(str, paths.parents("gs://b/x/y"))) == ["gs://b/x", "gs://b"]
+    assert list(map(str, paths.parents("s3://b/x"))) == ["s3://b"] and paths.parents("gs://b") == []

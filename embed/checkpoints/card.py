@@ -120,6 +120,17 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
     return "\n".join(lines) + "\n"
 
 
+def check_provenance(provenance: Mapping, source: str) -> None:
+    """ValueError that names `source` unless `model_card` can show its provenance."""
+    try:
+        ", ".join([*(provenance.get("languages") or ()), *(provenance.get(x) or "" for x in ("license", "commit"))])
+        dict(provenance.get("versions") or {})
+        _origin(provenance), _evaluation(provenance.get("figures") or {})
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the provenance of {source} is not what an export writes ({what}): export it again") from None
+
+
 def _origin(provenance: Mapping) -> list[str]:
     """The lines about the model's sources and training."""
     lines = []

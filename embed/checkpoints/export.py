@@ -18,12 +18,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from embed import paths
 from embed.checkpoints import model_config, names, onnx, settings
-from embed.checkpoints.card import model_card
+from embed.checkpoints.card import check_provenance, model_card
 from embed.checkpoints.provenance import made_with
 from embed.config import brief
 from embed.models.transformer import TransformerConfig, abstract_params, encoder_only
@@ -58,7 +57,7 @@ def write(
     """
     config, params = encoder_only(config, params)
     embedding = {**embedding, "tanh": tanh}
-    _check(folder, params, config, tokenizer, embedding, format)
+    _check(folder, params, config, tokenizer, embedding, provenance, format)
     check_output(folder)
     names.check_finite(params, f"the model for {folder}")
     provenance = made_with() | dict(provenance)
@@ -78,7 +77,7 @@ def write(
                 paths.write_json(aside / name, document)
             if tanh:
                 identity = {"linear.weight": np.eye(config.hidden_size, dtype=np.float32)}
-                safetensors.numpy.save_file(identity, aside / "2_Dense" / names.WEIGHTS, metadata={"format": "pt"})
+                paths.write_tensors(aside / "2_Dense" / names.WEIGHTS, identity, {"format": "pt"})
             card = model_card(config, embedding, provenance, format=format)
             (aside / settings.CARD).write_text(card, encoding="utf-8")
             settings.write(aside, embedding, provenance)
@@ -102,8 +101,9 @@ def check_format(format: str, tanh: bool) -> None:
         raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'")
 
 
-def _check(folder, params, config, tokenizer, embedding: Mapping, format: str) -> None:
+def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Mapping, format: str) -> None:
     check_format(format, embedding["tanh"])
+    check_provenance(provenance, f"the model for {folder}")
     shapes = {name: x.shape for name, x in names.flatten(params).items()}
     expected = {name: x.shape for name, x in names.flatten(abstract_params(config)).items()}
     problems = [f"parameter {name} is missing" for name in expected.keys() - shapes.keys()]
@@ -153,7 +153,7 @@ def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tup
         for _ in members:
             name, tensor = next(stream)
             shard[name] = np.ascontiguousarray(tensor, np.float32)
-        safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        paths.write_tensors(folder / file, shard, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

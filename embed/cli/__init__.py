@@ -5,6 +5,8 @@ import pkgutil
 import sys
 from typing import NoReturn
 
+import embed
+
 
 def verbs() -> dict[str, str]:
     """{verb: first line of its module's docstring}, without importing the modules."""
@@ -14,7 +16,7 @@ def verbs() -> dict[str, str]:
     result = {}
     for module in pkgutil.iter_modules(__path__):
         if module.name not in ("common", "__main__"):
-            source = Path(__path__[0], f"{module.name}.py").read_text()
+            source = Path(__path__[0], f"{module.name}.py").read_text(encoding="utf-8")
             result[module.name] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
     return result
 
@@ -25,7 +27,10 @@ def main(argv: list[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     known = verbs()
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv[:1] == ["--version"]:
+        print(f"embed {embed.__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print("usage: embed VERB [arguments]      embed VERB --help\n")
         print("\n".join(f"  {verb:10} {line}" for verb, line in known.items()))
         print("\nWith EMBED_TRACEBACK=1 in the environment, an error shows its traceback.")

@@ -4,7 +4,10 @@ import argparse
 import atexit
 import contextlib
 import ctypes
+import errno
+import math
 import os
+import shlex
 import sys
 import threading
 import time
@@ -26,6 +29,9 @@ WRONG_INPUT = (
     PermissionError,
 )
 
+# Their errors, for example about missing credentials, are not OSErrors.
+BUCKET_LIBRARIES = ("botocore", "aiobotocore", "gcsfs", "google", "aiohttp")
+
 # Time limit for the exit functions of libraries, which remove temporary folders and disconnect from other processes.
 LAST_SECONDS = 30.0
 
@@ -33,9 +39,9 @@ LAST_SECONDS = 30.0
 def run(main: Callable, argv: list[str] | None = None) -> int:
     """Run a verb; an error that a user can fix ends in one sentence and an exit code.
 
-    0: done. 2: wrong input. 1: a fault of the machine, such as a full disk. 75: try the same command again, for example
-    because another process of the run died. 130: interrupted, in training after a checkpoint. 143: ended by SIGTERM
-    after a checkpoint. With EMBED_TRACEBACK=1, errors show their traceback.
+    0: done. 2: wrong input. 1: a fault of the machine, such as a full disk or no access to a bucket. 75: try the same
+    command again, for example because another process of the run died. 130: interrupted, in training after a
+    checkpoint. 143: ended by SIGTERM after a checkpoint. With EMBED_TRACEBACK=1, errors show their traceback.
     """
     keep_freed_memory()
     try:
@@ -48,29 +54,51 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # like SIGPIPE: the reader has gone, so the run is not done
     except Exception as error:
-        code = getattr(
-            error, "exit_code", 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0
-        )
+        code, sentence = _describe(error)
         if not code or os.environ.get("EMBED_TRACEBACK"):
             raise
         saved = code in (130, 143)
         kind = "" if saved else "error: "
-        print(f"embed: {kind}{'; '.join([str(error), *getattr(error, '__notes__', [])])}", file=sys.stderr)
+        print(f"embed: {kind}{'; '.join([sentence, *getattr(error, '__notes__', [])])}", file=sys.stderr)
         if code == 75 or (not saved and distributed.is_joined()):
             _leave(code)
         return code
-    except KeyboardInterrupt:
-        print("embed: interrupted; completed work is kept, and the same command does the rest", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"embed: {'; '.join(['interrupted', *getattr(error, '__notes__', [])])}", file=sys.stderr)
         if distributed.is_joined():
             _leave(130)
         return 130
 
 
+def _describe(error: Exception) -> tuple[int, str]:
+    """(exit code, sentence) of an error that a user can fix; code 0 for a fault of the program."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return 2, f"{error.filename!r:.60}… is too long for the name of a file"
+    if type(error).__module__.partition(".")[0] in BUCKET_LIBRARIES and not isinstance(error, OSError):
+        return 1, f"the bucket cannot be used: {' '.join(str(error).split())}"
+    default = 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0
+    return getattr(error, "exit_code", default), str(error)
+
+
+@contextlib.contextmanager
+def keeps_work() -> Iterator[None]:
+    """For verbs that continue: Ctrl-C in the block tells that the same command does the rest."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note("completed work is kept, and the same command does the rest")
+        raise
+
+
 def end(main: Callable[..., int], *arguments) -> NoReturn:
     """Run `main(*arguments)` and end the process with the returned code; only for the outermost call of a process.
 
-    A hanging thread, such as a reader, a save or a library, does not keep the process alive.
+    A hanging thread, such as a reader, a save or a library, does not keep the process alive. Characters that the locale
+    cannot print are printed as "?".
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         code = main(*arguments)
     except SystemExit as ended:  # of --help
@@ -124,18 +152,26 @@ def keep_freed_memory() -> bool:
 def add_output_arguments(parser: argparse.ArgumentParser, what: str, required: bool = True) -> None:
     """Add --output and --overwrite, the arguments of `output`."""
     parser.add_argument("--output", required=required, help=what)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --output that this verb wrote")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing --output with content of the kind this verb writes",
+    )
 
 
 @contextlib.contextmanager
 def output(
-    arguments: argparse.Namespace, inputs: Sequence[str | None] = (), is_ours: Callable | None = None
+    arguments: argparse.Namespace,
+    inputs: Sequence[str | None] = (),
+    *,
+    is_ours: Callable | None = None,
+    is_our_file: Callable | None = None,
 ) -> Iterator[None]:
-    """Lock --output, if given, for this command until the block ends: a file, or with `is_ours` a folder.
+    """Lock --output, if given, for this command until the block ends: a folder (`is_ours`) or file (`is_our_file`).
 
     An output that cannot be written is refused before the work (`paths.check_output`). So is one that another command
-    is writing, one of the `inputs` (files, model folders), a path inside an input model, and a folder that contains an
-    input. All processes call it, after `join`.
+    is writing, one of the `inputs` (files, model folders), a path inside a stage, model, index or prepared data
+    (`runs.contents`), and a folder that contains an input. All processes call it, after `join`.
     """
     from embed import runs
 
@@ -148,7 +184,10 @@ def output(
                 raise ValueError(
                     f"--output={arguments.output} {how} {given}, which this command reads: choose another path"
                 )
-        paths.check_output(arguments.output, is_ours=is_ours, overwrite=arguments.overwrite)
+        for folder in paths.parents(arguments.output):
+            if what := runs.contents(folder):
+                raise ValueError(f"--output={arguments.output} is inside {folder}, {what}: choose another path")
+        paths.check_output(arguments.output, is_ours=is_ours, is_our_file=is_our_file, overwrite=arguments.overwrite)
 
     if not arguments.output:
         yield
@@ -185,10 +224,22 @@ def parse_range(name: str, text: str) -> range:
     return range(int(start), int(stop))
 
 
+def finite(text: str) -> float:
+    """The type of arguments that are finite numbers."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors of one sentence; for an unknown option, it names the nearest one.
 
-    Options cannot be abbreviated. `parse_known_args` returns options --config.key=value unparsed, for `config.load`.
+    Options cannot be abbreviated. A value cannot be empty, as from an unset shell variable, unless that is its default.
+    `parse_known_args` returns options --config.key=value unparsed, for `config.load`.
     """
 
     def __init__(self, verb: str, description: str):
@@ -199,13 +250,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for argument in args:  # before argparse, which would complain about missing options first
+        for before, argument in zip(["", *args], args):  # before argparse, which would name missing options first
             name = argument.partition("=")[0]
             if argument == "--":
                 break
             if name.startswith("--") and name not in self._option_string_actions and not name.startswith("--config."):
-                self._refuse(name)
+                self._refuse(argument, before)
         namespace, remaining = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
+            if isinstance(value, str) and not value.strip() and value != action.default:
+                raise ValueError(f"{self.prog}: {action.option_strings[0]}={value} is empty: expected a value")
         for argument in remaining:
             if not argument.startswith("--config."):
                 self._refuse(argument)
@@ -217,9 +272,12 @@ class Parser(argparse.ArgumentParser):
             self._refuse(remaining[0])
         return namespace
 
-    def _refuse(self, argument: str) -> NoReturn:
-        name = argument.partition("=")[0]
+    def _refuse(self, argument: str, before: str = "") -> NoReturn:
+        """Refuse an argument; `before` is the one before it, which may be an option that has it as its value."""
+        name, option = argument.partition("=")[0], self._option_string_actions.get(before)
         near = nearest(name, self._option_string_actions) if name.startswith("--") else "; options are --name=value"
+        if option and option.nargs != 0:
+            near = f"; if it is the value of {before}, write {shlex.quote(f'{before}={argument}')}"
         raise ValueError(f"{self.prog}: unknown argument {name!r}{near}")
 
 

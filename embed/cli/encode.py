@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     common.check_texts("--text", args.text or [])
     common.join(args, saves_at_sigterm=False)
-    with common.output(args, inputs=[args.model, args.corpus]):
+    with common.output(args, inputs=[args.model, args.corpus], is_our_file=are_vectors):
         common.check_vectors(args.model, [args.precision], args.truncate_dim)
         if args.corpus:
             corpus = read_corpus(args.corpus)
@@ -51,6 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         paths.write(args.output, content.getvalue())
     common.say(f"{vectors.dtype}{list(vectors.shape)} written to {args.output}")
     return 0
+
+
+def are_vectors(file) -> bool:
+    """Whether a file is a .npy file."""
+    with paths.path(file).open("rb") as opened:
+        return opened.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
     common.join(arguments, saves_at_sigterm=False)
-    with common.output(arguments, inputs=[arguments.model, *retrieval.files(arguments.data)]):
+    inputs = [arguments.model, *retrieval.files(arguments.data)]
+    with common.output(arguments, inputs, is_our_file=are_figures):
         common.check_vectors(arguments.model, arguments.precision)
         data = retrieval.read_set(arguments.data)
         figures = retrieval.evaluate_retrieval(
@@ -39,6 +40,17 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.output:
             paths.write_json(arguments.output, figures)
     return 0
+
+
+def are_figures(file) -> bool:
+    """Whether a file has the content that this verb writes: {precision: {metric: value}}."""
+    from embed import inference, paths
+
+    try:
+        figures = paths.read_json(file)
+    except ValueError:
+        return False
+    return isinstance(figures, dict) and bool(figures) and figures.keys() <= set(inference.PRECISIONS)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--step_b", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
     )
-    parser.add_argument("--ratio", type=float, default=0.5, help="0 is a, 1 is b (default 0.5)")
+    parser.add_argument("--ratio", type=common.finite, default=0.5, help="0 is a, 1 is b (default 0.5)")
     common.add_output_arguments(parser, "folder to write")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.ratio <= 1:

@@ -10,7 +10,10 @@ import numpy as np
 from embed import paths
 from embed.cli import common
 from embed.evaluation.retrieval import embed_set, files, read_set
+from embed.inference.index import read_jsonl
 from embed.mining import check_window, mine
+
+KEYS = ("query-id", "corpus-id", "negatives")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         help="ranks LO..HI-1, 0 is the best (default 0 100)",
     )
     parser.add_argument(
-        "--margin", type=float, default=0.05, help="negatives score this much less than the positive (default 0.05)"
+        "--margin",
+        type=common.finite,
+        default=0.05,
+        help="negatives score this much less than the positive (default 0.05)",
     )
     parser.add_argument("--relative", action="store_true", help="the margin is a fraction of the positive's score")
     parser.add_argument(
@@ -43,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_window(args.num_negatives, tuple(args.rank_window))
     common.join(args, saves_at_sigterm=False)
-    with common.output(args, inputs=[args.model, *files(args.data)]):
+    with common.output(args, inputs=[args.model, *files(args.data)], is_our_file=are_negatives):
         data = read_set(args.data)
         encoder = common.load_encoder(args)
         queries, corpus = embed_set(encoder, data, show_progress_bar=True, truncate=args.truncate)
@@ -73,12 +79,21 @@ def main(argv: list[str] | None = None) -> int:
         lines = []
         for row, positive, chosen in zip(query_rows, positives, negatives):
             ids = [data.corpus_ids[texts[i]] for i in chosen if i >= 0]
-            line = {"query-id": data.query_ids[row], "corpus-id": data.corpus_ids[positive], "negatives": ids}
+            line = dict(zip(KEYS, (data.query_ids[row], data.corpus_ids[positive], ids), strict=True))
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         paths.write(args.output, "".join(lines))
     summary = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     common.say(f"{summary}; written to {args.output}")
     return 0
+
+
+def are_negatives(file) -> bool:
+    """Whether a file has the content that this verb writes: lines with the keys KEYS."""
+    try:
+        rows = read_jsonl(file)
+    except ValueError:
+        return False
+    return bool(rows) and all(row.keys() == set(KEYS) for _, row in rows)
 
 
 if __name__ == "__main__":

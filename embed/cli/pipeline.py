@@ -10,9 +10,10 @@ def main(argv: list[str] | None = None) -> int:
     common.add_distributed_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
     common.join(arguments)
-    from embed import graph, runs
+    with common.keeps_work():
+        from embed import graph, runs
 
-    graph.walk(runs.Run(config, arguments.workdir, arguments.config))
+        graph.walk(runs.Run(config, arguments.workdir, arguments.config))
     return 0
 
 

@@ -19,9 +19,12 @@ def main(argv: list[str] | None = None) -> int:
         help="number of slices of that topology, joined along data by the network (default 1)",
     )
     parser.add_argument(
-        "--mfu", type=float, default=0.4, help="model FLOPs utilisation, for the duration of the schedule (default 0.4)"
+        "--mfu",
+        type=common.finite,
+        default=0.4,
+        help="model FLOPs utilisation, for the duration of the schedule (default 0.4)",
     )
-    parser.add_argument("--dollars_per_chip_hour", type=float, help="price, for the cost of the schedule")
+    parser.add_argument("--dollars_per_chip_hour", type=common.finite, help="price, for the cost of the schedule")
     parser.add_argument("--parameters", action="store_true", help="also print the sharding of each parameter")
     parser.add_argument(
         "--fit",

@@ -15,12 +15,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments, config = common.parse_config(parser, argv)
     profile_steps = common.parse_range("--profile_steps", arguments.profile_steps)
     common.join(arguments)
-    from embed import graph, nodes, runs
+    with common.keeps_work():
+        from embed import graph, nodes, runs
 
-    run = runs.Run(config, arguments.workdir, arguments.config)
-    runs.check_stage(config, config.stage)
-    graph.check(config, whole=False)  # or the export after hours of training would be refused
-    nodes.train_stage(run, config.stage, profile_steps=profile_steps, wandb=arguments.wandb)
+        run = runs.Run(config, arguments.workdir, arguments.config)
+        runs.check_stage(config, config.stage)
+        graph.check(config, whole=False)  # or the export after hours of training would be refused
+        nodes.train_stage(run, config.stage, profile_steps=profile_steps, wandb=arguments.wandb)
     return 0
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,9 @@ def quantize(
     packed bits of v >= 0 with the first dimension in the highest bit. binary is int8 [..., D/8], ubinary - 128, as in
     sentence-transformers. A vector that is not finite raises NotFiniteError, because int8 and bits would hide it.
     """
+    if not getattr(pooled, "ndim", 0) or not jnp.issubdtype(pooled.dtype, jnp.floating):
+        what = f"{pooled.dtype}{list(pooled.shape)}" if hasattr(pooled, "dtype") else f"of type {type(pooled).__name__}"
+        raise ValueError(f"the vectors to quantize are {what}, expected an array of float32 [..., D]")
     check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
     pooled = jnp.asarray(pooled)
     bad = np.flatnonzero(~np.asarray(_is_finite(pooled)))
@@ -124,7 +127,8 @@ class Encoder:
         self.config = dataclasses.replace(config, remat="none", dense_barrier=False, unroll=unroll)
         self.mesh = sharding.make_mesh() if mesh is None else mesh
         self.params = jax.tree.map(lambda x: _on_mesh(x, self.mesh, config.dtype), params)
-        self.tokenizer, self.separator, self.max_length = tokenizer, separator, max_length
+        self.tokenizer, self.separator = tokenizer, separator
+        self.max_length = self._model_max_length = max_length  # the first may be changed, the second is the model's
         self.matryoshka, self.tanh, self.path, self.digest = tuple(matryoshka), tanh, path, digest
 
     @property
@@ -162,7 +166,8 @@ class Encoder:
                 batch_tokens=batch_tokens,
                 truncate=truncate,
             )[0]
-        texts, name = list(texts), _namer("text", names)
+        texts = _list("texts", texts, "a str or a list of str")
+        name = _namer("text", len(texts), names)
         for i, text in enumerate(texts):
             check_text(name(i), text)
         tokens = self.tokenizer.encode(texts)
@@ -183,7 +188,7 @@ class Encoder:
 
     def encode_tokens(self, tokens: Sequence[np.ndarray], precision: str = "float32") -> np.ndarray:
         """`encode` for texts that are already tokenized; a text without tokens gives a zero vector."""
-        return self._embed([dense(ids) for ids in tokens], _namer("text"), precision)
+        return self._embed([dense(ids) for ids in tokens], _namer("text", len(tokens)), precision)
 
     def encode_documents(
         self,
@@ -205,7 +210,7 @@ class Encoder:
         segments, _ = self.fit_documents(documents, truncate=truncate, names=names)
         vectors = self._embed(
             segments,
-            _namer("document", names),
+            _namer("document", len(segments), names),
             precision,
             truncate_dim,
             normalize_embeddings,
@@ -218,10 +223,10 @@ class Encoder:
         self, documents: Sequence[Sequence[str]], *, truncate: bool = False, names: Sequence[str] | None = None
     ) -> tuple[list[Segment], int]:
         """(segments that `encode_documents` embeds, number that were cut): a segment per document, a span per chunk."""
-        documents, name = [d if isinstance(d, str) else list(d) for d in documents], _namer("document", names)
+        documents = _list("documents", documents, "a list of documents, each a list of str")
+        name = _namer("document", len(documents), names)
+        documents = [_list(name(i), d, "a list of str, one per chunk") for i, d in enumerate(documents)]
         for i, document in enumerate(documents):
-            if isinstance(document, str):
-                raise ValueError(f"{name(i)} is {document!r:.80}, expected a list of str, one per chunk")
             for k, chunk in enumerate(document):
                 check_text(f"{name(i)}, chunk {k}", chunk)
         tokens = iter(self.tokenizer.encode([chunk for document in documents for chunk in document]))
@@ -243,7 +248,7 @@ class Encoder:
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
         """The vectors of all spans of segments from `fit_documents`, in order: [spans, D]; keywords as in `encode`."""
-        name = _namer("document", names)
+        name = _namer("document", len(segments), names)
         return self._embed(segments, name, precision, truncate_dim, False, batch_tokens, show_progress_bar)
 
     def _fit(self, segments: list[Segment], noun: str, name: Callable, truncate: bool) -> tuple[list[Segment], int]:
@@ -252,8 +257,10 @@ class Encoder:
         if not long:
             return segments, 0
         if not truncate:
+            is_own = self.max_length == self._model_max_length
+            limit = f"{'the model takes' if is_own else 'max_length (--max_length) is'} {self.max_length}"
             raise ValueError(
-                f"{name(long[0])} has {len(segments[long[0]].tokens)} tokens, the model takes {self.max_length} "
+                f"{name(long[0])} has {len(segments[long[0]].tokens)} tokens, {limit} "
                 f"({len(long)} of {len(segments)} are too long): shorten it, or cut with truncate=True (--truncate)"
             )
         kept = [cut(s, self.max_length) for s in segments]
@@ -273,8 +280,7 @@ class Encoder:
         shards = sharding.batch_shards(self.mesh)
         if batch_tokens is None:
             batch_tokens = shards * (4096 if _on_cpu() else 65536)  # at 4,096, activations stay in a CPU's cache
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens} must be positive")
+        check_count("batch_tokens", batch_tokens)
         finish = functools.partial(
             _quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
         )
@@ -332,9 +338,21 @@ def _is_finite(vectors):
     return jnp.isfinite(vectors).all(-1).reshape(-1)
 
 
-def _namer(noun: str, names: Sequence[str] | None = None) -> Callable[[int], str]:
-    """The function that gives the name of text i in errors."""
-    return lambda i: f"{noun} {i}" if names is None else names[i]
+def _namer(noun: str, count: int, names: Sequence[str] | None = None) -> Callable[[int], str]:
+    """The function that gives the name of text i of `count` in errors."""
+    if names is None:
+        return lambda i: f"{noun} {i}"
+    names = _list("names", names, "a list of str")
+    if len(names) != count:
+        raise ValueError(f"there are {len(names)} names for {count} {noun}s, expected one per {noun}")
+    return lambda i: names[i]
+
+
+def _list(name: str, values, expected: str) -> list:
+    """The values as a list; ValueError for a single text, a dict or set, and what cannot be iterated over."""
+    if isinstance(values, str | bytes | bytearray | Mapping | Set) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r:.80}, expected {expected}")
+    return list(values)
 
 
 def _check_memory(lowered, name: str, segment: Segment) -> None:
@@ -415,12 +433,23 @@ def _batches(
         yield members, np.array(rows), RowShape(length, spans, spans), num_rows
 
 
+def is_int(value) -> bool:
+    """Whether a value is a whole number by its type, of Python or NumPy."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_count(name: str, value) -> None:
+    """ValueError unless the value is a positive int."""
+    if not is_int(value) or value < 1:
+        raise ValueError(f"{name}={value!r} must be positive, an int")
+
+
 def check_precision(precision: str, dimensions: int, truncate_dim: int | None = None, normalize: bool = False) -> None:
     """ValueError unless vectors of `dimensions` can be cut to `truncate_dim` and converted to `precision`."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
-    if truncate_dim is not None and not 1 <= truncate_dim <= dimensions:
-        raise ValueError(f"truncate_dim={truncate_dim} must be in 1..{dimensions}")
+    if truncate_dim is not None and not (is_int(truncate_dim) and 1 <= truncate_dim <= dimensions):
+        raise ValueError(f"truncate_dim={truncate_dim!r} must be in 1..{dimensions}, an int")
     kept = truncate_dim or dimensions
     if precision in ("binary", "ubinary") and kept % 8:
         raise ValueError(f"{precision} packs eight dimensions per byte: {kept} dimensions are not a multiple of 8")

@@ -14,7 +14,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 from embed import paths
-from embed.inference.encoder import PRECISIONS, Encoder
+from embed.inference.encoder import PRECISIONS, Encoder, check_count, is_int
 from embed.tokenizers import check_text
 
 FORMAT = "embed-index"
@@ -34,6 +34,10 @@ BLOCK_QUERIES, BLOCK_VECTORS = 256, 16384  # scores held at once
 EXACT_DIMENSIONS = 1024  # float32 sums 1024 products of two int8 without rounding: 1024 · 128² = 2^24
 GZIP = b"\x1f\x8b"
 NOT_TEXT = {  # the first bytes of files that are not text in UTF-8
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    b"{\0\0\0": "UTF-32",
+    b"\0\0\0{": "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
     b"{\0": "UTF-16",
@@ -72,15 +76,23 @@ class Index:
         self.vectors = _checked(vectors, precision, "stored vectors")
         if not len(self.vectors):
             raise ValueError("cannot search an empty corpus: the index has no vectors")
-        self.precision, self.truncate_dim, self.model = precision, truncate_dim, dict(model or {})
+        self.precision, self.model = precision, dict(model or {})
         self.max_length, self.cut = max_length, cut
         self.ids = [str(i) for i in range(len(self.vectors))] if ids is None else list(ids)
         self.texts = None if texts is None else list(texts)
         for name, values in (("ids", self.ids), ("texts", self.texts)):
             if values is not None and len(values) != len(self.vectors):
                 raise ValueError(f"{len(values)} {name} for {len(self.vectors)} vectors")
+        bits = precision in ("binary", "ubinary")
+        dimensions = self.vectors.shape[1] * (8 if bits else 1)
+        if truncate_dim is not None and not (is_int(truncate_dim) and truncate_dim == dimensions):
+            raise ValueError(f"truncate_dim={truncate_dim!r}, but the stored vectors have {dimensions} dimensions")
+        self.truncate_dim = truncate_dim and int(truncate_dim)
         if empty is None:
-            empty = [] if precision in ("binary", "ubinary") else np.flatnonzero(~self.vectors.any(1))
+            empty = [] if bits else np.flatnonzero(~self.vectors.any(1))
+        for i in empty:
+            if not is_int(i) or not 0 <= i < len(self.vectors):
+                raise ValueError(f"empty contains {i!r}: expected indices of vectors, 0..{len(self.vectors) - 1}")
         self.empty = np.array(sorted(empty), np.int32)
         self._kept = np.setdiff1d(np.arange(len(self.vectors), dtype=np.int32), self.empty)
         if not len(self._kept):
@@ -100,8 +112,7 @@ class Index:
         queries = _checked(queries, self.precision, "queries")
         if queries.shape[1] != self.vectors.shape[1]:
             raise ValueError(f"queries have {queries.shape[1]} numbers each, stored vectors {self.vectors.shape[1]}")
-        if k < 1:
-            raise ValueError(f"k={k} must be positive")
+        check_count("k", k)
         vectors = self._searched
         k = min(k, len(vectors))
         bits = self.precision in ("binary", "ubinary")
@@ -143,7 +154,7 @@ class Index:
         An existing index is replaced only with `overwrite`; a folder with other files is never replaced.
         """
         with paths.replace_folder(folder, is_ours=is_index, marker=INFO, overwrite=overwrite) as partial:
-            safetensors.numpy.save_file({"vectors": self.vectors}, partial / VECTORS)
+            paths.write_tensors(partial / VECTORS, {"vectors": self.vectors})
             info = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
@@ -157,7 +168,7 @@ class Index:
                 "ids": self.ids,
                 "texts": self.texts,
             }
-            (partial / INFO).write_text(json.dumps(info | {"sha256": _digest(info)}) + "\n")
+            (partial / INFO).write_text(json.dumps(info | {"sha256": _digest(info)}) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder) -> "Index":
@@ -171,9 +182,15 @@ class Index:
                 raise ValueError(
                     f"{folder / VECTORS} is not the file that {INFO} was written with: make the index again"
                 )
-            vectors = safetensors.numpy.load_file(copy / VECTORS)["vectors"]
+            try:
+                vectors = safetensors.numpy.load_file(copy / VECTORS)["vectors"]
+            except (safetensors.SafetensorError, KeyError) as error:
+                raise ValueError(f"{folder / VECTORS} holds no vectors ({error}): make the index again") from None
         names = ("ids", "texts", "truncate_dim", "model", "empty", "max_length", "cut")
-        return cls(vectors, info["precision"], **{name: info[name] for name in names})
+        try:
+            return cls(vectors, info["precision"], **{name: info[name] for name in names})
+        except ValueError as error:
+            raise ValueError(f"{folder / INFO} does not describe its vectors: {error}") from None
 
 
 def _read_info(file) -> dict:
@@ -189,7 +206,33 @@ def _read_info(file) -> dict:
         raise ValueError(f"{file} has format version {version}, expected {FORMAT_VERSION}: make the index again")
     if info.pop("sha256", None) != _digest(info):
         raise ValueError(f"{file} was changed after it was written: make the index again")
+    for name, (allowed, expected) in FIELDS.items():
+        if name not in info or not allowed(info[name]):
+            value = f"is {info[name]!r:.60}" if name in info else "is missing"
+            raise ValueError(f"{file}: {name} {value}, expected {expected}: make the index again")
     return info
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _are(allowed: Callable, values) -> bool:
+    return isinstance(values, list) and all(map(allowed, values))
+
+
+# The fields of index.json: {name: (whether a value is allowed, the allowed values in words)}.
+FIELDS = {
+    "precision": (lambda x: _is_text(x) and x in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+    "truncate_dim": (lambda x: x is None or is_int(x), "a number of dimensions or null"),
+    "max_length": (lambda x: x is None or is_int(x), "a number of tokens or null"),
+    "cut": (is_int, "a number of texts"),
+    "model": (lambda x: isinstance(x, dict) and _is_text(x.get("digest") or ""), "an object with a path and a digest"),
+    "empty": (lambda x: _are(is_int, x), "a list of indices"),
+    "vectors": (lambda x: isinstance(x, dict) and _is_text(x.get("sha256")), "an object with a sha256"),
+    "ids": (lambda x: _are(_is_text, x), "a list of strings"),
+    "texts": (lambda x: x is None or _are(_is_text, x), "a list of strings or null"),
+}
 
 
 def _digest(info: Mapping) -> str:

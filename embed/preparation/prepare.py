@@ -427,7 +427,7 @@ def _bindings(text: str, source) -> dict:
 
 def _nearest(name: str, valid) -> str:
     name = name.rpartition("/")[2]
-    nearest = difflib.get_close_matches(name, list(valid), n=1, cutoff=0)
+    nearest = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f"; the nearest valid one is {nearest[0]!r}" if nearest else ""
 
 

@@ -320,7 +320,7 @@ class Reading:
         # Not `multiprocessing`, which would import the caller's main module in each spawned process.
         for index in range(processes):
             share = [item[1:] for item in work[index::processes]]
-            Path(self._folder.name, f"{index}.in").write_text(json.dumps(share))
+            Path(self._folder.name, f"{index}.in").write_text(json.dumps(share), encoding="utf-8")
             command = [sys.executable, "-P", "-W", "ignore", __file__, self._folder.name, str(index)]
             self._workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
 
@@ -347,7 +347,7 @@ def _work(folder: str, index: str) -> None:
     warnings.simplefilter("ignore")  # SyntaxWarnings of the sources
     gc.disable()  # syntax trees have no cycles, and scanning them doubles the time
     with open(Path(folder, f"{index}.out"), "wb") as out:
-        for split, package, module, path in json.loads(Path(folder, f"{index}.in").read_text()):
+        for split, package, module, path in json.loads(Path(folder, f"{index}.in").read_text(encoding="utf-8")):
             try:
                 source = Path(path).read_bytes()
                 if b"def " not in source:

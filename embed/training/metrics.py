@@ -35,7 +35,7 @@ class MetricsWriter:
         (self.local / "tensorboard").mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.folder / FILE) if row["step"] <= start_step]
         paths.write(self.local / FILE, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = (self.local / FILE).open("a")
+        self.file = (self.local / FILE).open("a", encoding="utf-8")
         # Not SummaryWriter: when the disk is full, its thread ends and the caller waits for ever.
         self.events = EventsWriter(str(self.local / "tensorboard" / "events"), f".{os.getpid()}")
         # TensorBoard then ignores earlier files from this step on.
@@ -97,7 +97,7 @@ class MetricsWriter:
 def read_metrics(path) -> list[dict]:
     """The rows of a metrics.jsonl, without a last line that a kill cut short."""
     rows, path = [], paths.path(path)
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

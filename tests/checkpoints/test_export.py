@@ -14,7 +14,7 @@ import safetensors.numpy
 import small
 from small import random_params
 
-from embed import inference, tokenizers
+from embed import exports, inference, tokenizers
 from embed.checkpoints import export, model_folder, names
 from embed.checkpoints.card import model_card
 from embed.cli import main
@@ -338,6 +338,60 @@ def test_the_command_writes_an_existing_model_in_every_format(tmp_path, capsys):
     assert f"is {path}, which this command reads" in capsys.readouterr().err
     assert main(["export", f"--model={path}", f"--output={tmp_path / 'x'}", "--format=gguf"]) == 2
     assert "format 'gguf' must be one of pplx, onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("lineage", 5),
+        ("lineage", [{"name": "pair"}]),
+        ("lineage", ["pair"]),
+        ("merge", {"of": ["a"], "ratio": 0.5}),
+        ("merge", "a and b"),
+        ("figures", {"functions": 0.5}),
+        ("figures", ["functions"]),
+        ("figures", {"functions": {"int8": {"ndcg@10": "high"}}}),
+        ("languages", 5),
+        ("languages", [5]),
+        ("license", ["MIT"]),
+        ("versions", "1.0"),
+    ],
+)
+def test_a_provenance_that_the_card_cannot_show_is_refused_before_the_weights_are_read(
+    field, value, tmp_path, capsys, monkeypatch
+):
+    source = small.write_model(tmp_path / "source")
+    document = json.loads((source / "embed.json").read_text())
+    document["provenance"][field] = value
+    (source / "embed.json").write_text(json.dumps(document))
+    monkeypatch.setattr(model_folder.ModelFolder, "params", lambda *_: pytest.fail("weights were read"))
+    assert main(["export", f"--model={source}", f"--output={tmp_path / 'new'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the provenance of {source} is not what an export writes" in line
+    with pytest.raises(ValueError, match="the provenance of the model for .* is not what an export writes"):
+        small.write_model(tmp_path / "new", provenance={field: value})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "https://x.org/model"])
+def test_an_export_needs_the_name_of_a_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = str(small.write_model(tmp_path / "source"))
+    for write in (
+        lambda: small.write_model(folder),
+        lambda: exports.export_source(source, folder),
+        lambda: exports.merge_sources((source, 0), (source, 0), 0.5, folder),
+    ):
+        with pytest.raises(ValueError, match="a path is empty|is not a path"):
+            write()
+    assert [f.name for f in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), float("inf"), -0.1, 1.1])
+def test_a_ratio_outside_of_0_to_1_is_refused(ratio, tmp_path):
+    source = str(small.write_model(tmp_path / "source"))
+    with pytest.raises(ValueError, match=f"ratio={ratio} must be between 0 and 1"):
+        exports.merge_sources((source, 0), (source, 0), ratio, tmp_path / "merged")
 
 
 # The card

@@ -1,5 +1,6 @@
 """How every verb ends, and its errors about arguments."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import small
 
+import embed
 from embed import cli
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,126 @@ def test_no_verb_accepts_abbreviated_options(verb, capsys):
     assert "unknown argument '--mod'" in refused(capsys, verb, "--mod=x")
     sentence = refused(capsys, verb, "--help=x")  # argparse's own errors are one sentence too
     assert sentence.startswith(f"embed: error: embed {verb}: argument -h/--help: ")
+
+
+# The required arguments of each verb, all of which name a path or a text.
+REQUIRED = {
+    "encode": ["--model=m", "--corpus=c", "--output=o"],
+    "evaluate": ["--model=m", "--data=d", "--output=o"],
+    "export": ["--model=m", "--output=o"],
+    "index": ["--model=m", "--corpus=c", "--output=o"],
+    "merge": ["--a=a", "--b=b", "--output=o"],
+    "mine": ["--model=m", "--data=d", "--output=o"],
+    "pipeline": ["--config=c.py", "--workdir=w"],
+    "plan": ["--config=c.py", "--topology=t"],
+    "prepare": ["--config=c.py", "--workdir=w"],
+    "sample": ["--config=c.py", "--workdir=w", "--text=t", "--checkpoint=c"],
+    "search": ["--model=m", "--index=i", "--query=q"],
+    "train": ["--config=c.py", "--workdir=w"],
+}
+assert list(REQUIRED) == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_verb_accepts_an_empty_value(verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = REQUIRED[verb]
+    for i, argument in enumerate(given):
+        name, _, value = argument.partition("=")
+        for empty in ("", " "):
+            message = refused(capsys, verb, *given[:i], f"{name}={empty}", *given[i + 1 :])
+            expected = "is blank: expected a text" if name == "--query" else "is empty: expected a value"
+            assert f"{name}={empty!r} {expected}" in message or f"{name}={empty} {expected}" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("plan", "sample")])
+@pytest.mark.parametrize("url", ["https://huggingface.co/owner/name", "http://x/y", "file:///x", "abc://x"])
+def test_a_path_that_is_a_url_outside_of_buckets_is_refused(verb, url, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = small.write_model(tmp_path / "model")
+    (tmp_path / "c").write_text('{"_id": "a", "text": "the"}\n')
+    (tmp_path / "c.py").write_text(small.GRAPH)
+    given = [a.replace("=m", f"={model}").replace("=a", f"={model}").replace("=b", f"={model}") for a in REQUIRED[verb]]
+    for i, argument in enumerate(given):
+        name = argument.partition("=")[0]
+        if name not in ("--query", "--config") and (verb, name) != ("search", "--model"):  # which reads the index first
+            message = refused(capsys, verb, *given[:i], f"{name}={url}", *given[i + 1 :])
+            assert f"{url} is not a path: expected a local path, gs://BUCKET/… or s3://BUCKET/…" in message, name
+            assert message.endswith("; the hub id of this model is owner/name") == ("huggingface" in url)
+
+
+@pytest.mark.parametrize("verb, option", [("mine", "margin"), ("merge", "ratio"), ("plan", "mfu")])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "many"])
+def test_a_number_that_is_not_finite_is_refused(verb, option, value, capsys):
+    message = refused(capsys, verb, *REQUIRED[verb], f"--{option}={value}")
+    assert f"argument --{option}: '{value}' is not a finite number" in message
+
+
+def test_a_name_that_is_too_long_for_a_file_is_one_sentence(tmp_path, capsys):
+    model = small.write_model(tmp_path / "model")
+    for argument in ("--model", "--corpus", "--output"):
+        given = {"--model": str(model), "--corpus": str(tmp_path / "c"), "--output": str(tmp_path / "o")}
+        given[argument] = str(tmp_path / ("n" * 300))
+        message = refused(capsys, "index", *(f"{name}={value}" for name, value in given.items()))
+        assert "Errno" not in message and ("no file " if argument == "--corpus" else "too long") in message, argument
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (["encode", "--text", "--foo"], "; if it is the value of --text, write --text=--foo"),
+        (["search", "--query", "--what is=it"], "; if it is the value of --query, write '--query=--what is=it'"),
+        (["encode", "--overwrite", "--overwrit"], "; did you mean '--overwrite'?"),
+        (["encode", "--colour"], "unknown argument '--colour'"),
+        (["encode", "--version"], "unknown argument '--version'"),
+        (["trian"], "; did you mean 'train'?"),
+        (["--"], "sample, search, train"),
+        (["--frobnicate"], "sample, search, train"),
+    ],
+)
+def test_an_error_about_an_unknown_name_suggests_only_what_is_similar(arguments, hint, capsys):
+    assert refused(capsys, *arguments).endswith(hint)
+
+
+def test_the_program_prints_its_version_and_its_help(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"embed {embed.__version__}\n"
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(["help"]) == 0 and capsys.readouterr().out == text and "embed VERB --help" in text
+
+
+def test_the_program_runs_in_a_locale_without_utf8():
+    done = run_program(
+        "from embed.cli import entry; entry()", "--help", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"
+    )
+    assert done.returncode == 0 and "  train  " in done.stdout, done.stderr
+
+
+def test_text_files_are_read_and_written_with_a_named_encoding():
+    unnamed = []
+    for file in [*ROOT.glob("embed/**/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            is_text = name in ("read_text", "write_text") or (name == "open" and {"r", "w", "a", "x"} & set(modes))
+            if is_text and "encoding" not in [keyword.arg for keyword in node.keywords]:
+                unnamed.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert unnamed == []
+
+
+def test_a_bucket_without_credentials_is_one_sentence(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    clean = {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+    program = "from embed.cli import entry; entry()"
+    model = small.write_model(tmp_path / "model")
+    done = run_program(program, "encode", f"--model={model}", "--corpus=s3://b/c", f"--output={tmp_path}/o", **clean)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, line) == (1, "embed: error: the bucket cannot be used: Unable to locate credentials")
 
 
 def test_arguments_that_are_not_options_are_refused(capsys):
@@ -124,7 +246,7 @@ def test_every_path_with_a_leading_tilde_is_in_the_home_folder(tmp_path, monkeyp
 
 HANGING = """
 import sys, threading
-from embed.cli.common import end, run
+from embed.cli.common import end, keeps_work, run
 
 def main(argv):
     threading.Thread(target=threading.Event().wait).start()  # not a daemon: the interpreter would wait for it
@@ -142,8 +264,9 @@ end(run, main)
         ("return 1", 1, ""),
         ("raise ValueError('wrong')", 2, "embed: error: wrong\n"),
         ("raise OSError(28, 'No space left on device')", 1, "embed: error: [Errno 28] No space left on device\n"),
+        ("raise KeyboardInterrupt", 130, "embed: interrupted\n"),
         (
-            "raise KeyboardInterrupt",
+            "with keeps_work(): raise KeyboardInterrupt",
             130,
             "embed: interrupted; completed work is kept, and the same command does the rest\n",
         ),
@@ -189,6 +312,11 @@ def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
     done = run_program(FAILING_COMMIT, tmp_path / "run")
     assert done.returncode == 1, done.stderr[-2000:]
     assert "embed: error: cannot write a checkpoint under" in done.stderr
+
+
+def test_only_verbs_that_continue_say_so_when_interrupted():
+    text = {verb: (ROOT / "embed" / "cli" / f"{verb}.py").read_text() for verb in VERBS}
+    assert [verb for verb in VERBS if "common.keeps_work()" in text[verb]] == ["pipeline", "train"]
 
 
 def test_every_verb_and_the_program_end_through_end():

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -185,6 +186,13 @@ def test_a_text_without_tokens_is_named(encoder):
         ({"precision": "binary", "truncate_dim": 12}, "12 dimensions are not a multiple of 8"),
         ({"truncate_dim": 33}, r"truncate_dim=33 must be in 1..32"),
         ({"truncate_dim": 0}, r"truncate_dim=0 must be in 1..32"),
+        ({"truncate_dim": True}, r"truncate_dim=True must be in 1..32, an int"),
+        ({"truncate_dim": 8.0}, r"truncate_dim=8.0 must be in 1..32, an int"),
+        ({"truncate_dim": "8"}, r"truncate_dim='8' must be in 1..32, an int"),
+        ({"batch_tokens": 64.0}, "batch_tokens=64.0 must be positive, an int"),
+        ({"names": []}, "there are 0 names for 1 texts, expected one per text"),
+        ({"names": ["a", "b"]}, "there are 2 names for 1 texts, expected one per text"),
+        ({"names": "a"}, "names is 'a', expected a list of str"),
         ({"precision": "int8", "normalize_embeddings": True}, "normalize_embeddings is for float32 only, not int8"),
         ({"batch_tokens": 0}, "batch_tokens=0 must be positive"),
     ],
@@ -194,9 +202,65 @@ def test_a_wrong_keyword_is_one_sentence(encoder, keywords, message):
         encoder.encode(["the"], **keywords)
 
 
-def test_a_document_that_is_a_str_is_refused(encoder):
+NOT_LISTS = [{"_id": "1", "text": "abc"}, {"the"}, frozenset(["the"]), b"the", bytearray(b"the"), {}, 5, None]
+
+
+@pytest.mark.parametrize("value", NOT_LISTS, ids=lambda value: type(value).__name__)
+def test_what_is_not_a_list_of_texts_or_documents_is_refused(encoder, value):
+    shown = re.escape(f"{value!r:.80}")
+    with pytest.raises(ValueError, match=f"^texts is {shown}, expected a str or a list of str$"):
+        encoder.encode(value)
+    with pytest.raises(ValueError, match=f"^document 1 is {shown}, expected a list of str, one per chunk$"):
+        encoder.encode_documents([["a"], value])
+    with pytest.raises(ValueError, match=f"^documents is {shown}, expected a list of documents, each a list of str$"):
+        encoder.encode_documents(value)
+
+
+def test_a_str_is_neither_a_document_nor_a_list_of_documents(encoder):
     with pytest.raises(ValueError, match="document 1 is 'the', expected a list of str, one per chunk"):
         encoder.encode_documents([["a"], "the"])
+    with pytest.raises(ValueError, match="documents is 'the', expected a list of documents"):
+        encoder.encode_documents("the")
+
+
+def test_other_sequences_of_texts_are_taken(encoder):
+    want = encoder.encode(["the", "a"])
+    for texts in (("the", "a"), np.array(["the", "a"]), (text for text in ("the", "a"))):
+        np.testing.assert_array_equal(encoder.encode(texts), want)
+    np.testing.assert_array_equal(
+        encoder.encode_documents((("the",), ["a"]), truncate_dim=np.int64(8))[1], want[1:, :8]
+    )
+
+
+def test_documents_need_a_name_each(encoder):
+    with pytest.raises(ValueError, match="there are 1 names for 2 documents, expected one per document"):
+        encoder.encode_documents([["the"], ["a"]], names=["line 7"])
+
+
+@pytest.mark.parametrize(
+    "value, what",
+    [
+        ([[0.5] * 8], "of type list"),
+        (0.5, "of type float"),
+        (np.float32(0.5), r"float32\[\]"),
+        (np.ones((2, 8), np.int8), r"int8\[2, 8\]"),
+        (np.ones((2, 8), bool), r"bool\[2, 8\]"),
+    ],
+)
+@pytest.mark.parametrize("precision", inference.PRECISIONS)
+def test_only_arrays_of_floats_are_quantized(encoder, value, what, precision):
+    for quantize in (encoding.quantize, encoder.quantize, small.encoder(tanh=True).quantize):
+        with pytest.raises(ValueError, match=f"the vectors to quantize are {what}, expected an array of float32"):
+            quantize(value, precision)
+
+
+def test_an_error_about_a_long_text_says_whose_limit_it_is():
+    encoder = small.encoder(max_length=5)
+    with pytest.raises(ValueError, match="text 0 has .* tokens, the model takes 5 "):
+        encoder.encode(["the a of " * 9])
+    encoder.max_length = 3
+    with pytest.raises(ValueError, match=r"text 0 has .* tokens, max_length \(--max_length\) is 3 "):
+        encoder.encode(["the a of " * 9])
 
 
 @pytest.mark.parametrize(

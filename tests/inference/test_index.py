@@ -203,8 +203,63 @@ def test_queries_ids_and_k_that_do_not_match_the_vectors_are_refused():
         Index(vectors(3), "float32").search(vectors(1, 16), 1)
     with pytest.raises(ValueError, match="2 ids for 3 vectors"):
         Index(vectors(3), "float32", ids=["a", "b"])
-    with pytest.raises(ValueError, match="k=0 must be positive"):
-        Index(vectors(3), "float32").search(vectors(1), 0)
+    for k in (0, -1, 2.0, "2", True):
+        with pytest.raises(ValueError, match=f"k={k!r} must be positive, an int"):
+            Index(vectors(3), "float32").search(vectors(1), k)
+
+
+@pytest.mark.parametrize("empty", [[5], [-1], [3], [0.0], ["0"], [True], [None], np.array([3.0])])
+def test_empty_vectors_outside_of_the_index_are_refused(empty):
+    with pytest.raises(ValueError, match="empty contains .*: expected indices of vectors, 0..2"):
+        Index(vectors(3), "float32", empty=empty)
+
+
+@pytest.mark.parametrize("precision, stored", [("float32", 24), ("int8", 24), ("binary", 24), ("ubinary", 24)])
+def test_a_truncate_dim_that_contradicts_the_width_of_the_vectors_is_refused(precision, stored):
+    made = Index(vectors(3, precision=precision), precision, truncate_dim=np.int64(stored))
+    assert made.truncate_dim == stored and type(made.truncate_dim) is int
+    for other in (8, 3, 25, 0, 24.0, "24"):
+        with pytest.raises(ValueError, match=f"truncate_dim={other!r}, but the stored vectors have 24 dimensions"):
+            Index(vectors(3, precision=precision), precision, truncate_dim=other)
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *((name, MISSING) for name in index.FIELDS),
+        *((name, value) for name in index.FIELDS for value in (5.5, "x", [None], {"sha256": 3, "digest": 4})),
+    ],
+)
+def test_an_index_with_a_digest_but_a_wrong_field_is_refused(tmp_path, field, value):
+    Index(vectors(3), "float32", ids=["a", "b", "c"], texts=["x", "y", "z"]).save(tmp_path / "i")
+    file = tmp_path / "i" / "index.json"
+    info = json.loads(file.read_text()) | {field: value}
+    info = {name: value for name, value in info.items() if value is not MISSING and name != "sha256"}
+    file.write_text(json.dumps(info | {"sha256": index._digest(info)}))
+    with pytest.raises(ValueError, match=f"index.json: {field} is .*, expected .*: make the index again"):
+        Index.load(tmp_path / "i")
+
+
+def test_an_index_whose_fields_contradict_each_other_is_refused(tmp_path):
+    Index(vectors(3), "float32").save(tmp_path / "i")
+    file = tmp_path / "i" / "index.json"
+    info = json.loads(file.read_text()) | {"ids": ["a"]}
+    del info["sha256"]
+    file.write_text(json.dumps(info | {"sha256": index._digest(info)}))
+    with pytest.raises(ValueError, match="index.json does not describe its vectors: 1 ids for 3 vectors"):
+        Index.load(tmp_path / "i")
+
+
+@pytest.mark.parametrize("codec, name", [("utf-32", "UTF-32"), ("utf-32-be", "UTF-32"), ("utf-16", "UTF-16")])
+def test_a_corpus_in_another_unicode_encoding_is_named(tmp_path, codec, name):
+    for text in ('{"_id": "a", "text": "x"}', '\ufeff{"_id": "a", "text": "x"}'):
+        for coding in {codec, codec.replace("-be", "-le")}:
+            (tmp_path / "c").write_bytes(text.encode(coding))
+            with pytest.raises(ValueError, match=f"c is {name}, expected JSON lines in UTF-8"):
+                index.read_corpus(tmp_path / "c")
 
 
 def test_an_index_of_a_corpus_finds_texts_and_chunks_in_context(tmp_path):

@@ -1,7 +1,10 @@
 """--output of every verb: checked before the work, written whole, by one writer, replaced only if asked."""
 
 import json
+import os
+import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -84,8 +87,6 @@ def test_an_existing_output_is_replaced_only_with_overwrite(verb, inputs, writte
     before = content(output)
     refused(verb, output, f"{output} exists: choose another path, or replace it with --overwrite")
     assert content(output) == before
-    if verb not in FOLDERS:
-        output.write_text("old")
     assert cli.main(arguments(verb, inputs, output, "--overwrite")) == 0
     after = content(output)
     assert after == before or (verb in ("export", "merge") and after.keys() == before.keys())
@@ -133,7 +134,70 @@ def test_an_output_of_the_wrong_kind_is_refused(verb, tmp_path, refused):
     else:
         refused(verb, tmp_path / "folder", "must be a file in a folder that exists", "--overwrite")
         refused(verb, tmp_path / "none" / "x", "must be a file in a folder that exists")
+        refused(verb, tmp_path / "file", "exists and was not written by this command", "--overwrite")
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "notes").read_text() == "theirs"
+
+
+OTHER_FILES = {
+    "text": b"some text",
+    "empty": b"",
+    "bytes": bytes(range(256)),
+    "json": b'{"model_type": "qwen3"}',
+    "list": b"[]",
+    "lines": b'{"_id": "a", "text": "the"}\n',
+}
+
+
+@pytest.mark.parametrize("verb", ["encode", "evaluate", "mine"])
+def test_a_file_of_another_kind_is_never_replaced(verb, inputs, written, tmp_path, refused):
+    others = {f"of {name}": content(written / name)[""] for name in VERBS if name not in FOLDERS and name != verb}
+    others["weights"] = content(inputs / "a")["model.safetensors"]
+    for name, before in (OTHER_FILES | others).items():
+        (tmp_path / name).write_bytes(before)
+        refused(verb, tmp_path / name, "exists and was not written by this command", "--overwrite")
+        assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def owned(inputs, written, tmp_path_factory):
+    """Folders with a content of their own."""
+    folder = tmp_path_factory.mktemp("owned")
+    shutil.copytree(inputs / "a", folder / "model")
+    shutil.copytree(inputs / "a", folder / "foreign")
+    small.foreign(folder / "foreign")
+    shutil.copytree(written / "index", folder / "index")
+    small.write_data(folder / "data")
+    (folder / "stage" / "checkpoints").mkdir(parents=True)
+    paths.write_json(folder / "stage" / "config.json", {"stage": {}, "phases": []})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "inside, what",
+    [
+        ("model", "a model folder"),
+        ("model/1_Pooling", "a model folder"),
+        ("foreign", "a model folder"),
+        ("index", "an index"),
+        ("stage", "a stage folder"),
+        ("stage/checkpoints", "a stage folder"),
+        ("data", "prepared data"),
+        ("data/evaluation/set/test", "prepared data"),
+        ("data/tasks/pairs", "a folder of examples"),
+    ],
+)
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_output_inside_a_folder_with_a_content_of_its_own_is_refused(verb, inside, what, owned, refused):
+    before = content(owned)
+    for name in ("new", *(f.name for f in (owned / inside).iterdir() if f.is_file())):
+        refused(verb, owned / inside / name, f", {what}: choose another path", "--overwrite")
+    assert content(owned) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "index.json", "info.json", "embed.json"])
+def test_an_output_next_to_the_json_files_of_other_programs_is_written(name, inputs, tmp_path):
+    paths.write_json(tmp_path / name, {"name": "theirs"})
+    assert cli.main(arguments("encode", inputs, tmp_path / "v.npy")) == 0
 
 
 @pytest.mark.parametrize("verb", FOLDERS)
@@ -171,33 +235,28 @@ def test_an_output_that_is_a_link_stays_a_link(verb, dangling, inputs, written, 
     assert [f.name for f in (tmp_path / "elsewhere").iterdir()] == ["out"]
 
 
-def test_a_full_disk_leaves_the_old_vectors(inputs, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "v.npy"
-    assert cli.main(arguments("encode", inputs, output)) == 0
-    before = output.read_bytes()
-    capsys.readouterr()
-    monkeypatch.setattr(paths, "open", _FullDisk, raising=False)
-    assert cli.main(arguments("encode", inputs, output, "--overwrite")) == 1
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("embed:")]
-    assert len(error) == 1 and "No space left on device" in error[0] and f"{output} was not written" in error[0]
-    assert output.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["v.npy"]
+@pytest.mark.parametrize("verb", ["encode", "index", "export", "merge"])
+def test_a_full_disk_leaves_the_old_output_and_names_only_it(verb, inputs, written, tmp_path, capsys):
+    """Larger files than this limit cannot be written."""
+    output, (soft, hard) = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    small_copy(written / verb, output)
+    before, handler = content(output), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        code = cli.main(arguments(verb, inputs, output, "--overwrite"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("embed:"))
+    kept = "an existing f" + ("older is unchanged" if verb in FOLDERS else "ile is unchanged")
+    assert (code, error) == (1, f"embed: error: [Errno 27] File too large; {output} was not written; {kept}")
+    assert content(output) == before and [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
-class _FullDisk:
-    """A file on a full disk."""
-
-    def __init__(self, handle, mode):
-        self.file = open(handle, mode)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, content):
-        self.file.write(content[:100])
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("verb", FOLDERS)
+def test_other_users_can_read_every_file_of_a_written_folder(verb, written):
+    for name, file in paths.files(written / verb).items():
+        assert os.stat(file).st_mode & 0o777 == os.stat(written / "encode").st_mode & 0o777, name
 
 
 @pytest.mark.parametrize("verb", ["encode", "index"])

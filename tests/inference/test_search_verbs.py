@@ -189,7 +189,11 @@ def test_a_long_text_is_named_by_line_and_id_and_cut_if_asked(verb, model, tmp_p
     arguments = [verb, f"--model={model}", source, *more, "--max_length=9"]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "corpus.jsonl, line 2 (_id 'b') has" in error and "the model takes 9" in error and "--truncate" in error
+    assert (
+        "corpus.jsonl, line 2 (_id 'b') has" in error
+        and "max_length (--max_length) is 9" in error
+        and "--truncate" in error
+    )
     assert cli.main([*arguments, "--truncate"]) == 0
     assert "embed: warning: 1 of 3 documents were cut to 9 tokens" in capsys.readouterr().err
 
