@@ -236,7 +236,7 @@ def test_a_relative_gin_file_is_found_beside_the_config_from_any_working_directo
     (tmp_path / "here" / "data" / "mine.gin").write_text("")
     assert config.find("data/mine.gin", str(mine / "graph.py")) == tmp_path / "here" / "data" / "mine.gin"
     with pytest.raises(
-        FileNotFoundError, match="no file none.gin in .*here, the folder of the config or one above it, nor"
+        FileNotFoundError, match="no file none.gin in .*here, the folder of the config or one above it, or"
     ):
         config.find("none.gin", str(mine / "graph.py"))
     run = runs.Run(
