@@ -2,7 +2,8 @@
 # Run a verb of embed on TPU slices of a GKE cluster, as a JobSet: one job per slice, one pod per host.
 #
 #   launch/gke.sh submit --name=NAME --accelerator=LABEL --topology=AxB --image=IMAGE [--slices=N]
-#                        [--chips-per-host=N: by default 4, or all of a smaller slice] [--service-account=NAME] [--restarts=100] [--run-id=ID]
+#                        [--chips-per-host=N: by default 4, or all of a smaller slice] [--service-account=NAME]
+#                        [--restarts=100] [--run-id=ID]
 #                        -- VERB ARGUMENTS...        with --workdir=gs://BUCKET/… or --output=gs://BUCKET/…
 #   launch/gke.sh list
 #   launch/gke.sh logs --name=NAME

@@ -30,7 +30,7 @@ WRONG_INPUT = (
 )
 
 # Their errors, for example about missing credentials, are not OSErrors.
-BUCKET_LIBRARIES = ("botocore", "aiobotocore", "gcsfs", "google", "aiohttp")
+BUCKET_LIBRARIES = ("botocore", "aiobotocore", "gcsfs", "google.auth", "aiohttp")
 
 # Time limit for the exit functions of libraries, which remove temporary folders and disconnect from other processes.
 LAST_SECONDS = 30.0
@@ -73,8 +73,8 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
 def _describe(error: Exception) -> tuple[int, str]:
     """(exit code, sentence) of an error that a user can fix; code 0 for a fault of the program."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return 2, f"{error.filename!r:.60}… is too long for the name of a file"
-    if type(error).__module__.partition(".")[0] in BUCKET_LIBRARIES and not isinstance(error, OSError):
+        return 2, f"{error.filename or 'a path'!s:.60}… is too long for the name of a file"
+    if type(error).__module__.startswith(BUCKET_LIBRARIES) and not isinstance(error, OSError):
         return 1, f"the bucket cannot be used: {' '.join(str(error).split())}"
     default = 2 if isinstance(error, WRONG_INPUT) else 1 if isinstance(error, OSError) else 0
     return getattr(error, "exit_code", default), str(error)
@@ -155,7 +155,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, what: str, required: b
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an existing --output with content of the kind this verb writes",
+        help="replace an existing --output, if it holds what this verb writes",
     )
 
 
