@@ -149,7 +149,6 @@ def test_a_node_whose_result_is_gone_is_not_complete(workdir, tmp_path):
     shutil.rmtree(copy / "rankings" / "functions")
     assert incomplete() == [n.name for n in graph.make_nodes(run.config) if n.kind in ("evaluate", "export")]
     shutil.rmtree(copy / "mining")
-    shutil.rmtree(copy / "triplet")
     (mine,) = (n for n in graph.make_nodes(run.config) if n.kind == "mine")
     assert not graph.is_done(run, mine)
 
