@@ -34,7 +34,7 @@ from embed.training import stages
 
 RANDOM = "random init"
 # Names in a workdir that no stage may have.
-RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", "results.json", "report.md", RANDOM)
+RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", RANDOM)
 # The folder is not writable, in a read-only or virtual file system, or a link that leads nowhere.
 CANNOT_BE_MADE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 # Fields of a stage's config that parent and phases stand for, or that do not change the result.
