@@ -179,6 +179,8 @@ def check(config: ConfigDict, *, whole: bool = True) -> None:
 
 
 def _elsewhere(name: str) -> bool:
+    if not name:
+        return False
     return runs.is_stage(name) or model_folder.is_model(name) or bool(model_folder.HUB_ID.fullmatch(name))
 
 
