@@ -364,8 +364,8 @@ def test_texts_shorter_than_a_row_show_how_a_stage_denoises(workdir, tmp_path):
     assert len(run.tokenizer.encode(["parse the file of a token"])[0]) < run.config.stages.diffusion.batch.length
     result = nodes.denoising(run, "diffusion")
     assert np.isfinite(result["elbo"]) and result["denoising"][0]["text"]
-    write("")
-    with pytest.raises(ValueError, match="config.report.texts='set/test' has 0 tokens: at least 2 are needed"):
+    write("def")
+    with pytest.raises(ValueError, match="config.report.texts='set/test' has 1 tokens: at least 2 are needed"):
         nodes.denoising(run, "diffusion")
 
 
