@@ -21,7 +21,8 @@ setup(
         "beartype",
         "bm25s",  # lexical baseline
         "etils[epath]",  # paths on disks and in buckets
-        "filelock",
+        # From 3.29.5 on it acquires no lock file that was unlinked, and leaves unlinking to its caller (`paths.lock`).
+        "filelock>=3.29.5",
         "flax>=0.12.8",
         "gin-config",  # defines the data
         "huggingface-hub",

@@ -18,6 +18,14 @@ def make_console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, soft_wrap=True, emoji=False, width=None if stream.isatty() else WIDE)
 
 
+def say(sentence: str) -> None:
+    """Print a sentence on one line, never broken or cut, in process 0."""
+    import jax
+
+    if jax.process_index() == 0:
+        make_console().print(sentence, markup=False, highlight=False)
+
+
 def print_table(table: Table, stderr: bool = False) -> None:
     """Print a table as wide as the terminal; in a file or a pipe, as wide as its content."""
     console = make_console(stderr)

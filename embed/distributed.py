@@ -51,7 +51,7 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def peers(at: str = "", then: str = "the same command starts again", but: tuple = ()) -> Iterator[None]:
+def translate_peer_errors(at: str = "", then: str = "the same command starts again", but: tuple = ()) -> Iterator[None]:
     """Turn what the runtime raises when another process is gone into PeerLostError; for calls of the runtime only.
 
     The error says where it happened (`at`) and what happens `then`. Errors of the types `but` pass unchanged.
@@ -69,10 +69,10 @@ def peers(at: str = "", then: str = "the same command starts again", but: tuple 
         ) from error
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every process of the job has reached this call."""
     if is_joined():
         from jax.experimental import multihost_utils
 
-        with peers():
+        with translate_peer_errors():
             multihost_utils.sync_global_devices("embed")

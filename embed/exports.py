@@ -28,7 +28,7 @@ def export_model(
     if entry := entry or next(iter(entries), None):
         checkpoint = dataclasses.replace(checkpoint, contextual=entry.contextual, max_length=entry.max_length or None)
     provenance = origin(checkpoint) | run.config.card.to_dict()
-    file = run.workdir / "steps" / f"evaluate {name}.json"
+    file = run.record(f"evaluate {name}")
     saved = paths.read_json(file) if file.exists() else None
     if saved and runs.portable(saved["inputs"]["checkpoint"]) == runs.portable(checkpoint.identity):
         provenance["figures"] = saved["result"]

@@ -2,7 +2,7 @@
 
     prepare ─ stages, each after its parent and what is mined for it ─ merges ─ evaluations ─ exports ─ report
 
-Every node writes steps/NAME.json with its result, its seconds and what the result depends on. If that has changed, an
+Every node writes steps/NODE.json with its result, its seconds and what the result depends on. If that has changed, an
 evaluation, merge or export is done again; a stage or mined negatives are refused.
 """
 
@@ -22,7 +22,7 @@ from embed import exports, nodes, paths, runs
 from embed.checkpoints import model_folder
 from embed.checkpoints.provenance import made_with
 from embed.config import differences
-from embed.console import print_table
+from embed.console import make_console, print_table, say
 from embed.data.store import read_header
 from embed.runs import Run
 from embed.training.metrics import FILE, read_metrics
@@ -31,10 +31,14 @@ from embed.training.metrics import FILE, read_metrics
 class Node(NamedTuple):
     """One step of a pipeline."""
 
-    name: str
     kind: str  # prepare, stage, mine, denoise, evaluate, merge, baselines, export or search
-    of: str  # the name of its stage, merge, …
+    of: str  # the name of its stage, merge, …; empty if a graph has at most one node of this kind
     work: Callable[[Run], dict]
+
+    @property
+    def name(self) -> str:
+        """The kind and the name: distinct, and the same whatever else the graph contains."""
+        return f"{self.kind} {self.of}" if self.of else self.kind
 
 
 def order(config: ConfigDict) -> list[str]:
@@ -58,41 +62,36 @@ def order(config: ConfigDict) -> list[str]:
 def make_nodes(config: ConfigDict) -> Iterator[Node]:
     """Every node of a config's graph, in order."""
 
-    def title(verb: str, name: str, group) -> str:
-        return verb if len(group) == 1 else f"{verb} {name}"
-
     def evaluation(name: str) -> Iterator[Node]:
         if any(name in e.checkpoints for e in config.evaluations.values()):
-            yield Node(f"evaluate {name}", "evaluate", name, lambda run: nodes.evaluate(run, name))
+            yield Node("evaluate", name, lambda run: nodes.evaluate(run, name))
 
-    yield Node("prepare", "prepare", "", nodes.prepare)
+    yield Node("prepare", "", nodes.prepare)
     yield from evaluation(runs.RANDOM)
     mined: set[str] = set()
     for stage in order(config):
         for task in nodes.mined_tasks(config, stage):
             if task not in mined:
-                yield Node(title("mine", task, config.mining), "mine", task, functools.partial(nodes.mine, name=task))
+                yield Node("mine", task, functools.partial(nodes.mine, name=task))
             mined.add(task)
-        yield Node(stage, "stage", stage, functools.partial(nodes.train_stage, name=stage))
+        yield Node("stage", stage, functools.partial(nodes.train_stage, name=stage))
         if stage == config.report.denoise:
-            yield Node("denoise", "denoise", stage, functools.partial(nodes.denoising, name=stage))
+            yield Node("denoise", stage, functools.partial(nodes.denoising, name=stage))
         yield from evaluation(stage)
     for name, entry in config.merges.items():
         if entry.sweep:
-            yield Node(
-                title("merge", name, config.merges), "merge", name, functools.partial(nodes.merge_sweep, name=name)
-            )
+            yield Node("merge", name, functools.partial(nodes.merge_sweep, name=name))
         yield from evaluation(name)
     known = {runs.RANDOM, *config.stages, *config.merges}
     others = {name: None for e in config.evaluations.values() for name in e.checkpoints if name not in known}
     for name in others:
         yield from evaluation(name)
     if any(e.bm25 for e in config.evaluations.values()):
-        yield Node("baselines", "baselines", "", nodes.evaluate_baselines)
+        yield Node("baselines", "", nodes.evaluate_baselines)
     if config.exports:
-        yield Node("export", "export", "", exports.export_models)
+        yield Node("export", "", exports.export_models)
     if config.report.search:
-        yield Node("search", "search", config.report.search, nodes.worked_search)
+        yield Node("search", config.report.search, nodes.worked_search)
 
 
 def inputs(run: Run, node: Node) -> dict:
@@ -134,7 +133,7 @@ def inputs(run: Run, node: Node) -> dict:
 
 def _evaluated(run: Run) -> dict:
     """The inputs of the evaluations whose figures go into the cards of config.exports."""
-    files = {e.checkpoint: run.workdir / "steps" / f"evaluate {e.checkpoint}.json" for e in run.config.exports.values()}
+    files = {e.checkpoint: run.record(f"evaluate {e.checkpoint}") for e in run.config.exports.values()}
     return {name: paths.read_json(file)["inputs"] for name, file in files.items() if file.exists()}
 
 
@@ -172,18 +171,22 @@ def check(config: ConfigDict, *, whole: bool = True) -> None:
                 f"config.report.fuse={name!r} must be in the checkpoints of every evaluation with bm25; "
                 f"evaluations have {', '.join(sorted(ranked)) or 'none'}"
             )
-    for field, group in (("denoise", config.stages), ("search", config.exports)):
+    diffusion = [name for name, stage in config.stages.items() if stage.kind == "diffusion"]
+    for field, what, group in (("denoise", "diffusion stage", diffusion), ("search", "export", config.exports)):
         if (name := config.report[field]) and name not in group:
-            allowed = f"one of {', '.join(group)}" if group else "empty, because the config has none"
+            allowed = f"one of {', '.join(group)}" if group else f"empty, because the config has no {what}"
             raise ValueError(f"config.report.{field}={name!r} must be {allowed}")
 
 
 def _elsewhere(name: str) -> bool:
+    if not name:
+        return False
     return runs.is_stage(name) or model_folder.is_model(name) or bool(model_folder.HUB_ID.fullmatch(name))
 
 
-def is_done(run: Run, node: Node, saved: Mapping | None) -> bool:
-    """Whether a node is complete; `saved` is its steps/NAME.json, None if there is none."""
+def is_done(run: Run, node: Node) -> bool:
+    """Whether a node is complete: its steps/NODE.json has the present inputs, and what it wrote is there."""
+    saved = _read_record(run, node)
     if saved is None:
         return False
     if node.kind == "prepare":
@@ -191,9 +194,21 @@ def is_done(run: Run, node: Node, saved: Mapping | None) -> bool:
         return True
     if node.kind == "stage":
         return run.is_complete(node.of, run.identity(node.of))
-    if node.kind == "export" and not all((run.workdir / "export" / name).exists() for name in run.config.exports):
+    if not all(file.exists() for file in outputs(run, node)):
         return False
     return runs.portable(saved["inputs"]) == runs.portable(inputs(run, node))
+
+
+def outputs(run: Run, node: Node) -> list:
+    """The files and folders besides its record that a node writes and later nodes or a user read."""
+    if node.kind == "mine":
+        return [run.store_path(node.of) / "info.json"]
+    if node.kind == "evaluate":
+        names = [name for name, e in run.config.evaluations.items() if node.of in e.checkpoints]
+        return [nodes.ranking(run, node.of, name) for name in names]
+    if node.kind == "export":
+        return [run.workdir / "export" / name for name in run.config.exports]
+    return []
 
 
 def outcome(run: Run, node: Node):
@@ -203,12 +218,13 @@ def outcome(run: Run, node: Node):
         "stage": run.folder(node.of),
         "mine": run.store_path(node.of),
         "export": run.workdir / "export",
-    }.get(node.kind, run.workdir / "steps" / f"{node.name}.json")
+    }.get(node.kind, run.record(node.name))
 
 
-def _why_again(run: Run, node: Node, saved: Mapping | None) -> str:
+def _why_again(run: Run, node: Node) -> str:
     """The end of a node's log line: why it is done again, and what it replaces."""
-    folders = [run.workdir / "export" / name for name in run.config.exports] if node.kind == "export" else []
+    saved = _read_record(run, node)
+    folders = outputs(run, node) if node.kind == "export" else []
     replaced = [str(folder) for folder in folders if folder.exists()]
     why = ""
     if saved is not None and node.kind not in ("stage", "mine"):  # these are continued or refused
@@ -218,49 +234,63 @@ def _why_again(run: Run, node: Node, saved: Mapping | None) -> str:
     return f"{why}{': replaces ' if replaced else ''}{', '.join(replaced)}"
 
 
-def walk(run: Run) -> dict:
-    """Do every node that is not yet complete, then write the report. Returns the content of results.json."""
+def walk(run: Run) -> None:
+    """Do every node that is not yet complete, then write results.json and the report.
+
+    Process 0 alone reads and writes the records of the nodes and decides what is complete.
+    """
     check(run.config)
-    results, seconds, sources = {}, {}, []
+    is_new = False
     with runs.hold(run.workdir / "pipeline"):
         for node in make_nodes(run.config):
-            file = run.workdir / "steps" / f"{node.name}.json"
-            saved = paths.read_json(file) if file.exists() else None
-            if runs.agreed(is_done(run, node, saved)):
-                nodes.say(f"{node.name} is complete: {outcome(run, node)}")
-            else:
-                nodes.say(f"{node.name}{_why_again(run, node, saved)}")
+            if not runs.on_first_process(functools.partial(_announce, run, node)):
+                is_new = True
                 start = time.perf_counter()
                 result = node.work(run)
                 taken = time.perf_counter() - start
-                saved = {"result": result, "seconds": taken, "inputs": inputs(run, node), **made_with()}
-                runs.write_json(file, saved)
+                runs.on_first_process(functools.partial(_write_record, run, node, result, taken))
             if node.kind == "prepare":
                 nodes.check_data(run, run.config.stages)
                 nodes.check_sets(run)
-            results[node.name], seconds[node.name] = saved["result"], round(saved["seconds"], 1)
-            sources.append({key: saved[key] for key in ("commit", "versions", "device")})
-        total = _total(run, results, seconds, sources)
-        if jax.process_index() == 0:
-            _report(run, total)
-    return total
+        runs.on_first_process(functools.partial(_report, run, is_new))
 
 
-def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
+def _announce(run: Run, node: Node) -> bool:
+    """`is_done`, after a line about it in the log."""
+    if is_done(run, node):
+        say(f"{node.name} is complete: {outcome(run, node)}")
+        return True
+    say(f"{node.name}{_why_again(run, node)}")
+    return False
+
+
+def _write_record(run: Run, node: Node, result: Mapping, seconds: float) -> None:
+    record = {"result": result, "seconds": seconds, "inputs": inputs(run, node), **made_with()}
+    paths.write_json(run.record(node.name), record)
+
+
+def _read_record(run: Run, node: Node) -> dict | None:
+    file = run.record(node.name)
+    return paths.read_json(file) if file.exists() else None
+
+
+def _total(run: Run, machine: str) -> dict:
+    """The content of results.json."""
     all_nodes = list(make_nodes(run.config))
+    records = {node.name: _read_record(run, node) for node in all_nodes}
+    sources, results = list(records.values()), {name: record["result"] for name, record in records.items()}
 
     def of(kind: str) -> dict:
         return {node.of: results[node.name] for node in all_nodes if node.kind == kind}
 
     data = dict(results["prepare"])
     for task, counts in of("mine").items():
-        several = f"mined ({task})" if len(of("mine")) > 1 else "mined"
-        data |= {f"{several}: {name}": count for name, count in counts.items()}
+        data |= {f"mined ({task}): {name}": count for name, count in counts.items()}
     total = {
         "command": f"embed pipeline --config={run.config_path}",
-        "machine": machine(),
+        "machine": machine,
         # Of the first node; "commits" shows whether another state of the code continued the run.
-        **sources[0],
+        **{key: sources[0][key] for key in ("commit", "versions", "device")},
         "commits": sorted({source["commit"] for source in sources}),
         "checkpoints": of("evaluate") | results.get("baselines", {}),
         "evaluations": {
@@ -268,26 +298,30 @@ def _total(run: Run, results: dict, seconds: dict, sources: list) -> dict:
             for name, e in run.config.evaluations.items()
         },
     }
-    for part in ("denoise", "merge"):
-        for result in of(part).values():
-            total |= result
-    if "search" in results:
-        total["search"] = results["search"]
+    for part in of("denoise").values():
+        total |= part
+    if merges := of("merge"):
+        total["merges"] = merges
+    for part in of("search").values():
+        total["search"] = part
     logged = {stage: read_metrics(run.folder(stage) / FILE) for stage in of("stage")}
     return total | {
         "stages": {
             name: {"kind": run.config.stages[name].kind, "init": run.config.stages[name].init} for name in logged
         },
-        "seconds": seconds,
-        "seconds_per_step": {stage: rows[-1]["seconds_per_step"] for stage, rows in logged.items() if rows},
+        "seconds": {name: round(record["seconds"], 1) for name, record in records.items()},
+        "seconds_per_step": {f"stage {name}": rows[-1]["seconds_per_step"] for name, rows in logged.items() if rows},
         "data": data,
     }
 
 
-def _report(run: Run, total: dict) -> None:
+def _report(run: Run, is_new: bool) -> None:
+    """Write and print the results. The speed of the machine is measured only if something was computed (`is_new`)."""
     from embed.evaluation import report  # imports matplotlib
 
-    paths.write_json(run.workdir / "results.json", total)
+    console, file = make_console(), run.workdir / "results.json"
+    total = _total(run, machine() if is_new or not file.exists() else paths.read_json(file)["machine"])
+    paths.write_json(file, total)
     if total["checkpoints"]:
         metrics = {node.of: run.folder(node.of) / FILE for node in make_nodes(run.config) if node.kind == "stage"}
         with tempfile.TemporaryDirectory() as folder:
@@ -296,14 +330,14 @@ def _report(run: Run, total: dict) -> None:
                 paths.copy_file(file, run.workdir / name)
         print_table(report.render_table(total))
     if search := total.get("search"):
-        nodes.console.print(f"[bold]embed search[/bold]: {search['query']}")
+        console.print(f"[bold]embed search[/bold]: {search['query']}")
         for hit in search["hits"]:
             line = f"  {hit['rank']}  {hit['score']:.3f}  {hit['id']}  {hit['text']}"
-            nodes.console.print(line, markup=False, highlight=False)
+            console.print(line, markup=False, highlight=False)
     exported = ", ".join(str(run.workdir / "export" / name) for name in run.config.exports)
     summary = f"{sum(total['seconds'].values()):.0f} s in total on {total['machine']}."
     summary += f" Report: {run.workdir / 'report.md'}" + (f"; models: {exported}" if exported else "")
-    nodes.console.print(summary)
+    console.print(summary)
 
 
 def machine() -> str:

@@ -102,7 +102,7 @@ def mine(
         for name, removed in (("positive", is_positive), ("margin", too_close), ("duplicate", repeats)):
             counts[f"removed_{name}"] += int(removed[short].sum())
     if mesh.is_multi_process:
-        with distributed.peers():
+        with distributed.translate_peer_errors():
             negatives, counts = _gather(negatives, counts, mesh)
     counts["negatives"] = int((negatives >= 0).sum())
     return negatives, counts

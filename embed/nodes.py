@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from urllib.parse import quote
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from embed import mining, paths, runs, tokenizers
 from embed.checkpoints import model_folder, training_state
 from embed.checkpoints.names import TOKENIZER_FILES
 from embed.checkpoints.provenance import made_with
-from embed.console import make_console
+from embed.console import say
 from embed.data.loader import COLUMNS
 from embed.data.store import Writer, read_header
 from embed.evaluation import baselines, retrieval
@@ -32,13 +33,6 @@ from embed.training.step import make_step
 
 PRECISIONS = ("float32", "int8", "binary")
 HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
-console = make_console()
-
-
-def say(sentence: str) -> None:
-    """Print a line for the user, in process 0."""
-    if jax.process_index() == 0:
-        console.print(sentence, markup=False, highlight=False)
 
 
 def prepare(run: Run) -> dict:
@@ -90,7 +84,9 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     check_data(run, [name])
     for task in mined_tasks(run.config, name):
         mine(run, task)
-    if runs.agreed(run.is_complete(name, run.identity(name)) and training_state.is_finished(folder / "checkpoints")):
+    if runs.on_first_process(
+        lambda: run.is_complete(name, run.identity(name)) and training_state.is_finished(folder / "checkpoints")
+    ):
         say(f"{name} is complete: {folder}, step {steps}")
         return {"steps": steps}
     evaluate_params, execution = None, stage.execution
@@ -99,7 +95,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
         evaluate_params = functools.partial(hook, run, name, data)
     with runs.hold(folder) as check_held, progress_bar(name, steps) as update:
         identity = run.identity(name)
-        if run.is_complete(name, identity):  # another process trained it meanwhile, or its end was interrupted
+        if runs.on_first_process(lambda: run.is_complete(name, identity)):  # trained meanwhile, or its end interrupted
             training_state.finish(folder / "checkpoints", execution.evaluate_on)
             say(f"{name} is complete: {folder}, step {steps}")
             return {"steps": steps}
@@ -121,7 +117,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             writer=functools.partial(MetricsWriter, wandb=wandb),
             progress=update,
             warn=lambda sentence: say(f"embed: warning: {sentence}"),
-            tell=lambda sentence: say(f"{name} {sentence}"),
+            log=lambda sentence: say(f"{name} {sentence}"),
         )
     return {"steps": steps}
 
@@ -159,10 +155,11 @@ def hook(run: Run, stage: str, data: retrieval.RetrievalSet, params) -> float:
 def mine(run: Run, name: str) -> dict:
     """Mine the hard negatives of config.mining.NAME with a checkpoint and store them in the run: mining/NAME."""
     target = run.store_path(name)
-    if runs.agreed((target / "info.json").exists()):
+    is_mined = functools.partial(runs.on_first_process, (target / "info.json").exists)
+    if is_mined():
         return _mined(run, name, read_header(target)["info"])
     with runs.hold(target):
-        if runs.agreed((target / "info.json").exists()):  # another process mined them meanwhile
+        if is_mined():  # another process mined them meanwhile
             return _mined(run, name, read_header(target)["info"])
         config = run.config.mining[name]
         checkpoint, store = run.checkpoint(config.checkpoint, config.step), run.store(config.task)
@@ -244,7 +241,7 @@ def evaluation_set(run: Run, name: str) -> retrieval.RetrievalSet:
 
 def ranking(run: Run, checkpoint: str, evaluation: str):
     """The file where `evaluate` keeps {precision: best corpus rows of each query, int32 [Q, DEPTH]}, as .npz."""
-    return run.workdir / "rankings" / checkpoint.replace(" ", "_").replace("/", "_") / f"{evaluation}.npz"
+    return run.workdir / "rankings" / evaluation / f"{quote(checkpoint, safe='')}.npz"  # it may be a path or hub id
 
 
 def evaluate(run: Run, name: str) -> dict:
@@ -287,10 +284,13 @@ def evaluate_baselines(run: Run) -> dict:
 
 def denoising(run: Run, name: str) -> dict:
     """How well a diffusion stage denoises held-out text, with one text as an example."""
-    checkpoint, mask_id, length = run.checkpoint(name), run.tokenizer.mask_id, run.config.stages[name].batch.length
+    checkpoint, mask_id, texts = run.checkpoint(name), run.tokenizer.mask_id, run.config.report.texts
     params, model = checkpoint.params(run.shardings(checkpoint.model)), checkpoint.model
     options = dict(mask_id=mask_id, left_shift=checkpoint.left_shift)
-    flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, run.config.report.texts).corpus[:512]))
+    flat = np.concatenate(run.tokenizer.encode(evaluation_set(run, texts).corpus[:512]))
+    if len(flat) < 2:
+        raise ValueError(f"config.report.texts={texts!r} has {len(flat)} tokens: at least 2 are needed to denoise")
+    length = min(run.config.stages[name].batch.length, len(flat))
     windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
     levels = denoise.elbo_and_accuracy(params, model, windows, **options)
     text = windows[0][: length // 2].copy()
@@ -335,7 +335,7 @@ def merge_sweep(run: Run, name: str) -> dict:
             for title, data in sets.items()
         }
         sweep.append({"ratio": ratio, **figures})
-    return {"slerp_ratio": config.ratio, "slerp_sweep": sweep}
+    return {"ratio": config.ratio, "sweep": sweep}
 
 
 def worked_search(run: Run) -> dict:

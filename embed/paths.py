@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout  # noqa: E402
 
 PARTIAL = ".embed.partial"  # in a folder that is written file by file, until it is complete
 # Files that file systems and desktops leave in folders, and locks and interrupted writes of this module.
-FOREIGN = re.compile(r"lost\+found|Thumbs\.db|\.DS_Store|\._.*|\.snapshots?|\.nfs.*|\.Trash.*|\..*\.(lock|partial|old)")
+IGNORED = re.compile(r"lost\+found|Thumbs\.db|\.DS_Store|\._.*|\.snapshots?|\.nfs.*|\.Trash.*|\..*\.(lock|partial|old)")
 BUCKETS = {"gs": "gcsfs", "s3": "s3fs"}  # the package that reads and writes each kind of bucket
 LEASE_SECONDS = 180.0  # a lease in a bucket expires after this time without a renewal
 RENEW_SECONDS = 30.0
@@ -39,7 +39,7 @@ class BusyError(ValueError):
 
 
 class LeaseLostError(RuntimeError):
-    """Another process took over the lease of a folder in a bucket, because this one could not renew it."""
+    """The lease of a folder in a bucket expired, because this process could not renew it. Another one may have it."""
 
     exit_code = 75  # the same command tries again
 
@@ -160,21 +160,21 @@ def read_json(file):
 
 
 def is_empty(folder) -> bool:
-    """Whether a path does not exist, or is a folder without files other than `FOREIGN`."""
+    """Whether a path does not exist, or is a folder without files other than `IGNORED`."""
     folder = path(folder)
     try:
-        return not folder.exists() or (folder.is_dir() and all(FOREIGN.fullmatch(e.name) for e in folder.iterdir()))
+        return not folder.exists() or (folder.is_dir() and all(IGNORED.fullmatch(e.name) for e in folder.iterdir()))
     except FileNotFoundError:  # another process has just moved it away
         return True
 
 
 def files(folder) -> dict[str, epath.Path]:
-    """{path relative to the folder, with slashes: file} of all files in it except `FOREIGN`, sorted."""
+    """{path relative to the folder, with slashes: file} of all files in it except `IGNORED`, sorted."""
     result, folders = {}, [("", path(folder))]
     while folders:
         prefix, current = folders.pop()
         for entry in current.iterdir():
-            if FOREIGN.fullmatch(entry.name):
+            if IGNORED.fullmatch(entry.name):
                 continue
             if entry.is_dir():
                 folders.append((f"{prefix}{entry.name}/", entry))
@@ -240,7 +240,7 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
 
     `check_output` decides what may be replaced. An interrupted block leaves `folder` unchanged. A symbolic link stays.
 
-    In a bucket, on a mount point, and in a folder with `FOREIGN` files, no rename is possible. There the files are
+    In a bucket, on a mount point, and in a folder with `IGNORED` files, no rename is possible. There the files are
     copied one by one: the file `marker` is removed first and written last. Until then the folder is `is_partial`, also
     after an interruption, and may be replaced.
     """
@@ -280,9 +280,9 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
 
 
 def _can_be_renamed(folder) -> bool:
-    """Whether a folder is neither a mount point nor holds `FOREIGN` files, which must stay."""
+    """Whether a folder is neither a mount point nor holds `IGNORED` files, which must stay."""
     try:
-        return not os.path.ismount(folder) and not any(FOREIGN.fullmatch(entry.name) for entry in folder.iterdir())
+        return not os.path.ismount(folder) and not any(IGNORED.fullmatch(entry.name) for entry in folder.iterdir())
     except FileNotFoundError:  # there is none, or another process has just moved it away
         return True
 
@@ -346,7 +346,7 @@ def lock(folder) -> Iterator[Callable[[], None]]:
     """Lock a folder or file for this process; BusyError if another process holds it.
 
     The lock ends with the process, in whatever way that ends. Yields a function to call before each write: it raises
-    LeaseLostError if another process has taken over the folder.
+    LeaseLostError if the lock has expired or another process has taken over the folder.
 
     On a disk the lock is a flock. In a bucket it is a lease that is renewed: the lease of a process that died expires
     after LEASE_SECONDS, or at once for a restart of the same run (EMBED_RUN_ID, set by a launcher).
@@ -395,7 +395,8 @@ def _lease(folder) -> Iterator[Callable[[], None]]:
                 f"{folder} is in use by process {other['process']} on {other['host']}; "
                 f"if that process has died, the folder is free at {until} UTC"
             )
-    state = {"generation": put(current.stamp.generation)}
+    renewed = time.time()
+    state = {"generation": put(current.stamp.generation), "renewed": renewed}
     if state["generation"] is None:
         raise BusyError(f"{folder} is in use by another process: wait for it, or choose another folder")
     over = threading.Event()
@@ -407,13 +408,17 @@ def _lease(folder) -> Iterator[Callable[[], None]]:
                 if current.state != "value" or not holder.items() <= json.loads(current.value).items():
                     state["generation"] = None  # another process took it over
                     return
-                state["generation"] = put(current.stamp.generation) or state["generation"]
+                renewed = time.time()
+                if generation := put(current.stamp.generation):
+                    state.update(generation=generation, renewed=renewed)
 
     def check():
         if state["generation"] is None:
             raise LeaseLostError(
                 f"{folder} was taken over by another process while this one could not reach the bucket"
             )
+        if (age := time.time() - state["renewed"]) > LEASE_SECONDS:  # this process was suspended, or has no network
+            raise LeaseLostError(f"the lock of {folder} expired: it was last renewed {age:.0f} s ago")
 
     thread = threading.Thread(target=renew, name="lease", daemon=True)
     thread.start()

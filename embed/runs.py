@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from urllib.parse import quote
 
 import jax
 from jax.experimental import multihost_utils
@@ -70,6 +71,7 @@ class Checkpoint:
     contextual: bool = False  # whether it is made for chunks in their document
     tanh: bool = False  # whether its float32 vectors are tanh(v)
     causal: bool = False  # whether it is a language model, not an encoder
+    diffusion: bool = False  # whether it is of a diffusion stage, which predicts masked tokens
     left_shift: bool = False  # whether a token is predicted from the state before it
     matryoshka: tuple[int, ...] = ()  # prefixes trained
     of: tuple[str, ...] = ()  # the two names of a merge
@@ -151,6 +153,10 @@ class Run:
         """The folder of a stage of this run."""
         return self.workdir / stage
 
+    def record(self, node: str):
+        """The file with the result of a node of the graph; the name may contain a path or hub id."""
+        return self.workdir / "steps" / f"{quote(node, safe=' ')}.json"
+
     def store_path(self, task: str):
         """The folder with the prepared or mined examples of a task."""
         return self.workdir / "mining" / task if task in self.config.mining else self.data / "tasks" / task
@@ -171,8 +177,6 @@ class Run:
                 known = ", ".join([*self.mixtures, *self.config.mining])
                 raise ValueError(f"stage {stage}: mixture {mixture!r} must be one of {known}")
             phases.append((int(steps), rates))
-        if not sum(steps for steps, _ in phases):
-            raise ValueError(f"stage {stage}: curriculum={self.config.stages[stage].curriculum} has no steps")
         return phases
 
     def steps(self, stage: str) -> int:
@@ -225,15 +229,7 @@ class Run:
         """ValueError that lists how the model or tokenizer of a stage differ from those of its parent."""
         if parent.name == RANDOM:
             return
-        ours = stages.stage_model(self.config.stages[stage].kind, self.model)
-        problems = [
-            f"config.model.{name} is {getattr(ours, name)!r}, the checkpoint's {getattr(parent.model, name)!r}"
-            for name in ARCHITECTURE
-            if getattr(ours, name) != getattr(parent.model, name)
-        ]
-        # Other stages drop the output layer of their parent.
-        if self.config.stages[stage].kind == "diffusion" and ours.tied != parent.model.tied:
-            problems.append(f"config.model.tied is {ours.tied}, the checkpoint's {parent.model.tied}")
+        problems = model_problems(self.config.stages[stage].kind, self.model, parent.model)
         problems += self.tokenizer_problems(parent)
         if problems:
             raise ValueError(f"stage {stage} cannot start from {parent.name}: " + "; ".join(problems))
@@ -253,15 +249,10 @@ class Run:
         for name, stage in self.config.stages.items():
             if stage.init in internal or is_stage(stage.init):
                 continue
-            theirs, model = model_folder.read_architecture(stage.init), self.config.model
-            fields = [n for n in ARCHITECTURE if n != "vocab_size" or model.vocab_size]
-            fields += ["tied"] * (stage.kind == "diffusion")
-            problems = [
-                f"config.model.{n} is {model[n]!r}, the checkpoint's {getattr(theirs, n)!r}"
-                for n in fields
-                if model[n] != getattr(theirs, n)
-            ]
-            if problems:
+            theirs = model_folder.read_architecture(stage.init)
+            vocab_size = self.config.model.vocab_size or theirs.vocab_size  # 0: that of the data
+            ours = transformer.from_config(self.config.model, self.config.execution, vocab_size)
+            if problems := model_problems(stage.kind, ours, theirs):
                 raise ValueError(f"stage {name} cannot start from {stage.init}: " + "; ".join(problems))
 
     # --- what a stage's result depends on ----------------------------------------------------------------------------
@@ -304,8 +295,6 @@ class Run:
     def _left_shift(self, stage: str, of_parent: bool) -> bool:
         """Whether a diffusion stage predicts a token from the state before it, as its config or its parent says."""
         value = self.config.stages[stage].left_shift
-        if value not in ("auto", "True", "False"):
-            raise ValueError(f"config.stages.{stage}.left_shift={value!r} must be auto, True or False")
         return of_parent if value == "auto" else value == "True"
 
     def matches(self, name: str, step: int, identity: Mapping) -> bool:
@@ -324,6 +313,16 @@ class Run:
         if done:
             check_identity(folder, stage, identity)
         return self.steps(stage) in done
+
+
+def model_problems(kind: str, ours: transformer.TransformerConfig, theirs: transformer.TransformerConfig) -> list[str]:
+    """How the run's model differs from that of a checkpoint that starts a stage of `kind`, as sentences."""
+    # Only a diffusion stage keeps the output layer of its parent.
+    return [
+        f"config.model.{name} is {getattr(ours, name)!r}, the checkpoint's {getattr(theirs, name)!r}"
+        for name in ARCHITECTURE + ["tied"] * (kind == "diffusion")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
 
 
 def check_folder(option: str, folder) -> None:
@@ -454,6 +453,7 @@ def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint
         config["tokenizer"],
         config["separator"],
         contextual=config["stage"]["kind"] == "contextual",
+        diffusion=config["stage"]["kind"] == "diffusion",
         left_shift=config.get("left_shift", False),
         matryoshka=tuple(config["stage"].get("matryoshka", ())),
     )
@@ -510,6 +510,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
         model=dataclasses.replace(a.model, tied=True),
         tokenizer=a.tokenizer | b.tokenizer,
         contextual=a.contextual and b.contextual,
+        diffusion=False,
         left_shift=False,
         provenance=None,
         not_exported=tuple(dict.fromkeys(a.not_exported + b.not_exported)),
@@ -574,7 +575,7 @@ def load_encoder(source: str, step: int = 0) -> Encoder:
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(checkpoint.model, dtype="float32")
         checkpoint = dataclasses.replace(checkpoint, model=model)
-    return make_encoder(checkpoint, sharding.make_mesh(data=1, fsdp=-1))
+    return make_encoder(checkpoint, sharding.make_mesh())
 
 
 def tokenizer_identity(tokenizer: tokenizers.Tokenizer) -> dict:
@@ -623,22 +624,37 @@ def hold(folder, refuse: Callable[[], None] = lambda: None) -> Iterator[Callable
                 refuse()
                 check = stack.enter_context(paths.lock(folder))
                 refuse()  # again: another process may have written the folder before this one locked it
-            except (ValueError, OSError) as caught:
+            except Exception as caught:  # whatever it is, the other processes must not wait
                 error = caught
                 if getattr(caught, "errno", None) in CANNOT_BE_MADE:
                     option = "--workdir, --output or config.data.directory"
                     error = ValueError(f"{folder} cannot be written ({caught.strerror}): choose another {option}")
-        if jax.process_count() > 1 and multihost_utils.process_allgather(error is not None).any():
-            error = error or ValueError(f"process 0 cannot write {folder}: see its error")
-        if error:
-            raise error
+        _raise_in_all(error, f"process 0 cannot write {folder}: see its error")
         yield check
-        distributed.meet()  # now all see what process 0 has written
+        distributed.barrier()  # now all see what process 0 has written
 
 
-def agreed(flag: bool) -> bool:
-    """The flag of process 0. Other processes may see a change in a folder a moment later."""
-    return bool(multihost_utils.broadcast_one_to_all(flag)) if jax.process_count() > 1 else flag
+def on_first_process(function: Callable[[], bool | None]) -> bool:
+    """Call `function` in process 0 and return its flag in all processes. An error there is raised in all processes.
+
+    Other processes would see a change in a folder a moment later, and might decide differently.
+    """
+    flag = error = None
+    if jax.process_index() == 0:
+        try:
+            flag = function()
+        except Exception as caught:
+            error = caught
+    _raise_in_all(error, "process 0 cannot continue: see its error")
+    return bool(multihost_utils.broadcast_one_to_all(bool(flag))) if jax.process_count() > 1 else bool(flag)
+
+
+def _raise_in_all(error: Exception | None, sentence: str) -> None:
+    """Raise the error of process 0, if there is one: itself in process 0, a ValueError of `sentence` in the others."""
+    if jax.process_count() > 1 and multihost_utils.process_allgather(error is not None).any():
+        error = error or ValueError(sentence)
+    if error:
+        raise error
 
 
 def write_json(file, value) -> None:

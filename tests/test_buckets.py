@@ -71,7 +71,7 @@ def test_a_run_in_a_bucket_gives_the_results_of_one_on_a_disk(workdir, local):
         assert training_state.steps(remote / "checkpoints") == training_state.steps(here / "checkpoints") == [6]
         assert training_state.digest(remote / "checkpoints", 6) == training_state.digest(here / "checkpoints", 6)
         assert any(name.startswith("tensorboard/") for name in paths.files(remote))
-    rankings = [(paths.path(folder) / "rankings" / "merged" / "words.npz").read_bytes() for folder in (workdir, local)]
+    rankings = [(paths.path(folder) / "rankings" / "words" / "merged.npz").read_bytes() for folder in (workdir, local)]
     assert {name: x.tolist() for name, x in np.load(io.BytesIO(rankings[0])).items()} == {
         name: x.tolist() for name, x in np.load(io.BytesIO(rankings[1])).items()
     }
@@ -196,6 +196,17 @@ def test_a_lease_that_another_process_took_over_is_an_error_before_the_next_writ
         with pytest.raises(paths.LeaseLostError, match="was taken over by another process"):
             while True:
                 check()
+
+
+def test_a_lease_that_was_not_renewed_in_time_is_an_error_before_the_next_write(bucket, monkeypatch):
+    """As after a process was suspended, before its thread can renew."""
+    with paths.lock(f"{bucket}/expired") as check:
+        check()
+        monkeypatch.setattr(paths, "LEASE_SECONDS", -1.0)
+        with pytest.raises(
+            paths.LeaseLostError, match=r"the lock of .*/expired expired: it was last renewed \d+ s ago"
+        ):
+            check()
 
 
 def test_a_folder_in_a_bucket_is_written_whole(bucket):

@@ -87,6 +87,16 @@ def test_a_name_of_the_graph_that_is_no_name_of_a_file_is_refused(part, name):
         runs.check_names(loaded)
 
 
+@pytest.mark.parametrize("part", ["stages", "mining", "merges"])
+def test_a_name_that_a_workdir_uses_itself_is_refused(part):
+    for name in runs.RESERVED:
+        loaded = config.load(QUICKSTART)
+        with loaded.unlocked():
+            loaded[part][name] = next(iter(loaded[part].values()))
+        with pytest.raises(ValueError, match=rf"config.{part}.{name}: the name must be none of data, "):
+            runs.check_names(loaded)
+
+
 def test_the_config_is_locked():
     with pytest.raises(AttributeError):
         config.load(QUICKSTART).nonsense = 1

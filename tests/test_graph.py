@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,9 @@ def test_results_have_every_row_set_and_precision(workdir):
             for precision in ("float32", "int8", "binary"):
                 figures = results["checkpoints"][name][benchmark][precision]
                 assert 0 <= figures["ndcg@10"] <= 1 and 0 <= figures["recall@10"] <= 1
-    assert set(results["seconds"]) >= {"prepare", "diffusion", "pair", "contextual", "mine", "triplet", "merge"}
+    parts = {"prepare", "stage diffusion", "stage pair", "stage contextual", "mine hard_negatives", "stage triplet"}
+    assert set(results["seconds"]) >= parts | {"merge merged"}
+    assert set(results["seconds_per_step"]) == {f"stage {name}" for name in results["stages"]}
     assert results["commit"] and results["versions"]["jax"]
     assert re.search(r"\d CPU cores, .*, [1-9]\d* GFLOP/s in a 2048³ float32 product", results["machine"])
 
@@ -109,6 +112,45 @@ def test_saved_rankings_have_the_scores_of_the_table(workdir):
     for name, evaluation in run.config.evaluations.items():
         data, rankings = nodes.evaluation_set(run, evaluation.data), np.load(nodes.ranking(run, "contextual", name))
         assert {p: retrieval.score(rankings[p], data) for p in rankings} == figures[name]
+
+
+def test_checkpoints_whose_names_differ_have_different_rankings_and_records(workdir):
+    run = make_run(workdir)
+    names = ("random init", "random_init", "a/b", "a_b", "/a/b", "../../prepare", "..")
+    for file in (lambda name: nodes.ranking(run, name, "functions"), lambda name: run.record(f"evaluate {name}")):
+        files = {Path(os.path.normpath(file(name))) for name in names}
+        assert len(files) == len(names) and len({each.parent for each in files}) == 1
+
+
+def test_every_node_has_a_name_of_its_own_which_other_nodes_do_not_change():
+    loaded = config.load(CONFIG)
+    before = [node.name for node in graph.make_nodes(loaded)]
+    with loaded.unlocked():
+        for part, stage in (("stages", "diffusion"), ("mining", "hard_negatives"), ("merges", "merged")):
+            for kind in ("prepare", "mine", "denoise", "merge", "baselines", "search", "evaluate merged"):
+                entry = loaded[part][stage].copy_and_resolve_references()
+                loaded[part][kind if part == "stages" else f"{part} {kind}"] = entry
+        loaded.stages.prepare.curriculum = tuple((1, name) for name in loaded.mining)
+    after = [node.name for node in graph.make_nodes(loaded)]
+    assert len(set(after)) == len(after) > len(before) + 15 and set(before) < set(after)
+
+
+def test_a_node_whose_result_is_gone_is_not_complete(workdir, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("data"), symlinks=True)
+    run = make_run(copy, f"--config.data.directory={workdir / 'data'}")
+
+    def incomplete():
+        all_nodes = list(graph.make_nodes(run.config))[1:]  # without "prepare", which would prepare
+        return [n.name for n in all_nodes if not graph.is_done(run, n)]
+
+    assert incomplete() == []
+    shutil.rmtree(copy / "export" / "embed")
+    shutil.rmtree(copy / "rankings" / "functions")
+    assert incomplete() == [n.name for n in graph.make_nodes(run.config) if n.kind in ("evaluate", "export")]
+    shutil.rmtree(copy / "mining")
+    (mine,) = (n for n in graph.make_nodes(run.config) if n.kind == "mine")
+    assert not graph.is_done(run, mine)
 
 
 def test_report_shows_the_table_and_its_plots_exist(workdir):
@@ -151,14 +193,18 @@ def test_a_finished_stage_keeps_its_parameters_and_tokenizer_and_names_its_paren
 
 def test_a_complete_pipeline_is_not_run_again_and_prints_where_its_results_are(workdir, capsys):
     before = {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()}
+    results = (workdir / "results.json").read_text()
+    (workdir / "results.json").write_text(json.dumps(json.loads(results) | {"machine": "the one that computed them"}))
     assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={workdir}"]) == 0
+    assert json.loads((workdir / "results.json").read_text())["machine"] == "the one that computed them"
+    (workdir / "results.json").write_text(results)
     assert {path: path.stat().st_mtime_ns for path in (workdir / "steps").iterdir()} == before
     said = capsys.readouterr().out.splitlines()
     names = [node.name for node in graph.make_nodes(config.load(CONFIG))]
     assert [line.partition(" is complete: ")[0] for line in said if " is complete: " in line] == names
     for line in (
         f"prepare is complete: {workdir / 'data'}",
-        f"pair is complete: {workdir / 'pair'}",
+        f"stage pair is complete: {workdir / 'pair'}",
         f"evaluate merged is complete: {workdir / 'steps' / 'evaluate merged.json'}",
     ):
         assert line in said
@@ -178,10 +224,12 @@ def test_only_a_node_whose_inputs_changed_is_done_again(workdir, tmp_path, capsy
     # Moving a run changes no inputs; another ratio of a merge changes its checkpoint.
     assert cli.main(["pipeline", f"--config={CONFIG}", f"--workdir={copy}", "--config.merges.merged.ratio=0.4"]) == 0
     changed = {path.name for path in steps.iterdir() if path.stat().st_mtime_ns != before[path.name]}
-    assert changed == {f"{name}.json" for name in ("merge", "evaluate merged", "baselines", "export", "search")}
-    assert json.loads((copy / "results.json").read_text())["slerp_ratio"] == 0.4
+    assert changed == {
+        f"{name}.json" for name in ("merge merged", "evaluate merged", "baselines", "export", "search embed")
+    }
+    assert json.loads((copy / "results.json").read_text())["merges"]["merged"]["ratio"] == 0.4
     said = capsys.readouterr().out.splitlines()
-    assert f"merge again, since merge.ratio changed: replaces {steps / 'merge.json'}" in said
+    assert f"merge merged again, since merge.ratio changed: replaces {steps / 'merge merged.json'}" in said
     (line,) = (line for line in said if line.startswith("export again, since "))
     assert "changed: replaces " in line
     assert line.endswith(f"{copy / 'export' / 'embed'}, {copy / 'export' / 'embed-context'}")
@@ -285,6 +333,40 @@ def test_sample_fills_every_mask(workdir, capsys):
     assert cli.main(["sample", *arguments]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\s*\d ", line)]
     assert [line.count("_") for line in lines] == [2, 1, 0]
+
+
+def test_sample_refuses_checkpoints_that_predict_nothing_and_other_tokenizers(workdir, tmp_path, capsys):
+    shutil.copytree(workdir / "diffusion", tmp_path / "other")
+    identity = json.loads((tmp_path / "other" / "config.json").read_text())
+    identity["tokenizer"]["digest"] = "0123"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(identity))
+    only = "only a diffusion stage predicts masked tokens"
+    refused = dict.fromkeys(("random init", "pair", "merged", f"{workdir}/pair", f"{workdir}/export/embed"), only)
+    for name, reason in (refused | {f"{tmp_path}/other": "the run's tokenizer has digest "}).items():
+        arguments = [f"--config={CONFIG}", f"--workdir={workdir}", "--text=a <mask>", f"--checkpoint={name}"]
+        assert cli.main(["sample", *arguments]) == 2
+        assert f"--checkpoint={name} cannot fill in a text: {reason}" in said(capsys)
+
+
+def test_texts_shorter_than_a_row_show_how_a_stage_denoises(workdir, tmp_path):
+    data = tmp_path / "data"
+    small.write_data(data, tokenizers.load(workdir / "data" / "tokenizer"))
+    run = make_run(workdir, f"--config.data.directory={data}", "--config.report.texts=set/test")
+    corpus = data / "evaluation" / "set" / "test" / "corpus.jsonl"
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+
+    def write(text):
+        corpus.write_text(
+            "".join(json.dumps(row | {"text": text if i == 0 else ""}) + "\n" for i, row in enumerate(rows))
+        )
+
+    write("parse the file of a token")
+    assert len(run.tokenizer.encode(["parse the file of a token"])[0]) < run.config.stages.diffusion.batch.length
+    result = nodes.denoising(run, "diffusion")
+    assert np.isfinite(result["elbo"]) and result["denoising"][0]["text"]
+    write("def")
+    with pytest.raises(ValueError, match="config.report.texts='set/test' has 1 tokens: at least 2 are needed"):
+        nodes.denoising(run, "diffusion")
 
 
 @pytest.mark.parametrize("name", ["quickstart.ipynb"])
@@ -563,6 +645,7 @@ def test_every_other_reference_to_data_of_another_kind_is_refused_too(small_grap
         ("evaluations.words.checkpoints=('pear',)", "config.evaluations.words.checkpoints='pear' must be one of"),
         ("mining.hard.checkpoint=pear", "config.mining.hard.checkpoint='pear' must be one of"),
         ("report.search=embed", "config.report.search='embed' must be one of model"),
+        ("report.denoise=pair", "config.report.denoise='pair' must be one of diffusion"),
         (
             "stage=",
             "config.stage is empty: set it to one of diffusion, pair, triplet, with FILE.py:stage=NAME or --conf",
@@ -781,10 +864,6 @@ def test_an_unfinished_parent_is_refused_by_every_verb_unless_its_step_is_named(
             ["merge", f"--a={stage}", f"--b={unfinished / 'diffusion'}", f"--output={tmp_path / 'merged'}"],
             ["--step_a=1"],
         ),
-        "sample": (
-            ["sample", f"--config={CONFIG}", *run, "--checkpoint=pair", "--text=a <mask>"],
-            ["--step=1"],
-        ),
     }
     for name, (refused, allowed) in verbs.items():
         assert cli.main(refused) == 2, name
@@ -932,6 +1011,46 @@ def test_unused_and_unknown_gin_bindings_are_refused_by_name(tmp_path, capsys):
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
+
+
+ERRORS_OF_THE_FIRST = """
+import contextlib, sys
+import jax
+folder, coordinator, process = *sys.argv[1:3], int(sys.argv[3])
+jax.distributed.initialize(coordinator, 2, process, heartbeat_timeout_seconds=10)
+from embed import runs
+
+def fail():
+    raise KeyError("odd")
+
+for attempt in (lambda: runs.on_first_process(fail), lambda: runs.hold(folder, fail).__enter__()):
+    try:
+        attempt()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+print(runs.on_first_process(lambda: process == 0), runs.on_first_process(lambda: process == 1))
+"""
+
+
+def test_any_error_of_process_0_ends_all_processes_and_only_its_flag_counts(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", ERRORS_OF_THE_FIRST, str(tmp_path / "run"), address]
+    options = dict(stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT)
+    running = [subprocess.Popen([*command, str(k)], **options) for k in range(2)]
+    try:
+        output = [process.communicate(timeout=60)[0].splitlines() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    first, second = ([line for line in lines if not line.startswith("[Gloo]")] for lines in output)
+    assert first == ["KeyError: 'odd'", "KeyError: 'odd'", "True False"]
+    assert second == [
+        "ValueError: process 0 cannot continue: see its error",
+        f"ValueError: process 0 cannot write {tmp_path / 'run'}: see its error",
+        "True False",
+    ]
 
 
 def test_two_local_processes_train_mine_evaluate_export_and_merge_like_one(tmp_path):

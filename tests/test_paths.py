@@ -198,7 +198,7 @@ def test_a_folder_without_write_permission_is_refused():
             paths.check_output("/proc/self/x", is_ours=is_ours)
 
 
-FOREIGN = ("lost+found", ".DS_Store", ".snapshot", "._a", ".nfs0001", ".Trash-1000", ".data.lock", ".data.x1.partial")
+IGNORED = ("lost+found", ".DS_Store", ".snapshot", "._a", ".nfs0001", ".Trash-1000", ".data.lock", ".data.x1.partial")
 
 
 def write(folder, **files):
@@ -207,7 +207,7 @@ def write(folder, **files):
             (new / name).write_text(text)
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", IGNORED)
 def test_a_folder_with_only_files_of_a_file_system_desktop_or_lock_is_written_and_keeps_them(tmp_path, name):
     (tmp_path / name).mkdir() if name in ("lost+found", ".snapshot") else (tmp_path / name).write_text("theirs")
     assert paths.is_empty(tmp_path) and paths.files(tmp_path) == {}

@@ -140,12 +140,12 @@ def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tu
     The released contextual models have a separator (arXiv 2602.11151).
     """
     reader = _Reader(folder)
-    transformer = _read_modules(reader, hidden_size)
+    longest = _read_modules(reader, hidden_size)
     tokenizer = _read_tokenizer(reader)
     limits = {
         ("config.json", "max_position_embeddings"): fields.get("max_position_embeddings", POSITIONS),
         (tokenizers.CONFIG_FILE, "model_max_length"): tokenizer.get("model_max_length"),
-        (TRANSFORMER[0], "max_seq_length"): transformer.get("max_seq_length"),
+        **longest,
     }
     code = fields.get("auto_map")
     code = code.get("AutoModel") if isinstance(code, dict) and fields.get("model_type") == PPLX else None
@@ -155,16 +155,17 @@ def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tu
     return embedding, reader.problems, reader.not_exported
 
 
-def _read_modules(reader: _Reader, hidden_size: int | None) -> dict:
-    """Check the files of sentence-transformers and return the config of its Transformer module."""
+def _read_modules(reader: _Reader, hidden_size: int | None) -> dict[tuple[str, str], object]:
+    """Check the files of sentence-transformers and return its limit on tokens, {(file, field): value} or empty."""
     modules = reader.read(MODULES, list)
     if (reader.folder / MODULES).is_file():
         _check_modules(reader, modules, hidden_size)
-    settings = {}
+    longest = {}
     for name in TRANSFORMER:
         fields = reader.read(name)
         reader.check(name, fields, TRANSFORMER_FIELDS, known=True)
-        settings = settings or fields
+        if fields and not longest:  # the first file counts
+            longest = {(name, "max_seq_length"): fields.get("max_seq_length")}
     model = reader.read(MODEL)
     reader.check(MODEL, model, {"model_type": ("SentenceTransformer",)})
     cut = model.get("truncate_dim")
@@ -186,7 +187,7 @@ def _read_modules(reader: _Reader, hidden_size: int | None) -> dict:
         reader.not_exported.append(f"the prompts {brief(named, 3, ', ')}, which callers put before texts")
     if (similarity := model.get("similarity_fn_name")) not in (None, "cosine"):
         reader.not_exported.append(f"similarity_fn_name={similarity!r:.80}")
-    return settings
+    return longest
 
 
 def _check_modules(reader: _Reader, modules: list, hidden_size: int | None) -> None:

@@ -173,7 +173,7 @@ def restore_newest(
             restored, checksums = _read(manager.directory / str(step), items)
         except Exception as caught:  # there are many kinds of damage
             error = caught.with_traceback(None)  # a traceback would keep the restored arrays alive
-        if _anywhere(error is not None):
+        if any_process(error is not None):
             failures[step] = error or CheckpointError("another process could not read it")
             continue
         # All processes compute the same checksums, so they need not exchange this result.
@@ -190,7 +190,7 @@ def restore_newest(
             if jax.process_index() == 0:
                 _put_aside(paths.path(manager.directory), failed)
         if failures:
-            _anywhere(False)  # wait for process 0
+            any_process(False)  # wait for process 0
             manager.reload()
         return step, restored["params"], restored.get("optimizer")
     if failures:
@@ -225,7 +225,7 @@ def finish(folder, evaluated_on: str = "") -> None:
             surplus = folder / str(step) / "optimizer" if kept else folder / str(step)
             if surplus.exists():
                 surplus.rmtree() if paths.is_bucket(surplus) else shutil.rmtree(surplus)
-    _anywhere(False)  # wait for process 0
+    any_process(False)  # wait for process 0
 
 
 class _Info(NamedTuple):
@@ -238,7 +238,7 @@ def is_finished(folder) -> bool:
     return not any((paths.path(folder) / str(step) / "optimizer").exists() for step in steps(folder))
 
 
-def _anywhere(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     return bool(multihost_utils.process_allgather(jnp.asarray(flag)).any()) if jax.process_count() > 1 else flag
 
@@ -280,7 +280,7 @@ def load_params(folder, step: int, abstract_params):
     except Exception as caught:
         error = caught.with_traceback(None)
     shared = any(len(x.sharding.device_set) > jax.local_device_count() for x in jax.tree.leaves(target))
-    if _anywhere(error is not None) if shared else error:
+    if any_process(error is not None) if shared else error:
         error = error or CheckpointError("another process could not read it")
     elif int(checksum(restored["params"])) != checksums["params"]:
         error = CheckpointError("its checksum is wrong")

@@ -48,7 +48,7 @@ def run(main: Callable, argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = main(argv) or 0
-        distributed.meet()  # no process ends before process 0 has written
+        distributed.barrier()  # no process ends before process 0 has written
         return code
     except BrokenPipeError:  # of `embed … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -205,13 +205,6 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{name}={text!r:.80} is not UTF-8 at character {error.start}") from None
-
-
-def say(sentence: str) -> None:
-    """Print a sentence on one line, never broken or cut."""
-    from embed.console import make_console
-
-    make_console().print(sentence, markup=False, highlight=False)
 
 
 def parse_range(name: str, text: str) -> range:

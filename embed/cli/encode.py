@@ -6,6 +6,7 @@ import numpy as np
 
 from embed import paths
 from embed.cli import common
+from embed.console import say
 from embed.inference.index import Corpus, read_corpus
 
 CORPUS = (
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         content = io.BytesIO()
         np.save(content, vectors, allow_pickle=False)
         paths.write(args.output, content.getvalue())
-    common.say(f"{vectors.dtype}{list(vectors.shape)} written to {args.output}")
+    say(f"{vectors.dtype}{list(vectors.shape)} written to {args.output}")
     return 0
 
 

@@ -24,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
         parser.error("needs either --config, --workdir and --checkpoint, or only --model")
     common.join(arguments, saves_at_sigterm=False)
-    from embed import config, exports, nodes, runs
+    from embed import config, exports, runs
     from embed.checkpoints import settings
+    from embed.console import say
 
     options = dict(step=arguments.step, format=arguments.format, tanh=arguments.tanh)
     with common.output(arguments, inputs=[arguments.model], is_ours=settings.is_export):
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             resolved = config.load(arguments.config, overrides)
             run = runs.Run(resolved, arguments.workdir, arguments.config)
             path = exports.export_model(run, arguments.checkpoint, arguments.output, **options)
-    nodes.say(str(path))
+    say(str(path))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from embed.cli import common
 from embed.cli.encode import CORPUS
+from embed.console import say
 from embed.inference.index import build, is_index, read_corpus
 
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         index.save(args.output, overwrite=args.overwrite)
     size = f"{len(index):,} {index.precision} vectors, {index.vectors.nbytes / 1e6:.1f} MB"
-    common.say(f"{size}, written to {args.output}")
+    say(f"{size}, written to {args.output}")
     return 0
 
 

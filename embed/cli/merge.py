@@ -23,13 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 <= arguments.ratio <= 1:
         raise ValueError(f"--ratio={arguments.ratio} must be between 0 and 1")
     common.join(arguments, saves_at_sigterm=False)
-    from embed import exports, nodes
+    from embed import exports
     from embed.checkpoints import settings
+    from embed.console import say
 
     a, b = (arguments.a, arguments.step_a), (arguments.b, arguments.step_b)
     with common.output(arguments, inputs=[arguments.a, arguments.b], is_ours=settings.is_export):
         path = exports.merge_sources(a, b, arguments.ratio, arguments.output)
-    nodes.say(str(path))
+    say(str(path))
     return 0
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from embed import paths
 from embed.cli import common
+from embed.console import say
 from embed.evaluation.retrieval import embed_set, files, read_set
 from embed.inference.index import read_jsonl
 from embed.mining import check_window, mine
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         paths.write(args.output, "".join(lines))
     summary = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    common.say(f"{summary}; written to {args.output}")
+    say(f"{summary}; written to {args.output}")
     return 0
 
 

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
 
     from embed import nodes, runs
+    from embed.console import say
     from embed.inference import denoise
 
     run = runs.Run(config, arguments.workdir, arguments.config)
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (tokens == tokenizer.mask_id).any():
         raise ValueError(f"--text={arguments.text!r} has no <mask> to fill in")
     checkpoint = run.checkpoint(arguments.checkpoint, arguments.step)
+    problems = [] if checkpoint.diffusion else ["only a diffusion stage predicts masked tokens"]
+    if problems := problems + run.tokenizer_problems(checkpoint):
+        raise ValueError(f"--checkpoint={arguments.checkpoint} cannot fill in a text: {'; '.join(problems)}")
     states = denoise.denoise(
         checkpoint.params(run.shardings(checkpoint.model)),
         checkpoint.model,
@@ -41,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         length=-(-len(tokens) // 64) * 64,
     )
     for k, state in enumerate(states):
-        nodes.say(f"{k:3} {nodes.show_masked(tokenizer, state)}")
+        say(f"{k:3} {nodes.show_masked(tokenizer, state)}")
     return 0
 
 

@@ -207,6 +207,12 @@ class ContrastiveLoader:
         self.curriculum = Curriculum(
             phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
         )
+        for task in self.curriculum.tasks if stage == "contextual" else ():
+            if (most := stores[task].lengths("chunk_lengths").max(initial=0)) > max_chunks:
+                raise ValueError(
+                    f"the task {task!r} has a document of {most} chunks, more than batch.max_chunks={max_chunks}: "
+                    "raise it, or prepare the data with it"
+                )
 
     def __str__(self) -> str:
         return f"the {self.stage} loader of {', '.join(self.curriculum.tasks)}"
@@ -273,10 +279,6 @@ class ContrastiveLoader:
         """The arrays of one group of n documents of up to c chunks, with up to q queries each."""
         n, q, c = len(examples), self.max_queries, self.max_chunks
         chunk_counts = np.array([len(e["chunk_lengths"]) for e in examples])
-        if chunk_counts.max() > c:
-            raise ValueError(
-                f"a document has {chunk_counts.max()} chunks, more than max_chunks={c}: prepare the data with it"
-            )
         segments = [rows.chunked(split(e["document"], e["chunk_lengths"]), self.separator_id) for e in examples]
         query_index = np.full((n, q), -1)  # into `segments`; -1 = unused
         positive_chunk = np.zeros((n, q), np.int64)  # of each query, in its document

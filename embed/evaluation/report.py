@@ -5,15 +5,15 @@ Only `checkpoints` is required in results.json; the report has a section for eac
     checkpoints       {name: {benchmark: {precision: {"ndcg@10": …, "recall@10": …}}}}, the rows of the table in order;
                       benchmark is the name of an evaluation of the config
     evaluations       {benchmark: its description}
-    slerp_sweep       [{"ratio": t, SET: nDCG@10, …}, …] on development splits
-    slerp_ratio       the ratio chosen
+    merges            {merge: {"ratio": the ratio chosen, "sweep": [{"ratio": t, SET: nDCG@10, …}, …]}}, on development
+                      splits
     diffusion         [{"t": …, "accuracy": …, "nll": …}, …] masked-token accuracy, cross-entropy in nats, at noise t
     elbo              the diffusion model's bound, nats per token
     denoising         [{"step": number or name, "text": …}, …] a sample while it is unmasked
     search            {"query": …, "precision": …, "hits": [{"rank", "score", "id", "text"}, …]}
     stages            {stage: {"kind": its objective, "init": the checkpoint it started from}}
-    seconds           {stage: wall seconds}
-    seconds_per_step  {stage: seconds}
+    seconds           {node: wall seconds}
+    seconds_per_step  {node: seconds} of those that are stages
     data              {name: count, text, or a dictionary of these}; the report shows counts, `counts` and `dropped`
     command, commit, machine   strings
     versions          {package: version}
@@ -132,16 +132,18 @@ def plot_ndcg(path, results: Mapping) -> None:
     figure.savefig(path, dpi=160)
 
 
-def plot_slerp(path, sweep) -> None:
-    """nDCG@10 on the development split against the slerp ratio."""
-    figure, (axis,) = _figure(1, (4.6, 3))
-    ratios = [point["ratio"] for point in sweep]
-    for k, benchmark in enumerate(_swept(sweep)):
-        values = [point[benchmark] for point in sweep]
-        axis.plot(ratios, values, marker="o", markersize=4, color=COLOURS[k % len(COLOURS)], label=benchmark)
-    axis.set_xlabel("ratio: 0 is the first, 1 the second")
-    axis.set_ylabel("nDCG@10, development split")
-    axis.legend(frameon=False, fontsize=8)
+def plot_slerp(path, merges: Mapping[str, Mapping]) -> None:
+    """One panel per merge: nDCG@10 on the development split against the slerp ratio."""
+    figure, axes = _figure(len(merges), (4.6 * len(merges), 3))
+    for axis, (name, merge) in zip(axes, merges.items()):
+        ratios = [point["ratio"] for point in merge["sweep"]]
+        for k, benchmark in enumerate(_swept(merge["sweep"])):
+            values = [point[benchmark] for point in merge["sweep"]]
+            axis.plot(ratios, values, marker="o", markersize=4, color=COLOURS[k % len(COLOURS)], label=benchmark)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel("ratio: 0 is the first, 1 the second")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("nDCG@10, development split")
     figure.savefig(path, dpi=160)
 
 
@@ -168,17 +170,15 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
         yield "Pale: each logged step. Dark: running mean, as in the table. STAGE/metrics.jsonl has every logged row."
         yield _losses(results, metrics)
         yield "\n".join(f"- {sentence}" for sentence in _about_losses(results, metrics))
-    if results.get("slerp_sweep"):
-        yield "## Merging: the slerp ratio on the development split"
-        sweep = results["slerp_sweep"]
-        benchmarks = _swept(sweep)
-        chosen = results.get("slerp_ratio")
-        rows = []
-        for point in sweep:
-            mark = " (chosen)" if point["ratio"] == chosen else ""
-            rows.append([f"{point['ratio']:g}{mark}", *(_number(point.get(b)) for b in benchmarks)])
-        yield _table(["ratio", *(f"{b} nDCG@10" for b in benchmarks)], rows)
-        plot_slerp(folder / "plots" / "slerp.png", sweep)
+    if merges := results.get("merges"):
+        for name, merge in merges.items():
+            yield f"## Merging: the slerp ratio of {_cell(name)} on the development split"
+            benchmarks, rows = _swept(merge["sweep"]), []
+            for point in merge["sweep"]:
+                mark = " (chosen)" if point["ratio"] == merge["ratio"] else ""
+                rows.append([f"{point['ratio']:g}{mark}", *(_number(point.get(b)) for b in benchmarks)])
+            yield _table(["ratio", *(f"{b} nDCG@10" for b in benchmarks)], rows)
+        plot_slerp(folder / "plots" / "slerp.png", merges)
         yield "![nDCG@10 against the slerp ratio](plots/slerp.png)"
     if results.get("diffusion"):
         yield "## Diffusion: predicting masked tokens"
@@ -201,9 +201,9 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
     if results.get("seconds"):
         yield "## Time"
         steps = results.get("seconds_per_step", {})
-        rows = [[stage, f"{s:.1f}", _number(steps.get(stage))] for stage, s in results["seconds"].items()]
+        rows = [[_cell(node), f"{s:.1f}", _number(steps.get(node))] for node, s in results["seconds"].items()]
         rows.append(["all", f"{sum(results['seconds'].values()):.1f}", NONE])
-        yield _table(["stage", "seconds", "seconds per step"], rows)
+        yield _table(["work", "seconds", "seconds per step"], rows)
     if results.get("data"):
         yield "## Data"
         data = results["data"]

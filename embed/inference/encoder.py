@@ -305,7 +305,11 @@ class Encoder:
 
         waiting = None  # the batch that the device computes while the next one is packed
         longest = max(range(len(segments)), key=lambda i: len(segments[i].tokens), default=0)
-        with bar, distributed.peers(but=(NotFiniteError, TooLongError)), _out_of_memory(name, segments, longest):
+        with (
+            bar,
+            distributed.translate_peer_errors(but=(NotFiniteError, TooLongError)),
+            _out_of_memory(name, segments, longest),
+        ):
             for members, row, shape, num_rows in _batches(segments, batch_tokens, shards):
                 packed = write_rows([segments[i] for i in members], row, shape, num_rows)
                 rows = packed.rows

@@ -182,11 +182,15 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
 
     rates = settings["mixtures"].rates
     names = sorted({task for mixture in rates.values() for task in mixture})
-    with progress, ThreadPoolExecutor(3) as pool:
+    packages = packages or sources.PACKAGES
+    # Worker processes read the sources while this one imports TensorFlow.
+    with (
+        contextlib.ExitStack() as stack,
+        progress,
+        sources.Reading(packages, limit=limit) as reading,
+        ThreadPoolExecutor(3) as pool,
+    ):
         bar = progress.add_task("data", total=len(names) + 7)
-        # Worker processes read the sources while this one imports TensorFlow.
-        packages = packages or sources.PACKAGES
-        reading = sources.Reading(packages, limit=limit)
         with timed("import tensorflow"):
             # Hides warnings about missing GPUs, which do not matter here. jax sets level 1; 0 is the user's choice.
             verbose = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "0"
@@ -203,6 +207,7 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
             modules = reading.result()
         gc.collect()
         gc.freeze()  # keeps later collections from walking through all sources
+        stack.callback(gc.unfreeze)
         with timed("deduplicate and decontaminate"):
             corpus = python_docs.clean(modules, limit)
             corpus.dropped["unreadable files"] = len(reading.unreadable)
@@ -264,7 +269,6 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
             raise
         counts = {name: task_counts[name] for name in names} | evaluation
         (folder / "mixtures.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
-    gc.unfreeze()
     return {
         "arguments": arguments,
         "packages": packages.versions(),

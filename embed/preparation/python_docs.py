@@ -188,7 +188,8 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         if self._corpus is None:
-            self._corpus = clean(sources.Reading(self._sources).result(), self._limit)
+            with sources.Reading(self._sources) as reading:
+                self._corpus = clean(reading.result(), self._limit)
         self.info.metadata["dropped"] = self._corpus.dropped
         splits = getattr(self._corpus, self.builder_config.name)
         return {split: self._generate_examples(splits[split]) for split in sources.SPLITS}

@@ -298,7 +298,10 @@ PACKAGES = Packages(
 
 
 class Reading:
-    """Reads all files of the packages in worker processes, which start immediately. `result` waits for them."""
+    """Reads all files of the packages in worker processes, which start immediately. `result` waits for them.
+
+    A context manager: at its end no worker runs, whatever ended the block.
+    """
 
     def __init__(self, packages: Packages, *, limit: int | None = None, processes: int | None = None):
         """`limit`: at most that many files per split, chosen by the digest of their names."""
@@ -324,6 +327,15 @@ class Reading:
             command = [sys.executable, "-P", "-W", "ignore", __file__, self._folder.name, str(index)]
             self._workers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
 
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for worker in self._workers:
+            worker.terminate()  # does nothing to one that has ended
+            worker.wait()
+        self._folder.cleanup()
+
     def result(self) -> dict[str, list[dict]]:
         """{split: modules sorted by name}. Sets `unreadable` to {path: reason} of the files that were left out."""
         modules: dict[str, list[dict]] = {split: [] for split in SPLITS}
@@ -337,7 +349,6 @@ class Reading:
                         self.unreadable[module["path"]] = module["error"]
                     else:
                         modules[split].append(module)
-        self._folder.cleanup()
         for split in SPLITS:
             modules[split].sort(key=lambda module: module["module"])
         return modules

@@ -36,7 +36,7 @@ class PreemptedError(Exception):
         self.exit_code = 128 + number
 
 
-class Asked:
+class StopRequest:
     """Whether a signal asks this run to end, and which one."""
 
     def __init__(self):
@@ -61,10 +61,12 @@ class Asked:
 
 
 @contextlib.contextmanager
-def on_signals() -> Iterator[Asked]:
+def on_signals() -> Iterator[StopRequest]:
     """Within the block SIGTERM and the first SIGINT (Ctrl-C) only ask the run to end."""
-    asked = Asked()
-    handlers = {signal.SIGINT: asked.interrupt} | ({} if jax.process_count() > 1 else {signal.SIGTERM: asked.terminate})
+    request = StopRequest()
+    handlers = {signal.SIGINT: request.interrupt} | (
+        {} if jax.process_count() > 1 else {signal.SIGTERM: request.terminate}
+    )
     if threading.current_thread() is not threading.main_thread():
         handlers = {}  # only the main thread can handle signals in Python
     before = {number: signal.getsignal(number) for number in handlers}
@@ -73,16 +75,16 @@ def on_signals() -> Iterator[Asked]:
         if number == signal.SIGTERM or before[number] not in (signal.SIG_IGN, None):
             signal.signal(number, handler)
     try:
-        yield asked
+        yield request
     finally:
         for number, handler in before.items():
             if handler is not None:  # None: not installed by Python
                 signal.signal(number, handler)
 
 
-def peers(step: int):
-    """`distributed.peers` around a step."""
-    return distributed.peers(
+def translate_peer_errors(step: int):
+    """`distributed.translate_peer_errors` around a step."""
+    return distributed.translate_peer_errors(
         f" at step {step}", "the same commands continue from the last checkpoint", but=(NonFiniteLossError,)
     )
 
@@ -101,7 +103,7 @@ def train(
     writer: Callable = MetricsWriter,
     progress: Callable = lambda k, row: None,
     warn: Callable = print,
-    tell: Callable = lambda sentence: None,
+    log: Callable = lambda sentence: None,
 ):
     """Run `step.steps` steps in `folder`, from its newest checkpoint if there is one; return the final parameters.
 
@@ -110,7 +112,7 @@ def train(
     checkpoint with the highest figure is kept. `check_held()` raises if another process has taken over the folder. A
     batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the MFU, by default the published value.
     `profile_steps` are traced. `writer(folder, start)` returns a MetricsWriter. `progress(k, row)` receives each logged
-    row, `warn(sentence)` what went wrong without ending the run, and `tell(sentence)` the checkpoint it continues from.
+    row, `warn(sentence)` what went wrong without ending the run, and `log(sentence)` the checkpoint it continues from.
 
     The host reads a step's metrics after it has dispatched the next step, so the devices never wait for it.
     NonFiniteLossError after more than max_skipped consecutive steps without a finite loss and gradient; PreemptedError
@@ -120,7 +122,7 @@ def train(
     folder, execution, steps = paths.path(folder), step.stage.execution, step.steps
     checkpoints, every = folder / "checkpoints", execution.evaluate_every if evaluate else 0
     with (
-        on_signals() as asked_to_end,
+        on_signals() as stop_requested,
         training_state.open_manager(
             checkpoints, save_every=execution.checkpoint_every, keep=execution.keep, evaluated_on=execution.evaluate_on
         ) as manager,
@@ -130,33 +132,33 @@ def train(
             manager, step.abstract_params, step.abstract_state, warn, final=steps
         )
         if 0 < start < steps:
-            tell(f"continues at step {start} of {steps}, from {checkpoints / str(start)}")
+            log(f"continues at step {start} of {steps}, from {checkpoints / str(start)}")
         if not start:
             params = initial_params(step.params_sharding)
             state = step.init(params)
         best = training_state.best(manager, execution.evaluate_on)
 
         output = writer(folder, start) if jax.process_index() == 0 else None
-        log = stack.enter_context(_Log(output, step, progress, warn, start, peak or flops.device_peak()))
+        rows = stack.enter_context(_Log(output, step, progress, warn, start, peak or flops.device_peak()))
         reached, ending = steps, False
         for k, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
             if k in profile_steps and k == max(start, profile_steps.start) and output:
                 jax.profiler.start_trace(output.local / "profile")
-            stats = batch.pop("stats") | _sizes(batch, loader) | {"waited": waited}
-            with peers(k + 1):
+            stats = _estimates(batch.pop("stats"), batch, loader) | {"waited": waited}
+            with translate_peer_errors(k + 1):
                 params, state, metrics = step(params, state, step.put(batch, loader), k)
-                log.add(k + 1, metrics, stats)
-            ending = asked_to_end(k + 1)
+                rows.add(k + 1, metrics, stats)
+            ending = stop_requested(k + 1)
             last, figure = k + 1 == steps or ending, None
             if every and (k + 1 == steps or (k + 1) % every == 0) and not (ending and k + 1 < steps):
-                with peers(k + 1), log.pause():
+                with translate_peer_errors(k + 1), rows.pause():
                     figure = evaluate(params)
             better = figure is not None and figure > best
             milestone = execution.milestone_every and (k + 1) % execution.milestone_every == 0
             saving = last or milestone or better or manager.should_save(k + 1)
             if saving or figure is not None or k + 1 == profile_steps.stop:
-                with peers(k + 1):  # the counts so far must not be lost with this process
-                    log.flush(row=saving or figure is not None, figure=figure, keep=saving)
+                with translate_peer_errors(k + 1):  # the counts so far must not be lost with this process
+                    rows.flush(row=saving or figure is not None, figure=figure, keep=saving)
             if k in profile_steps and (last or k + 1 == profile_steps.stop) and output:
                 jax.profiler.stop_trace()
             training_state.check(manager)
@@ -175,25 +177,29 @@ def train(
             if ending:
                 reached = k + 1
                 break
-    if jax.process_count() == 1 and asked_to_end.number is not None:  # asked while the last step was saved
+    if jax.process_count() == 1 and stop_requested.number is not None:  # asked while the last step was saved
         ending = True
     if reached == steps:
         training_state.finish(checkpoints, execution.evaluate_on)
     if ending:
-        number = asked_to_end.number or signal.SIGTERM
+        number = stop_requested.number or signal.SIGTERM
         what = "interrupted" if number == signal.SIGINT else "SIGTERM"
         raise PreemptedError(f"{what}: saved at step {reached} of {steps}; the same command continues", number)
     return params
 
 
-def _sizes(batch: dict[str, np.ndarray], loader) -> dict[str, float]:
-    """Tokens, squared lengths of segments and examples of a whole batch, estimated from this process's part."""
+def _estimates(stats: dict[str, float], batch: dict[str, np.ndarray], loader) -> dict[str, float]:
+    """The fill, and of a whole batch the other counts of the loader, tokens, squared lengths of segments and examples.
+
+    They are estimated from this process's part. Exact counts would need communication, for which the host would wait.
+    """
     segments = batch["segment_ids"]
     apart = segments + np.arange(len(segments))[:, None] * (segments.max(initial=0) + 1)  # numbered over all rows
     lengths = np.bincount(apart[segments > 0])
     local = {"tokens": int(lengths.sum()), "squares": int((lengths**2).sum())}
-    local["examples"] = len(batch.get("valid", batch["tokens"]))
-    return {name: n * loader.num_shards / len(loader.shards) for name, n in local.items()}
+    local["examples"] = int(batch["valid"].sum()) if "valid" in batch else len(batch["tokens"])
+    local |= {name: n for name, n in stats.items() if name != "fill"}
+    return {"fill": stats["fill"]} | {name: n * loader.num_shards / len(loader.shards) for name, n in local.items()}
 
 
 COUNTED = ("skipped", "masked", "overflow")  # metrics that a row sums over steps
@@ -203,9 +209,10 @@ class _Log:
     """Reads a step's metrics while the next step runs, and writes a row every `log_every` steps.
 
     A row contains the metrics of its step and, since the previous row: the mean fill; the sums of COUNTED and of the
-    loader's counts in this process, so that no cut or lost text goes unreported; tokens and examples per second and
+    loader's counts (`cut`, `lost`), so that no cut or lost text goes unreported; tokens and examples per second and
     device; MFU by both conventions (embed.training.flops) if the devices' peak is known; the share of time that the
-    host waited for data. It also has the peak memory of a device.
+    host waited for data. It also has the peak memory of a device. With several processes, the loader's counts and the
+    speeds are estimates from the part of process 0 (`_estimates`).
     """
 
     def __init__(self, writer, step: Step, progress: Callable, warn: Callable, start: int, peak: float | None):

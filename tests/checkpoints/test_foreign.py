@@ -357,6 +357,13 @@ def test_the_shortest_limit_holds_and_a_tokenizer_that_adds_tokens_is_refused(fo
     assert model_folder.open_model(folder).embedding["max_length"] == 9
     edit(folder / TOKENIZER, model_max_length=8)
     assert inference.load(folder).max_length == 8
+    (folder / TRANSFORMER).unlink()
+    (folder / "sentence_roberta_config.json").write_text('{"max_seq_length": 7}')
+    assert inference.load(folder).max_length == 7
+    (folder / "sentence_roberta_config.json").write_text('{"max_seq_length": "7"}')
+    with pytest.raises(ValueError, match="sentence_roberta_config.json has max_seq_length='7', expected a positive"):
+        inference.load(folder)
+    (folder / "sentence_roberta_config.json").unlink()
     end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
     processor = {
         "type": "TemplateProcessing",

@@ -26,6 +26,9 @@ class MemoryStore:
         self.seen += list(indices)
         return [{name: column[i] for name, column in self.columns.items()} for i in indices]
 
+    def lengths(self, column):
+        return np.array([len(x) for x in self.columns[column]])
+
     def offsets(self, column):
         return np.cumsum([0] + [len(x) for x in self.columns[column]])
 
@@ -464,8 +467,8 @@ def test_invalid_arguments_are_an_error(changes, message):
 
 
 def test_a_document_with_more_than_max_chunks_is_an_error():
-    with pytest.raises(ValueError, match="a document has 3 chunks, more than max_chunks=2"):
-        make("contextual", stores=contextual_store(), max_chunks=2).batch(0)
+    with pytest.raises(ValueError, match="the task 'a' has a document of 3 chunks, more than batch.max_chunks=2"):
+        make("contextual", stores=contextual_store(), max_chunks=2)
 
 
 def test_a_positive_outside_its_document_is_an_error():

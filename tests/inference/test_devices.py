@@ -206,18 +206,21 @@ def _no_job(*_, **__):
 
 
 def test_an_error_caused_by_a_lost_process_has_the_exit_code_for_a_retry(monkeypatch):
-    with pytest.raises(ValueError, match="Gloo"), distributed.peers():  # a single process has no peers to lose
+    with (
+        pytest.raises(ValueError, match="Gloo"),
+        distributed.translate_peer_errors(),
+    ):  # a single process has no peers to lose
         raise ValueError("Gloo all-reduce failed")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(
         distributed.PeerLostError, match="process 0 of 2 cannot continue: Gloo all-reduce failed. "
     ) as lost:
-        with distributed.peers():
+        with distributed.translate_peer_errors():
             raise ValueError("Gloo all-reduce failed\nmore")
     assert lost.value.exit_code == 75
 
 
 def test_no_process_ends_before_all_have_finished(monkeypatch):
     met = []
-    monkeypatch.setattr(distributed, "meet", lambda: met.append("meet"))
-    assert run(lambda argv: met.append("written") or 0) == 0 and met == ["written", "meet"]
+    monkeypatch.setattr(distributed, "barrier", lambda: met.append("barrier"))
+    assert run(lambda argv: met.append("written") or 0) == 0 and met == ["written", "barrier"]

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,11 +210,19 @@ def test_a_vocabulary_size_that_the_texts_do_not_allow_is_refused_and_leaves_not
     assert not list(tmp_path.iterdir())
 
 
+def test_no_process_still_reads_sources_after_an_error(packages):
+    with pytest.raises(ImportError), Reading(packages, processes=2) as reading:
+        raise ImportError("as of tensorflow")
+    assert all(worker.returncode is not None for worker in reading._workers)
+    assert not Path(reading._folder.name).exists()
+
+
 @pytest.mark.parametrize("config", ["functions", "modules"])
 def test_a_build_ends_when_its_corpus_is_cleared(config, packages, tmp_path):
     from embed.preparation import python_docs
 
-    corpus = python_docs.clean(Reading(packages).result())
+    with Reading(packages) as reading:
+        corpus = python_docs.clean(reading.result())
     splits = python_docs.PythonDocs(
         config=config, data_dir=tmp_path, packages=packages, corpus=corpus
     )._split_generators(None)

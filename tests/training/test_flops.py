@@ -30,7 +30,7 @@ MESH = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
 
 def sizes(segment_ids, loader=WHOLE):
     ids = np.array(segment_ids, np.int32)
-    counts = loop._sizes({"segment_ids": ids, "tokens": ids}, loader)
+    counts = loop._estimates({"fill": 1.0}, {"segment_ids": ids, "tokens": ids}, loader)
     return counts["tokens"], counts["squares"]
 
 

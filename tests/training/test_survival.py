@@ -93,7 +93,7 @@ def test_a_signal_saves_after_the_step_and_the_next_run_continues_with_the_same_
     last = max(losses(tmp_path))
     assert 5 <= last <= 8 and f"step {last} of" in str(ended.value)  # batches are read up to two steps ahead
     asked, lines = [], []
-    train(tmp_path, Loader(asked.append), tell=lines.append)
+    train(tmp_path, Loader(asked.append), log=lines.append)
     assert lines == [f"continues at step {last} of 12, from {tmp_path / 'checkpoints' / str(last)}"]
     assert min(asked) == last and losses(tmp_path) == losses(unbroken)
 
@@ -390,10 +390,10 @@ sys.exit(run(lambda argv: train(Path(tempfile.mkdtemp()) / "run", Loader(stall),
 def test_the_error_after_a_lost_process_names_the_step_and_the_remedy(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(PeerLostError, match="process 0 of 4 cannot continue at step 9: Gloo all-reduce failed") as lost:
-        with loop.peers(9):
+        with loop.translate_peer_errors(9):
             raise ValueError("Gloo all-reduce failed: Connection reset by peer\nmore")
     assert lost.value.exit_code == 75
-    with pytest.raises(loop.NonFiniteLossError), loop.peers(9):  # not a peer's fault
+    with pytest.raises(loop.NonFiniteLossError), loop.translate_peer_errors(9):  # not a peer's fault
         raise loop.NonFiniteLossError("nan")
 
 
@@ -594,8 +594,16 @@ def test_masked_tokens_beyond_the_capacity_are_summed_since_the_last_row_and_rep
 def test_padding_is_not_counted_as_tokens():
     batch = Loader().batch(0)
     batch["segment_ids"][:, 10:] = 0
-    assert loop._sizes(batch, Loader()) == {"tokens": 40, "squares": 4 * 10**2, "examples": 4}
-    assert loop._sizes(batch | {"valid": np.ones(7, bool)}, Loader(shards=[1]))["examples"] == 7 * 4
+    counts = loop._estimates(batch.pop("stats"), batch, Loader())
+    assert counts == {"fill": 1.0, "cut": 0, "tokens": 40, "squares": 4 * 10**2, "examples": 4}
+
+
+def test_counts_of_a_batch_are_estimated_from_the_part_of_a_process_without_unused_slots():
+    batch = Loader(shards=[1]).batch(3)
+    stats = batch.pop("stats") | {"lost": 2}
+    counts = loop._estimates(stats, batch | {"valid": np.arange(7) < 5}, Loader(shards=[1]))
+    squares = 4 * 16**2
+    assert counts == {"fill": 1.0, "cut": 12, "lost": 8, "tokens": 64, "squares": squares, "examples": 5 * 4}
 
 
 def test_profile_steps_write_a_trace(tmp_path):
