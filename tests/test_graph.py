@@ -96,7 +96,7 @@ def test_an_evaluation_finds_what_its_set_encoded_by_itself_does(workdir):
     encoder = run.encoder(run.checkpoint("contextual"))
     for name, evaluation in run.config.evaluations.items():
         alone = retrieval.rank(
-            encoder, nodes.evaluation_set(run, evaluation.data), nodes.PRECISIONS, alone=evaluation.alone
+            encoder, nodes.evaluation_set(run, evaluation.data), retrieval.PRECISIONS, alone=evaluation.alone
         )
         with np.load(nodes.ranking(run, "contextual", name)) as kept:
             for precision, ranking in alone.items():

@@ -293,7 +293,7 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
         trim_output_features=False,
         try_in_mem_cache=False,
     )
-    # An example with an empty side, such as a query without tokens, teaches nothing.
+    # An example with an empty side, such as a query without tokens, has no training signal.
     sides = {"diffusion": ("tokens",), "pair": ("query", "document"), "contextual": ("document", "queries")}[stage]
     vocabulary = task.output_features[sides[0]].vocabulary
     vocabulary.lost.clear()

@@ -25,7 +25,7 @@ from embed.preparation import examples
 from embed.tokenizers import Tokenizer
 
 BATCH = 512  # texts per call of the tokenizer
-# Limits the characters to tokenise: no token is longer than 16 characters, and the tokenizer squeezes indentation.
+# Limits the characters to tokenize: no token is longer than 16 characters, and the tokenizer squeezes indentation.
 CHARACTERS_PER_TOKEN = 20
 TRUNCATED, OVER_LIMIT, WITHOUT_QUERY = (
     "texts cut to their length",
@@ -203,7 +203,7 @@ def text(dataset: tf.data.Dataset, output_features, max_characters: int) -> tf.d
 def pairs(
     dataset: tf.data.Dataset, output_features, sequence_length: Mapping[str, int] | None, make: Callable
 ) -> tf.data.Dataset:
-    """The pairs that `make` yields for each record, tokenised and truncated to `sequence_length`."""
+    """The pairs that `make` yields for each record, tokenized and truncated to `sequence_length`."""
     lengths = sequence_length or {}
 
     def generate():

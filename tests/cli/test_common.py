@@ -119,7 +119,7 @@ def test_a_name_that_is_too_long_for_a_file_is_one_sentence(tmp_path, capsys):
         (["encode", "--text", "--foo"], "; if it is the value of --text, write --text=--foo"),
         (["search", "--query", "--what is=it"], "; if it is the value of --query, write '--query=--what is=it'"),
         (["encode", "--overwrite", "--overwrit"], "; did you mean '--overwrite'?"),
-        (["encode", "--colour"], "unknown argument '--colour'"),
+        (["encode", "--color"], "unknown argument '--color'"),
         (["encode", "--version"], "unknown argument '--version'"),
         (["trian"], "; did you mean 'train'?"),
         (["--"], "sample, search, train"),
