@@ -1,7 +1,7 @@
 """Ablations of a stage: trains variants of the stage and prints their nDCG@10.
 
-    python benchmarks/ablate_stage.py --config=configs/laptop.py --from=runs/laptop --workdir=runs/ablations --stage=pair \
-        "as shipped" "no diffusion: stages.pair.init=" "half the batch: stages.pair.batch.groups=1"
+    python benchmarks/ablate_stage.py --config=configs/laptop.py --from=runs/laptop --workdir=runs/ablations \
+        --stage=pair "as shipped" "no diffusion: stages.pair.init=" "half the batch: stages.pair.batch.groups=1"
 
 A variant is a name and, after a colon, the config keys that it changes, separated by spaces. The data and the
 checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not trained again.

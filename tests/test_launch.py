@@ -181,14 +181,14 @@ def test_a_dry_run_of_local_prints_one_command_per_process_and_starts_none(launc
 
 
 PROCESS = """#!/usr/bin/env bash
-# Plays `embed`: process 0 does what ZERO says or waits to be stopped, process 1 does what ONE says.
+# Plays `embed`: process 0 does what ZERO says or waits to be stopped. Process 1 starts after it and does what ONE says.
 trap 'echo saved; exit 143' TERM
 echo "$EMBED_RUN_ID $EMBED_COMMIT $*"
 case "$*" in
-  *--process_id=0*) eval "$ZERO" ;;
-  *--process_id=1*) until [[ -s "$LOG" ]]; do :; done; eval "$ONE" ;;
+  *--process_id=0*) echo >&"$START"; eval "$ZERO" ;;
+  *--process_id=1*) read -r <&"$STARTED"; eval "$ONE" ;;
 esac
-while true; do read -r -t 0.1 <> <(:) || true; done
+read -r <> <(:)  # never ends, but the trap does
 """
 
 
@@ -196,7 +196,9 @@ while true; do read -r -t 0.1 <> <(:) || true; done
     "one, code", [("exit 7", 7), ("kill -TERM $PPID; sleep 100 & wait", 143), ("kill -KILL $$", 137)]
 )
 def test_local_ends_all_processes_with_the_code_of_the_first_and_writes_a_log_per_process(tmp_path, one, code):
-    assert _local(tmp_path, ONE=one, GRACE="0.2").wait() == code
+    local = _local(tmp_path, ONE=one, GRACE="0.2")
+    local.communicate(timeout=100)  # until nothing holds its output open, so the logs are complete
+    assert local.returncode == code
     for k in (0, 1):
         words = (tmp_path / "a run.logs" / f"process-{k}.log").read_text().split()
         assert words[0] == "named" and words[1] == _commit() and f"--process_id={k}" in words
@@ -221,7 +223,7 @@ def test_on_ctrl_c_the_processes_of_local_save_and_their_output_is_shown(tmp_pat
     "arguments", [("encode", "--output=x.npy"), ("train", "--config=c.py", "--workdir=gs://b/runs/a")]
 )
 def test_without_a_local_workdir_local_logs_to_LOGS_or_to_a_new_folder_that_it_prints(tmp_path, arguments):
-    ends = {"ZERO": "exit 0", "ONE": "exit 0", "LOG": str(LAUNCH / "local.sh")}  # does not wait for a log
+    ends = {"ZERO": "exit 0", "ONE": "exit 0"}
     _local(tmp_path, *arguments, LOGS=str(tmp_path / "logs"), **ends).communicate(timeout=100)
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["process-0.log", "process-1.log"]
     output, _ = _local(tmp_path, *arguments, **ends).communicate(timeout=100)
@@ -235,15 +237,21 @@ def _local(folder, *arguments, start_new_session=False, **environment):
     embed.write_text(PROCESS)
     embed.chmod(0o755)
     workdir = folder / "a run"
-    defaults = {"ZERO": "", "ONE": "", "GRACE": "70", "EMBED_RUN_ID": "named", "LOG": f"{workdir}.logs/process-0.log"}
-    return subprocess.Popen(
+    pipe = started, start = os.pipe()  # process 0 writes a line to it, process 1 waits for this line
+    defaults = {"ZERO": "", "ONE": "", "GRACE": "70", "EMBED_RUN_ID": "named"}
+    defaults |= {"STARTED": str(started), "START": str(start)}
+    local = subprocess.Popen(
         ["bash", LAUNCH / "local.sh", "2", "--", *(arguments or [*TRAIN[1:3], "--workdir", workdir])],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=start_new_session,
         env={**os.environ, "TMPDIR": str(folder), "EMBED": str(embed), **defaults, **environment},
+        pass_fds=pipe,
     )
+    for end in pipe:  # the processes have it
+        os.close(end)
+    return local
 
 
 def _commit():

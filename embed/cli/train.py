@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         runs.check_stage(config, config.stage)
         if profile_steps.stop > run.steps(config.stage):
             raise ValueError(
-                f"--profile_steps={arguments.profile_steps} must end at or before {run.steps(config.stage)}, the number "
-                f"of steps of stage {config.stage}"
+                f"--profile_steps={arguments.profile_steps} must end at or before {run.steps(config.stage)}, the "
+                f"number of steps of stage {config.stage}"
             )
         graph.check(config, whole=False)  # or the export after hours of training would be refused
         nodes.train_stage(run, config.stage, profile_steps=profile_steps, wandb=arguments.wandb)

@@ -263,7 +263,8 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
             corpus.clear()  # ends the builds, for which the pool would wait
             raise
         counts = {name: task_counts[name] for name in names} | evaluation
-        (folder / "mixtures.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
+        mixtures = {name: tasks.mixture_rates(name) for name in rates}
+        (folder / "mixtures.json").write_text(json.dumps(mixtures, indent=1) + "\n", encoding="utf-8")
     gc.unfreeze()
     return {
         "arguments": arguments,

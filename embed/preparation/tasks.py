@@ -176,6 +176,12 @@ def register_mixtures(mixtures: Mapping[str, Mapping[str, float]]) -> None:
         seqio.MixtureRegistry.add(name, [(task, float(rate)) for task, rate in rates.items()])
 
 
+def mixture_rates(name: str) -> dict[str, float]:
+    """{task: rate} of a registered seqio mixture."""
+    mixture = seqio.MixtureRegistry.get(name)
+    return {task.name: mixture.get_rate(task) for task in mixture.tasks}
+
+
 # --- preprocessors: tf.data to tf.data, with Python in between --------------------------------------------------------
 
 

@@ -85,14 +85,14 @@ def compile_step(stage, model: transformer.TransformerConfig, mesh):
         raise DoesNotFitError(f"does not fit: {sentence}") from None
 
 
-def make_plan(
-    stage, model: transformer.TransformerConfig, topology: str, axes: dict, slices: int = 1
-) -> Plan:
+def make_plan(stage, model: transformer.TransformerConfig, topology: str, axes: dict, slices: int = 1) -> Plan:
     """Compile a stage's step for `slices` slices of a topology and return its costs.
 
-    `model` is that of the stage (`stages.stage_model`). `axes` is config.execution.mesh: {"data": int, "fsdp": int, "tensor": int}.
+    `model` is that of the stage (`stages.stage_model`). `axes` is config.execution.mesh: {"data": int, "fsdp": int,
+    "tensor": int}.
     ValueError if the rows do not divide over the devices or the logits buffer is too small (`check_capacity`).
-    DoesNotFitError if the compiler refuses the step because it needs too much memory; a returned plan may not fit either (`fits`).
+    DoesNotFitError if the compiler refuses the step because it needs too much memory; a returned plan may not fit
+    either (`fits`).
     """
     from jax.experimental import topologies
 

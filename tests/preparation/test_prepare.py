@@ -82,6 +82,8 @@ def rows(path):
 def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
     mixtures = json.loads((data / "mixtures.json").read_text())
     assert set(mixtures) == {"diffusion", "pairs", "summaries", "contextual"}
+    assert mixtures["summaries"] == {"python_docs_summaries": 1.0}
+    assert mixtures["pairs"]["python_docs_classes"] == 0.5 and mixtures["pairs"]["python_docs_summaries"] == 4.0
     tokenizer = tokenizers.load(data / "tokenizer")
     for name in {task for rates in mixtures.values() for task in rates}:
         store = Store(data / "tasks" / name)
