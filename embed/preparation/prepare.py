@@ -262,9 +262,9 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
         except BaseException:
             corpus.clear()  # ends the builds, for which the pool would wait
             raise
+        rates = {mixture: tasks.mixture_rates(mixture) for mixture in rates}  # as seqio has them
         counts = {name: task_counts[name] for name in names} | evaluation
-        mixtures = {name: tasks.mixture_rates(name) for name in rates}
-        (folder / "mixtures.json").write_text(json.dumps(mixtures, indent=1) + "\n", encoding="utf-8")
+        (folder / "mixtures.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
     gc.unfreeze()
     return {
         "arguments": arguments,
