@@ -182,13 +182,14 @@ def test_a_dry_run_of_local_prints_one_command_per_process_and_starts_none(launc
 
 PROCESS = """#!/usr/bin/env bash
 # Plays `embed`: process 0 does what ZERO says or waits to be stopped. Process 1 starts after it and does what ONE says.
-trap 'echo saved; exit 143' TERM
+trap 'echo saved; kill "$!" 2>/dev/null; exit 143' TERM
 echo "$EMBED_RUN_ID $EMBED_COMMIT $*"
 case "$*" in
   *--process_id=0*) echo >&"$START"; eval "$ZERO" ;;
-  *--process_id=1*) read -r <&"$STARTED"; eval "$ONE" ;;
+  *--process_id=1*) head -n 1 <&"$STARTED" >/dev/null & wait "$!"; eval "$ONE" ;;
 esac
-read -r <> <(:)  # never ends, but the trap does
+# The trap ends it. One read without a limit would miss a signal that comes before it, and a child would keep tee alive.
+while true; do read -r -t 0.1 <> <(:) || true; done
 """
 
 

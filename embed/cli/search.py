@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for query, query_scores, query_indices in zip(args.query, scores, indices):
         if args.json:
-            print("\n".join(json_lines(query, index, query_scores, query_indices)))
+            for line in json_lines(query, index, query_scores, query_indices):
+                print(line)
         else:
             print_table(results_table(query, index, query_scores, query_indices))
     return 0

@@ -1,9 +1,8 @@
-"""Runs the commands and programs of README.md and of pages in docs/ in order, each page in its own folder.
+"""Runs the commands and programs of README.md and docs/checkpoints.md in order, each page in its own folder.
 
 Small random models replace those of the hub, and a tiny run replaces the quickstart.
 """
 
-import json
 import os
 import re
 import shutil
@@ -20,8 +19,6 @@ from embed import cli
 from embed.checkpoints import names
 
 ROOT = Path(__file__).parents[2]
-# Words of a page that stand for paths.
-MEANT = {"MODEL": "runs/quickstart/export/embed", "SET": "runs/quickstart/data/evaluation/functions/test"}
 
 
 def put_in_cache(cache, hub_id, folder):
@@ -59,12 +56,11 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/search.md", 1), ("docs/checkpoints.md", 7)])
+@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7)])
 def test_every_command_of_a_page_runs_as_written(page, blocks, hub, workdir, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(workdir)
-    (tmp_path / "corpus.jsonl").write_text(json.dumps({"_id": "a", "text": "Reads a file."}) + "\n")
     environment = {
         **os.environ,
         "HF_HUB_CACHE": str(hub),
@@ -76,7 +72,6 @@ def test_every_command_of_a_page_runs_as_written(page, blocks, hub, workdir, tmp
     assert len(matches) >= blocks
     for language, program in matches:
         program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # as in the run above
-        program = re.sub(rf"=({'|'.join(MEANT)})\b", lambda match: f"={MEANT[match[1]]}", program)
         command = [sys.executable, "-c", program] if language == "python" else ["bash", "-e", "-c", program]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"
