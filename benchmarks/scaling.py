@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-# (topology, slices). The last one is 1,024 chips again, in two slices joined by the data-centre network.
+# (topology, slices). The last one is 1,024 chips again, in two slices joined by the data-center network.
 TOPOLOGIES = (
     ("v5p:2x2x2", 1),
     ("v5p:2x4x4", 1),

@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.execution.mesh.fsdp = -1
     config.execution.mesh.tensor = 1
     config.execution.attention = "auto"  # splash on TPU, triton on GPU, xla elsewhere; see embed.models.attention
-    # Rematerialisation: full keeps only the input of each layer for the backward pass, dots products, none everything.
+    # Rematerialization: full keeps only the input of each layer for the backward pass, dots products, none everything.
     config.execution.remat = "full"
     config.execution.unroll = 1  # layers per scan iteration; unrolled is faster on CPU, scanned compiles faster
     config.execution.dense_barrier = False  # faster on CPU, see embed.models.transformer.dense
@@ -100,7 +100,7 @@ def stage(kind: str, **changes) -> ConfigDict:
     new.execution.log_every = 10  # steps
     new.execution.checkpoint_every = 500  # steps
     new.execution.keep = 2  # number of newest checkpoints that are kept
-    new.execution.milestone_every = 0  # steps; checkpoints saved at multiples of it are kept for ever; 0 = none
+    new.execution.milestone_every = 0  # steps; checkpoints saved at multiples of it are kept forever; 0 = none
     new.execution.evaluate_every = 0  # steps; the best checkpoint is kept too; 0 = never
     new.execution.evaluate_on = ""  # SET/SPLIT of the data's evaluation sets; the figure is nDCG@10 in int8
     # A step without a finite loss and gradient is skipped; more than this many in a row end the run.

@@ -31,7 +31,6 @@ from embed.training import loop, stages
 from embed.training.metrics import MetricsWriter, progress_bar
 from embed.training.step import make_step
 
-PRECISIONS = ("float32", "int8", "binary")
 HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
 
 
@@ -254,7 +253,7 @@ def evaluate(run: Run, name: str) -> dict:
         data = evaluation_set(run, config.data)
         if config.data not in queries:  # of evaluations with and without context they are the same
             queries[config.data] = encoder.encode(data.queries)
-        rankings = retrieval.rank(encoder, data, PRECISIONS, alone=config.alone, queries=queries[config.data])
+        rankings = retrieval.rank(encoder, data, retrieval.PRECISIONS, alone=config.alone, queries=queries[config.data])
         if jax.process_index() == 0:
             buffer = io.BytesIO()
             np.savez(buffer, **rankings)
@@ -292,7 +291,7 @@ def denoising(run: Run, name: str) -> dict:
         raise ValueError(f"config.report.texts={texts!r} has {len(flat)} tokens: at least 2 are needed to denoise")
     length = min(run.config.stages[name].batch.length, len(flat))
     windows = flat[: min(len(flat) // length, 64) * length].reshape(-1, length)
-    levels = denoise.elbo_and_accuracy(params, model, windows, **options)
+    levels, elbo = denoise.elbo_and_accuracy(params, model, windows, **options)
     text = windows[0][: length // 2].copy()
     hidden = np.random.default_rng(run.config.seed).random(len(text)) < run.config.report.mask_fraction
     hidden[0] = False
@@ -303,7 +302,7 @@ def denoising(run: Run, name: str) -> dict:
     )
     shown = sorted({0, len(states) // 2, len(states) - 1})
     return {
-        "elbo": levels.pop("elbo")["nll"],
+        "elbo": elbo,
         "diffusion": [{"t": float(t), **figures} for t, figures in levels.items()],
         "denoising": [{"step": k, "text": show_masked(run.tokenizer, states[k])} for k in shown]
         + [{"step": "original", "text": original}],

@@ -108,7 +108,7 @@ class SentencePieceTokenizer:
     def save_for_transformers(self, folder: str | Path, max_length: int | None) -> None:
         """Write the model for a class of transformers that runs SentencePiece itself and adds no tokens.
 
-        A tokenizer.json cannot express multi-character normalisation rules (`embed.preparation.vocabulary`).
+        A tokenizer.json cannot express multi-character normalization rules (`embed.preparation.vocabulary`).
         """
         Path(folder, SENTENCEPIECE_FILES[1]).write_bytes(self._model)
         piece = self._processor.id_to_piece

@@ -57,7 +57,10 @@ def said(capsys):
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["laptop.py", "pplx_embed.py"])
+# The fixture `workdir` trains quickstart.py.
+@pytest.mark.parametrize(
+    "path", sorted({path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py", "quickstart.py"})
+)
 def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, shared, tmp_path):
     run = make_run(tmp_path / "run", shared, path=f"configs/{path}:runlocal")
     assert run.config.data.gin_file == config.load(CONFIG).data.gin_file, "data of its own: prepare them here"
@@ -99,7 +102,7 @@ def test_an_evaluation_finds_what_its_set_encoded_by_itself_does(workdir):
     encoder = run.encoder(run.checkpoint("contextual"))
     for name, evaluation in run.config.evaluations.items():
         alone = retrieval.rank(
-            encoder, nodes.evaluation_set(run, evaluation.data), nodes.PRECISIONS, alone=evaluation.alone
+            encoder, nodes.evaluation_set(run, evaluation.data), retrieval.PRECISIONS, alone=evaluation.alone
         )
         with np.load(nodes.ranking(run, "contextual", name)) as kept:
             for precision, ranking in alone.items():
@@ -369,13 +372,13 @@ def test_texts_shorter_than_a_row_show_how_a_stage_denoises(workdir, tmp_path):
         nodes.denoising(run, "diffusion")
 
 
-@pytest.mark.parametrize("name", ["quickstart.ipynb"])
-def test_the_colab_runs_from_top_to_bottom_and_is_stored_without_outputs(name, workdir, monkeypatch):
-    assert name in os.listdir(ROOT / "colabs")
-    notebook = nbformat.read(ROOT / "colabs" / name, as_version=4)
+@pytest.mark.parametrize("path", sorted((ROOT / "colabs").glob("*.ipynb")), ids=lambda path: path.name)
+def test_the_colab_runs_from_top_to_bottom_and_is_stored_without_outputs(path, workdir, monkeypatch):
+    notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in cells)
-    monkeypatch.setenv("EMBED_MODEL", str(workdir / "export" / "embed"))
+    for variable, name in (("EMBED_MODEL", "embed"), ("EMBED_CONTEXT_MODEL", "embed-context")):
+        monkeypatch.setenv(variable, str(workdir / "export" / name))
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     kinds = [output.output_type for cell in cells for output in cell.outputs]
     assert "error" not in kinds and "display_data" in kinds
@@ -957,6 +960,15 @@ def test_milestones_and_the_best_checkpoint_by_held_out_retrieval_are_kept(share
         (
             ["train", f"--config={CONFIG},stage=triple", "--workdir={workdir}"],
             "config.stage='triple' must be one of contextual, diffusion, pair, triplet",
+        ),
+        (
+            ["train", f"--config={CONFIG},stage=pair", "--workdir={workdir}", "--profile_steps=1:3"],
+            "--profile_steps=1:3 must end at or before 2, the number of steps of stage pair",
+        ),
+        (
+            ["export", f"--config={CONFIG}", "--workdir={workdir}", "--checkpoint=pair", "--output={workdir}/never"]
+            + ["--contextual"],
+            "--contextual is for --model; with --config, set exports.NAME.contextual",
         ),
         (["evaluate", "--model={workdir}/nowhere", "--data={workdir}/data/evaluation/functions/test"], "nowhere"),
         (["search", "--model={workdir}/export/embed", "--corpus={workdir}/empty.jsonl", "--query=x"], "empty.jsonl"),

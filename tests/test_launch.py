@@ -81,7 +81,7 @@ def test_help_prints_the_usage_and_so_does_a_wrong_word_with_code_2(launch, scri
     "script, arguments, sentence",
     [
         ("tpu.sh", ["submit", *TPU[1:], *TRAIN], "--name=VALUE is missing"),
-        ("tpu.sh", ["submit", *TPU, "--colour=red", *TRAIN], "unknown option --colour"),
+        ("tpu.sh", ["submit", *TPU, "--color=red", *TRAIN], "unknown option --color"),
         ("tpu.sh", ["submit", *TPU, "--zone", *TRAIN], "--zone is unknown or needs =VALUE"),
         ("gke.sh", ["submit", *GKE, *TRAIN[:3]], "embed train needs --workdir="),
         ("gke.sh", ["submit", *GKE, "--topology=4", *TRAIN], "--topology=4 must be AxB or AxBxC"),
@@ -115,14 +115,14 @@ def test_help_prints_the_usage_and_so_does_a_wrong_word_with_code_2(launch, scri
         ("slurm.sh", ["logs", "--job=7"], "--workdir=VALUE is missing"),
         ("local.sh", ["2", "--", "trane"], "expected a verb of embed after --, not 'trane': one of encode evaluate"),
         ("local.sh", ["2", "--"], "expected a verb of embed after --, not ''"),
-        ("local.sh", ["2", "--", "train", "--config=c.py", "--colour"], "embed train needs --workdir="),
+        ("local.sh", ["2", "--", "train", "--config=c.py", "--color"], "embed train needs --workdir="),
         ("local.sh", ["two", *TRAIN], "N=two must be a whole number of processes, at least 1"),
         ("local.sh", ["0", *TRAIN], "N=0 must be a whole number"),
         ("local.sh", ["1.5", *TRAIN], "N=1.5 must be a whole number"),
         ("local.sh", TRAIN, "N= must be a whole number"),
         ("local.sh", ["2", "3", *TRAIN], "unexpected argument 3"),
         ("local.sh", ["2", "train", *TRAIN[2:]], "unexpected argument train"),
-        ("local.sh", ["2", "--colour", *TRAIN], "--colour is unknown or needs =VALUE; options: --dry-run"),
+        ("local.sh", ["2", "--color", *TRAIN], "--color is unknown or needs =VALUE; options: --dry-run"),
         ("local.sh", ["--processes=2", *TRAIN], "unknown option --processes, expected one of: --dry-run"),
         ("local.sh", ["-n", "2", *TRAIN], "unknown option -n"),
         ("local.sh", ["2", "--dry-run=yes", *TRAIN], "--dry-run takes no value"),
@@ -181,13 +181,14 @@ def test_a_dry_run_of_local_prints_one_command_per_process_and_starts_none(launc
 
 
 PROCESS = """#!/usr/bin/env bash
-# Plays `embed`: process 0 does what ZERO says or waits to be stopped, process 1 does what ONE says.
-trap 'echo saved; exit 143' TERM
+# Plays `embed`: process 0 does what ZERO says or waits to be stopped. Process 1 starts after it and does what ONE says.
+trap 'echo saved; kill "$!" 2>/dev/null; exit 143' TERM
 echo "$EMBED_RUN_ID $EMBED_COMMIT $*"
 case "$*" in
-  *--process_id=0*) eval "$ZERO" ;;
-  *--process_id=1*) until [[ -s "$LOG" ]]; do :; done; eval "$ONE" ;;
+  *--process_id=0*) echo >&"$START"; eval "$ZERO" ;;
+  *--process_id=1*) head -n 1 <&"$STARTED" >/dev/null & wait "$!"; eval "$ONE" ;;
 esac
+# The trap ends it. One read without a limit would miss a signal that comes before it, and a child would keep tee alive.
 while true; do read -r -t 0.1 <> <(:) || true; done
 """
 
@@ -196,7 +197,9 @@ while true; do read -r -t 0.1 <> <(:) || true; done
     "one, code", [("exit 7", 7), ("kill -TERM $PPID; sleep 100 & wait", 143), ("kill -KILL $$", 137)]
 )
 def test_local_ends_all_processes_with_the_code_of_the_first_and_writes_a_log_per_process(tmp_path, one, code):
-    assert _local(tmp_path, ONE=one, GRACE="0.2").wait() == code
+    local = _local(tmp_path, ONE=one, GRACE="0.2")
+    local.communicate(timeout=100)  # until nothing holds its output open, so the logs are complete
+    assert local.returncode == code
     for k in (0, 1):
         words = (tmp_path / "a run.logs" / f"process-{k}.log").read_text().split()
         assert words[0] == "named" and words[1] == _commit() and f"--process_id={k}" in words
@@ -221,7 +224,7 @@ def test_on_ctrl_c_the_processes_of_local_save_and_their_output_is_shown(tmp_pat
     "arguments", [("encode", "--output=x.npy"), ("train", "--config=c.py", "--workdir=gs://b/runs/a")]
 )
 def test_without_a_local_workdir_local_logs_to_LOGS_or_to_a_new_folder_that_it_prints(tmp_path, arguments):
-    ends = {"ZERO": "exit 0", "ONE": "exit 0", "LOG": str(LAUNCH / "local.sh")}  # does not wait for a log
+    ends = {"ZERO": "exit 0", "ONE": "exit 0"}
     _local(tmp_path, *arguments, LOGS=str(tmp_path / "logs"), **ends).communicate(timeout=100)
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["process-0.log", "process-1.log"]
     output, _ = _local(tmp_path, *arguments, **ends).communicate(timeout=100)
@@ -235,15 +238,21 @@ def _local(folder, *arguments, start_new_session=False, **environment):
     embed.write_text(PROCESS)
     embed.chmod(0o755)
     workdir = folder / "a run"
-    defaults = {"ZERO": "", "ONE": "", "GRACE": "70", "EMBED_RUN_ID": "named", "LOG": f"{workdir}.logs/process-0.log"}
-    return subprocess.Popen(
+    pipe = started, start = os.pipe()  # process 0 writes a line to it, process 1 waits for this line
+    defaults = {"ZERO": "", "ONE": "", "GRACE": "70", "EMBED_RUN_ID": "named"}
+    defaults |= {"STARTED": str(started), "START": str(start)}
+    local = subprocess.Popen(
         ["bash", LAUNCH / "local.sh", "2", "--", *(arguments or [*TRAIN[1:3], "--workdir", workdir])],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=start_new_session,
         env={**os.environ, "TMPDIR": str(folder), "EMBED": str(embed), **defaults, **environment},
+        pass_fds=pipe,
     )
+    for end in pipe:  # the processes have it
+        os.close(end)
+    return local
 
 
 def _commit():

@@ -31,7 +31,7 @@ query = model.encode("a query", precision="int8")
 A chunk's vector depends on the whole document. sentence-transformers also loads the folder and embeds single texts,
 such as queries."""
 PEERS = """
-Needs sentence-transformers 6.0 and transformers 5.2 or newer, whose Qwen3 honours `"is_causal": false` (checked with
+Needs sentence-transformers 6.0 and transformers 5.2 or newer, whose Qwen3 honors `"is_causal": false` (checked with
 6.2 and 5.24). Do not use older versions of transformers: they run the model causally without a warning. Older versions
 of sentence-transformers fail to load the folder as long as it is unchanged."""
 PPLX = """In the layout of the released pplx-embed models, for programs that support them (text-embeddings-inference

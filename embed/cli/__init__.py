@@ -1,4 +1,4 @@
-"""`embed VERB …`: one module per verb; `python -m embed.cli.VERB …` does the same."""
+"""`embed VERB …`: one module per verb; `python -m embed.cli VERB …` does the same."""
 
 import importlib
 import pkgutil

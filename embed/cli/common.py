@@ -294,8 +294,13 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run"
     )
+    add_step_argument(parser)
+
+
+def add_step_argument(parser: argparse.ArgumentParser, name: str = "--step") -> None:
+    """Add --step, the step of `runs.Run.checkpoint`."""
     parser.add_argument(
-        "--step", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
+        name, type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
     )
 
 

@@ -58,7 +58,3 @@ def are_vectors(file) -> bool:
     """Whether a file is a .npy file."""
     with paths.path(file).open("rb") as opened:
         return opened.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
-
-
-if __name__ == "__main__":
-    common.end(common.run, main)

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.Parser("evaluate", __doc__)
     common.add_model_argument(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
-    parser.add_argument("--precision", nargs="+", default=["float32", "int8", "binary"], choices=inference.PRECISIONS)
+    parser.add_argument("--precision", nargs="+", default=list(retrieval.PRECISIONS), choices=inference.PRECISIONS)
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
     common.add_length_arguments(parser)
     common.add_output_arguments(parser, "also write the metrics to this file, as JSON", required=False)
@@ -51,9 +51,3 @@ def are_figures(file) -> bool:
     except ValueError:
         return False
     return isinstance(figures, dict) and bool(figures) and figures.keys() <= set(inference.PRECISIONS)
-
-
-if __name__ == "__main__":
-    from embed.cli.common import end, run
-
-    end(run, main)

@@ -10,9 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     common.add_distributed_arguments(parser)
     parser.add_argument("--checkpoint", help="with --config and --workdir: a stage or merge of the config")
     parser.add_argument("--model", help="instead of these: a model folder, hub id, or stage folder of any run")
-    parser.add_argument(
-        "--step", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
-    )
+    common.add_step_argument(parser)
     parser.add_argument("--format", default="", help="pplx or onnx (default: a model folder)")
     parser.add_argument("--tanh", action="store_true", help="add a module after pooling: float32 vectors are tanh(v)")
     parser.add_argument(
@@ -20,9 +18,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     common.add_output_arguments(parser, "folder to write")
     arguments, overrides = parser.parse_known_args(argv)
-    run = [arguments.config, arguments.workdir, arguments.checkpoint]
-    if not (all(run) and not arguments.model) and not (arguments.model and not any(run) and not overrides):
+    of_run = [arguments.config, arguments.workdir, arguments.checkpoint]
+    if not (all(of_run) and not arguments.model) and not (arguments.model and not any(of_run) and not overrides):
         parser.error("needs either --config, --workdir and --checkpoint, or only --model")
+    if arguments.contextual and not arguments.model:
+        parser.error("--contextual is for --model; with --config, set exports.NAME.contextual")
     common.join(arguments, saves_at_sigterm=False)
     from embed import config, exports, runs
     from embed.checkpoints import settings
@@ -38,9 +38,3 @@ def main(argv: list[str] | None = None) -> int:
             path = exports.export_model(run, arguments.checkpoint, arguments.output, **options)
     say(str(path))
     return 0
-
-
-if __name__ == "__main__":
-    from embed.cli.common import end, run
-
-    end(run, main)

@@ -34,7 +34,3 @@ def main(argv: list[str] | None = None) -> int:
     size = f"{len(index):,} {index.precision} vectors, {index.vectors.nbytes / 1e6:.1f} MB"
     say(f"{size}, written to {args.output}")
     return 0
-
-
-if __name__ == "__main__":
-    common.end(common.run, main)

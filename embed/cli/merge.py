@@ -11,12 +11,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--b", required=True, help="another one with the same architecture and tokenizer; ratio 1 returns it"
     )
-    parser.add_argument(
-        "--step_a", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
-    )
-    parser.add_argument(
-        "--step_b", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
-    )
+    common.add_step_argument(parser, "--step_a")
+    common.add_step_argument(parser, "--step_b")
     parser.add_argument("--ratio", type=common.finite, default=0.5, help="0 is a, 1 is b (default 0.5)")
     common.add_output_arguments(parser, "folder to write")
     arguments = parser.parse_args(argv)
@@ -32,9 +28,3 @@ def main(argv: list[str] | None = None) -> int:
         path = exports.merge_sources(a, b, arguments.ratio, arguments.output)
     say(str(path))
     return 0
-
-
-if __name__ == "__main__":
-    from embed.cli.common import end, run
-
-    end(run, main)

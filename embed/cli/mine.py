@@ -95,7 +95,3 @@ def are_negatives(file) -> bool:
     except ValueError:
         return False
     return bool(rows) and all(row.keys() == set(KEYS) for _, row in rows)
-
-
-if __name__ == "__main__":
-    common.end(common.run, main)

@@ -22,14 +22,14 @@ def main(argv: list[str] | None = None) -> int:
         "--mfu",
         type=common.finite,
         default=0.4,
-        help="model FLOPs utilisation, for the duration of the schedule (default 0.4)",
+        help="model FLOPs utilization, for the duration of the schedule (default 0.4)",
     )
     parser.add_argument("--dollars_per_chip_hour", type=common.finite, help="price, for the cost of the schedule")
     parser.add_argument("--parameters", action="store_true", help="also print the sharding of each parameter")
     parser.add_argument(
         "--fit",
         action="store_true",
-        help="try microbatches and rematerialisation, and print the fastest plan that fits",
+        help="try microbatches and rematerialization, and print the fastest plan that fits",
     )
     parser.epilog = "Set single fields of the config with --config.key.key=value."
     arguments, overrides = parser.parse_known_args(argv)
@@ -97,9 +97,3 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{arguments.config} on {topology}, microbatches {microbatches}, remat {remat}")
     print(plan.describe(chosen, stage, model, steps, arguments.mfu, arguments.dollars_per_chip_hour))
     return 0 if chosen.fits else 1
-
-
-if __name__ == "__main__":
-    from embed.cli.common import end, run
-
-    end(run, main)

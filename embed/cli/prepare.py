@@ -12,9 +12,3 @@ def main(argv: list[str] | None = None) -> int:
 
     nodes.prepare(runs.Run(config, arguments.workdir, arguments.config))
     return 0
-
-
-if __name__ == "__main__":
-    from embed.cli.common import end, run
-
-    end(run, main)

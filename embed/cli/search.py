@@ -1,5 +1,7 @@
 """Find the texts of a corpus nearest to a query, by exact search."""
 
+import json
+
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     source.add_argument("--index", help="folder that `embed index` wrote; it sets precision and truncate_dim")
     parser.add_argument("--query", required=True, action="append", help="a text (may be repeated)")
     parser.add_argument("--top", type=int, default=10, help="number of results (default 10)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per result: docs/search.md")
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
     common.check_texts("--query", args.query)
@@ -58,8 +61,22 @@ def main(argv: list[str] | None = None) -> int:
     if not common.is_first():
         return 0
     for query, query_scores, query_indices in zip(args.query, scores, indices):
-        print_table(results_table(query, index, query_scores, query_indices))
+        if args.json:
+            for line in json_lines(query, index, query_scores, query_indices):
+                print(line)
+        else:
+            print_table(results_table(query, index, query_scores, query_indices))
     return 0
+
+
+def json_lines(query: str, index: inference.Index, scores, indices) -> list[str]:
+    """One JSON object per result, best first, in ASCII for every locale. `score` is that of `Index.search`."""
+    rows = enumerate(zip(scores.tolist(), indices.tolist()), 1)
+    texts = index.texts or [None] * len(index.ids)
+    return [
+        json.dumps({"query": query, "rank": rank, "id": index.ids[i], "score": score, "text": texts[i]})
+        for rank, (score, i) in rows
+    ]
 
 
 def results_table(query: str, index: inference.Index, scores, indices) -> Table:
@@ -75,7 +92,3 @@ def results_table(query: str, index: inference.Index, scores, indices) -> Table:
         text = [Text(" ".join(index.texts[i].split()))] if index.texts else []
         table.add_row(str(rank), shown, Text(index.ids[i]), *text)
     return table
-
-
-if __name__ == "__main__":
-    common.end(common.run, main)

@@ -20,12 +20,11 @@ def main(argv: list[str] | None = None) -> int:
 
         run = runs.Run(config, arguments.workdir, arguments.config)
         runs.check_stage(config, config.stage)
+        if profile_steps.stop > run.steps(config.stage):
+            raise ValueError(
+                f"--profile_steps={arguments.profile_steps} must end at or before {run.steps(config.stage)}, the "
+                f"number of steps of stage {config.stage}"
+            )
         graph.check(config, whole=False)  # or the export after hours of training would be refused
         nodes.train_stage(run, config.stage, profile_steps=profile_steps, wandb=arguments.wandb)
     return 0
-
-
-if __name__ == "__main__":
-    from embed.cli.common import end, run
-
-    end(run, main)

@@ -20,6 +20,7 @@ from embed import paths
 from embed.inference.encoder import Encoder
 from embed.inference.index import Index, Row, check_id, read_jsonl, read_rows, refuse_empty
 
+PRECISIONS = ("float32", "int8", "binary")  # that are evaluated
 DEPTH = 100  # ranks that are kept
 
 

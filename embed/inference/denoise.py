@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from embed.models import transformer
-from embed.objectives.masked_diffusion import left_shift as shift_left
+from embed.objectives import masked_diffusion as md
 from embed.typing import Array
 
 
@@ -17,7 +17,7 @@ def _predict(params, tokens: Int[Array, "1 L"], valid, *, model, mask_id: int, l
     """The most likely token at each position and its probability, ([L], [L])."""
     positions = jnp.arange(tokens.shape[1])[None]
     hidden = transformer.apply(model, params, tokens, valid.astype(jnp.int32), positions)
-    hidden = shift_left(hidden) if left_shift else hidden
+    hidden = md.left_shift(hidden) if left_shift else hidden
     logits = (hidden[0] @ transformer.output_embedding(params).astype(hidden.dtype).T).astype(jnp.float32)
     probabilities = jax.nn.softmax(logits.at[:, mask_id].set(-jnp.inf), -1)
     return probabilities.argmax(-1), probabilities.max(-1)
@@ -70,14 +70,12 @@ def elbo_and_accuracy(
     levels=(0.1, 0.3, 0.5, 0.7, 0.9),
     seed: int = 0,
     chunk: int = 512,
-) -> dict[str, dict[str, float]]:
-    """How well a model denoises held-out text at each masked fraction t: {t: {"nll", "accuracy"}}, and "elbo".
+) -> tuple[dict[str, dict[str, float]], float]:
+    """How well a model denoises held-out text: ({t: {"nll", "accuracy"}} for each masked fraction t, ELBO).
 
     "nll" is in nats per masked token. "accuracy" is the share of masked tokens whose most likely prediction is right.
-    "elbo" is the loss of the diffusion stage over t stratified in (0.001, 1), in nats per token.
+    The ELBO is the loss of the diffusion stage over t stratified in (0.001, 1), in nats per token.
     """
-    from embed.objectives import masked_diffusion as md
-
     tokens = jnp.asarray(windows, jnp.int32)
     segment_ids, positions = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     valid = positions >= int(left_shift)
@@ -91,19 +89,18 @@ def elbo_and_accuracy(
         return md.masked_nll(hidden, table, tokens, masked, ones, capacity=1.0, chunk=chunk)[1:3]
 
     key = jax.random.key(seed)
-    report = {}
+    figures = {}
     for t in levels:
         masked: Bool[Array, "n L"] = (
             jax.random.uniform(jax.random.fold_in(key, int(t * 1000)), tokens.shape) < t
         ) & valid
         nll, correct = evaluate(jnp.where(masked, mask_id, tokens), masked)
         count = jnp.maximum(masked.sum(), 1)
-        report[str(t)] = {
+        figures[str(t)] = {
             "nll": float(nll.sum() / count),
             "accuracy": float(correct.sum() / count),
         }
     noised, masked, t = md.corrupt(key, tokens, valid, mask_id=mask_id)
     nll, _ = evaluate(noised, masked)
     elbo: Float[Array, ""] = md.elbo_loss(nll, masked, t, valid)
-    report["elbo"] = {"nll": float(elbo)}
-    return report
+    return figures, float(elbo)

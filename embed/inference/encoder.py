@@ -1,4 +1,4 @@
-"""Turn text into vectors: tokenise, pack into rows, one forward pass, mean over spans, quantise (ARCHITECTURE.md)."""
+"""Turn text into vectors: tokenize, pack into rows, one forward pass, mean over spans, quantize (ARCHITECTURE.md)."""
 
 import bisect
 import contextlib

@@ -172,7 +172,7 @@ def _splash(query, key, value, segment_ids, *, interpret: bool):
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )
-    everything = mask.MultiHeadMask([mask.FullMask((length, length))] * heads)  # not materialised
+    everything = mask.MultiHeadMask([mask.FullMask((length, length))] * heads)  # not materialized
     attend = kernel.make_splash_mha(everything, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
 
     def row(q, k, v, ids):  # H L d, K L d, L

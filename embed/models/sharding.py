@@ -28,7 +28,7 @@ MAX_UNSHARDED = 0.02  # of the parameters' bytes
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices. One axis may be -1 and takes the remaining devices.
 
-    TPU slices are joined along data only: the data-centre network can carry its one sum of gradients per step. fsdp and
+    TPU slices are joined along data only: the data-center network can carry its one sum of gradients per step. fsdp and
     tensor stay inside a slice.
     """
     devices = jax.devices() if devices is None else devices
@@ -121,7 +121,7 @@ def batch_sharding(mesh: Mesh, entries: int) -> NamedSharding:
 def local_shards(mesh: Mesh, num_shards: int) -> list[int]:
     """The indices of the shards that this process must build, of a batch in `num_shards` equal shards (rows or groups).
 
-    These are all shards of which a device of this process holds a part. They need not be neighbours, because a mesh
+    These are all shards of which a device of this process holds a part. They need not be neighbors, because a mesh
     follows the wires between chips. Two processes may need the same shard.
     """
     mesh_shards = batch_shards(mesh)

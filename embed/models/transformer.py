@@ -63,7 +63,7 @@ SIZES = {
     "0.6b": dict(hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, intermediate_size=3072),
     "4b": dict(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=9728),
     # Our own, for CPUs: wide vectors, because lexical matching needs dimensions, and a thin network, which saves time.
-    # Values have half the dimensions of a vector (docs/experiments.md, "What each part of the pair stage gives").
+    # Values have half the dimensions of a vector (docs/experiments.md, "Ablations of the pair stage").
     "tiny": dict(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=64, intermediate_size=128),
     "small": dict(hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64, intermediate_size=256),
     "micro": dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
@@ -119,7 +119,7 @@ def apply_rope(x: Float[Array, "R L H d"], tables: tuple[Array, Array]) -> Float
 def dense(x: Float[Array, "*n D"], weight: Float[Array, "D F"]) -> Float[Array, "*n F"]:
     """x @ weight with a backward pass that reads its operands from memory.
 
-    Otherwise XLA's CPU compiler fuses the element-wise backward pass of the neighbouring operations into a transposing
+    Otherwise XLA's CPU compiler fuses the element-wise backward pass of the neighboring operations into a transposing
     copy of the activations, one for each weight gradient (ARCHITECTURE.md, "Speed").
     """
     return x @ weight

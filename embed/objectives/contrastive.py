@@ -1,4 +1,4 @@
-"""Contrastive losses of the three stages (arXiv 2602.11151). s is the cosine; all inputs are normalised here.
+"""Contrastive losses of the three stages (arXiv 2602.11151). s is the cosine; all inputs are normalized here.
 
 Ids are hashes of token content. Two examples with equal ids are not negatives of each other; embeddings never decide
 whether two texts are equal. Arrays are global: under jit with rows sharded over devices, every query has the negatives
@@ -23,7 +23,7 @@ def normalize(x: Float[Array, "*n D"]) -> Float[Array, "*n D"]:
 
 
 def cosine(a: Float[Array, "N D"], b: Float[Array, "M D"]) -> Float[Array, "N M"]:
-    """Dot products of normalised rows, at full precision on every platform."""
+    """Dot products of normalized rows, at full precision on every platform."""
     return jnp.einsum("nd,md->nm", a, b, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -13,9 +13,9 @@ T_MIN = 1e-3
 
 
 def stratified_ranks(rows: int) -> np.ndarray:
-    """A permutation of 0..rows-1 in van der Corput order: any block of neighbouring rows spreads over the whole range.
+    """A permutation of 0..rows-1 in van der Corput order: any block of neighboring rows spreads over the whole range.
 
-    For a power of two this is bit reversal. A device or a microbatch holds neighbouring rows, so each has its own
+    For a power of two this is bit reversal. A device or a microbatch holds neighboring rows, so each has its own
     stratified sample of t.
     """
     bits = max(1, (rows - 1).bit_length())
@@ -43,7 +43,7 @@ def corrupt(
 
 @functools.lru_cache
 def largest_mean_t(rows: int, parts: int, t_min: float = T_MIN) -> float:
-    """The largest mean t, over all u, of any of `parts` equal blocks of neighbouring rows in `corrupt`.
+    """The largest mean t, over all u, of any of `parts` equal blocks of neighboring rows in `corrupt`.
 
     The mean grows with u except where a row's t wraps from 1 to t_min, so it is largest just before a wrap. With
     t_min=0, the row about to wrap has t = 1 and each other row has ((its rank - that row's rank) mod R) / R. If blocks
@@ -60,7 +60,7 @@ def largest_mean_t(rows: int, parts: int, t_min: float = T_MIN) -> float:
 def capacity(rows: int, length: int, shards: int = 1, microbatches: int = 1) -> float:
     """The share of a block's tokens that need slots in `masked_nll`: the largest mean t plus six standard deviations.
 
-    A block is what a device holds at a time: rows / shards / microbatches neighbouring rows of `length` tokens. The
+    A block is what a device holds at a time: rows / shards / microbatches neighboring rows of `length` tokens. The
     standard deviation of its number of masked tokens is at most √tokens / 2, that of fair coins. A block of one row may
     be masked completely.
     """

@@ -18,11 +18,11 @@ from embed.tokenizers import Tokenizer
 
 def functions(functions: Sequence[Mapping], *, max_queries: int) -> tuple[list, list, list]:
     """(corpus, queries, qrels): docstring summary -> function without its docstring."""
-    corpus, labelled = [], []
+    corpus, labeled = [], []
     for function in functions:
         corpus.append({"_id": f"f{len(corpus)}", "text": function["code"]})
-        labelled.append((function["summary"], corpus[-1]["_id"]))
-    return corpus, *_queries(labelled, max_queries)
+        labeled.append((function["summary"], corpus[-1]["_id"]))
+    return corpus, *_queries(labeled, max_queries)
 
 
 def contextual(
@@ -39,7 +39,7 @@ def contextual(
 
     A chunk's text is truncated to `chunk_length` tokens. A chunk whose digest is in `excluded` has no query.
     """
-    corpus, labelled = [], []
+    corpus, labeled = [], []
     for module in modules:
         chunks = examples.chunks(module)
         texts = truncate([chunk.text for chunk in chunks], tokenizer, chunk_length)
@@ -52,8 +52,8 @@ def contextual(
                 chunk_id = f"c{len(corpus)}"
                 corpus.append({"_id": chunk_id, "text": texts[index], "document": document, "chunk": position})
                 if chunks[index].query and hygiene.digest(chunks[index].text) not in excluded:
-                    labelled.append((chunks[index].query, chunk_id))
-    return corpus, *_queries(labelled, max_queries)
+                    labeled.append((chunks[index].query, chunk_id))
+    return corpus, *_queries(labeled, max_queries)
 
 
 def truncate(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> list[str]:
@@ -81,10 +81,10 @@ def write(folder: str | Path, corpus: Iterable, queries: Iterable, qrels: Iterab
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _queries(labelled: Iterable[tuple[str, str]], max_queries: int) -> tuple[list, list]:
+def _queries(labeled: Iterable[tuple[str, str]], max_queries: int) -> tuple[list, list]:
     """Queries and qrels from (query, corpus id). Of more than `max_queries`, those with the smallest digests stay."""
     relevant: dict[str, list[str]] = {}
-    for query, corpus_id in labelled:
+    for query, corpus_id in labeled:
         relevant.setdefault(query, []).append(corpus_id)
     kept = set(sorted(relevant, key=hygiene.digest)[:max_queries])
     queries, qrels = [], []

@@ -1,4 +1,4 @@
-"""Deduplication and decontamination by normalised content: pure functions, no framework.
+"""Deduplication and decontamination by normalized content: pure functions, no framework.
 
 Two texts are the same if they are equal without white space, so re-indented and re-wrapped copies of a function count
 as copies.
@@ -14,14 +14,14 @@ Item = TypeVar("Item")
 WINDOW = 32  # characters; `contained` accepts no shorter needle
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """The text without any white space."""
     return "".join(text.split())
 
 
 def digest(text: str) -> str:
-    """128 bits of BLAKE2b over the normalised text, in hex."""
-    return hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    """128 bits of BLAKE2b over the normalized text, in hex."""
+    return hashlib.blake2b(normalize(text).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def deduplicate(items: Iterable[Item], key: Callable[[Item], str]) -> tuple[list[Item], int]:
@@ -51,13 +51,13 @@ def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW
     """Indices of the needles that occur, up to white space, inside one of the texts.
 
     A rolling hash of `window` characters finds candidates (Rabin and Karp, 1987). An exact comparison confirms them.
-    A needle shorter than `window` normalised characters raises ValueError: it would match everywhere.
+    A needle shorter than `window` normalized characters raises ValueError: it would match everywhere.
     """
     # hash(i) = B^-i * sum_j c[i + j] * B^(i + j) over the window, from prefix sums modulo 2^64, where an odd B is
     # invertible.
     base = 0x9E3779B97F4A7C15
     by_hash: dict[int, list[tuple[int, str]]] = {}
-    for index, needle in enumerate(map(normalise, needles)):
+    for index, needle in enumerate(map(normalize, needles)):
         if len(needle) < window:
             raise ValueError(
                 f"needle {index} has {len(needle)} characters without white space; it must have at least {window}"
@@ -93,11 +93,11 @@ def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW
 
 
 def _joined(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Strings of at least `size` characters: normalised texts joined by null characters, which no source contains."""
+    """Strings of at least `size` characters: normalized texts joined by null characters, which no source contains."""
     pending: list[str] = []
     length = 0
     for text in texts:
-        pending.append(normalise(text))
+        pending.append(normalize(text))
         length += len(pending[-1]) + 1
         if length >= size:
             yield "\0".join(pending)

@@ -267,6 +267,7 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
         except BaseException:
             corpus.clear()  # ends the builds, for which the pool would wait
             raise
+        rates = {mixture: tasks.mixture_rates(mixture) for mixture in rates}  # as seqio has them
         counts = {name: task_counts[name] for name in names} | evaluation
         (folder / "mixtures.json").write_text(json.dumps(rates, indent=1) + "\n", encoding="utf-8")
     return {
@@ -297,7 +298,7 @@ def run_task(name: str, path: Path, sequence_length: Mapping[str, int], seed: in
         trim_output_features=False,
         try_in_mem_cache=False,
     )
-    # An example with an empty side, such as a query without tokens, teaches nothing.
+    # An example with an empty side, such as a query without tokens, has no training signal.
     sides = {"diffusion": ("tokens",), "pair": ("query", "document"), "contextual": ("document", "queries")}[stage]
     vocabulary = task.output_features[sides[0]].vocabulary
     vocabulary.lost.clear()

@@ -86,7 +86,7 @@ def _drop_contained(corpus: Corpus) -> None:
     training = {f["digest"]: f["code"] for module in corpus.modules["train"] for f in module["functions"]}
     training |= {f["digest"]: f["code"] for f in corpus.functions["train"]}
     held_out = [f for split in ("test", "development") for f in corpus.functions[split]]
-    short = {f["digest"] for f in held_out if len(hygiene.normalise(f["code"])) < hygiene.WINDOW}
+    short = {f["digest"] for f in held_out if len(hygiene.normalize(f["code"])) < hygiene.WINDOW}
     rest = [f for f in held_out if f["digest"] not in short]
     inside = {rest[i]["digest"] for i in hygiene.contained([f["code"] for f in rest], training.values())}
     corpus.contaminated |= short | inside

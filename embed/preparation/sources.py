@@ -5,7 +5,7 @@ and returns plain dictionaries:
 
     module    package, module (dotted name), text, digest, summary (first paragraph of the docstring), functions,
               classes, order: [["class" | "function", index], …] in source order,
-              digests: of the normalised content of all its functions, including nested ones, without docstrings
+              digests: of the normalized content of all its functions, including nested ones, without docstrings
     function  name, owner (its class, dotted if nested, or ""), arguments (names), docstring, summary,
               code (source without the docstring, dedented), body (offset of the body in `code`), digest
     class     name (dotted if nested), summary, header (decorators, class statement and fields)

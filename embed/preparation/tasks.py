@@ -25,7 +25,7 @@ from embed.preparation import examples
 from embed.tokenizers import Tokenizer
 
 BATCH = 512  # texts per call of the tokenizer
-# Limits the characters to tokenise: no token is longer than 16 characters, and the tokenizer squeezes indentation.
+# Limits the characters to tokenize: no token is longer than 16 characters, and the tokenizer squeezes indentation.
 CHARACTERS_PER_TOKEN = 20
 TRUNCATED, OVER_LIMIT, WITHOUT_QUERY = (
     "texts cut to their length",
@@ -176,6 +176,12 @@ def register_mixtures(mixtures: Mapping[str, Mapping[str, float]]) -> None:
         seqio.MixtureRegistry.add(name, [(task, float(rate)) for task, rate in rates.items()])
 
 
+def mixture_rates(name: str) -> dict[str, float]:
+    """{task: rate} of a registered seqio mixture."""
+    mixture = seqio.MixtureRegistry.get(name)
+    return {task.name: mixture.get_rate(task) for task in mixture.tasks}
+
+
 # --- preprocessors: tf.data to tf.data, with Python in between --------------------------------------------------------
 
 
@@ -203,7 +209,7 @@ def text(dataset: tf.data.Dataset, output_features, max_characters: int) -> tf.d
 def pairs(
     dataset: tf.data.Dataset, output_features, sequence_length: Mapping[str, int] | None, make: Callable
 ) -> tf.data.Dataset:
-    """The pairs that `make` yields for each record, tokenised and truncated to `sequence_length`."""
+    """The pairs that `make` yields for each record, tokenized and truncated to `sequence_length`."""
     lengths = sequence_length or {}
 
     def generate():

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece vocabulary and defines the normalisation that it contains."""
+"""Trains a SentencePiece vocabulary and defines the normalization that it contains."""
 
 import re
 import string
@@ -81,7 +81,7 @@ def train_sentencepiece(
 
 
 def identifier_rules() -> dict[str, str]:
-    """The normalisation as {source: target}. At each position SentencePiece applies the longest matching rule.
+    """The normalization as {source: target}. At each position SentencePiece applies the longest matching rule.
 
     - NFKC with case folding, for every character and its canonical decomposition;
     - "_" and white space become a space (SentencePiece later squeezes runs of spaces);

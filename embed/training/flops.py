@@ -28,7 +28,7 @@ class Chip:
     memory: float  # bytes of HBM
     bandwidth: float  # bytes/s of HBM
     interconnect: float  # bytes/s over all links to other chips
-    network: float  # bytes/s between slices: the chip's share of the data-centre network
+    network: float  # bytes/s between slices: the chip's share of the data-center network
 
 
 # From cloud.google.com/tpu/docs.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from embed import paths
+from embed.console import make_console
 
 FILE = "metrics.jsonl"
 
@@ -36,7 +37,7 @@ class MetricsWriter:
         kept = [row for row in read_metrics(self.folder / FILE) if row["step"] <= start_step]
         paths.write(self.local / FILE, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = (self.local / FILE).open("a", encoding="utf-8")
-        # Not SummaryWriter: when the disk is full, its thread ends and the caller waits for ever.
+        # Not SummaryWriter: when the disk is full, its thread ends and the caller waits forever.
         self.events = EventsWriter(str(self.local / "tensorboard" / "events"), f".{os.getpid()}")
         # TensorBoard then ignores earlier files from this step on.
         self._write_event(start_step + 1, session_log={"status": "START"})
@@ -126,7 +127,6 @@ def log_line(step: int, total: int, row: dict[str, float]) -> str:
 @contextlib.contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable]:
     """Yields `update(step, row)`: a bar with steps, loss and time left, or one line per row without a terminal."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -136,7 +136,7 @@ def progress_bar(description: str, total: int) -> Iterator[Callable]:
         TimeRemainingColumn,
     )
 
-    console = Console()
+    console = make_console()
     if not console.is_terminal:
         yield lambda step, row: print(f"{description}  {log_line(step, total, row)}", flush=True)
         return

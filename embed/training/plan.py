@@ -18,7 +18,7 @@ import numpy as np
 
 from embed.models import sharding, transformer
 from embed.objectives import masked_diffusion
-from embed.training import flops, stages
+from embed.training import flops
 from embed.training.flops import CHIPS, Chip
 from embed.training.hlo import BETWEEN, collective_bytes
 from embed.training.step import make_step
@@ -36,7 +36,7 @@ class Plan:
     model_flops: float  # without recomputation
     hardware_flops: float  # with it
     hbm: float  # bytes between HBM and core
-    collectives: dict[str, float]  # kind -> bytes sent; "… between slices" over the data-centre network
+    collectives: dict[str, float]  # kind -> bytes sent; "… between slices" over the data-center network
     tokens: int  # of the global batch, padding included
     compile_seconds: float
 
@@ -73,9 +73,9 @@ def parse_topology(topology: str) -> tuple[str, int]:
     return name, math.prod(map(int, shape.split("x")))
 
 
-def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int = 0):
+def compile_step(stage, model: transformer.TransformerConfig, mesh):
     """The compiled train step of a stage over a mesh, the one that `loop.train` runs. May raise DoesNotFitError."""
-    lowered = make_step(stage, model, mesh, steps=100, seed=0, mask_id=mask_id, left_shift=True).lower()
+    lowered = make_step(stage, model, mesh, steps=100, seed=0, mask_id=0, left_shift=True).lower()
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -85,14 +85,14 @@ def compile_step(stage, model: transformer.TransformerConfig, mesh, mask_id: int
         raise DoesNotFitError(f"does not fit: {sentence}") from None
 
 
-def make_plan(
-    stage, model: transformer.TransformerConfig, topology: str, axes: dict, mask_id: int = 0, slices: int = 1
-) -> Plan:
+def make_plan(stage, model: transformer.TransformerConfig, topology: str, axes: dict, slices: int = 1) -> Plan:
     """Compile a stage's step for `slices` slices of a topology and return its costs.
 
-    `axes` is config.execution.mesh: {"data": int, "fsdp": int, "tensor": int}.
+    `model` is that of the stage (`stages.stage_model`). `axes` is config.execution.mesh: {"data": int, "fsdp": int,
+    "tensor": int}.
     ValueError if the rows do not divide over the devices or the logits buffer is too small (`check_capacity`).
-    DoesNotFitError if the compiler refuses the step for want of memory; a returned plan may not fit either (`fits`).
+    DoesNotFitError if the compiler refuses the step because it needs too much memory; a returned plan may not fit
+    either (`fits`).
     """
     from jax.experimental import topologies
 
@@ -111,9 +111,8 @@ def make_plan(
         length, head = stage.batch.length, model.head_dim
         model = dataclasses.replace(model, attention="splash" if length % 128 == head % 128 == 0 else "xla")
     check_capacity(stage, sharding.batch_shards(mesh))
-    model = stages.stage_model(stage.kind, model)
     start = time.perf_counter()
-    compiled = compile_step(stage, model, mesh, mask_id)
+    compiled = compile_step(stage, model, mesh)
     seconds = time.perf_counter() - start
     return Plan(
         chips=chips,

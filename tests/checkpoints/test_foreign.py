@@ -384,7 +384,7 @@ def test_the_tokenizer_class_of_qwen_is_read_if_tokenizer_json_is_like_that_of_q
     assert model_folder.open_model(folder).tokenizer().encode(["parse"])[0].size
 
 
-def test_a_lowercase_normalizer_of_tokenizer_json_is_honoured(folder):
+def test_a_lowercase_normalizer_of_tokenizer_json_is_honored(folder):
     plain = inference.load(folder).tokenizer
     edit(folder / "tokenizer.json", normalizer={"type": "Lowercase"})
     ids = model_folder.open_model(folder).tokenizer().encode(["Parse the CONFIG"])[0]

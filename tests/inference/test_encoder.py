@@ -51,7 +51,7 @@ def test_a_vector_is_the_mean_of_the_text_s_own_hidden_states(encoder):
         np.testing.assert_allclose(vector, alone, atol=1e-5)
 
 
-def test_padding_and_neighbours_in_the_row_change_nothing(encoder):
+def test_padding_and_neighbors_in_the_row_change_nothing(encoder):
     tokens = small.tokenizer().encode(TEXTS[:1])[0]
     bare = small.hidden_states(tokens, length=len(tokens)).mean(0)
     np.testing.assert_allclose(encoder.encode(TEXTS[:20])[0], bare, atol=1e-5)

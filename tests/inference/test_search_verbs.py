@@ -38,6 +38,24 @@ def test_search_prints_rank_score_id_and_text_of_the_nearest(model, corpus, caps
     assert len(rows) == 2
 
 
+@pytest.mark.parametrize("precision", ["float32", "binary"])
+def test_search_json_prints_one_object_per_result_and_nothing_else(model, tmp_path, capsys, precision):
+    corpus, queries = tmp_path / "c.jsonl", ["the list", "ü\n“open”"]
+    texts = {"a": "a list\nof numbers", "ü": "größe “x”", "c": "open a file"}
+    corpus.write_text("".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items()))
+    search = ["search", "--model", model, "--corpus", str(corpus), "--precision", precision, "--top", "2", "--json"]
+    assert cli.main([*search, "--query", queries[0], "--query", queries[1]]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    encoder = inference.load(model)
+    stored = inference.Index(encoder.encode(list(texts.values()), precision=precision), precision, ids=list(texts))
+    scores, indices = stored.search(encoder.encode(queries, precision=precision), 2)
+    assert rows == [
+        {"query": query, "rank": rank + 1, "id": key, "score": pytest.approx(scores[q][rank]), "text": texts[key]}
+        for q, query in enumerate(queries)
+        for rank, key in enumerate(stored.ids[i] for i in indices[q])
+    ]
+
+
 def test_a_stored_index_gives_the_results_of_the_corpus(model, corpus, tmp_path, capsys):
     folder = str(tmp_path / "index")
     assert cli.main(["index", "--model", model, "--corpus", corpus, "--precision", "int8", "--output", folder]) == 0

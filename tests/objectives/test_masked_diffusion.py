@@ -70,10 +70,10 @@ def test_t_is_stratified_over_the_batch(rows):
 
 
 @pytest.mark.parametrize("block", [2, 4, 8, 16, 32])
-def test_t_is_stratified_over_every_block_of_neighbouring_rows(block):
+def test_t_is_stratified_over_every_block_of_neighboring_rows(block):
     for t in draws(64, count=20, t_min=0):
         for part in t.reshape(-1, block):
-            # On the circle, because frac() wraps: all gaps between neighbours are 1 / block.
+            # On the circle, because frac() wraps: all gaps between neighbors are 1 / block.
             np.testing.assert_allclose(np.diff(np.sort(part), append=part.min() + 1), 1 / block, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Runs the commands and programs of docs/checkpoints.md in order, in one folder.
+"""Runs the commands and programs of README.md and docs/checkpoints.md in order, each page in its own folder.
 
 Small random models replace those of the hub, and a tiny run replaces the quickstart.
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import small
 import transformers
 from random_models import random_qwen3, save
@@ -18,7 +19,6 @@ from embed import cli
 from embed.checkpoints import names
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "checkpoints.md").read_text()
 
 
 def put_in_cache(cache, hub_id, folder):
@@ -29,11 +29,12 @@ def put_in_cache(cache, hub_id, folder):
     (repository / "refs" / "main").write_text("a" * 40)
 
 
-def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
-    cache, here = tmp_path / "cache", tmp_path / "here"
-    here.mkdir()
-    (here / "configs").symlink_to(ROOT / "configs")
-    causal = save(random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True), tokenizer_folder, tmp_path / "causal")
+@pytest.fixture(scope="module")
+def hub(tokenizer_folder, tmp_path_factory):
+    """A cache of huggingface_hub with small random models under the names of real ones."""
+    folder = tmp_path_factory.mktemp("hub")
+    cache = folder / "cache"
+    causal = save(random_qwen3(transformers.Qwen3ForCausalLM, is_causal=True), tokenizer_folder, folder / "causal")
     small.edit_config(causal, is_causal=None)
     put_in_cache(cache, "Qwen/Qwen3-0.6B-Base", causal)
     for name, kind in (
@@ -41,23 +42,36 @@ def test_every_command_of_the_page_runs_as_written(tokenizer_folder, tmp_path):
         ("pplx-embed-context-v1-0.6b", "PPLXQwen3ContextualModel"),
     ):
         # As wide as the released one: the page cuts vectors to 512 dimensions.
-        folder = save(random_qwen3(hidden_size=1024, num_hidden_layers=1), tokenizer_folder, tmp_path / kind)
-        small.edit_config(folder, is_causal=None, model_type=names.PPLX, auto_map={"AutoModel": f"modeling.{kind}"})
-        put_in_cache(cache, f"perplexity-ai/{name}", folder)
-    # The page exports models of the quickstart, which takes seconds at this size.
-    run = ["--config=configs/quickstart.py:runlocal", f"--workdir={here / 'runs/quickstart'}"]
-    assert cli.main(["pipeline", *run]) == 0
+        released = save(random_qwen3(hidden_size=1024, num_hidden_layers=1), tokenizer_folder, folder / kind)
+        small.edit_config(released, is_causal=None, model_type=names.PPLX, auto_map={"AutoModel": f"modeling.{kind}"})
+        put_in_cache(cache, f"perplexity-ai/{name}", released)
+    return cache
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """The quickstart, which takes seconds at this size. The pages use its models."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    assert cli.main(["pipeline", "--config=configs/quickstart.py:runlocal", f"--workdir={folder}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7)])
+def test_every_command_of_a_page_runs_as_written(page, blocks, hub, workdir, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(workdir)
     environment = {
         **os.environ,
-        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_CACHE": str(hub),
         "HF_HUB_OFFLINE": "1",
         "JAX_PLATFORMS": "cpu",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.S)
-    assert len(blocks) >= 7
-    for language, program in blocks:
+    matches = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert len(matches) >= blocks
+    for language, program in matches:
         program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # as in the run above
         command = [sys.executable, "-c", program] if language == "python" else ["bash", "-e", "-c", program]
-        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"

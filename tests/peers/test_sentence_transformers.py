@@ -46,7 +46,7 @@ def add_normalize(folder):
     edit(folder / "2_Normalize" / "config.json")
 
 
-HONOURED = {
+HONORED = {
     "a normalizer": lambda f: edit(f / "tokenizer.json", normalizer={"type": "Lowercase"}),
     "rope_theta of its own": lambda f: edit(f / "config.json", rope_parameters=None),
     "rope_scaling of its own": lambda f: edit(
@@ -66,9 +66,9 @@ HONOURED = {
 }
 
 
-@pytest.mark.parametrize("what", HONOURED)
-def test_honoured_fields_give_the_vectors_of_sentence_transformers(what, folder):
-    HONOURED[what](folder)
+@pytest.mark.parametrize("what", HONORED)
+def test_honored_fields_give_the_vectors_of_sentence_transformers(what, folder):
+    HONORED[what](folder)
     np.testing.assert_allclose(inference.load(folder).encode(TEXTS), theirs(folder).encode(TEXTS), atol=1e-5, rtol=0)
 
 

@@ -83,6 +83,8 @@ def rows(path):
 def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
     mixtures = json.loads((data / "mixtures.json").read_text())
     assert set(mixtures) == {"diffusion", "pairs", "summaries", "contextual"}
+    assert mixtures["summaries"] == {"python_docs_summaries": 1.0}
+    assert mixtures["pairs"]["python_docs_classes"] == 0.5 and mixtures["pairs"]["python_docs_summaries"] == 4.0
     tokenizer = tokenizers.load(data / "tokenizer")
     for name in {task for rates in mixtures.values() for task in rates}:
         store = Store(data / "tasks" / name)
@@ -94,7 +96,7 @@ def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
 def test_training_has_no_text_of_a_held_out_function(data):
     tokenizer = tokenizers.load(data / "tokenizer")
     text = Store(data / "tasks" / "python_docs_text")
-    training = hygiene.normalise(tokenizer.decode(text.flat("tokens", 0, int(text.offsets("tokens")[-1]))))
+    training = hygiene.normalize(tokenizer.decode(text.flat("tokens", 0, int(text.offsets("tokens")[-1]))))
     corpus = [
         row["text"]
         for split in ("development", "test")
@@ -103,10 +105,10 @@ def test_training_has_no_text_of_a_held_out_function(data):
     assert len(corpus) > 50
     for code in corpus:
         seen = tokenizer.decode(tokenizer.encode([code])[0])
-        assert hygiene.normalise(seen) not in training
+        assert hygiene.normalize(seen) not in training
     # The check can match: it finds a training function.
     known = tokenizer.decode(tokenizer.encode(["records = open(path).readlines()[: limit * 10]"])[0])
-    assert hygiene.normalise(known) in training
+    assert hygiene.normalize(known) in training
 
 
 def test_dropped_items_are_counted_by_reason(data):

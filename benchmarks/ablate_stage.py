@@ -1,7 +1,7 @@
-"""What each choice in the config of a stage is worth: trains variants of the stage and prints their nDCG@10.
+"""Ablations of a stage: trains variants of the stage and prints their nDCG@10.
 
-    python benchmarks/levers.py --config=configs/laptop.py --from=runs/laptop --workdir=runs/levers --stage=pair \
-        "as shipped" "no diffusion: stages.pair.init=" "half the batch: stages.pair.batch.groups=1"
+    python benchmarks/ablate_stage.py --config=configs/laptop.py --from=runs/laptop --workdir=runs/ablations \
+        --stage=pair "as shipped" "no diffusion: stages.pair.init=" "half the batch: stages.pair.batch.groups=1"
 
 A variant is a name and, after a colon, the config keys that it changes, separated by spaces. The data and the
 checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not trained again.
@@ -30,7 +30,7 @@ def run_variant(arguments, name: str, overrides: list[str]) -> dict:
     """Train and evaluate one variant in its own workdir, with links to the data and parent stage of --from."""
     folder = Path(arguments.workdir) / name.replace(" ", "_")
     run = runs.Run(config.load(arguments.config, overrides), folder)
-    if (done := folder / "lever.json").exists():
+    if (done := folder / "ablation.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
     stage = run.config.stages[arguments.stage]
     folder.mkdir(parents=True, exist_ok=True)
