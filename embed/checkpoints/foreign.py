@@ -1,6 +1,6 @@
 """How a third-party folder turns texts into vectors, read from the files of transformers and sentence-transformers.
 
-A field that changes a vector is honoured, or refused in one sentence that names file, field, value and what is allowed.
+A field that changes a vector is honored, or refused in one sentence that names file, field, value and what is allowed.
 docs/checkpoints.md has the list, which follows transformers 5.24 and sentence-transformers 6.2.
 """
 
@@ -37,7 +37,7 @@ BOTH = (False, True, None)
 # The allowed values of each known field; Ellipsis allows any value.
 TRANSFORMER_FIELDS = {
     "max_seq_length": ...,
-    "do_lower_case": (False, None),  # a Lowercase normalizer in tokenizer.json says the same and is honoured
+    "do_lower_case": (False, None),  # a Lowercase normalizer in tokenizer.json says the same and is honored
     "transformer_task": ("feature-extraction",),
     "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}}, None),
     "module_output_name": ("token_embeddings", None),

@@ -12,9 +12,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", default="diffusion", help="a diffusion stage of this run, or a stage folder (default diffusion)"
     )
-    parser.add_argument(
-        "--step", type=int, default=0, help="step of an unfinished stage (default: the last step of a finished one)"
-    )
+    common.add_step_argument(parser)
     parser.add_argument("--tokens_per_step", type=int, default=1, help="tokens unmasked per step (default 1)")
     arguments, config = common.parse_config(parser, argv)
     common.check_texts("--text", [arguments.text])
@@ -47,9 +45,3 @@ def main(argv: list[str] | None = None) -> int:
     for k, state in enumerate(states):
         say(f"{k:3} {nodes.show_masked(tokenizer, state)}")
     return 0
-
-
-if __name__ == "__main__":
-    from embed.cli.common import end, run
-
-    end(run, main)

@@ -4,7 +4,7 @@
     ContrastiveLoader   pairs, triplets or chunked documents, packed group by group
     prefetch            reads the batches of a loader ahead of time, in a thread
 
-Batch k costs the same for every k, a restart needs only the step number, and the global batch does not depend on the
+Batch k costs the same forevery k, a restart needs only the step number, and the global batch does not depend on the
 number of processes. A batch consists of `num_shards` shards: rows (diffusion) or groups (contrastive). Each process
 builds only the `shards` that its devices hold, and reads only their examples.
 """
@@ -345,7 +345,7 @@ def prefetch(
 
     An exception of the loader is raised here at the step that it belongs to, with a note that names the loader and the
     step. ReaderStalledError is raised after `timeout` seconds of waiting for one batch. The thread is a daemon: it may
-    hang for ever, and the process can still exit.
+    hang forever, and the process can still exit.
     """
     if depth < 1:
         raise ValueError(f"depth={depth} must be at least 1")

@@ -30,8 +30,8 @@ from embed.training.metrics import read_metrics
 
 METRICS = {"ndcg@10": "nDCG@10", "recall@10": "recall@10"}
 PRECISIONS = ("float32", "int8", "binary")
-# The colours also differ in lightness, for print and for colour-blind readers (Okabe and Ito).
-COLOURS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#D55E00", "#CC79A7")
+# The colors also differ in lightness, for print and for color-blind readers (Okabe and Ito).
+COLORS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#D55E00", "#CC79A7")
 
 NONE = "–"  # for a missing figure
 TITLE = "Retrieval"
@@ -100,7 +100,7 @@ def plot_losses(path, metrics: Mapping[str, Path]) -> None:
         rows = [row for row in read_metrics(file) if "loss" in row]
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         axis.plot(steps, losses, color="#9DC3E6", linewidth=0.8)
-        axis.plot(steps, _running_mean(losses), color=COLOURS[0], linewidth=1.6)
+        axis.plot(steps, _running_mean(losses), color=COLORS[0], linewidth=1.6)
         axis.set_title(stage if rows else f"{stage}: nothing logged", loc="left", fontsize=10)
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
@@ -120,7 +120,7 @@ def plot_ndcg(path, results: Mapping) -> None:
         values = [_figure_of(results, name, benchmark, "float32", "ndcg@10") for name in names]
         positions = [i + (k - (len(shown) - 1) / 2) * width for i in range(len(names))]
         bars = axis.bar(
-            positions, [v or 0 for v in values], width * 0.92, color=COLOURS[k % len(COLOURS)], label=titles[benchmark]
+            positions, [v or 0 for v in values], width * 0.92, color=COLORS[k % len(COLORS)], label=titles[benchmark]
         )
         axis.bar_label(bars, [_number(v) for v in values], fontsize=7, padding=2, color="#333333")
     axis.set_xticks(range(len(names)), [name.replace(" + ", " +\n").replace(" (", "\n(") for name in names])
@@ -139,7 +139,7 @@ def plot_slerp(path, merges: Mapping[str, Mapping]) -> None:
         ratios = [point["ratio"] for point in merge["sweep"]]
         for k, benchmark in enumerate(_swept(merge["sweep"])):
             values = [point[benchmark] for point in merge["sweep"]]
-            axis.plot(ratios, values, marker="o", markersize=4, color=COLOURS[k % len(COLOURS)], label=benchmark)
+            axis.plot(ratios, values, marker="o", markersize=4, color=COLORS[k % len(COLORS)], label=benchmark)
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel("ratio: 0 is the first, 1 the second")
         axis.legend(frameon=False, fontsize=8)
@@ -351,7 +351,7 @@ def _code(text: str) -> str:
 
 
 def _running_mean(values) -> list[float]:
-    """Each value's mean with its neighbours: a tenth of all points in the middle, fewer towards the ends."""
+    """Each value's mean with its neighbors: a tenth of all points in the middle, fewer toward the ends."""
     half, last = len(values) // 20 + 1, len(values) - 1
     reach = [min(half, k, last - k) for k in range(len(values))]
     return [sum(values[k - r : k + r + 1]) / (2 * r + 1) for k, r in enumerate(reach)]
