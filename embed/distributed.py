@@ -1,9 +1,14 @@
 """Processes that compute together, joined by jax.distributed. Functions import jax only when they need it."""
 
 import contextlib
+import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from embed import paths
+
+# The folder is not writable, in a read-only or virtual file system, or a link that leads nowhere.
+CANNOT_BE_MADE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 HEARTBEAT_SECONDS = 60  # after a process dies, the others end within this time
 
 
@@ -76,3 +81,62 @@ def barrier() -> None:
 
         with translate_peer_errors():
             multihost_utils.sync_global_devices("embed")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process. All processes call this."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(bool(flag)).any()) if jax.process_count() > 1 else bool(flag)
+
+
+def on_first_process(
+    function: Callable[[], bool | None], then: Callable[[], None] = lambda: None, task: str = "continue"
+) -> bool:
+    """Call `function` in process 0, then `then` in all processes if there are several; return the flag to all of them.
+
+    An error of `function` is raised in all processes, after `then`: as it is in process 0, elsewhere as a ValueError
+    that process 0 cannot do the `task`. Other processes would see a change in a folder a moment later, and might decide
+    differently.
+    """
+    import jax
+
+    flag = error = None
+    if is_first():
+        try:
+            flag = function()
+        except Exception as caught:  # whatever it is, the other processes must not wait
+            error = caught
+    if jax.process_count() > 1:
+        then()
+        if any_process(error is not None):
+            error = error or ValueError(f"process 0 cannot {task}: see its error")
+    if error:
+        raise error
+    return any_process(bool(flag))
+
+
+@contextlib.contextmanager
+def hold(folder, refuse: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
+    """`paths.lock` of process 0 on behalf of all processes, which leave the block together.
+
+    Process 0 calls `refuse`. An error there is raised in all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        checks = [lambda: None]  # of the processes that hold no lock
+
+        def lock():
+            try:
+                refuse()
+                checks[0] = stack.enter_context(paths.lock(folder))
+                refuse()  # again: another process may have written the folder before this one locked it
+            except OSError as error:
+                if error.errno not in CANNOT_BE_MADE:
+                    raise
+                option = "--workdir, --output or config.data.directory"
+                raise ValueError(f"{folder} cannot be written ({error.strerror}): choose another {option}") from error
+
+        on_first_process(lock, task=f"write {folder}")
+        yield checks[0]
+        barrier()  # now all see what process 0 has written

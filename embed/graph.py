@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from embed import exports, nodes, paths, runs
+from embed import distributed, exports, nodes, paths, runs
 from embed.checkpoints import model_folder
 from embed.checkpoints.provenance import made_with
 from embed.config import differences
@@ -189,18 +189,20 @@ def is_done(run: Run, node: Node) -> bool:
     saved = _read_record(run, node)
     if saved is None:
         return False
+    if not all(file.exists() for file in outputs(run, node)):
+        return False
     if node.kind == "prepare":
         nodes.prepare(run)  # refuses data of another config
         return True
     if node.kind == "stage":
         return run.is_complete(node.of, run.identity(node.of))
-    if not all(file.exists() for file in outputs(run, node)):
-        return False
     return runs.portable(saved["inputs"]) == runs.portable(inputs(run, node))
 
 
 def outputs(run: Run, node: Node) -> list:
     """The files and folders besides its record that a node writes and later nodes or a user read."""
+    if node.kind == "prepare":
+        return [run.data / "info.json"]
     if node.kind == "mine":
         return [run.store_path(node.of) / "info.json"]
     if node.kind == "evaluate":
@@ -241,18 +243,18 @@ def walk(run: Run) -> None:
     """
     check(run.config)
     is_new = False
-    with runs.hold(run.workdir / "pipeline"):
+    with distributed.hold(run.workdir / "pipeline"):
         for node in make_nodes(run.config):
-            if not runs.on_first_process(functools.partial(_announce, run, node)):
+            if not distributed.on_first_process(functools.partial(_announce, run, node)):
                 is_new = True
                 start = time.perf_counter()
                 result = node.work(run)
                 taken = time.perf_counter() - start
-                runs.on_first_process(functools.partial(_write_record, run, node, result, taken))
+                distributed.on_first_process(functools.partial(_write_record, run, node, result, taken))
             if node.kind == "prepare":
                 nodes.check_data(run, run.config.stages)
                 nodes.check_sets(run)
-        runs.on_first_process(functools.partial(_report, run, is_new))
+        distributed.on_first_process(functools.partial(_report, run, is_new))
 
 
 def _announce(run: Run, node: Node) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from embed import config as configs
-from embed import mining, paths, runs, tokenizers
+from embed import distributed, mining, paths, runs, tokenizers
 from embed.checkpoints import model_folder, training_state
 from embed.checkpoints.names import TOKENIZER_FILES
 from embed.checkpoints.provenance import made_with
@@ -58,7 +58,7 @@ def prepare(run: Run) -> dict:
         bucket = paths.is_bucket(data.tokenizer)
         folder = data.tokenizer if bucket else model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
         tokenizer = tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
-    with contextlib.nullcontext() if done else runs.hold(run.data):
+    with contextlib.nullcontext() if done else distributed.hold(run.data):
         prepare_data(
             run.data,
             gin_file=gin_file,
@@ -83,7 +83,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     check_data(run, [name])
     for task in mined_tasks(run.config, name):
         mine(run, task)
-    if runs.on_first_process(
+    if distributed.on_first_process(
         lambda: run.is_complete(name, run.identity(name)) and training_state.is_finished(folder / "checkpoints")
     ):
         say(f"{name} is complete: {folder}, step {steps}")
@@ -92,17 +92,18 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     if execution.evaluate_every:
         data = evaluation_set(run, execution.evaluate_on)
         evaluate_params = functools.partial(hook, run, name, data)
-    with runs.hold(folder) as check_held, progress_bar(name, steps) as update:
+    with distributed.hold(folder) as check_held, progress_bar(name, steps) as update:
         identity = run.identity(name)
-        if runs.on_first_process(lambda: run.is_complete(name, identity)):  # trained meanwhile, or its end interrupted
+        # Another process has trained it meanwhile, or its end was interrupted.
+        if distributed.on_first_process(lambda: run.is_complete(name, identity)):
             training_state.finish(folder / "checkpoints", execution.evaluate_on)
             say(f"{name} is complete: {folder}, step {steps}")
             return {"steps": steps}
         step, loader = _stage_parts(run, name, identity)
-        runs.write_json(folder / "config.json", identity)
-        about = {"parent": identity["parent"], "mesh": dict(run.mesh.shape)}
-        runs.write_json(folder / "run.json", made_with() | about)
-        if jax.process_index() == 0:
+        if distributed.is_first():
+            about = {"parent": identity["parent"], "mesh": dict(run.mesh.shape)}
+            paths.write_json(folder / "config.json", identity)
+            paths.write_json(folder / "run.json", made_with() | about)
             run.tokenizer.save(folder / "tokenizer")
         loop.train(
             folder,
@@ -154,10 +155,10 @@ def hook(run: Run, stage: str, data: retrieval.RetrievalSet, params) -> float:
 def mine(run: Run, name: str) -> dict:
     """Mine the hard negatives of config.mining.NAME with a checkpoint and store them in the run: mining/NAME."""
     target = run.store_path(name)
-    is_mined = functools.partial(runs.on_first_process, (target / "info.json").exists)
+    is_mined = functools.partial(distributed.on_first_process, (target / "info.json").exists)
     if is_mined():
         return _mined(run, name, read_header(target)["info"])
-    with runs.hold(target):
+    with distributed.hold(target):
         if is_mined():  # another process mined them meanwhile
             return _mined(run, name, read_header(target)["info"])
         config = run.config.mining[name]

@@ -9,23 +9,20 @@
 A stage owns its folder from its first checkpoint on. Any run may start from it, given its path.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from urllib.parse import quote
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from embed import config as configs
-from embed import distributed, fields, inference, paths, tokenizers
+from embed import fields, inference, paths, tokenizers
 from embed.checkpoints import merge, model_folder, training_state
 from embed.data.store import Store, read_header
 from embed.inference import Encoder
@@ -35,8 +32,6 @@ from embed.training import stages
 RANDOM = "random init"
 # Names in a workdir that no stage may have.
 RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", RANDOM)
-# The folder is not writable, in a read-only or virtual file system, or a link that leads nowhere.
-CANNOT_BE_MADE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP)
 # Fields of a stage's config that parent and phases stand for, or that do not change the result.
 NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")
 # Without the fields that say how to compute, and without `tied`: only the diffusion stage has an output layer.
@@ -609,58 +604,6 @@ def check_identity(folder, stage: str, identity: Mapping) -> None:
             f"{folder} was trained with another config: {'; '.join(changes)}. Use its config, another workdir or "
             "another name"
         )
-
-
-@contextlib.contextmanager
-def hold(folder, refuse: Callable[[], None] = lambda: None) -> Iterator[Callable[[], None]]:
-    """`paths.lock` of process 0 on behalf of all processes, which leave the block together.
-
-    Process 0 calls `refuse`. An error there is raised in all processes.
-    """
-    with contextlib.ExitStack() as stack:
-        error, check = None, lambda: None
-        if jax.process_index() == 0:
-            try:
-                refuse()
-                check = stack.enter_context(paths.lock(folder))
-                refuse()  # again: another process may have written the folder before this one locked it
-            except Exception as caught:  # whatever it is, the other processes must not wait
-                error = caught
-                if getattr(caught, "errno", None) in CANNOT_BE_MADE:
-                    option = "--workdir, --output or config.data.directory"
-                    error = ValueError(f"{folder} cannot be written ({caught.strerror}): choose another {option}")
-        _raise_in_all(error, f"process 0 cannot write {folder}: see its error")
-        yield check
-        distributed.barrier()  # now all see what process 0 has written
-
-
-def on_first_process(function: Callable[[], bool | None]) -> bool:
-    """Call `function` in process 0 and return its flag in all processes. An error there is raised in all processes.
-
-    Other processes would see a change in a folder a moment later, and might decide differently.
-    """
-    flag = error = None
-    if jax.process_index() == 0:
-        try:
-            flag = function()
-        except Exception as caught:
-            error = caught
-    _raise_in_all(error, "process 0 cannot continue: see its error")
-    return bool(multihost_utils.broadcast_one_to_all(bool(flag))) if jax.process_count() > 1 else bool(flag)
-
-
-def _raise_in_all(error: Exception | None, sentence: str) -> None:
-    """Raise the error of process 0, if there is one: itself in process 0, a ValueError of `sentence` in the others."""
-    if jax.process_count() > 1 and multihost_utils.process_allgather(error is not None).any():
-        error = error or ValueError(sentence)
-    if error:
-        raise error
-
-
-def write_json(file, value) -> None:
-    """`paths.write_json` in process 0."""
-    if jax.process_index() == 0:
-        paths.write_json(file, value)
 
 
 def lineage(checkpoint: Checkpoint) -> list[dict]:

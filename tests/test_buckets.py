@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small
 
-from embed import cli, config, exports, inference, nodes, paths, runs
+from embed import cli, config, distributed, exports, inference, nodes, paths, runs
 from embed.checkpoints import training_state
 from embed.training.metrics import read_metrics
 
@@ -153,7 +153,7 @@ def test_rows_of_metrics_survive_a_lost_host_and_the_restart_adds_those_after_it
     saved = training_state.steps(f"{bucket}/lost/pair/checkpoints")[-1]
     assert set(range(1, saved + 1)) <= set(losses(f"{bucket}/lost", "pair")) and saved >= 1
     # Its lease still exists: another run is refused, a restart of the same run (EMBED_RUN_ID) continues.
-    with pytest.raises(paths.BusyError, match="is in use by process"), runs.hold(f"{bucket}/lost/pair"):
+    with pytest.raises(paths.BusyError, match="is in use by process"), distributed.hold(f"{bucket}/lost/pair"):
         pass
     again = subprocess.run(
         [sys.executable, "-m", "embed.cli", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True

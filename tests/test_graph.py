@@ -15,7 +15,7 @@ import pytest
 import small
 from nbclient import NotebookClient
 
-from embed import cli, config, exports, graph, inference, nodes, runs, tokenizers
+from embed import cli, config, distributed, exports, graph, inference, nodes, runs, tokenizers
 from embed.checkpoints import training_state
 from embed.evaluation import retrieval
 from embed.models import transformer
@@ -822,10 +822,10 @@ def test_a_second_run_in_the_same_workdir_is_refused(trained, shared, capsys):
     arguments, folder = trained
     shutil.rmtree(folder)
     run = make_run(folder.parent, shared)
-    with runs.hold(folder):
+    with distributed.hold(folder):
         assert cli.main(["train", *arguments]) == 2
         assert f"{folder} is in use by another process" in said(capsys)
-    with runs.hold(run.workdir / "pipeline"):
+    with distributed.hold(run.workdir / "pipeline"):
         assert cli.main(["pipeline", f"--config={CONFIG}", *arguments[1:]]) == 2
         assert "is in use by another process" in said(capsys)
     assert cli.main(["train", *arguments]) == 0
@@ -1030,17 +1030,17 @@ import contextlib, sys
 import jax
 folder, coordinator, process = *sys.argv[1:3], int(sys.argv[3])
 jax.distributed.initialize(coordinator, 2, process, heartbeat_timeout_seconds=10)
-from embed import runs
+from embed import distributed
 
 def fail():
     raise KeyError("odd")
 
-for attempt in (lambda: runs.on_first_process(fail), lambda: runs.hold(folder, fail).__enter__()):
+for attempt in (lambda: distributed.on_first_process(fail), lambda: distributed.hold(folder, fail).__enter__()):
     try:
         attempt()
     except Exception as error:
         print(f"{type(error).__name__}: {error}")
-print(runs.on_first_process(lambda: process == 0), runs.on_first_process(lambda: process == 1))
+print(distributed.on_first_process(lambda: process == 0), distributed.on_first_process(lambda: process == 1))
 """
 
 

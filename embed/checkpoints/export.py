@@ -12,15 +12,15 @@ pplx-embed, without its code (configuration.py, modeling.py, st_quantize.py); "o
 weights and modules.
 """
 
+import collections
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from embed import paths
+from embed import distributed, paths
 from embed.checkpoints import model_config, names, onnx, settings
 from embed.checkpoints.card import check_provenance, model_card
 from embed.checkpoints.provenance import made_with
@@ -82,13 +82,14 @@ def write(
             (aside / settings.CARD).write_text(card, encoding="utf-8")
             settings.write(aside, embedding, provenance)
 
-    _on_first_process(write_all, stream)
+    # Every process takes part in fetching a tensor: also after an error, until the last one.
+    distributed.on_first_process(write_all, then=lambda: collections.deque(stream, maxlen=0), task="write the model")
     return paths.path(folder)
 
 
 def check_output(folder, overwrite: bool = True) -> None:
     """`settings.check_output` before the work. All processes call this, and process 0 checks."""
-    _on_first_process(lambda: settings.check_output(folder, overwrite))
+    distributed.on_first_process(lambda: settings.check_output(folder, overwrite), task="write the model")
 
 
 def check_format(format: str, tanh: bool) -> None:
@@ -116,24 +117,6 @@ def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Ma
         problems.append(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
     if problems:
         raise ValueError(f"cannot export to {folder}: " + brief(sorted(problems)))
-
-
-def _on_first_process(work: Callable[[], None], stream: Iterable = ()) -> None:
-    """Do `work` in process 0. All processes draw the rest of `stream`, learn whether it failed, and return together."""
-    error = None
-    if jax.process_index() == 0:
-        try:
-            work()
-        except Exception as caught:
-            error = caught
-    if jax.process_count() > 1:
-        for _ in stream:
-            pass
-        failed = multihost_utils.process_allgather(np.asarray(error is not None)).any()
-        if failed and error is None:
-            raise OSError("process 0 could not write the model: see its error")
-    if error is not None:
-        raise error
 
 
 def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tuple[str, np.ndarray]]) -> None:

@@ -18,10 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from embed import paths
+from embed import distributed, paths
 from embed.checkpoints import names
 
 
@@ -173,7 +172,7 @@ def restore_newest(
             restored, checksums = _read(manager.directory / str(step), items)
         except Exception as caught:  # there are many kinds of damage
             error = caught.with_traceback(None)  # a traceback would keep the restored arrays alive
-        if any_process(error is not None):
+        if distributed.any_process(error is not None):
             failures[step] = error or CheckpointError("another process could not read it")
             continue
         # All processes compute the same checksums, so they need not exchange this result.
@@ -190,7 +189,7 @@ def restore_newest(
             if jax.process_index() == 0:
                 _put_aside(paths.path(manager.directory), failed)
         if failures:
-            any_process(False)  # wait for process 0
+            distributed.any_process(False)  # wait for process 0
             manager.reload()
         return step, restored["params"], restored.get("optimizer")
     if failures:
@@ -225,7 +224,7 @@ def finish(folder, evaluated_on: str = "") -> None:
             surplus = folder / str(step) / "optimizer" if kept else folder / str(step)
             if surplus.exists():
                 surplus.rmtree() if paths.is_bucket(surplus) else shutil.rmtree(surplus)
-    any_process(False)  # wait for process 0
+    distributed.any_process(False)  # wait for process 0
 
 
 class _Info(NamedTuple):
@@ -236,11 +235,6 @@ class _Info(NamedTuple):
 def is_finished(folder) -> bool:
     """Whether `finish` is complete in the folder of a stage that has reached its last step."""
     return not any((paths.path(folder) / str(step) / "optimizer").exists() for step in steps(folder))
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return bool(multihost_utils.process_allgather(jnp.asarray(flag)).any()) if jax.process_count() > 1 else flag
 
 
 def _first_line(error: BaseException) -> str:
@@ -280,7 +274,7 @@ def load_params(folder, step: int, abstract_params):
     except Exception as caught:
         error = caught.with_traceback(None)
     shared = any(len(x.sharding.device_set) > jax.local_device_count() for x in jax.tree.leaves(target))
-    if any_process(error is not None) if shared else error:
+    if distributed.any_process(error is not None) if shared else error:
         error = error or CheckpointError("another process could not read it")
     elif int(checksum(restored["params"])) != checksums["params"]:
         error = CheckpointError("its checksum is wrong")

@@ -18,7 +18,6 @@ from typing import NoReturn
 
 from embed import distributed, paths
 from embed.config import nearest
-from embed.distributed import is_first as is_first
 
 WRONG_INPUT = (
     ValueError,
@@ -119,7 +118,7 @@ def end(main: Callable[..., int], *arguments) -> NoReturn:
 
 def _show_warning(message, category, *_) -> None:
     """Print a warning on one line, in process 0."""
-    if not distributed.is_joined() or is_first():
+    if not distributed.is_joined() or distributed.is_first():
         print(f"embed: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -192,7 +191,7 @@ def output(
     if not arguments.output:
         yield
         return
-    with runs.hold(arguments.output, refuse):
+    with distributed.hold(arguments.output, refuse):
         yield
 
 
@@ -289,12 +288,16 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
     return arguments, config.load(arguments.config, overrides)
 
 
-def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --model and --step, the arguments of `runs.load_encoder`."""
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --step, --max_length and --truncate: an encoder (`load_encoder`) and what it does to long texts."""
     parser.add_argument(
         "--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run"
     )
     add_step_argument(parser)
+    parser.add_argument("--max_length", type=int, help="most tokens of a text or document (default: that of the model)")
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut longer texts, with a warning; otherwise a longer text is an error"
+    )
 
 
 def add_step_argument(parser: argparse.ArgumentParser, name: str = "--step") -> None:
@@ -320,14 +323,6 @@ def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | Non
     size = runs.vector_size(model)
     for precision in precisions:
         check_precision(precision, size, truncate_dim)
-
-
-def add_length_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --max_length and --truncate, for long texts."""
-    parser.add_argument("--max_length", type=int, help="most tokens of a text or document (default: that of the model)")
-    parser.add_argument(
-        "--truncate", action="store_true", help="cut longer texts, with a warning; otherwise a longer text is an error"
-    )
 
 
 def load_encoder(arguments: argparse.Namespace):

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 
-from embed import paths
+from embed import distributed, paths
 from embed.cli import common
 from embed.console import say
 from embed.inference.index import Corpus, read_corpus
@@ -17,9 +17,8 @@ CORPUS = (
 def main(argv: list[str] | None = None) -> int:
     """Run `embed encode arguments`; returns the exit code."""
     parser = common.Parser("encode", __doc__)
-    common.add_model_argument(parser)
+    common.add_encoder_arguments(parser)
     common.add_vector_arguments(parser)
-    common.add_length_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus", help=CORPUS)
     source.add_argument("--text", action="append", help="a text (may be repeated)")
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
                 show_progress_bar=True,
             )
         )
-        if not common.is_first():
+        if not distributed.is_first():
             return 0
         content = io.BytesIO()
         np.save(content, vectors, allow_pickle=False)

@@ -5,17 +5,16 @@ def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
     from rich.table import Table
 
-    from embed import inference, paths
+    from embed import distributed, inference, paths
     from embed.cli import common
     from embed.console import print_table
     from embed.evaluation import retrieval
 
     parser = common.Parser("evaluate", __doc__)
-    common.add_model_argument(parser)
+    common.add_encoder_arguments(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     parser.add_argument("--precision", nargs="+", default=list(retrieval.PRECISIONS), choices=inference.PRECISIONS)
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
-    common.add_length_arguments(parser)
     common.add_output_arguments(parser, "also write the metrics to this file, as JSON", required=False)
     common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
             alone=arguments.alone,
             truncate=arguments.truncate,
         )
-        if not common.is_first():
+        if not distributed.is_first():
             return 0
         table = Table("precision", *next(iter(figures.values())))
         for precision, row in figures.items():

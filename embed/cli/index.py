@@ -1,5 +1,6 @@
 """Encode a corpus once and store it for `embed search --index`."""
 
+from embed import distributed
 from embed.cli import common
 from embed.cli.encode import CORPUS
 from embed.console import say
@@ -9,9 +10,8 @@ from embed.inference.index import build, is_index, read_corpus
 def main(argv: list[str] | None = None) -> int:
     """Run `embed index arguments`; returns the exit code."""
     parser = common.Parser("index", __doc__)
-    common.add_model_argument(parser)
+    common.add_encoder_arguments(parser)
     common.add_vector_arguments(parser)
-    common.add_length_arguments(parser)
     parser.add_argument("--corpus", required=True, help=CORPUS)
     common.add_output_arguments(parser, "the folder to write")
     common.add_distributed_arguments(parser)
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
             truncate=args.truncate,
             show_progress_bar=True,
         )
-        if not common.is_first():
+        if not distributed.is_first():
             return 0
         index.save(args.output, overwrite=args.overwrite)
     size = f"{len(index):,} {index.precision} vectors, {index.vectors.nbytes / 1e6:.1f} MB"

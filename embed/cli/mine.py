@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 
-from embed import paths
+from embed import distributed, paths
 from embed.cli import common
 from embed.console import say
 from embed.evaluation.retrieval import embed_set, files, read_set
@@ -20,10 +20,9 @@ KEYS = ("query-id", "corpus-id", "negatives")
 def main(argv: list[str] | None = None) -> int:
     """Run `embed mine arguments`; returns the exit code."""
     parser = common.Parser("mine", __doc__)
-    common.add_model_argument(parser)
+    common.add_encoder_arguments(parser)
     parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
     common.add_output_arguments(parser, "the JSONL file to write")
-    common.add_length_arguments(parser)
     parser.add_argument("--num_negatives", type=int, default=7, help="negatives per positive (default 7)")
     parser.add_argument(
         "--rank_window",
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             document_ids=np.array([content[data.corpus[row]] for row in texts]),
             mesh=encoder.mesh,
         )
-        if not common.is_first():
+        if not distributed.is_first():
             return 0
         lines = []
         for row, positive, chosen in zip(query_rows, positives, negatives):

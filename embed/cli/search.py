@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from embed import inference
+from embed import distributed, inference
 from embed.cli import common
 from embed.cli.encode import CORPUS
 from embed.console import print_table
@@ -16,9 +16,8 @@ from embed.inference.index import build, read_corpus
 def main(argv: list[str] | None = None) -> int:
     """Run `embed search arguments`; returns the exit code."""
     parser = common.Parser("search", __doc__)
-    common.add_model_argument(parser)
+    common.add_encoder_arguments(parser)
     common.add_vector_arguments(parser)
-    common.add_length_arguments(parser)
     parser.set_defaults(precision=None)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus", help=CORPUS)
@@ -58,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         names=[f"--query={query!r:.40}" for query in args.query],
     )
     scores, indices = index.search(queries, args.top)
-    if not common.is_first():
+    if not distributed.is_first():
         return 0
     for query, query_scores, query_indices in zip(args.query, scores, indices):
         if args.json:

@@ -315,7 +315,7 @@ def test_the_first_of_two_processes_writes_and_a_failure_is_raised_in_both(tmp_p
     said = [process.communicate() for process in processes]
     assert [p.returncode for p in processes] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
     assert all("has weights that are not finite: norm.weight" in output for output, _ in said)
-    assert "m-file" in said[0][0] and "process 0 could not write the model" in said[1][0]
+    assert "m-file" in said[0][0] and "process 0 cannot write the model" in said[1][0]
     assert_small_weights(tmp_path / "m")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["m", "m-file"]
 

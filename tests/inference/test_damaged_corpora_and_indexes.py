@@ -224,12 +224,18 @@ def test_an_index_with_another_value_in_index_json_is_loaded_as_saved_or_refused
 
 
 @pytest.mark.parametrize("file", ["index.json", "vectors.safetensors"])
-def test_an_index_with_a_missing_file_is_refused_and_other_files_change_nothing(file):
-    check_load_after(lambda folder: (folder / file).unlink())
-    check_load_after(lambda folder: (folder / "more.safetensors").write_text("x"))
-
-    def a_folder(folder):
+@pytest.mark.parametrize("becomes", ["nothing", "a folder"])
+def test_an_index_with_a_missing_file_is_refused(file, becomes):
+    def change(folder):
         (folder / file).unlink()
-        (folder / file).mkdir()
+        if becomes == "a folder":
+            (folder / file).mkdir()
 
-    check_load_after(a_folder)
+    check_load_after(change)
+    with pytest.raises((ValueError, FileNotFoundError), match=str(scratch() / "index")):
+        Index.load(scratch() / "index")
+
+
+def test_other_files_beside_an_index_change_nothing():
+    check_load_after(lambda folder: (folder / "more.safetensors").write_text("x"))
+    Index.load(scratch() / "index")

@@ -61,7 +61,8 @@ def test_traffic_between_slices_is_counted_separately():
     """The program of a slice contains it as transfers through the hosts, not as collectives."""
     sent = (
         "%send = (f32[2,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, "
-        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}'
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
     )
     local = "%other = (f32[9], u32[], token[]) send(%x, %token), channel_id=3, is_host_transfer=true"
     text = HLO.replace("  ROOT %all =", f"  {sent}\n  {local}\n  ROOT %all =")
