@@ -5,20 +5,23 @@
     RUN/STAGE/checkpoints/   and metrics.jsonl, tensorboard/
     RUN/mining/NAME/         a store of mined negatives
     RUN/data/                prepared data, unless config.data.directory names another folder
+    RUN/compiled/            jax's persistent compilation cache
 
 A stage owns its folder from its first checkpoint on. Any run may start from it, given its path.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from urllib.parse import quote
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from embed import config as configs
@@ -31,7 +34,7 @@ from embed.training import stages
 
 RANDOM = "random init"
 # Names in a workdir that no stage may have.
-RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", RANDOM)
+RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", "compiled", RANDOM)
 # Fields of a stage's config that parent and phases stand for, or that do not change the result.
 NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")
 # Without the fields that say how to compute, and without `tied`: only the diffusion stage has an output layer.
@@ -177,6 +180,31 @@ class Run:
     def steps(self, stage: str) -> int:
         """The steps in a stage's curriculum."""
         return sum(int(steps) for steps, _ in self.config.stages[stage].curriculum)
+
+    @contextlib.contextmanager
+    def compilation_cache(self) -> Iterator[None]:
+        """Keep compiled programs in RUN/compiled during the block, unless jax's cache has a folder already.
+
+        The next start of the run loads what took more than a second to compile. jax's key of a program includes the
+        features of the CPU, so a run may move to another machine.
+        """
+        if jax.config.jax_compilation_cache_dir:
+            yield
+            return
+        settings = {"jax_compilation_cache_dir": os.fspath(self.workdir / "compiled")}
+        if paths.is_bucket(self.workdir):
+            # XLA itself, which would keep a cache of GPU kernels in the same folder, reads no bucket.
+            settings["jax_persistent_cache_enable_xla_caches"] = "none"
+        before = {name: getattr(jax.config, name) for name in settings}
+        try:
+            for name, value in settings.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()  # a process that has compiled something would not look at the folder
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
 
     def encoder(self, checkpoint: "Checkpoint", params=None) -> Encoder:
         """A checkpoint as an encoder over the run's mesh; `params` are its parameters if the mesh has them already."""

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import nbformat
 import numpy as np
 import pytest
 import small
+from jax.experimental.compilation_cache import compilation_cache
 from nbclient import NotebookClient
 
 from embed import cli, config, distributed, exports, graph, inference, nodes, runs, tokenizers
@@ -474,6 +476,33 @@ from embed import cli
 wrong, right = sys.argv[1:-2], sys.argv[1:]
 sys.exit(10 * (cli.main(wrong) != 2) + cli.main(right))
 """
+
+
+@pytest.mark.parametrize("folder", ["on a disk", "in a bucket"])
+def test_the_next_start_of_a_run_loads_the_programs_of_the_first(folder, tmp_path, request):
+    workdir = tmp_path / "run" if folder == "on a disk" else f"{request.getfixturevalue('bucket')}/compiled-programs"
+    run, hits, of_tests = make_run(workdir), [], jax.config.jax_compilation_cache_dir
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+
+    def hits_of_a_start():
+        hits.clear()
+        with run.compilation_cache():
+            jax.jit(lambda x: jax.numpy.sin(x) * 3)(np.ones(7)).block_until_ready()  # another function at each start
+        return len(hits)
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert [hits_of_a_start(), hits_of_a_start()] == [0, 1] and list((run.workdir / "compiled").iterdir())
+        assert jax.config.jax_compilation_cache_dir is None
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "of the user"))
+        assert hits_of_a_start() == 0 and list((tmp_path / "of the user").iterdir())
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "of the user")
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        jax.config.update("jax_compilation_cache_dir", of_tests)
+        compilation_cache.reset_cache()
 
 
 def test_a_stage_starts_from_a_hub_id_with_its_own_tokenizer(tmp_path):

@@ -13,5 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     with common.keeps_work():
         from embed import graph, runs
 
-        graph.walk(runs.Run(config, arguments.workdir, arguments.config))
+        run = runs.Run(config, arguments.workdir, arguments.config)
+        with run.compilation_cache():
+            graph.walk(run)
     return 0

@@ -26,5 +26,6 @@ def main(argv: list[str] | None = None) -> int:
                 f"number of steps of stage {config.stage}"
             )
         graph.check(config, whole=False)  # or the export after hours of training would be refused
-        nodes.train_stage(run, config.stage, profile_steps=profile_steps, wandb=arguments.wandb)
+        with run.compilation_cache():
+            nodes.train_stage(run, config.stage, profile_steps=profile_steps, wandb=arguments.wandb)
     return 0
