@@ -34,11 +34,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.directory = ""  # prepared data, which any number of runs may read; "" = WORKDIR/data
     config.data.gin_file = ""  # defines the data: tasks, mixtures, lengths
     config.data.gin_bindings = ()  # override those of the file
+    config.data.root = ""  # the folder that {data_root} in the file stands for; --data_root sets it
     config.data.tokenizer = ""  # a folder or hub id with a tokenizer; "" = train a SentencePiece vocabulary
     config.data.mask_id = -1  # the diffusion mask of a tokenizer.json; -1 = the first id after the vocabulary
     config.data.vocab_size = 8192  # of the trained SentencePiece model
     config.data.split_identifiers = True  # lower-case, and split parse_config and parseConfig into two words
-    config.data.limit = 0  # examples per split; 0 = all
+    config.data.limit = 0  # rows per task; 0 = all
     config.data.separator = True  # put a separator token between the chunks of a document
 
     # The graph: {name: stage(…)}, {name: mining(…)} and so on. A checkpoint is a stage, a merge, `random init`, a stage

@@ -83,7 +83,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.model.vocab_size = 0
         config.data.tokenizer = config.stages.diffusion.init = arg.init
         config.stages.pair.curriculum = ((1, "summaries"), (1, "pairs"))
-        tasks = {"mined_summaries": "python_docs_summaries", "mined_classes": "python_docs_classes"}
+        tasks = {"mined_summaries": "python_docs.summaries", "mined_classes": "python_docs.classes"}
         config.mining = ConfigDict(
             {name: base.mining(checkpoint="pair", task=task, rank_window=(5, 50)) for name, task in tasks.items()}
         )

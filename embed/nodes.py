@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from urllib.parse import quote
 
@@ -34,42 +34,73 @@ from embed.training.step import make_step
 HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
 
 
-def prepare(run: Run) -> dict:
+def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_options: Sequence[str] = ()) -> dict:
     """Build the data that the config's gin file describes. TensorFlow is imported here and nowhere later.
 
-    Existing data are only checked, without a lock: any number of runs may read them.
+    The other arguments are those of `embed.preparation.prepare`. Existing data are only checked, without a lock: any
+    number of runs may read them.
     """
-    data, tokenizer = run.config.data, None
-    if not data.gin_file:
-        raise ValueError("config.data.gin_file is empty: name the file that binds the mixtures of this config")
-    gin_file = configs.find(data.gin_file, run.config_path)
     done = (run.data / "info.json").exists()
-    missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio") if not find_spec(name)]
     if jax.process_count() > 1 and not done:
         raise FileNotFoundError(
             f"{run.data} holds no prepared data: run `embed prepare` with this config, in one process, first"
         )
-    if missing and not done:
-        raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
+    described = _described_data(run, needs_libraries=not done)
     run.check_sources()
     from embed.preparation.prepare import prepare as prepare_data
 
-    if data.tokenizer:
-        bucket = paths.is_bucket(data.tokenizer)
-        folder = data.tokenizer if bucket else model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
-        tokenizer = tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
     with contextlib.nullcontext() if done else distributed.hold(run.data):
         prepare_data(
             run.data,
-            gin_file=gin_file,
-            gin_bindings=tuple(data.gin_bindings),
-            vocab_size=data.vocab_size,
-            split_identifiers=data.split_identifiers,
+            **described,
+            tokenizer=_given_tokenizer(run),
+            vocab_size=run.config.data.vocab_size,
+            split_identifiers=run.config.data.split_identifiers,
             seed=run.config.seed,
-            limit=data.limit or None,
-            tokenizer=tokenizer,
+            processes=processes,
+            runner=runner,
+            runner_options=runner_options,
         )
     return paths.read_json(run.data / "info.json")
+
+
+def check_preparation(run: Run) -> bool:
+    """Read a few rows of every source and print what `prepare` would make of them; whether all could be read."""
+    described = _described_data(run)
+    from embed.preparation.check import check
+
+    try:
+        tokenizer = _given_tokenizer(run)
+    except (ValueError, OSError) as error:
+        say(f"embed: warning: lengths are in characters, since the tokenizer cannot be read: {error}")
+        tokenizer = None
+    return check(**described, tokenizer=tokenizer)
+
+
+def _described_data(run: Run, needs_libraries: bool = True) -> dict:
+    """The arguments of `prepare` and `check` that say what the data are."""
+    data = run.config.data
+    if not data.gin_file:
+        raise ValueError("config.data.gin_file is empty: name the file that binds the mixtures of this config")
+    missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio", "pyarrow") if not find_spec(name)]
+    if missing and needs_libraries:
+        raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")
+    return {
+        "gin_file": configs.find(data.gin_file, run.config_path),
+        "gin_bindings": tuple(data.gin_bindings),
+        "data_root": data.root,
+        "limit": data.limit or None,
+    }
+
+
+def _given_tokenizer(run: Run) -> tokenizers.Tokenizer | None:
+    """The tokenizer that the config names; None if a vocabulary is to be trained."""
+    data = run.config.data
+    if not data.tokenizer:
+        return None
+    bucket = paths.is_bucket(data.tokenizer)
+    folder = data.tokenizer if bucket else model_folder.resolve(data.tokenizer, files=TOKENIZER_FILES)
+    return tokenizers.load(folder, mask_id=None if data.mask_id < 0 else data.mask_id)
 
 
 def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: str = "") -> dict:

@@ -402,7 +402,7 @@ def get_config(arg=""):
     config.stages.first = base.stage("pair", curriculum=((2, "pairs"),))
     config.stages.second = base.stage("pair", init="first", curriculum=((1, "summaries"), (1, "pairs")))
     for name in ("summaries", "classes"):
-        config.mining[f"hard_{name}"] = base.mining(checkpoint="second", task=f"python_docs_{name}", queries=20)
+        config.mining[f"hard_{name}"] = base.mining(checkpoint="second", task=f"python_docs.{name}", queries=20)
     config.mining.hard_classes.update(rank_window=(1, 40), precision="float32")
     mined = {"hard_summaries": 0.75, "hard_classes": 0.25}
     config.stages.hard = base.stage("triplet", init="second", curriculum=((2, mined),))

@@ -273,10 +273,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{self.prog}: unknown argument {name!r}{near}")
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --config=FILE.py[:arg] and --workdir; `parse_config` also reads --config.key=value."""
+def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True, prepares: bool = False) -> None:
+    """Add --config=FILE.py[:arg] and --workdir; `parse_config` also reads --config.key=value.
+
+    `prepares`: the verb may prepare data, so add --data_root.
+    """
     parser.add_argument("--config", required=required, help="config file, FILE.py or FILE.py:argument,name=value")
     parser.add_argument("--workdir", required=required, help="folder of the run; the same command continues it")
+    if prepares:
+        parser.add_argument("--data_root", help="the folder that {data_root} in the gin file stands for")
     parser.epilog = "Set single fields of the config with --config.key.key=value."
 
 
@@ -285,6 +290,8 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
     from embed import config
 
     arguments, overrides = parser.parse_known_args(argv)
+    if getattr(arguments, "data_root", None):
+        overrides = [*overrides, f"--config.data.root={arguments.data_root}"]
     return arguments, config.load(arguments.config, overrides)
 
 

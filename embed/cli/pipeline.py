@@ -6,7 +6,7 @@ def main(argv: list[str] | None = None) -> int:
     from embed.cli import common
 
     parser = common.Parser("pipeline", __doc__)
-    common.add_config_arguments(parser)
+    common.add_config_arguments(parser, prepares=True)
     common.add_distributed_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
     common.join(arguments)

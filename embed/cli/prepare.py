@@ -1,4 +1,7 @@
-"""Prepare the data of a config: sources, tokenizer, tasks and evaluation sets."""
+"""Prepare the data of a config: sources, tokenizer, tasks and evaluation sets.
+
+An interrupted preparation continues with the same command.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -6,9 +9,29 @@ def main(argv: list[str] | None = None) -> int:
     from embed.cli import common
 
     parser = common.Parser("prepare", __doc__)
-    common.add_config_arguments(parser)
+    common.add_config_arguments(parser, prepares=True)
+    parser.add_argument(
+        "--check", action="store_true", help="only read a few rows of every source, and print what they give"
+    )
+    parser.add_argument("--processes", type=int, help="local worker processes (default: one per core)")
+    parser.add_argument("--runner", default="", help="a runner of Apache Beam, such as FnApiRunner or DataflowRunner")
+    parser.add_argument(
+        "--runner_options",
+        nargs="*",
+        default=(),
+        metavar="NAME=VALUE",
+        help="options of the runner, without dashes, such as direct_num_workers=2",
+    )
     arguments, config = common.parse_config(parser, argv)
+    if arguments.processes is not None and arguments.processes < 1:
+        raise ValueError(f"--processes={arguments.processes} must be at least 1")
+    if arguments.runner_options and not arguments.runner:
+        raise ValueError("--runner_options needs --runner")
     from embed import nodes, runs
 
-    nodes.prepare(runs.Run(config, arguments.workdir, arguments.config))
+    run = runs.Run(config, arguments.workdir, arguments.config)
+    if arguments.check:
+        return 0 if nodes.check_preparation(run) else 1
+    options = [f"--{option.lstrip('-')}" for option in arguments.runner_options]
+    nodes.prepare(run, processes=arguments.processes, runner=arguments.runner, runner_options=options)
     return 0

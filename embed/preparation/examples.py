@@ -1,130 +1,151 @@
-"""Turns `python_docs` records into training texts: pairs, and modules as documents of chunks. No framework.
+"""Text examples to tokens: the columns that the loaders read (`embed.data.loader.COLUMNS`)."""
 
-A query must read like something a person would type, and its document must not contain the source of the query.
-"""
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+import numpy as np
 
-from embed.preparation import sources
+from embed.preparation.tasks import Task
+from embed.tokenizers import Tokenizer
 
-MIN_WORDS = 3  # a shorter summary says too little
-MAX_MEMBERS_PER_OWNER = 4  # pairs per class or module in `member_pairs`
+# Of the first `length` tokens of a text, `CHARACTERS_PER_TOKEN * length` characters usually give all.
+CHARACTERS_PER_TOKEN = 20
+STAGES = {"text": "diffusion", "pair": "pair", "triplet": "triplet", "contextual": "contextual"}
+NO_TOKENS, NO_QUERY = "without tokens", "documents without a query"
+PARTS = "parts of documents without a query"
 
-Pair = tuple[str, str]  # query, document
+Columns = dict[str, np.ndarray]  # of one example, int32[length] each
 
 
-def words(*identifiers: str) -> str:
-    """Identifiers as lower-case words, split at "_", "." and case.
+def encode(texts: Sequence[str], tokenizer: Tokenizer, length: int = 0) -> tuple[list[np.ndarray], int]:
+    """(int32[at most length] of each text, number of texts that were cut); length 0 = no limit."""
+    if not length:
+        return tokenizer.encode(texts), 0
+    prefixes = [text[: length * CHARACTERS_PER_TOKEN] for text in texts]
+    encoded = tokenizer.encode(prefixes)
+    # Text with longer tokens, such as runs of spaces.
+    short = [i for i, t in enumerate(encoded) if len(t) <= length and len(prefixes[i]) < len(texts[i])]
+    for i, tokens in zip(short, tokenizer.encode([texts[i] for i in short])):
+        encoded[i] = tokens
+    cut = sum(len(tokens) > length for tokens in encoded)
+    return [tokens[:length] for tokens in encoded], cut
 
-    "jax.tree_util HTTPServer" -> "jax tree util http server".
+
+def tokenize(
+    task: Task, examples: Sequence[dict], tokenizer: Tokenizer, cut: Counter, dropped: Counter
+) -> list[tuple[dict, Columns]]:
+    """(text example, its tokens) for each example of tokens; a long document gives several.
+
+    `cut` counts what was cut from examples that are kept, by column; `dropped` counts text examples by reason.
     """
-    return " ".join(_WORD.findall(" ".join(identifiers))).lower()
+    if task.kind == "contextual":
+        return _documents(task, examples, tokenizer, cut, dropped)
+    limits = {"text": 0, "query": task.query_length, "document": task.document_length}
+    result: list[Columns] = [{} for _ in examples]
+    for name in [name for name in ("text", "query", "document") if name in examples[0]]:
+        tokens, shortened = encode([example[name] for example in examples], tokenizer, limits[name])
+        cut[name] += shortened
+        for columns, values in zip(result, tokens):
+            columns["tokens" if name == "text" else name] = values
+    if task.kind == "triplet":
+        flat = [text for example in examples for text in example["negatives"]]
+        tokens, shortened = encode(flat, tokenizer, task.document_length)
+        cut["negatives"] += shortened
+        start = 0
+        for columns, example in zip(result, examples):
+            negatives = tokens[start : start + len(example["negatives"])]
+            start += len(negatives)
+            columns["negatives"] = _joined(negatives)
+            columns["negative_lengths"] = np.array([len(n) for n in negatives], np.int32)
+    # An example with an empty side, such as a query without tokens, has no training signal.
+    sides = ("tokens",) if task.kind == "text" else ("query", "document")
+    kept = [(e, c) for e, c in zip(examples, result) if all(len(c[side]) for side in sides)]
+    dropped[NO_TOKENS] += len(examples) - len(kept)
+    return kept
 
 
-_WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+|[^\W\d_a-zA-Z]+")
-
-
-# --- pairs from records of `python_docs/functions` --------------------------------------------------------------------
-
-
-def summary_pairs(function: Mapping) -> Iterator[Pair]:
-    """First paragraph of the docstring -> function without its docstring."""
-    if len((summary := sources.summary(function["docstring"])).split()) >= MIN_WORDS:
-        yield summary, function["code"]
-
-
-def description_pairs(function: Mapping) -> Iterator[Pair]:
-    """Prose after the first paragraph -> function without its docstring."""
-    if len((description := sources.description(function["docstring"])).split()) >= MIN_WORDS:
-        yield description, function["code"]
-
-
-def parameter_pairs(function: Mapping) -> Iterator[Pair]:
-    """Documentation of the parameters -> function without its docstring."""
-    if len((parameters := sources.parameters(function["docstring"])).split()) >= MIN_WORDS:
-        yield parameters, function["code"]
-
-
-# --- pairs from records of `python_docs/modules` ----------------------------------------------------------------------
-
-
-def name_pairs(module: Mapping) -> Iterator[Pair]:
-    """Words of class, function and arguments -> body only. Undocumented functions are included."""
-    for member in module["members"]:
-        if member["kind"] == "function" and len(body := member["code"][member["body"] :].strip()) >= 40:
-            yield words(member["owner"], member["name"], member["arguments"]), body
-
-
-def class_pairs(module: Mapping) -> Iterator[Pair]:
-    """Summary of a class -> its header, its fields and the signatures of its methods."""
-    for owner in module["members"]:
-        if owner["kind"] == "class" and len(owner["summary"].split()) >= MIN_WORDS:
-            methods = [m for m in module["members"] if m["kind"] == "function" and m["owner"] == owner["name"]]
-            yield owner["summary"], "\n".join([owner["code"], *(m["code"][: m["body"]].rstrip() for m in methods)])
-
-
-def member_pairs(module: Mapping) -> Iterator[Pair]:
-    """Words and summary of a class or module -> one of its functions."""
-    summaries = {m["name"]: m["summary"] for m in module["members"] if m["kind"] == "class"} | {"": module["summary"]}
-    count: dict[str, int] = {}
-    for member in module["members"]:
-        owner = member["owner"]
-        if member["kind"] == "function" and len(summaries.get(owner, "").split()) >= MIN_WORDS:
-            count[owner] = count.get(owner, 0) + 1
-            if count[owner] <= MAX_MEMBERS_PER_OWNER:
-                yield f"{words(module['module'], owner)}: {summaries[owner]}", member["code"]
-
-
-# --- documents of chunks ----------------------------------------------------------------------------------------------
-
-
-class Chunk(NamedTuple):
-    """`header`: index of the chunk that names the owner, a class or the module (0)."""
-
-    text: str
-    query: str  # "": the chunk has no query
-    header: int
-
-
-def chunks(module: Mapping) -> list[Chunk]:
-    """The module's header, then each class's header and each function without its docstring, in source order.
-
-    A query is the words of the owner (module and class) and the summary of the function. The chunk does not name its
-    owner, but the document does. The document contains no docstring of a function.
-    """
-    result = [Chunk(f"{module['module']}\n{module['summary']}".strip(), "", 0)]
-    headers = {"": 0}
-    for member in module["members"]:
-        if member["kind"] == "class":
-            headers[member["name"]] = len(result)
-            result.append(Chunk(f"{member['code']}\n{member['summary']}".strip(), "", 0))
+def _documents(task: Task, examples: Sequence[dict], tokenizer: Tokenizer, cut: Counter, dropped: Counter):
+    documents = [split_text(example, tokenizer, task.chunk_length) for example in examples]
+    chunks, shortened = encode([c for d in documents for c in d["chunks"]], tokenizer, task.chunk_length)
+    cut["chunks"] += shortened
+    queries, shortened = encode([q for d in documents for q, _ in d["queries"]], tokenizer, task.query_length)
+    cut["queries"] += shortened
+    result, first_chunk, first_query = [], 0, 0
+    for example, document in zip(examples, documents):
+        own = chunks[first_chunk : first_chunk + len(document["chunks"])]
+        asked: dict[int, list[np.ndarray]] = {}
+        for k, (_, index) in enumerate(document["queries"]):
+            if len(tokens := queries[first_query + k]) and len(own[index]):
+                asked.setdefault(index, []).append(tokens)
+        first_chunk, first_query = first_chunk + len(own), first_query + len(document["queries"])
+        parts = divide(
+            document["headers"], [len(c) for c in own], max_chunks=task.max_chunks, max_tokens=task.max_context
+        )
+        before = len(result)
+        for indices in parts:
+            found = [(position, q) for position, i in enumerate(indices) for q in asked.get(i, ())]
+            if found:
+                columns = {
+                    "document": _joined([own[i] for i in indices]),
+                    "chunk_lengths": np.array([len(own[i]) for i in indices], np.int32),
+                    "queries": _joined([q for _, q in found]),
+                    "query_lengths": np.array([len(q) for _, q in found], np.int32),
+                    "positives": np.array([position for position, _ in found], np.int32),
+                }
+                result.append((example, columns))
+        if len(result) == before:
+            dropped[NO_QUERY] += 1
         else:
-            query = ""
-            if len(member["summary"].split()) >= MIN_WORDS:
-                query = f"{words(module['module'], member['owner'])}: {member['summary']}"
-            result.append(Chunk(member["code"], query, headers.get(member["owner"], 0)))
+            cut[PARTS] += len(parts) - (len(result) - before)
     return result
 
 
-def documents(headers: Sequence[int], lengths: Sequence[int], *, max_chunks: int, max_tokens: int) -> list[list[int]]:
-    """Divides a module into documents: lists of chunk indices that each start with the module's header (chunk 0).
+def divide(headers: Sequence[Sequence[int]], lengths: Sequence[int], *, max_chunks: int, max_tokens: int) -> list:
+    """Divides a document into lists of at most `max_chunks` chunk indices, together at most `max_tokens` tokens.
 
-    In a document that begins inside a class, the class's header comes second. A document has at most `max_chunks`
-    chunks and, with a separator between chunks, at most `max_tokens` tokens. `headers[i]` is the index of chunk i's
-    header and `lengths[i]` its number of tokens. A module with only a header gives no document.
+    A part that starts with chunk i starts with the chunks `headers[i]` before it. `lengths` are in tokens; a separator
+    between chunks counts as one. A chunk and its headers stay together even if they have more tokens.
     """
     result: list[list[int]] = []
     current: list[int] = []
-    for index in range(1, len(headers)):
+    for index in range(len(lengths)):
         if current:
             size = sum(lengths[i] + 1 for i in [*current, index]) - 1
-            if len(current) == max_chunks or size > max_tokens:
+            if len(current) >= max_chunks or size > max_tokens:
                 result.append(current)
                 current = []
         if not current:
-            current = sorted({0, headers[index]})
+            current = list(headers[index])
         if index not in current:
             current.append(index)
     return result + [current] if current else result
+
+
+def split_text(example: dict, tokenizer: Tokenizer, chunk_length: int) -> dict:
+    """A contextual example whose document is one text, with chunks of at most about `chunk_length` tokens.
+
+    A query's offset in the text becomes the index of the chunk that contains it.
+    """
+    if "text" not in example:
+        return example
+    from semantic_text_splitter import TextSplitter
+
+    splitter = TextSplitter.from_callback(lambda text: len(tokenizer.encode([text])[0]), chunk_length)
+    pieces = splitter.chunk_char_indices(example["text"])
+    starts = np.array([start for start, _ in pieces])
+    queries = [(text, max(int(np.searchsorted(starts, at, "right")) - 1, 0)) for text, at in example["queries"]]
+    return {"chunks": [text for _, text in pieces], "queries": queries, "headers": [[]] * len(pieces)}
+
+
+def digest(columns: Columns) -> bytes:
+    """128 bits of BLAKE2b over the tokens of an example: equal examples are equal in training."""
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(columns):
+        state.update(len(columns[name]).to_bytes(8, "little"))
+        state.update(np.ascontiguousarray(columns[name], "<i4"))
+    return state.digest()
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int32)

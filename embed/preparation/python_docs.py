@@ -1,30 +1,34 @@
-"""`python_docs`: documented Python source of the installed packages, as a TFDS dataset.
-
-Two configs with splits train, development and test, which are divided by *package*:
+"""`python_docs`: documented Python source of the installed packages, as a source with two kinds of records.
 
     functions   a documented function: names, docstring, source without the docstring
     modules     a module: source text, and its classes and functions in source order, documented or not
 
-The version ends in a fingerprint of the options and of name==version of every package, so that a stale build is never
-reused. `info.metadata` lists the packages and counts the dropped items by reason.
+Splits train, development and test are divided by *package*. `build` reads the packages, cleans the records and writes
+them as JSON lines, in order of content, so that any prefix is a fair sample of all packages.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Set
 
-import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
-
-from embed.preparation import hygiene, sources
-
-# Increment when the extracted content changes.
-FORMAT = 1
+from embed import paths
+from embed.preparation import hygiene
+from embed.preparation.python_sources import PACKAGES, SPLITS, Packages, Reading
+from embed.preparation.sources import Files, Row, Shard, Source
 
 MIN_SUMMARY_WORDS = 3
 MAX_MODULE_CHARACTERS = 40_000  # of the text; members are not truncated
+FIELDS = {
+    "functions": ("module", "owner", "name", "arguments", "docstring", "code", "body"),
+    "modules": ("module", "summary", "text", "members"),
+}
+RECORDS = tuple(FIELDS)
+REPORT = "report.json"
+MEMBER = ("owner", "name", "arguments", "summary", "code", "body")
+PARTS = 8  # files per kind and split, so that several processes read them
 
 
 @dataclasses.dataclass
@@ -35,11 +39,6 @@ class Corpus:
     modules: dict[str, list[dict]]
     dropped: dict[str, int]
     contaminated: set[str]  # digests of held-out functions inside training texts; no evaluation uses these functions
-
-    def clear(self) -> None:
-        """Removes all examples. Builds that read them in other threads end."""
-        for examples in [*self.functions.values(), *self.modules.values()]:
-            examples.clear()
 
 
 def clean(modules: dict[str, list[dict]], limit: int | None = None) -> Corpus:
@@ -96,25 +95,11 @@ def _drop_contained(corpus: Corpus) -> None:
         corpus.functions[split] = [f for f in corpus.functions[split] if f["digest"] not in corpus.contaminated]
 
 
-_FEATURES = {
-    "functions": {
-        **dict.fromkeys(("module", "owner", "name", "arguments", "docstring", "code"), tfds.features.Text()),
-        "body": tfds.features.Scalar(np.int64),
-    },
-    "modules": {
-        **dict.fromkeys(("module", "summary", "text"), tfds.features.Text()),
-        "members": tfds.features.Sequence(
-            {
-                **dict.fromkeys(("kind", "owner", "name", "arguments", "summary", "code"), tfds.features.Text()),
-                "body": tfds.features.Scalar(np.int64),
-            }
-        ),
-    },
-}
+def module_record(record: dict, contaminated: Set[str] = frozenset()) -> dict:
+    """A module dictionary of `python_sources` as a record, with members in source order.
 
-
-def module_example(record: dict) -> dict:
-    """A module dictionary of `sources` as an example of the `modules` config, with members in source order."""
+    A member whose digest is in `contaminated` says so: training contains its text, and it is no evaluation query.
+    """
     members = []
     for kind, index in record["order"]:
         if kind == "class":
@@ -129,7 +114,9 @@ def module_example(record: dict) -> dict:
             }
         else:
             item = record["functions"][index]
-        members.append({"kind": kind, **{name: item[name] for name in _MEMBER}})
+        members.append({"kind": kind, **{name: item[name] for name in MEMBER}})
+        if item.get("digest") in contaminated:
+            members[-1]["contaminated"] = True
     return {
         "module": record["module"],
         "summary": record["summary"],
@@ -141,62 +128,81 @@ def module_example(record: dict) -> dict:
 _MEMBER = ("owner", "name", "arguments", "summary", "code", "body")
 
 
-class PythonDocs(tfds.core.GeneratorBasedBuilder):
-    """TFDS builder of `python_docs`. `corpus`: the clean records of `packages`; by default the builder reads them."""
+@dataclasses.dataclass(frozen=True)
+class PythonDocs(Source):
+    """Records of one split. `train`, `development` and `test` are import packages, searched in `path` or sys.path."""
 
-    name = "python_docs"
-    # Without it, TFDS 4.9.10 needs importlib_resources, which it does not install.
-    code_path = epath.Path(__file__)
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name="functions", description="Functions and their docstrings."),
-        tfds.core.BuilderConfig(name="modules", description="Modules and their members."),
-    ]
+    records: str
+    split: str = "train"
+    train: tuple[str, ...] = PACKAGES.train
+    development: tuple[str, ...] = PACKAGES.development
+    test: tuple[str, ...] = PACKAGES.test
+    path: tuple[str, ...] = ()
+    limit: int = 0  # files per split, and records of a kind; 0 = all
 
-    def __init__(
-        self,
-        *,
-        packages: sources.Packages = sources.PACKAGES,
-        limit: int | None = None,
-        corpus: "Corpus | None" = None,
-        **kwargs,
-    ):
-        self._packages = packages.versions()
-        self._sources = packages
-        self._limit = limit
-        self._corpus = corpus
-        content = json.dumps([FORMAT, self._packages, dataclasses.asdict(packages), limit])
-        fingerprint = int(hashlib.blake2b(content.encode(), digest_size=4).hexdigest(), 16)
-        self.VERSION = tfds.core.Version(f"1.{FORMAT}.{fingerprint}")
-        super().__init__(**kwargs)
+    def __post_init__(self):
+        for name, value, allowed in (("records", self.records, RECORDS), ("split", self.split, SPLITS)):
+            if value not in allowed:
+                raise ValueError(f"python_docs.{name}={value!r} must be one of {', '.join(allowed)}")
 
-    def _log_download_bytes(self) -> None:
-        """Logs nothing: there is no download, and `prepare` reports its own progress."""
+    @property
+    def packages(self) -> Packages:
+        return Packages(*(tuple(getattr(self, name)) for name in (*SPLITS, "path")))
 
-    def _log_download_done(self) -> None:
-        pass
+    def limited(self, limit: int) -> "PythonDocs":
+        return dataclasses.replace(self, limit=limit)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Documented Python source of installed packages, split by package.",
-            features=tfds.features.FeaturesDict(_FEATURES[self.builder_config.name]),
-            metadata=tfds.core.MetadataDict(packages=self._packages),
-            disable_shuffling=True,  # examples are already in order of content
-        )
+    def build(self, scratch) -> None:
+        """Reads the packages and writes the records of all splits to `scratch`, once."""
+        content = json.dumps([self.packages.versions(), dataclasses.asdict(self.packages), self.limit])
+        folder = paths.path(scratch) / f"python_docs-{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
+        if not (folder / REPORT).exists():
+            with Reading(self.packages, limit=self.limit or None) as reading:
+                corpus = clean(reading.result(), self.limit or None)
+            for records in RECORDS:
+                for split in SPLITS:
+                    for part, lines in enumerate(_lines(corpus, records, split)):
+                        paths.write(folder / f"{records}-{split}-{part}.jsonl", lines)
+            report = {
+                "packages": self.packages.versions(),
+                "packages not installed": self.packages.missing(),
+                "unreadable files": reading.unreadable,
+                "dropped": corpus.dropped,
+            }
+            paths.write_json(folder / REPORT, report)
+        object.__setattr__(self, "_folder", folder)
 
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        if self._corpus is None:
-            with sources.Reading(self._sources) as reading:
-                self._corpus = clean(reading.result(), self._limit)
-        self.info.metadata["dropped"] = self._corpus.dropped
-        splits = getattr(self._corpus, self.builder_config.name)
-        return {split: self._generate_examples(splits[split]) for split in sources.SPLITS}
+    def shards(self) -> list[Shard]:
+        return Files(paths=f"{self._folder}/{self.records}-{self.split}-*.jsonl").shards()
 
-    def _generate_examples(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
-        for index, record in enumerate(records):
-            if self.builder_config.name == "modules":
-                yield index, module_example(record)
-            else:
-                yield index, {name: record[name] for name in _FEATURES["functions"]}
+    def read(self, shard: Shard) -> Iterator[Row]:
+        return Files(paths=shard.path).read(shard)
+
+    def report(self) -> dict:
+        """Packages, unreadable files, and what was dropped by reason; after `build`."""
+        return paths.read_json(self._folder / REPORT)
+
+    def describe(self) -> dict:
+        folders = self.packages.folders()[self.split]
+        return {"rows": None, "columns": sorted(FIELDS[self.records]), "license": None, "files": len(folders)}
+
+    def identity(self) -> dict:
+        return {"packages": self.packages.versions()}
+
+    def sample(self, count: int = 10) -> list[Row]:
+        """The first records of the smallest packages, without `build`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            few = dataclasses.replace(self, limit=count)
+            few.build(scratch)
+            return list(itertools.islice(itertools.chain.from_iterable(map(few.read, few.shards())), count))
+
+
+def _lines(corpus: Corpus, records: str, split: str) -> Iterator[str]:
+    """The content of the files of a kind of records and a split."""
+    rows = getattr(corpus, records)[split]
+    if records == "modules":
+        rows = [module_record(row, corpus.contaminated) for row in rows]
+    else:
+        rows = [{name: row[name] for name in FIELDS[records]} for row in rows]
+    for part in range(PARTS):
+        yield "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows[part::PARTS])

@@ -1,316 +1,357 @@
-"""Our tokenizer as a seqio vocabulary, the seqio tasks over `python_docs`, and their mixtures.
+"""A task: the rows of a source, turned into text examples of one kind. Pure Python; worker processes run it.
 
-task                       columns (all int32[length])
-python_docs_text           tokens
-python_docs_summaries      query, document          docstring summary -> function without docstring
-python_docs_descriptions   query, document          rest of the docstring's prose -> function
-python_docs_parameters     query, document          parameter documentation -> function
-python_docs_names          query, document          words of class, name and arguments -> body
-python_docs_classes        query, document          class summary -> class header and method signatures
-python_docs_members        query, document          words and summary of a class or module -> one of its functions
-python_docs_modules        document, chunk_lengths, queries, query_lengths, positives; see examples.chunks
+Kinds, with their text examples:
+
+    text         {"text"}
+    pair         {"query", "document"}
+    triplet      {"query", "document", "negatives": [text, …]}
+    contextual   {"chunks": [text, …], "queries": [(text, index of its chunk), …], "headers": [[index, …], …]}
+    retrieval    no examples: a source that has a corpus, queries and relevance of its own, for an evaluation set
 """
 
-import functools
+import dataclasses
+import hashlib
+import importlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
-import numpy as np
-import seqio
-import tensorflow as tf
+from embed.preparation.sources import Row, Shard, Source
 
-from embed.data.loader import COLUMNS
-from embed.preparation import examples
-from embed.tokenizers import Tokenizer
-
-BATCH = 512  # texts per call of the tokenizer
-# Limits the characters to tokenize: no token is longer than 16 characters, and the tokenizer squeezes indentation.
-CHARACTERS_PER_TOKEN = 20
-TRUNCATED, OVER_LIMIT, WITHOUT_QUERY = (
-    "texts cut to their length",
-    "modules beyond max_characters",
-    "documents without a query",
-)
-PAIRS = {
-    "python_docs_summaries": ("functions", examples.summary_pairs),
-    "python_docs_descriptions": ("functions", examples.description_pairs),
-    "python_docs_parameters": ("functions", examples.parameter_pairs),
-    "python_docs_names": ("modules", examples.name_pairs),
-    "python_docs_classes": ("modules", examples.class_pairs),
-    "python_docs_members": ("modules", examples.member_pairs),
+KINDS = ("text", "pair", "triplet", "contextual", "retrieval")
+# The columns that a kind takes from its rows; those in brackets are optional.
+COLUMNS = {
+    "text": (("text",), ()),
+    "pair": (("query", "document"), ()),
+    "triplet": (("query", "document", "negatives"), ()),
+    "contextual": ((), ("chunks", "text", "queries", "headers")),
+    "retrieval": ((), ()),
 }
-TASKS = {
-    "python_docs_text": "diffusion",
-    **dict.fromkeys(PAIRS, "pair"),
-    "python_docs_modules": "contextual",
-}
-# The config of `python_docs` that a task reads.
-CONFIGS = {name: PAIRS[name][0] if name in PAIRS else "modules" for name in TASKS}
+BAD, EMPTY, PATTERN, SHORT, LONG = "bad rows", "empty texts", "pattern", "shorter than min_characters", "too long"
+LANGUAGE, SCORE, HELD_OUT, NOT_HELD_OUT = "other languages", "score below min_score", "held out", "not held out"
+UNUSED = "rows without an example"
+MAX_EXAMPLES_OF_ERRORS = 10  # bad rows that a report names
 
 
-class TokenizerVocabulary(seqio.Vocabulary):
-    """Our tokenizer as a seqio vocabulary: the same tokens as at inference, no EOS.
+class BadRowsError(ValueError):
+    """More rows of an input are bad than the task tolerates."""
 
-    `lost` counts, by reason, what the preprocessors truncated or left out since it was last cleared.
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task. Columns name fields of a row: "a.b" is field b of field a, "a.*.b" that of every item of the list a.
+
+    Filters apply to every text of an example, except those with a column of their own.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.lost = Counter()
+    source: Source
+    kind: str
+    columns: Mapping[str, str | Sequence[str]] = dataclasses.field(
+        default_factory=dict
+    )  # {column of the kind: field, or fields to join}
+    map: str = ""  # "package.module:function" that yields rows for a row, before `columns`
+    group_by: str = ""  # rows of a shard with the same value of this field make one example
+    label: str = ""  # with group_by: the field that says what the `document` of a row is
+    labels: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # {value of `label`: "document" or "negatives"}; others are unused
 
-    bos_id = eos_id = unk_id = None
+    language: str = ""  # of the texts, for reports
+    languages: Sequence[str] = ()  # with language_field: those that are used
+    language_field: str = ""
+    score_field: str = ""
+    min_score: float = 0.0
+    min_characters: int = 1
+    max_characters: int = 1_000_000
+    keep: str = ""  # a regular expression that must occur in the first text of an example
+    drop: str = ""  # one that must not occur in any
+
+    # In tokens; a longer text is cut, and counted. 0 = no limit.
+    query_length: int = 64
+    document_length: int = 512
+    chunk_length: int = 256
+    max_chunks: int = 16  # a document with more is divided
+    max_context: int = 4096  # tokens of a document with its separators; a longer one is divided
+
+    weight_field: str = ""  # an example is repeated as often as `weights` says for the value of this field
+    weights: Mapping[int, int] = dataclasses.field(default_factory=dict)  # {least value: repetitions}
+    max_total_characters: int = 0  # of all examples; each shard gives its share. 0 = no limit
+    held_out: float = 0.0  # fraction of the examples that is kept for an evaluation set
+    held_out_by: str = ""  # examples with the same value of this field are held out together; "" = the whole row
+    max_bad: float = 0.001  # fraction of bad rows that is tolerated
+    buckets: int = 0  # parts of the store; 0 = from the size of the source
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"task.kind={self.kind!r} must be one of {', '.join(KINDS)}")
+        needed, optional = COLUMNS[self.kind]
+        allowed = {*needed, *optional, *(("chunk",) if self.group_by and self.kind == "contextual" else ())}
+        if unknown := [name for name in self.columns if name not in allowed]:
+            raise ValueError(
+                f"task.columns: {unknown[0]!r} is no column of a {self.kind} task: {', '.join(sorted(allowed))}"
+            )
+        for name in ("keep", "drop"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(f"task.{name}={getattr(self, name)!r} is no regular expression: {error}") from None
+        for name in ("held_out", "max_bad"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"task.{name}={getattr(self, name)!r} must be between 0 and 1")
+        find_function(self.map) if self.map else None
+        if self.label and not (self.group_by and self.kind == "triplet"):
+            raise ValueError("task.label needs task.group_by and kind 'triplet'")
 
     @property
-    def _base_vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+    def function(self) -> Callable[[dict], Iterable[dict]]:
+        """`map` as a function; without one, a row stays as it is."""
+        return find_function(self.map) if self.map else lambda row: (row,)
 
-    def _encode(self, s: str) -> list[int]:
-        return self.tokenizer.encode([s])[0].tolist()
+    @property
+    def patterns(self) -> tuple[re.Pattern | None, re.Pattern | None]:
+        return tuple(re.compile(pattern) if pattern else None for pattern in (self.keep, self.drop))
 
-    def _decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(ids)
+    def examples(
+        self, shard: Shard, counts: "Counts", *, held_out: bool = False, limit: int = 0, characters: int = 0
+    ) -> Iterator[dict]:
+        """The text examples of a shard, or with `held_out` those kept for an evaluation set; `counts` is updated.
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(text):  # bytes in a graph, an array in eager mode
-            return self.tokenizer.encode([tf.compat.as_text(np.asarray(text).item())])[0]
-
-        tokens = tf.numpy_function(encode, [s], tf.int32, stateful=False)
-        tokens.set_shape([None])
-        return tokens
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        return tf.numpy_function(lambda i: self.tokenizer.decode(i).encode(), [ids], tf.string, stateful=False)
-
-    def __eq__(self, other) -> bool:
-        return isinstance(other, TokenizerVocabulary) and other.tokenizer.digest == self.tokenizer.digest
-
-    def __hash__(self) -> int:
-        return hash(self.tokenizer.digest)
-
-    def encode_batch(self, texts: Sequence[str], length: int | None = None) -> list[np.ndarray]:
-        """int32[at most length] per text."""
-        if length is None:
-            return self.tokenizer.encode(texts)
-        prefixes = [text[: length * CHARACTERS_PER_TOKEN] for text in texts]
-        encoded = self.tokenizer.encode(prefixes)
-        self.lost[TRUNCATED] += sum(len(a) < len(b) or len(t) > length for a, b, t in zip(prefixes, texts, encoded))
-        return [tokens[:length] for tokens in encoded]
-
-
-class _ReadOnce(seqio.TfdsDataSource):
-    """A TFDS source that reads and parses a split once for all tasks.
-
-    The tasks share the split's dataset, which TFDS caches in memory unless it is large.
-    """
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        self._datasets: dict[str, tf.data.Dataset] = {}
-
-    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None):
-        if shuffle or shard_info:
-            return super().get_dataset(split, shuffle, seed, shard_info)
-        if split not in self._datasets:
-            self._datasets[split] = super().get_dataset(split, shuffle=False)
-        return self._datasets[split]
-
-
-def register(
-    data_dir: str | Path,
-    version: str,
-    tokenizer: Tokenizer,
-    *,
-    max_text_characters: int,
-    chunk_length: int,
-    context_length: int,
-    context_query_length: int,
-    max_chunks: int,
-) -> None:
-    """Registers (anew) every task over the `python_docs` build of `version` in `data_dir`.
-
-    The lengths of pair tasks come from seqio's `sequence_length`. Those of the contextual task are in tokens.
-    """
-    sources = {
-        config: _ReadOnce(
-            tfds_name=f"python_docs/{config}:{version}",
-            tfds_data_dir=str(data_dir),
-            splits=("train", "development", "test"),
-            read_only=True,
-        )
-        for config in set(CONFIGS.values())
-    }
-
-    def add(name: str, preprocessor: Callable) -> None:
-        vocabulary = TokenizerVocabulary(tokenizer)  # one per task, since it counts what the task lost
-        seqio.TaskRegistry.remove(name)
-        seqio.TaskRegistry.add(
-            name,
-            source=sources[CONFIGS[name]],
-            preprocessors=[preprocessor],
-            output_features={
-                column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in COLUMNS[TASKS[name]]
-            },
-        )
-
-    add("python_docs_text", functools.partial(text, max_characters=max_text_characters))
-    for name, (_, make) in PAIRS.items():
-        add(name, functools.partial(pairs, make=make))
-    add(
-        "python_docs_modules",
-        functools.partial(
-            contextual,
-            chunk_length=chunk_length,
-            context_length=context_length,
-            query_length=context_query_length,
-            max_chunks=max_chunks,
-        ),
-    )
-
-
-def register_mixtures(mixtures: Mapping[str, Mapping[str, float]]) -> None:
-    """Registers (anew) seqio mixtures: {mixture: {task: rate}}."""
-    for name, rates in mixtures.items():
-        seqio.MixtureRegistry.remove(name)
-        seqio.MixtureRegistry.add(name, [(task, float(rate)) for task, rate in rates.items()])
-
-
-def mixture_rates(name: str) -> dict[str, float]:
-    """{task: rate} of a registered seqio mixture."""
-    mixture = seqio.MixtureRegistry.get(name)
-    return {task.name: mixture.get_rate(task) for task in mixture.tasks}
-
-
-# --- preprocessors: tf.data to tf.data, with Python in between --------------------------------------------------------
-
-
-def text(dataset: tf.data.Dataset, output_features, max_characters: int) -> tf.data.Dataset:
-    """Module sources, up to `max_characters` in total: a fair sample, since records are in order of content."""
-    vocabulary = output_features["tokens"].vocabulary
-
-    def generate():
+        Reading ends after `limit` rows, and after examples of `characters`; 0 = no limit. An example has also
+        "location" and "weight".
+        """
         total = 0
-        batch = []
-        for record in _records(dataset, ("text",)):
-            source = record["text"][: max(max_characters - total, 0)]
-            total += len(source)
-            vocabulary.lost[OVER_LIMIT] += len(source) < len(record["text"])
-            if source:
-                batch.append(source)
-            if sum(map(len, batch)) > 1_000_000:
-                yield {"tokens": vocabulary.encode_batch(batch)}
-                batch = []
-        yield {"tokens": vocabulary.encode_batch(batch)}
+        for location, rows in self._units(self.source.read(shard), counts, limit):
+            try:
+                mapped = [each for row in rows for each in self.function(row)]
+                made = self._from_group(mapped) if self.group_by else [e for each in mapped for e in self._make(each)]
+                kept_out = bool(self.held_out) and self._is_held_out(rows[0])
+                reason, weight = self._reason(rows[0]), self._weight(rows[0])
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                counts.bad(location, f"{type(error).__name__}: {error.args[0] if error.args else error}", len(rows))
+                continue
+            counts.rows["used" if made else UNUSED] += len(rows)
+            for example in made:
+                counts.made += 1
+                why = reason or self._text_reason(example)
+                if why is None and kept_out != held_out:
+                    why = HELD_OUT if kept_out else NOT_HELD_OUT
+                if why:
+                    counts.dropped[why] += 1
+                    continue
+                total += sum(map(len, all_texts(example)))
+                yield example | {"location": location, "weight": weight}
+            if characters and total >= characters:
+                return
 
-    return _ragged(generate, ("tokens",))
+    def _units(self, rows: Iterable[Row], counts: "Counts", limit: int) -> Iterator[tuple[str, list[dict]]]:
+        """(location, the rows that make examples together) of the good rows of a shard."""
+        groups: dict[str, tuple[str, list[dict]]] = {}
+        for row in rows:
+            if limit and counts.rows_read >= limit:
+                break
+            counts.rows_read += 1
+            if row.error:
+                counts.bad(row.location, row.error)
+            elif not self.group_by:
+                yield row.location, [row.value]
+            else:
+                try:
+                    key = str(pick(row.value, self.group_by))
+                except (KeyError, TypeError, IndexError, ValueError) as error:
+                    counts.bad(row.location, f"{type(error).__name__}: {error.args[0] if error.args else error}")
+                    continue
+                groups.setdefault(key, (row.location, []))[1].append(row.value)
+            if counts.rows_read % 10_000 == 0:
+                counts.check(self.max_bad)
+        yield from groups.values()
+
+    def _make(self, row: dict) -> Iterator[dict]:
+        """The examples of one row."""
+        if self.kind == "text":
+            yield {"text": text_of(row, self._field("text"))}
+        elif self.kind == "contextual":
+            yield self._contextual(row)
+        else:
+            query, documents = text_of(row, self._field("query")), texts_of(row, self._field("document"))
+            sides = {"negatives": texts_of(row, self._field("negatives"))} if self.kind == "triplet" else {}
+            for document in documents:
+                yield {"query": query, "document": document} | sides
+
+    def _contextual(self, row: dict) -> dict:
+        queries = pick(row, self._field("queries"))
+        queries = [queries] if isinstance(queries, (str, Mapping)) else queries
+        if "text" in self.columns:
+            pairs = [(_query_text(query), int(query["offset"])) for query in queries]
+            return {"text": text_of(row, self._field("text")), "queries": pairs}
+        chunks = texts_of(row, self._field("chunks"))
+        pairs = [(_query_text(query), int(query["chunk"])) for query in queries]
+        if bad := [index for _, index in pairs if not 0 <= index < len(chunks)]:
+            raise ValueError(f"a query names chunk {bad[0]} of {len(chunks)}")
+        headers = pick(row, self._field("headers")) if self._field("headers") in row else [[]] * len(chunks)
+        return {"chunks": chunks, "queries": pairs, "headers": headers}
+
+    def _from_group(self, rows: Sequence[dict]) -> list[dict]:
+        """The example of a group of rows, or none if it lacks a side."""
+        if self.kind == "contextual":
+            chunks: dict[str, int] = {}
+            queries = []
+            for row in rows:
+                index = chunks.setdefault(text_of(row, self._field("chunk")), len(chunks))
+                queries += [(query, index) for query in texts_of(row, self._field("queries"))]
+            return [{"chunks": list(chunks), "queries": queries, "headers": [[]] * len(chunks)}]
+        sides: dict[str, list[str]] = {"document": [], "negatives": []}
+        for row in rows:
+            if self.label:
+                role = self.labels.get(str(pick(row, self.label)))
+                if role:
+                    sides[role] += texts_of(row, self._field("document"))
+            else:
+                sides["document"] += texts_of(row, self._field("document"))
+                sides["negatives"] += texts_of(row, self._field("negatives"))
+        if not sides["document"] or not sides["negatives"]:
+            return []
+        query, negatives = text_of(rows[0], self._field("query")), sides["negatives"]
+        return [{"query": query, "document": d, "negatives": negatives} for d in sides["document"]]
+
+    def _field(self, column: str) -> str | Sequence[str]:
+        return self.columns.get(column, column)
+
+    def _reason(self, row: dict) -> str | None:
+        if self.language_field and self.languages and pick(row, self.language_field) not in self.languages:
+            return LANGUAGE
+        if self.score_field and not float(pick(row, self.score_field)) >= self.min_score:
+            return SCORE
+        return None
+
+    def _text_reason(self, example: dict) -> str | None:
+        texts = list(all_texts(example))
+        if not all(text.strip() for text in texts):
+            return EMPTY
+        if min(map(len, texts)) < self.min_characters:
+            return SHORT
+        if max(map(len, texts)) > self.max_characters:
+            return LONG
+        keep, drop = self.patterns
+        if (keep and not keep.search(texts[0])) or (drop and any(drop.search(text) for text in texts)):
+            return PATTERN
+        return None
+
+    def _is_held_out(self, row: dict) -> bool:
+        value = pick(row, self.held_out_by) if self.held_out_by else {k: v for k, v in row.items() if k[:1] != "_"}
+        digest = hashlib.blake2b(f"held out {value!r}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "little") < self.held_out * 2.0**64
+
+    def _weight(self, row: dict) -> int:
+        if not self.weight_field:
+            return 1
+        value = float(pick(row, self.weight_field))
+        reached = [least for least in self.weights if value >= least]
+        return self.weights[max(reached)] if reached else 1
 
 
-def pairs(
-    dataset: tf.data.Dataset, output_features, sequence_length: Mapping[str, int] | None, make: Callable
-) -> tf.data.Dataset:
-    """The pairs that `make` yields for each record, tokenized and truncated to `sequence_length`."""
-    lengths = sequence_length or {}
+@dataclasses.dataclass
+class Counts:
+    """What became of the rows and examples of a shard: read = bad + unused + used, made = kept + dropped by reason."""
 
-    def generate():
-        for batch in _batches(pair for record in _records(dataset) for pair in make(record)):
-            yield {
-                column: output_features[column].vocabulary.encode_batch(texts, lengths.get(column))
-                for column, texts in zip(("query", "document"), zip(*batch))
-            }
+    rows_read: int = 0
+    rows: Counter = dataclasses.field(default_factory=Counter)  # {what became of them: number}
+    made: int = 0  # text examples
+    examples: int = 0  # of tokens: a long document becomes several
+    dropped: Counter = dataclasses.field(default_factory=Counter)  # {reason: text examples}
+    cut: Counter = dataclasses.field(default_factory=Counter)  # {column: texts cut to their length}
+    errors: list = dataclasses.field(default_factory=list)  # "location: reason" of the first bad rows
 
-    return _ragged(generate, ("query", "document"))
+    def bad(self, location: str, reason: str, rows: int = 1) -> None:
+        self.rows[BAD] += rows
+        if len(self.errors) < MAX_EXAMPLES_OF_ERRORS:
+            self.errors.append(f"{location}: {reason}")
 
+    def check(self, max_bad: float) -> None:
+        """BadRowsError if more than the fraction `max_bad` of the rows is bad."""
+        if self.rows[BAD] > max_bad * self.rows_read:
+            raise BadRowsError(
+                f"{self.rows[BAD]:,} of {self.rows_read:,} rows are bad, more than task.max_bad={max_bad:g} allows: "
+                + "; ".join(self.errors[:3])
+            )
 
-def contextual(
-    dataset: tf.data.Dataset,
-    output_features,
-    chunk_length: int,
-    context_length: int,
-    query_length: int,
-    max_chunks: int,
-) -> tf.data.Dataset:
-    """Modules as documents of chunks with queries. Documents without a query are left out."""
-    vocabulary = output_features["document"].vocabulary
+    def add(self, other: "Counts") -> None:
+        self.rows_read += other.rows_read
+        self.made += other.made
+        self.examples += other.examples
+        for name in ("rows", "dropped", "cut"):
+            getattr(self, name).update(getattr(other, name))
+        self.errors = (self.errors + other.errors)[:MAX_EXAMPLES_OF_ERRORS]
 
-    def generate():
-        for modules in _batches((examples.chunks(record) for record in _records(dataset)), 16):
-            flat = [chunk for chunks in modules for chunk in chunks]
-            tokens = vocabulary.encode_batch([chunk.text for chunk in flat], chunk_length)
-            with_query = [i for i, chunk in enumerate(flat) if chunk.query]
-            queries = dict(zip(with_query, vocabulary.encode_batch([flat[i].query for i in with_query], query_length)))
-            batch = {column: [] for column in COLUMNS["contextual"]}
-            first = 0
-            for chunks in modules:
-                chunk_tokens = tokens[first : first + len(chunks)]
-                for document in examples.documents(
-                    [c.header for c in chunks],
-                    [len(t) for t in chunk_tokens],
-                    max_chunks=max_chunks,
-                    max_tokens=context_length,
-                ):
-                    positives = [position for position, i in enumerate(document) if first + i in queries]
-                    vocabulary.lost[WITHOUT_QUERY] += not positives
-                    if positives:
-                        document_queries = [queries[first + document[position]] for position in positives]
-                        batch["document"].append(np.concatenate([chunk_tokens[i] for i in document]))
-                        batch["chunk_lengths"].append(np.array([len(chunk_tokens[i]) for i in document], np.int32))
-                        batch["queries"].append(np.concatenate(document_queries))
-                        batch["query_lengths"].append(np.array([len(q) for q in document_queries], np.int32))
-                        batch["positives"].append(np.array(positives, np.int32))
-                first += len(chunks)
-            yield batch
+    def to_json(self) -> dict:
+        return {**dataclasses.asdict(self), **{n: dict(getattr(self, n)) for n in ("rows", "dropped", "cut")}}
 
-    return _ragged(generate, COLUMNS["contextual"])
+    @classmethod
+    def from_json(cls, value: Mapping) -> "Counts":
+        return cls(**{**value, **{name: Counter(value[name]) for name in ("rows", "dropped", "cut")}})
 
 
-def _records(dataset: tf.data.Dataset, features: Sequence[str] | None = None) -> Iterator[dict]:
-    """Records with str instead of bytes, and with lists of dictionaries for sequences of structures."""
-    if features:
-        dataset = dataset.map(lambda record: {name: record[name] for name in features})
-    for batch in dataset.ragged_batch(128):  # one record at a time takes three times as long
-        yield from _rows({name: _column(value) for name, value in batch.items()})
+def find_function(name: str) -> Callable:
+    """The function "package.module:function". ValueError if there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"task.map={name!r} must be package.module:function: {error}") from None
 
 
-def _column(value) -> list:
-    """One feature of a batch, as a list with an entry per record."""
-    if isinstance(value, dict):
-        columns = {name: _column(item) for name, item in value.items()}
-        return [_rows(dict(zip(columns, row))) for row in zip(*columns.values())]
-    if isinstance(value, tf.RaggedTensor):
-        values, splits = _column(value.values), value.row_splits.numpy().tolist()
-        return [values[start:stop] for start, stop in zip(splits, splits[1:])]
-    values = value.numpy().tolist()
-    return [v.decode("utf-8", "replace") for v in values] if value.dtype == tf.string else values
+def pick(row: Mapping, field: str):
+    """The value of "a.b" or "a.*.b" in a row. KeyError, IndexError or TypeError if the row does not have it."""
+    value = row
+    names = field.split(".")
+    for i, name in enumerate(names):
+        if name == "*":
+            rest = ".".join(names[i + 1 :])
+            return [pick({"": item}, f".{rest}" if rest else "") for item in value]
+        if isinstance(value, (list, tuple)):
+            value = value[int(name)]
+        elif isinstance(value, Mapping):
+            if name not in value:
+                raise KeyError(f"no field {field!r}; there are {', '.join(map(str, value))}")
+            value = value[name]
+        else:
+            raise TypeError(f"field {field!r}: {value!r:.40} has no fields")
+    return value
 
 
-def _rows(columns: Mapping[str, list]) -> list[dict]:
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+def text_of(row: Mapping, field: str | Sequence[str]) -> str:
+    """A text of a row; the non-empty texts of several fields are joined by a space, as a title and a text are."""
+    if not isinstance(field, str):
+        return " ".join(filter(None, (text_of(row, name) for name in field)))
+    value = pick(row, field)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(f"field {field!r} is {value!r:.40}, expected a text")
+    return value
 
 
-def _batches(items: Iterable, size: int = BATCH) -> Iterator[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def texts_of(row: Mapping, field: str | Sequence[str]) -> list[str]:
+    """The texts of a list field, or the one text of another."""
+    value = pick(row, field) if isinstance(field, str) else [text_of(row, name) for name in field]
+    if not isinstance(value, (list, tuple)):
+        return [text_of(row, field)]
+    for item in value:
+        if not isinstance(item, str):
+            raise TypeError(f"field {field!r} has the item {item!r:.40}, expected texts")
+    return list(value)
 
 
-def _ragged(generate: Callable[[], Iterator[dict[str, list[np.ndarray]]]], columns: Sequence[str]) -> tf.data.Dataset:
-    """A dataset of single examples from a generator of batches."""
+def all_texts(example: Mapping) -> Iterator[str]:
+    """Every text of an example, the query or text first."""
+    for value in (example[name] for name in example if name not in ("location", "weight", "headers")):
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from (item if isinstance(item, str) else item[0] for item in value)
 
-    def ragged():
-        for batch in generate():
-            if batch[columns[0]]:
-                yield {
-                    column: tf.RaggedTensor.from_row_lengths(
-                        np.concatenate(arrays), [len(array) for array in arrays], validate=False
-                    )
-                    for column, arrays in batch.items()
-                }
 
-    signature = {column: tf.RaggedTensorSpec([None, None], tf.int32, row_splits_dtype=tf.int64) for column in columns}
-    return tf.data.Dataset.from_generator(ragged, output_signature=signature).unbatch()
+def _query_text(query) -> str:
+    text = query if isinstance(query, str) else query["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"a query is {text!r:.40}, expected a text")
+    return text

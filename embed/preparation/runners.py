@@ -1,0 +1,144 @@
+"""Runs the units of work of `embed.preparation.stream`: in this process, in local processes or on Apache Beam."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing import connection
+from typing import NamedTuple
+
+from embed.preparation import stream
+from embed.preparation.stream import Work
+
+SMALL = 4 << 20  # bytes of source below which starting processes takes longer than the work
+REFRESH = 0.5  # seconds between updates of the progress bar
+
+
+class Job(NamedTuple):
+    """A unit of work: `function` of `stream`, its arguments after `Work`, and the bytes of source that it reads."""
+
+    function: str
+    arguments: tuple
+    bytes: int
+
+    def run(self, work: Work, progress: stream.Progress = lambda tokens, size: None) -> None:
+        getattr(stream, self.function)(work, *self.arguments, progress)
+
+
+def run_locally(
+    jobs: Sequence[Job],
+    work: Work,
+    processes: int | None,
+    progress: stream.Progress,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> None:
+    """Runs the jobs, the largest first, in `processes` processes (None = one per core; 1 = in this one).
+
+    This process calls `meanwhile` while the others work. The first error ends the run. Processes end with this one,
+    however it ends.
+    """
+    jobs = sorted(jobs, key=lambda job: -job.bytes)
+    processes = min(cores() if processes is None else processes, len(jobs))
+    if processes <= 1 or sum(job.bytes for job in jobs) < SMALL:
+        for job in jobs:
+            job.run(work, progress)
+        return
+    context = multiprocessing.get_context("spawn")
+    tokens, size = context.Value("q"), context.Value("q")
+    before, seen = set(multiprocessing.active_children()), [0, 0]
+
+    def show() -> None:
+        now = [tokens.value, size.value]
+        progress(now[0] - seen[0], now[1] - seen[1])
+        seen[:] = now
+
+    with ProcessPoolExecutor(processes, context, _start, (work, tokens, size)) as pool:
+        try:
+            pending = {pool.submit(_run, job) for job in jobs}
+            meanwhile()
+            while pending:
+                done, pending = wait(pending, REFRESH, FIRST_COMPLETED)
+                show()
+                for future in done:
+                    future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - before:
+                process.terminate()
+            raise
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start(work: Work, tokens, size) -> None:
+    """Prepares a worker process."""
+    global _work, _progress
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
+
+    def progress(more_tokens: int, more_bytes: int) -> None:
+        for value, more in ((tokens, more_tokens), (size, more_bytes)):
+            with value.get_lock():
+                value.value += more
+
+    def end_with_parent() -> None:
+        connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _work, _progress = work, progress
+
+
+def _run(job: Job) -> None:
+    job.run(_work, _progress)
+
+
+def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[str]) -> None:
+    """Runs the jobs as a Beam pipeline, whose workers must reach the folders of `work`.
+
+    `runner` is a name that Beam knows, such as FnApiRunner, DataflowRunner, FlinkRunner or SparkRunner.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
+    except ImportError:
+        raise ValueError("--runner needs Apache Beam: pip install -e '.[data,beam]'") from None
+    parsed = PipelineOptions([f"--runner={runner}", *options])
+    parsed.view_as(SetupOptions).save_main_session = False
+    with beam.Pipeline(options=parsed) as pipeline:
+        (
+            pipeline
+            | "jobs" >> beam.Create(list(jobs))
+            | beam.Reshuffle()  # or one worker would run them all
+            | "run" >> beam.ParDo(_do_fn(beam), work)
+        )
+
+
+def _do_fn(beam):
+    class Run(beam.DoFn):
+        def process(self, job: Job, work: Work):
+            tokens = beam.metrics.Metrics.counter("embed", "tokens")
+            job.run(work, lambda more, _: tokens.inc(more))
+            return ()
+
+    return Run()
+
+
+class Clock:
+    """Seconds by part of the work."""
+
+    def __init__(self, start: Callable[[str], None] = lambda part: None):
+        self.seconds: dict[str, float] = {}
+        self._start = start
+
+    @contextlib.contextmanager
+    def part(self, name: str):
+        begin = time.monotonic()
+        self._start(name)
+        yield
+        self.seconds[name] = round(time.monotonic() - begin, 2)

@@ -1,0 +1,202 @@
+"""Tasks and mixtures of a gin file as those of seqio, and a user's own seqio tasks in a gin file.
+
+A task that only seqio knows is registered by a module of mixtures.modules. Its output features are either texts
+(dtype tf.string), named as the columns of a kind (`embed.preparation.tasks.COLUMNS`) and tokenized as any other, or
+tokens (tf.int32), named as the columns of a store and made with `TokenizerVocabulary`.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from embed.data.loader import COLUMNS
+from embed.preparation import examples, tasks
+from embed.preparation.sources import Shard
+from embed.preparation.stream import Work, token_batches
+from embed.preparation.tasks import Counts
+from embed.tokenizers import Tokenizer
+
+BATCH = 256  # examples that are tokenized together
+
+
+class TokenizerVocabulary(seqio.Vocabulary):
+    """Our tokenizer as a seqio vocabulary: the same tokens as at inference, no EOS."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    bos_id = eos_id = unk_id = None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def _encode(self, s: str) -> list[int]:
+        return self.tokenizer.encode([s])[0].tolist()
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(text):  # bytes in a graph, an array in eager mode
+            return self.tokenizer.encode([tf.compat.as_text(np.asarray(text).item())])[0]
+
+        tokens = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        tokens.set_shape([None])
+        return tokens
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.numpy_function(lambda i: self.tokenizer.decode(i).encode(), [ids], tf.string, stateful=False)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, TokenizerVocabulary) and other.tokenizer.digest == self.tokenizer.digest
+
+    def __hash__(self) -> int:
+        return hash(self.tokenizer.digest)
+
+
+class _Source(seqio.DataSource):
+    """The tokens of a task's examples, shard by shard, before duplicates are dropped."""
+
+    def __init__(self, work: Work, task: str):
+        super().__init__(splits=("train",))
+        self._work, self._task = work, task
+
+    supports_arbitrary_sharding = False
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        return [f"{i}" for i in range(len(self._work.shards[self._task]))]
+
+    def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_) -> tf.data.Dataset:
+        shards = np.arange(len(self.list_shards(split)))
+        if shard_info and shard_info.num_shards > 1:
+            shards = shards[shard_info.index :: shard_info.num_shards]
+        if shuffle:
+            shards = np.random.default_rng(seed).permutation(shards)
+
+        def generate():
+            for shard in shards:
+                for batch in token_batches(self._work, self._task, int(shard), Counts()):
+                    yield from (columns for _, columns in batch)
+
+        signature = {name: tf.TensorSpec([None], tf.int32) for name in self._work.columns(self._task)}
+        return tf.data.Dataset.from_generator(generate, output_signature=signature)
+
+
+def register(work: Work, tokenizer: Tokenizer) -> None:
+    """Registers (anew) every task that is ours with seqio."""
+    vocabulary = TokenizerVocabulary(tokenizer)
+    for name, task in work.tasks.items():
+        if isinstance(task, tasks.Task):
+            features = {
+                column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in work.columns(name)
+            }
+            seqio.TaskRegistry.remove(name)
+            seqio.TaskRegistry.add(name, source=_Source(work, name), preprocessors=[], output_features=features)
+
+
+def register_mixtures(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Registers (anew) mixtures of tasks and of other mixtures; returns {mixture: {task: rate}} as seqio has them."""
+    registered: set[str] = set()
+
+    def add(name: str) -> None:
+        for member in rates[name]:
+            if member in rates and member not in registered:
+                add(member)
+        seqio.MixtureRegistry.remove(name)
+        seqio.MixtureRegistry.add(name, [(member, float(rate)) for member, rate in rates[name].items()])
+        registered.add(name)
+
+    for name in rates:
+        if name not in registered:
+            add(name)
+    mixtures = {name: seqio.MixtureRegistry.get(name) for name in rates}
+    return {name: {task.name: mixture.get_rate(task) for task in mixture.tasks} for name, mixture in mixtures.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioTask:
+    """A task that a module has registered with seqio, read through seqio. `modules` are imported by each process."""
+
+    name: str
+    kind: str
+    modules: tuple[str, ...]
+    max_bad: float = 0.0
+    buckets: int = 0
+
+    def shards(self) -> list[Shard]:
+        return [Shard(name, i) for i, name in enumerate(self._task().source.list_shards("train"))]
+
+    def _task(self) -> seqio.Task:
+        return find(self.name, self.modules)
+
+    def token_batches(self, shard: Shard, tokenizer: Tokenizer, counts: Counts) -> Iterator[list]:
+        """Batches of (weight, tokens) of the examples of a shard."""
+        task = self._task()
+        dataset = task.get_dataset(
+            sequence_length=None,
+            split="train",
+            shuffle=False,
+            trim_output_features=False,
+            shard_info=seqio.ShardInfo(shard.start, len(task.source.list_shards("train"))),
+        )
+        plain = tasks.Task(source=None, kind=self.kind)
+        batch = []
+        for row in dataset.as_numpy_iterator():
+            counts.rows_read += 1
+            counts.rows["used"] += 1
+            counts.made += 1
+            batch.append(row)
+            if len(batch) == BATCH:
+                yield self._tokens(plain, batch, tokenizer, counts)
+                batch = []
+        if batch:
+            yield self._tokens(plain, batch, tokenizer, counts)
+
+    def _tokens(self, plain: tasks.Task, batch: list[dict], tokenizer: Tokenizer, counts: Counts) -> list:
+        if _is_tokens(self._task()):
+            made = [(1, {name: row[name] for name in COLUMNS[examples.STAGES[self.kind]]}) for row in batch]
+        else:
+            texts = [example for row in batch for example in plain._make(_decoded(row))]
+            made = [(1, c) for _, c in examples.tokenize(plain, texts, tokenizer, counts.cut, counts.dropped)]
+        counts.examples += len(made)
+        return made
+
+
+def find(name: str, modules: Sequence[str]) -> seqio.Task:
+    """A registered task. ValueError if there is none."""
+    import importlib
+
+    for module in modules:
+        importlib.import_module(module)
+    if name not in seqio.TaskRegistry.names():
+        raise ValueError(f"no task {name!r} in the gin file and none registered by {', '.join(modules)}")
+    return seqio.TaskRegistry.get(name)
+
+
+def adapt(name: str, modules: Sequence[str], tokenizer: Tokenizer | None = None) -> SeqioTask:
+    """The task `name` of seqio, with the kind that its output features say."""
+    task = find(name, modules)
+    features = task.output_features
+    if _is_tokens(task):
+        kinds = [kind for kind, stage in examples.STAGES.items() if set(features) == set(COLUMNS[stage])]
+    else:
+        kinds = [kind for kind, (needed, _) in tasks.COLUMNS.items() if needed and set(features) == set(needed)]
+    if not kinds:
+        raise ValueError(f"the seqio task {name!r} has the features {sorted(features)}, which are those of no kind")
+    return SeqioTask(name, kinds[0], tuple(modules))
+
+
+def _is_tokens(task: seqio.Task) -> bool:
+    return all(feature.dtype == tf.int32 for feature in task.output_features.values())
+
+
+def _decoded(row: Mapping) -> dict:
+    def text(value):
+        return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
+
+    return {name: text(value) for name, value in row.items()}

@@ -1,0 +1,258 @@
+"""What a gin file says: tasks, mixtures, vocabulary, evaluation sets and hygiene. Only this module parses gin.
+
+The scope of a binding is the name of its task, "a/b" for the task "a.b"; what is bound in the scope a holds for every
+a.*, and what is bound without a scope for all. In a text, {name} stands for the last part of the task's name and
+{data_root} for the folder of --data_root:
+
+    fineweb2/task.source = @hub()
+    fineweb2/hub.id = "HuggingFaceFW/fineweb-2"
+    fineweb2/hub.config = "{name}"
+    mixtures.rates = {"diffusion": {"fineweb2.rus_Cyrl": 1.0, "fineweb2.fra_Latn": 1.0}}
+"""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import gin
+
+from embed.preparation import sources
+from embed.preparation.python_docs import PythonDocs
+from embed.preparation.tasks import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixtures:
+    """The mixtures of tasks, and of other mixtures. Tasks outside all mixtures and evaluation sets are not prepared.
+
+    rates: {mixture: {task or mixture: relative rate}}. alpha: {mixture: α}: the rates of a mixture are multiplied by
+    size^α. A size, and with unit="tokens" also a rate, is in tokens instead of examples. modules: Python modules that
+    register seqio tasks, whose names `rates` may use.
+    """
+
+    rates: Mapping[str, Mapping[str, float]]
+    alpha: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unit: str = "examples"
+    modules: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Texts that a vocabulary is trained on: `characters` in total, of `tasks` (by default those of kind text)."""
+
+    characters: int = 4_000_000
+    tasks: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """sets: {"SET/SPLIT": task}. A set has the examples that the task holds out, or all. max_queries: per set."""
+
+    sets: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    max_queries: int = 3000
+
+
+class Settings(NamedTuple):
+    """What a gin file binds. `tasks` has an entry for each name in mixtures and evaluation sets that it defines."""
+
+    tasks: dict[str, Task]
+    mixtures: Mixtures
+    vocabulary: Vocabulary
+    evaluation: Evaluation
+    registered: tuple[str, ...]  # names that must be seqio tasks
+
+    def trained(self) -> list[str]:
+        """The names of the tasks in mixtures, sorted."""
+        rates = self.mixtures.rates
+        return sorted({name for members in rates.values() for name in members if name not in rates})
+
+
+CONFIGURABLES = {
+    "mixtures": Mixtures,
+    "vocabulary": Vocabulary,
+    "evaluation": Evaluation,
+    "task": Task,
+    "files": sources.Files,
+    "hub": sources.Hub,
+    "tfds": sources.Tfds,
+    "retrieval": sources.Retrieval,
+    "conteb": sources.Conteb,
+    "parallel": sources.Parallel,
+    "python_docs": PythonDocs,
+}
+
+
+def _register(name: str, kind: type) -> None:
+    """Tells gin of a class. A function, since gin would make subclasses, which cannot be pickled."""
+
+    def make(**fields):
+        return kind(**fields)
+
+    gin.external_configurable(make, name=name, module="embed")
+
+
+for _name, _kind in CONFIGURABLES.items():
+    _register(_name, _kind)
+
+
+def bind(
+    gin_file: str | Path, gin_bindings: Sequence[str] = (), *, data_root: str = "", limit: int | None = None
+) -> Settings:
+    """The settings of a gin file. ValueError for unknown and unused bindings, which names the nearest valid one."""
+    if not Path(gin_file).is_file():
+        raise FileNotFoundError(f"no gin file {gin_file}")
+    text = Path(gin_file).read_text(encoding="utf-8") + "\n" + "\n".join(gin_bindings)
+    valid = [f"{name}.{f.name}" for name, kind in CONFIGURABLES.items() for f in dataclasses.fields(kind) if f.init]
+    gin.clear_config()
+    try:
+        bound = list(_bindings(text, gin_file))
+        for _, name, key in bound:
+            if key and key not in valid and name.partition(".")[0] in CONFIGURABLES:
+                raise ValueError(f"{gin_file}: unknown gin binding {key!r}{nearest(key, valid)}")
+        try:
+            gin.parse_config(text)
+            mixtures, vocabulary, evaluation = (
+                gin.get_configurable(name)() for name in ("mixtures", "vocabulary", "evaluation")
+            )
+        except (RuntimeError, TypeError, ValueError, ImportError) as error:
+            raise ValueError(f"{gin_file}: {_first(error)}") from None
+        _check_rates(mixtures, gin_file)
+        names = {name for members in mixtures.rates.values() for name in members} - set(mixtures.rates)
+        names |= {*evaluation.sets.values(), *vocabulary.tasks}
+        defined = {scope for scope, name, _ in bound if scope and name.partition(".")[0] == "task"}
+        scopes = {name: name.replace(".", "/") for name in sorted(names)}
+        registered = [
+            name for name, scope in scopes.items() if not any(f"{scope}/".startswith(f"{d}/") for d in defined)
+        ]
+        tasks: dict[str, Task] = {}
+        for name in [name for name in scopes if name not in registered]:
+            try:
+                _fill(text, [scopes[name]], data_root)
+                with gin.config_scope(scopes[name]):
+                    task = gin.get_configurable("task")()
+                if not isinstance(task.source, sources.Source):
+                    raise ValueError(f"task.source={task.source!r:.60} must be a source, such as @files()")
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{gin_file}: task {name!r}: {_first(error)}") from None
+            if limit and hasattr(task.source, "limited"):
+                task = dataclasses.replace(task, source=task.source.limited(limit))
+            tasks[name] = task
+        for module in mixtures.modules:
+            importlib.import_module(module)
+        if registered and not mixtures.modules:
+            raise ValueError(
+                f"{gin_file}: no task {registered[0]!r}: bind {registered[0].replace('.', '/')}/task.source and "
+                f"task.kind, or name the module that registers it in mixtures.modules{nearest(registered[0], tasks)}"
+            )
+        _check_used(bound, gin_file, valid)
+    finally:
+        gin.clear_config()
+    for name, kind, field in (("vocabulary", vocabulary, "characters"), ("evaluation", evaluation, "max_queries")):
+        if not isinstance(value := getattr(kind, field), int) or value < 1:
+            raise ValueError(f"{gin_file}: {name}.{field} must be a whole number of at least 1, got {value!r}")
+    return Settings(tasks, mixtures, vocabulary, evaluation, tuple(registered))
+
+
+def _fill(text: str, scopes: Iterable[str], data_root: str) -> None:
+    """Replace {data_root} in what is bound, and {name} for each task in whose scope it is bound."""
+
+    def replaced(value, name: str):
+        if isinstance(value, str):
+            if "{data_root}" in value and not data_root:
+                raise ValueError(f"{value!r} needs --data_root=FOLDER")
+            return value.replace("{name}", name).replace("{data_root}", data_root.rstrip("/"))
+        if isinstance(value, (list, tuple)):
+            return type(value)(replaced(item, name) for item in value)
+        if isinstance(value, dict):
+            return {key: replaced(item, name) for key, item in value.items()}
+        return value
+
+    for s in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()):
+        if isinstance(s, gin.config_parser.BindingStatement) and replaced(s.value, "") != s.value:
+            for scope in scopes:
+                if not s.scope or f"{scope}/".startswith(f"{s.scope}/"):
+                    gin.bind_parameter(
+                        f"{scope}/{s.selector}.{s.arg_name}", replaced(s.value, scope.rpartition("/")[2])
+                    )
+
+
+def _check_rates(mixtures: Mixtures, gin_file) -> None:
+    rates = mixtures.rates
+    if not isinstance(rates, dict) or not rates:
+        raise ValueError(f"{gin_file}: mixtures.rates must be {{mixture: {{task: rate}}}}, got {rates!r}")
+    for mixture, members in rates.items():
+        if not isinstance(members, dict) or not members:
+            raise ValueError(
+                f"{gin_file}: mixture {mixture!r} must be {{task: rate}} with at least one task, got {members!r}"
+            )
+        for task, rate in members.items():
+            if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+                raise ValueError(f"{gin_file}: the rate of {task!r} in {mixture!r} must be positive, got {rate!r}")
+    for mixture, alpha in mixtures.alpha.items():
+        if mixture not in rates:
+            raise ValueError(f"{gin_file}: mixtures.alpha: no mixture {mixture!r}{nearest(mixture, rates)}")
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+            raise ValueError(f"{gin_file}: mixtures.alpha of {mixture!r} must be between 0 and 1, got {alpha!r}")
+    if mixtures.unit not in ("examples", "tokens"):
+        raise ValueError(f"{gin_file}: mixtures.unit={mixtures.unit!r} must be examples or tokens")
+    for mixture in rates:
+        _check_cycles(mixture, rates, (), gin_file)
+
+
+def _check_cycles(mixture: str, rates: Mapping, above: tuple, gin_file) -> None:
+    if mixture in above:
+        raise ValueError(f"{gin_file}: the mixture {mixture!r} contains itself: {' → '.join((*above, mixture))}")
+    for member in rates[mixture]:
+        if member in rates:
+            _check_cycles(member, rates, (*above, mixture), gin_file)
+
+
+def _bindings(text: str, source) -> Iterator[tuple[str, str, str]]:
+    """(scope, configurable or macro, "configurable.parameter" or "") of a gin text. `source` is its name in errors."""
+    try:
+        statements = list(gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{source}: {_first(error)}") from None
+    for s in statements:
+        if isinstance(s, gin.config_parser.BindingStatement):
+            name = s.selector.rpartition(".")[2] if s.arg_name else s.selector
+            yield s.scope or "", name, f"{name}.{s.arg_name}" if s.arg_name else ""
+        elif not isinstance(s, gin.config_parser.ImportStatement):
+            raise ValueError(f"{source}: only bindings are allowed, got {type(s).__name__}")
+
+
+def _check_used(bound: Sequence[tuple[str, str, str]], gin_file, valid: Sequence[str]) -> None:
+    """ValueError if a binding had no effect. gin reports neither unused scopes nor unused macros."""
+    used = list(_bindings(gin.operative_config_str(), "operative config"))
+    for scope, name, key in bound:
+        for other, used_name, used_key in used:
+            if (name, key) == (used_name, used_key) and (not scope or f"{other}/".startswith(f"{scope}/")):
+                break
+        else:
+            full = f"{scope}/{key or name}" if scope else key or name
+            raise ValueError(f"{gin_file}: unused gin binding {full!r}{nearest(key or name, valid)}")
+
+
+def nearest(name: str, valid) -> str:
+    """The end of an error about an unknown name: the most similar valid one, if any is similar."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f"; the nearest valid one is {close[0]!r}" if close and close[0] != name else ""
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def bindings(gin_file: str | Path, gin_bindings: Sequence[str] = ()) -> dict[str, str]:
+    """{"scope/name.parameter": value as text} of a gin file and more bindings, of which the last one counts."""
+    text = Path(gin_file).read_text(encoding="utf-8") + "\n" + "\n".join(gin_bindings)
+    statements = gin.config_parser.ConfigParser(text, gin.config.ParserDelegate())
+    result = {}
+    for s in statements:
+        if isinstance(s, gin.config_parser.BindingStatement):
+            name = f"{s.scope}/{s.selector}" if s.scope else s.selector
+            result[f"{name}.{s.arg_name}" if s.arg_name else name] = repr(s.value)
+    return dict(sorted(result.items()))
