@@ -80,11 +80,10 @@ class DiffusionLoader:
         self.shards, self.num_shards = _local_shards("rows", rows, shards), rows
         tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate and task in stores})
         self._stores = {task: stores[task] for task in tasks}
-        self._offsets = {task: stores[task].offsets("tokens") for task in tasks}  # int64[documents + 1]
-        for task, offsets in self._offsets.items():
-            if offsets[-1] < length:
-                raise ValueError(f"the task {task!r} has {offsets[-1]} tokens, fewer than one row of {length}")
-        windows = {task: int(offsets[-1]) // length for task, offsets in self._offsets.items()}
+        for task, store in self._stores.items():
+            if (tokens := store.num_values()) < length:
+                raise ValueError(f"the task {task!r} has {tokens} tokens, fewer than one row of {length}")
+        windows = {task: store.num_values() // length for task, store in self._stores.items()}
         self.curriculum = Curriculum(phases, windows, seed=seed, slots=rows)
 
     def __str__(self) -> str:
@@ -98,9 +97,18 @@ class DiffusionLoader:
         """
         draws = [self.curriculum.draw(step, start, stop) for start, stop in _consecutive_ranges(self.shards)]
         draw = Draw(*map(np.concatenate, zip(*draws)))
-        tokens, segment_ids, positions = np.zeros((3, len(self.shards), self.length), np.int32)
-        for j, (task, epoch, index) in enumerate(zip(*draw)):
-            tokens[j], segment_ids[j], positions[j] = self._window(self.curriculum.tasks[task], int(epoch), int(index))
+        tokens, is_start = (
+            np.zeros((len(self.shards), self.length), np.int32),
+            np.zeros((len(self.shards), self.length), bool),
+        )
+        for t in np.unique(draw.task):
+            of_task = np.flatnonzero(draw.task == t)
+            tokens[of_task], is_start[of_task] = self._windows(
+                self.curriculum.tasks[t], draw.epoch[of_task], draw.index[of_task]
+            )
+        is_start[:, 0] = True
+        segment_ids, offset = np.cumsum(is_start, 1, dtype=np.int32), np.arange(self.length, dtype=np.int32)
+        positions = offset - np.maximum.accumulate(offset * is_start, 1)
         # Two random numbers per row: whether to truncate it, and to which length.
         chance, fraction = random_bits(make_key(self.seed, "truncate", step), 2 * self.shards + np.array([[0], [1]]))
         truncated = chance * 2.0**-64 < self.truncate_probability
@@ -110,25 +118,12 @@ class DiffusionLoader:
         batch = {"tokens": tokens * inside, "segment_ids": segment_ids * inside, "positions": positions * inside}
         return batch | {"stats": {"fill": float(inside.mean()), "cut": int(truncated.sum())}}
 
-    def _window(self, task: str, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens, segment ids and positions of window `index` of an epoch, int[length] each."""
-        store, offsets = self._stores[task], self._offsets[task]
-        total = int(offsets[-1])
-        shift = int(make_key(self.seed, "shift", task, epoch)) % total
-        start = (shift + index * self.length) % total
-        stop = min(start + self.length, total)
-        wrapped = self.length - (stop - start)  # tokens after the end of the ring, read from its start
-        tokens = store.flat("tokens", start, stop)
-        # Offsets in the window at which a document starts.
-        starts = offsets[np.searchsorted(offsets, start, "right") : np.searchsorted(offsets, stop)] - start
-        if wrapped:
-            tokens = np.concatenate([tokens, store.flat("tokens", 0, wrapped)])
-            starts = np.concatenate([starts, stop - start + offsets[: np.searchsorted(offsets, wrapped)]])
-        is_start = np.zeros(self.length, np.int64)
-        is_start[starts] = 1
-        is_start[0] = 1
-        offset = np.arange(self.length)
-        return tokens, np.cumsum(is_start), offset - np.maximum.accumulate(offset * is_start)
+    def _windows(self, task: str, epochs: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and document starts, [n, length] each, of n windows: each the window `index` of an epoch."""
+        store = self._stores[task]
+        shifts = {int(e): int(make_key(self.seed, "shift", task, int(e))) % store.num_values() for e in set(epochs)}
+        shift = np.array([shifts[int(e)] for e in epochs])
+        return store.windows((shift + indices * self.length) % store.num_values(), self.length)
 
 
 # --- contrastive ------------------------------------------------------------------------------------------------
@@ -208,7 +203,7 @@ class ContrastiveLoader:
             phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
         )
         for task in self.curriculum.tasks if stage == "contextual" else ():
-            if (most := stores[task].lengths("chunk_lengths").max(initial=0)) > max_chunks:
+            if (most := stores[task].lengths("chunk_lengths").max) > max_chunks:
                 raise ValueError(
                     f"the task {task!r} has a document of {most} chunks, more than batch.max_chunks={max_chunks}: "
                     "raise it, or prepare the data with it"

@@ -8,7 +8,7 @@ from embed.data import curriculum
 from embed.data import loader as loading
 from embed.data.curriculum import BLOCK, Curriculum, random_bits
 from embed.data.loader import ContrastiveLoader, DiffusionLoader, ReaderStalledError, prefetch
-from embed.data.store import Store, Writer
+from embed.data.store import Lengths, Store, Writer
 from embed.rows import RowShape
 
 
@@ -27,13 +27,17 @@ class MemoryStore:
         return [{name: column[i] for name, column in self.columns.items()} for i in indices]
 
     def lengths(self, column):
-        return np.array([len(x) for x in self.columns[column]])
+        sizes = np.array([len(x) for x in self.columns[column]])
+        return Lengths(sizes.max(initial=0), sizes.sum(), *np.unique(sizes, return_counts=True))
 
-    def offsets(self, column):
-        return np.cumsum([0] + [len(x) for x in self.columns[column]])
+    def num_values(self):
+        return sum(len(x) for column in self.columns.values() for x in column)
 
-    def flat(self, column, start, stop):
-        return np.concatenate(self.columns[column])[start:stop]
+    def windows(self, starts, length):
+        documents = [x for x in self.columns["tokens"] if len(x)]
+        flat, is_start = np.concatenate(documents), np.concatenate([np.arange(len(x)) == 0 for x in documents])
+        window = (np.asarray(starts)[:, None] + np.arange(length)) % len(flat)
+        return flat[window], is_start[window]
 
 
 def texts(rng, count, shortest, longest):

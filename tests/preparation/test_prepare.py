@@ -96,7 +96,7 @@ def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
 def test_training_has_no_text_of_a_held_out_function(data):
     tokenizer = tokenizers.load(data / "tokenizer")
     text = Store(data / "tasks" / "python_docs_text")
-    training = hygiene.normalize(tokenizer.decode(text.flat("tokens", 0, int(text.offsets("tokens")[-1]))))
+    training = hygiene.normalize(tokenizer.decode(text.window(0, text.num_values())[0]))
     corpus = [
         row["text"]
         for split in ("development", "test")
