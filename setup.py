@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# The quickstart trains on their sources (embed/preparation/sources.py), and tests use them.
+# The quickstart trains on their sources (embed/preparation/python_sources.py), and tests use them.
 QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
 
 setup(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from embed.preparation import sources
+from embed.preparation import python_sources
 
 MIN_WORDS = 3  # a shorter summary says too little
 MAX_MEMBERS_PER_OWNER = 4  # pairs per class or module in `member_pairs`
@@ -31,19 +31,19 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*|\d+|[^\W\d_a-zA-Z]+")
 
 def summary_pairs(function: Mapping) -> Iterator[Pair]:
     """First paragraph of the docstring -> function without its docstring."""
-    if len((summary := sources.summary(function["docstring"])).split()) >= MIN_WORDS:
+    if len((summary := python_sources.summary(function["docstring"])).split()) >= MIN_WORDS:
         yield summary, function["code"]
 
 
 def description_pairs(function: Mapping) -> Iterator[Pair]:
     """Prose after the first paragraph -> function without its docstring."""
-    if len((description := sources.description(function["docstring"])).split()) >= MIN_WORDS:
+    if len((description := python_sources.description(function["docstring"])).split()) >= MIN_WORDS:
         yield description, function["code"]
 
 
 def parameter_pairs(function: Mapping) -> Iterator[Pair]:
     """Documentation of the parameters -> function without its docstring."""
-    if len((parameters := sources.parameters(function["docstring"])).split()) >= MIN_WORDS:
+    if len((parameters := python_sources.parameters(function["docstring"])).split()) >= MIN_WORDS:
         yield parameters, function["code"]
 
 

@@ -35,7 +35,7 @@ from embed import paths, tokenizers
 from embed.config import differences
 from embed.console import make_console, print_table, quiet
 from embed.data import store
-from embed.preparation import evaluation_sets, sources, vocabulary
+from embed.preparation import evaluation_sets, python_sources, vocabulary
 
 _WINDOW = 600  # characters per training text of the vocabulary
 
@@ -116,13 +116,13 @@ def prepare(
     split_identifiers: bool = True,
     seed: int = 0,
     limit: int | None = None,
-    packages: sources.Packages | None = None,
+    packages: python_sources.Packages | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> None:
     """Writes `directory`. Does nothing if it is complete and was prepared with the same arguments.
 
     `limit`: maximum number of source files, functions and modules per split, for trials. `packages`: by default
-    `sources.PACKAGES`. With `tokenizer`, no vocabulary is trained. Raises ValueError for a directory with other
+    `python_sources.PACKAGES`. With `tokenizer`, no vocabulary is trained. Raises ValueError for a directory with other
     arguments (names them), for unknown and unused gin bindings (names the nearest valid key), for empty splits and
     tasks, and for a `vocab_size` that the texts do not allow.
     """
@@ -182,12 +182,12 @@ def _write(folder: Path, arguments: Mapping, settings: Mapping, packages, tokeni
 
     rates = settings["mixtures"].rates
     names = sorted({task for mixture in rates.values() for task in mixture})
-    packages = packages or sources.PACKAGES
+    packages = packages or python_sources.PACKAGES
     # Worker processes read the sources while this one imports TensorFlow.
     with (
         contextlib.ExitStack() as stack,
         progress,
-        sources.Reading(packages, limit=limit) as reading,
+        python_sources.Reading(packages, limit=limit) as reading,
         ThreadPoolExecutor(3) as pool,
     ):
         bar = progress.add_task("data", total=len(names) + 7)

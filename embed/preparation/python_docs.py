@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from embed.preparation import hygiene, sources
+from embed.preparation import hygiene, python_sources
 
 # Increment when the extracted content changes.
 FORMAT = 1
@@ -114,7 +114,7 @@ _FEATURES = {
 
 
 def module_example(record: dict) -> dict:
-    """A module dictionary of `sources` as an example of the `modules` config, with members in source order."""
+    """A module dictionary of `python_sources` as an example of the `modules` config, with members in source order."""
     members = []
     for kind, index in record["order"]:
         if kind == "class":
@@ -156,7 +156,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
     def __init__(
         self,
         *,
-        packages: sources.Packages = sources.PACKAGES,
+        packages: python_sources.Packages = python_sources.PACKAGES,
         limit: int | None = None,
         corpus: "Corpus | None" = None,
         **kwargs,
@@ -188,11 +188,11 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         if self._corpus is None:
-            with sources.Reading(self._sources) as reading:
+            with python_sources.Reading(self._sources) as reading:
                 self._corpus = clean(reading.result(), self._limit)
         self.info.metadata["dropped"] = self._corpus.dropped
         splits = getattr(self._corpus, self.builder_config.name)
-        return {split: self._generate_examples(splits[split]) for split in sources.SPLITS}
+        return {split: self._generate_examples(splits[split]) for split in python_sources.SPLITS}
 
     def _generate_examples(self, records: list[dict]) -> Iterator[tuple[int, dict]]:
         for index, record in enumerate(records):
