@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-# The quickstart trains on their sources (embed/preparation/sources.py), and tests use them.
+# The quickstart trains on their sources (embed/preparation/python_sources.py), and tests use them.
 QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
 
 setup(
@@ -41,7 +41,18 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        "data": ["seqio", "tensorflow", "tensorflow-datasets"],  # only `embed prepare` imports them
+        # Only `embed prepare` imports them.
+        "data": [
+            "backports.zstd",
+            "fsspec",
+            "huggingface-hub>=2.4",  # get_cached_repo_tree
+            "ijson",  # JSON arrays without reading them whole
+            "pyarrow",  # Parquet
+            "pyyaml",  # cards of datasets
+            "seqio",
+            "tensorflow",
+            "tensorflow-datasets",
+        ],
         "gcs": ["gcsfs"],  # gs:// paths
         "onnx": ["onnx"],  # embed export --format=onnx
         # Programs that results are compared with: `make test-reference`.

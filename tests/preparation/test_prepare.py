@@ -11,7 +11,7 @@ from embed import tokenizers
 from embed.data.store import Store
 from embed.preparation import hygiene
 from embed.preparation.prepare import bind, prepare
-from embed.preparation.sources import Packages, Reading
+from embed.preparation.python_sources import Packages, Reading
 
 GIN = "configs/data/python_docs.gin"
 PACKAGES = ("alpha", "beta", "gamma", "delta")

@@ -1,0 +1,172 @@
+"""Sources whose rows are joined from several files: joined once, to rows in a folder, with bounded memory."""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from embed import paths
+from embed.preparation.sources.base import Row, Shard, Source, SourceError
+from embed.preparation.sources.files import Files
+from embed.preparation.sources.hub import Hub, choose, config_splits, read_card
+
+PART_BYTES = 1 << 24  # of a file of joined rows
+SAMPLED = 20_000  # rows of each file that `sample` joins
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(Source):
+    """A source whose `build` writes its rows to files. Subclasses define `parts`, `join` and `names`."""
+
+    names = ()  # the columns
+
+    def parts(self) -> dict[str, Source]:
+        """The sources that are joined."""
+        raise NotImplementedError
+
+    def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
+        """All rows; with `limit`, only those that the first rows of each part give. Large data go to `temporary`."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Source]:
+        return self.parts()
+
+    def build(self, scratch: str | os.PathLike) -> None:
+        """Writes the rows to `scratch`: part-00000.jsonl … and, last, index.json with the shards."""
+        key = json.dumps([f"{self.__getstate__()}", self.identity()], sort_keys=True, default=str)
+        name = f"{type(self).__name__.lower()}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        folder = paths.path(scratch) / name
+        if not (folder / "index.json").exists():
+            paths.path(scratch).mkdir(parents=True, exist_ok=True)
+            local = None if paths.is_bucket(folder) else Path(scratch)
+            with tempfile.TemporaryDirectory(prefix=".join-", dir=local) as temporary:
+                shards, count = [], 0
+                for content in _blocks(self.join(Path(temporary))):
+                    path = folder / f"part-{len(shards):05}.jsonl"
+                    paths.write(path, b"".join(content))
+                    shards.append(Shard(os.fspath(path), 0, None, sum(map(len, content))))
+                    count += len(content)
+                if not count:
+                    raise SourceError(f"{', '.join(self._parts)} of {type(self).__name__.lower()} join to no row")
+                paths.write_json(folder / "index.json", {"rows": count, "shards": shards})
+        object.__setattr__(self, "built", paths.read_json(folder / "index.json"))
+
+    built = None
+
+    def shards(self) -> list[Shard]:
+        if not self.built:
+            raise RuntimeError(f"{type(self).__name__}.build must be called before shards")
+        return [Shard(*shard) for shard in self.built["shards"]]
+
+    def read(self, shard: Shard) -> Iterator[Row]:
+        with paths.path(shard.path).open("rb") as lines:
+            for line in lines:
+                yield Row(*json.loads(line))
+
+    def sample(self, count: int = 10) -> list[Row]:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = self.join(Path(temporary), SAMPLED)
+            return list(itertools.islice((row for row in rows if row.value is not None), count))
+
+    def describe(self) -> dict:
+        described = [part.describe() for part in self._parts.values()]
+        licenses = sorted({d["license"] for d in described if d["license"]})
+        return {
+            "rows": self.built["rows"] if self.built else None,
+            "columns": list(self.names),
+            "license": ", ".join(licenses) or None,
+            "files": sum(d["files"] for d in described),
+            "bytes": sum(d["bytes"] for d in described),
+        }
+
+    def identity(self) -> dict:
+        return {name: part.identity() for name, part in self._parts.items()}
+
+
+def _blocks(rows: Iterable[Row]) -> Iterator[list[bytes]]:
+    """Rows as lines of JSON, in lists of about PART_BYTES."""
+    block, size = [], 0
+    for row in rows:
+        block.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        size += len(block[-1])
+        if size >= PART_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def all_rows(source: Source, limit: int | None = None) -> Iterator[Row]:
+    """The rows of all shards of a source, at most `limit`."""
+    return itertools.islice(itertools.chain.from_iterable(map(source.read, source.shards())), limit)
+
+
+@contextlib.contextmanager
+def database(folder: Path, schema: str) -> Iterator[sqlite3.Connection]:
+    """A new database on the disk, which nothing outlives."""
+    with contextlib.closing(sqlite3.connect(Path(folder) / "join.sqlite", isolation_level=None)) as connection:
+        connection.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;" + schema
+        )
+        connection.execute("BEGIN")
+        yield connection
+
+
+def field(row: Row, *names: str):
+    """The first of several fields that a row has, for names that differ between data sets; None without any."""
+    return next((row.value[name] for name in names if row.value.get(name) is not None), None)
+
+
+def dataset_part(
+    path: str, id: str, revision: str, streaming: bool, *, explicit, patterns: dict[str, str], splits: tuple[str, ...]
+) -> Source:
+    """One of the tables of a dataset, such as its queries, in a local folder, in a bucket or on the hub.
+
+    explicit: a Source, or globs of the table's files relative to the dataset; empty to look for the table.
+    patterns: {name of the config: regular expression of the files in a dataset without a list of configs}.
+    splits: the splits to read, the first that there is; "" is all of them.
+    """
+    if isinstance(explicit, Source):
+        return explicit
+    if bool(path) == bool(id):
+        raise SourceError("expected a path or the id of a dataset, and not both")
+    hub = Hub(id=id, revision=revision, streaming=streaming) if id else None
+    if explicit:
+        globs = [explicit] if isinstance(explicit, str) else list(explicit)
+        if hub:
+            return Hub(id=id, revision=revision, streaming=streaming, files=globs)
+        return Files([os.path.join(path, name) for name in globs])
+    if hub:
+        names, configs = list(hub.listing[0]), hub.listing[1]
+    else:
+        folder = paths.path(path)
+        if not folder.is_dir():
+            raise SourceError(f"{path} is not a folder")
+        names = list(paths.files(folder))
+        card = folder / "README.md"
+        configs = read_card(card.read_text(encoding="utf-8")).get("configs") or [] if "README.md" in names else []
+    source, listed = id or path, [f"{config.get('config_name')}" for config in configs]
+    if config := next((name for name in patterns if name in listed), ""):
+        there = config_splits(source, names, configs, config)
+        split = next((split for split in splits if not split or split in there), splits[0])
+        chosen = choose(source, names, configs, config, split)
+    else:
+        found = ((split, pattern) for split in splits for pattern in patterns.values())
+        filled = (pattern.replace("{split}", split or r"[\w.-]+") for split, pattern in found)
+        lists = ([name for name in names if re.fullmatch(pattern, name)] for pattern in filled)
+        chosen = next((files for files in lists if files), None)
+        if not chosen:
+            some = ", ".join(sorted(names)[:20])
+            raise SourceError(f"{source} has no {' or '.join(patterns)}: its files are {some}")
+    if hub:
+        return Hub(id=id, revision=revision, streaming=streaming, files=chosen)
+    return Files([os.fspath(paths.path(path) / name) for name in chosen])
