@@ -8,6 +8,7 @@ them as JSON lines, in order of content, so that any prefix is a fair sample of 
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -154,7 +155,7 @@ class PythonDocs(Source):
 
     def build(self, scratch) -> None:
         """Reads the packages and writes the records of all splits to `scratch`, once."""
-        content = json.dumps([self.packages.versions(), dataclasses.asdict(self.packages), self.limit])
+        content = json.dumps([_versions(self.packages), dataclasses.asdict(self.packages), self.limit])
         folder = paths.path(scratch) / f"python_docs-{hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
         if not (folder / REPORT).exists():
             with Reading(self.packages, limit=self.limit or None) as reading:
@@ -164,7 +165,7 @@ class PythonDocs(Source):
                     for part, lines in enumerate(_lines(corpus, records, split)):
                         paths.write(folder / f"{records}-{split}-{part}.jsonl", lines)
             report = {
-                "packages": self.packages.versions(),
+                "packages": _versions(self.packages),
                 "packages not installed": self.packages.missing(),
                 "unreadable files": reading.unreadable,
                 "dropped": corpus.dropped,
@@ -187,7 +188,7 @@ class PythonDocs(Source):
         return {"rows": None, "columns": sorted(FIELDS[self.records]), "license": None, "files": len(folders)}
 
     def identity(self) -> dict:
-        return {"packages": self.packages.versions()}
+        return {"packages": _versions(self.packages)}
 
     def sample(self, count: int = 10) -> list[Row]:
         """The first records of the smallest packages, without `build`."""
@@ -195,6 +196,12 @@ class PythonDocs(Source):
             few = dataclasses.replace(self, limit=count)
             few.build(scratch)
             return list(itertools.islice(itertools.chain.from_iterable(map(few.read, few.shards())), count))
+
+
+@functools.lru_cache
+def _versions(packages: Packages) -> dict[str, str]:
+    """`Packages.versions`, which reads the metadata of everything that is installed."""
+    return packages.versions()
 
 
 def _lines(corpus: Corpus, records: str, split: str) -> Iterator[str]:
