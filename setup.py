@@ -49,6 +49,7 @@ setup(
             "ijson",  # JSON arrays without reading them whole
             "pyarrow",  # Parquet
             "pyyaml",  # cards of datasets
+            "semantic-text-splitter",  # chunks of whole texts
             "seqio",
             "tensorflow",
             "tensorflow-datasets",

@@ -85,18 +85,17 @@ def num_buckets(task: Task, shards: Sequence[Shard]) -> int:
 
 def map_shard(work: Work, task: str, shard: int, progress: Progress = lambda tokens, size: None) -> None:
     """Tokenizes an input shard of a task and sorts its examples into buckets. BadRowsError if too much of it is bad."""
-    counts, part, tokens, seen = Counts(), 0, Counter(), 0
+    counts, part, total, seen = Counts(), 0, 0, 0
     size = work.shards[task][shard].bytes
     pending, values = _Pending(work.columns(task), work.buckets[task]), 0
-    for batch in token_batches(work, task, shard, counts):
+    for batch in _named(task, token_batches(work, task, shard, counts)):
+        made = 0
         for weight, columns in batch:
             pending.add(columns, weight)
-            for name, array in columns.items():
-                tokens[name] += len(array)
-                values += len(array)
-        made = sum(len(array) for _, columns in batch for array in columns.values())
-        progress(made, min(sum(tokens.values()) * 4, size) - seen)  # bytes of source: an estimate until the end
-        seen = min(sum(tokens.values()) * 4, size)
+            made += sum(map(len, columns.values()))
+        values, total = values + made, total + made
+        progress(made, min(4 * total, size) - seen)  # bytes of source: an estimate until the end
+        seen = min(4 * total, size)
         if values >= PART_VALUES:
             write_sections(work.part(task, shard, part), pending.tables())
             pending, values, part = _Pending(work.columns(task), work.buckets[task]), 0, part + 1
@@ -133,6 +132,14 @@ def _tokenized(task: Task, batch: list[dict], tokenizer, counts: Counts) -> list
     made = examples.tokenize(task, batch, tokenizer, counts.cut, counts.dropped)
     counts.examples += len(made)
     return [(example["weight"], columns) for example, columns in made]
+
+
+def _named(task: str, batches: Iterator) -> Iterator:
+    """The batches; an error about their data names the task."""
+    try:
+        yield from batches
+    except ValueError as error:
+        raise type(error)(f"task {task!r}: {error}") from error
 
 
 class _Pending:
@@ -205,7 +212,8 @@ def map_bucket(work: Work, task: str, bucket: int, parts: Sequence[int], progres
         order = shuffled(table[DIGEST].take(pa.array(keep)), make_key(work.seed, "bucket", task))
         rows = keep[order]
         rows = np.repeat(rows, table["weight"].combine_chunks().to_numpy()[rows])
-        counts[REPEATED] = len(rows) - len(keep)
+        if len(rows) > len(keep):
+            counts[REPEATED] = len(rows) - len(keep)
         table = table.take(pa.array(rows))
     values = {
         name: _ragged(table[name]) if tables else (np.zeros(0, np.int32), np.zeros(0, np.int64)) for name in columns
@@ -249,6 +257,14 @@ def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------
+
+
+def is_begun(scratch) -> bool:
+    """Whether any input shard is tokenized."""
+    scratch = paths.path(scratch)
+    return scratch.exists() and any(
+        entry.name.endswith(".tokens") for folder in scratch.iterdir() if folder.is_dir() for entry in folder.iterdir()
+    )
 
 
 def shards_done(work: Work, task: str) -> dict[int, dict]:

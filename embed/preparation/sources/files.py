@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-import gin
-
 from embed import paths
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line
@@ -205,7 +203,6 @@ def _groups(stream: BinaryIO, shard_bytes: int) -> list[tuple[int, int, int]]:
     return result
 
 
-@gin.register("files")
 @dataclass(frozen=True)
 class Files(FileReader):
     """Files on a disk or in a bucket: paths, globs or folders.

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import gin
-
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import SourceError, first_line
 from embed.preparation.sources.files import FileReader, Input, open_file
@@ -23,7 +21,6 @@ SPLITS = {
 }
 
 
-@gin.register("hub")
 @dataclass(frozen=True)
 class Hub(FileReader):
     """A dataset of the Hugging Face hub.

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gin
-
 from embed.preparation.sources.base import Row, Source, SourceError
 from embed.preparation.sources.joined import Joined, all_rows, database, dataset_part, field
 
@@ -29,7 +27,6 @@ class _Dataset(Joined):
         return dataset_part(*where, explicit=explicit, patterns=patterns, splits=splits)
 
 
-@gin.register("retrieval")
 @dataclass(frozen=True)
 class Retrieval(_Dataset):
     """One row per query and relevant text: query, document, title, score, negatives, query_id, document_id.
@@ -201,7 +198,6 @@ class Retrieval(_Dataset):
             yield value
 
 
-@gin.register("conteb")
 @dataclass(frozen=True)
 class Conteb(_Dataset):
     """One row per document: document_id, chunks, queries [{"text", "chunk"}], chunk_ids.
