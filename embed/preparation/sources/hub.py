@@ -111,7 +111,7 @@ class Hub(FileReader):
             )
 
     @contextlib.contextmanager
-    def _one_sentence(self, revision: str) -> Iterator[None]:
+    def _one_sentence(self, revision: str, subject: str = "") -> Iterator[None]:
         """Turns the many errors of the hub's library into one SourceError with one sentence."""
         from huggingface_hub import constants, errors
 
@@ -128,7 +128,7 @@ class Hub(FileReader):
             raise SourceError(f"{self.id} is not complete in the local cache, and the hub cannot be reached") from error
         except errors.LocalEntryNotFoundError as error:
             reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{url} cannot be reached"
-            raise SourceError(f"{self.id} at {revision} is not in the local cache, and {reason}") from error
+            raise SourceError(f"{subject or self.id} is not in the local cache, and {reason}") from error
         except Exception as error:  # of the network, the disk, the server
             raise SourceError(f"{self.id} cannot be read from {url}: {first_line(error)}") from error
 
@@ -142,7 +142,7 @@ class Hub(FileReader):
         commit, name = path.removeprefix(f"hf://datasets/{self.id}@").split("/", 1)
         import huggingface_hub
 
-        with self._one_sentence(commit):
+        with self._one_sentence(commit, "the file"):  # which `read` names
             if self.streaming:
                 return open_file(path)
             huggingface_hub.utils.disable_progress_bars()
@@ -246,10 +246,14 @@ def _converted(names: Iterable[str]) -> list[dict]:
 
 
 def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or _regex(pattern.removeprefix("./")).fullmatch(name) is not None
+
+
+@functools.lru_cache
+def _regex(pattern: str) -> re.Pattern:
     import fsspec.utils
 
-    pattern = pattern.removeprefix("./")
-    return name == pattern or re.fullmatch(fsspec.utils.glob_translate(pattern), name) is not None
+    return re.compile(fsspec.utils.glob_translate(pattern))
 
 
 def _some(names: Iterable[str], count: int = 20) -> str:
