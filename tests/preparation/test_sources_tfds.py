@@ -12,7 +12,6 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
     """Twenty examples of text, of a number, and of nested and ragged features."""
 
     VERSION = tfds.core.Version("1.0.0")
-    pkg_dir_path = None
 
     def _info(self):
         features = {
@@ -23,7 +22,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
                 {"title": tfds.features.Text(), "ids": tfds.features.Sequence(np.int32)}
             ),
         }
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
