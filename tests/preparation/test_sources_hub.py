@@ -9,7 +9,7 @@ import re
 import threading
 import urllib.parse
 
-import huggingface_hub.constants
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -173,7 +173,7 @@ def test_a_config_and_split_of_the_card_are_read_at_one_commit(streaming, hub):
     assert source.identity()["commit"] == sha and source.shards()[0].path.startswith(f"hf://datasets/org/text@{sha}/")
     described = source.describe()
     assert described["license"] == "odc-by" and described["columns"] == ["text", "_file"] and described["files"] == 2
-    assert described["rows"] == (6 if streaming else None)
+    assert described["rows"] == 6
     hub.clear()
     copy = pickle.loads(pickle.dumps(source))
     assert [row.value["text"] for row in copy.read(source.shards()[-1])] == ["r5"]
@@ -187,6 +187,13 @@ def test_only_the_chosen_files_are_downloaded(hub):
     rows(Hub("org/text", config="deu_Latn"))
     downloaded = {request.rsplit("/", 1)[-1] for request in hub if "/resolve/" in request}
     assert downloaded == {"README.md", "a.jsonl.gz"}
+
+
+def test_a_few_rows_and_a_description_are_had_without_a_download(hub):
+    source = Hub("org/text", config="rus_Cyrl")
+    assert [row.value["text"] for row in source.sample(2)] == ["r0", "r1"] and source.describe()["rows"] == 6
+    downloaded = list(huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos)[0]
+    assert [file.file_name for revision in downloaded.revisions for file in revision.files] == ["README.md"]
 
 
 def test_a_revision_and_files_can_be_named(hub):
@@ -261,7 +268,7 @@ def test_a_retrieval_set_of_the_hub_is_joined(hub, tmp_path):
     source = Retrieval(id="org/set", split="test")
     source.build(tmp_path / "scratch")
     (row,) = rows(source)
-    assert (row.value["query"], row.value["title"], row.value["document"]) == ("Q", "T", "D")
+    assert (row.value["query"], row.value["title"], row.value["document"]) == ("Q", "T", "T D")
     assert source.identity()["corpus"]["commit"] == commit("org/set", "main")
 
 

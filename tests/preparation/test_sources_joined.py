@@ -113,11 +113,13 @@ def test_a_row_is_a_query_and_a_relevant_text_with_the_texts_that_were_judged_ir
     assert rows == [
         dict(zip(names, values))
         for values in [
-            ("one", "text a", "A", 1.0, ["text b", "A text a"], "1", "a"),
+            ("one", "A text a", "A", 1.0, ["text b", "A text a"], "1", "a"),
             ("two", "text c", "", 2.0, [], "2", "c"),
             ("one", "text c", "", 1.0, ["text b", "A text a"], "1", "c"),
         ]
     ]
+    plain, _ = built(Retrieval(path=source.path, split="train", titles=False), tmp_path / "scratch")
+    assert plain[0]["document"] == "text a" and plain[0]["negatives"] == ["text b", "text a"]
     assert not bad and source.describe()["columns"] == list(names) and source.describe()["rows"] == 3
     assert [row.value for row in Retrieval(path=source.path, split="train").sample(2)] == rows[:2]
 
@@ -148,7 +150,7 @@ def test_what_cannot_be_joined_is_a_bad_row_with_its_reason(tmp_path):
         ),
     }
     rows, bad = built(Retrieval(path=write(tmp_path / "set", files)), tmp_path / "scratch")
-    assert [row["document"] for row in rows] == ["text a"]
+    assert [row["document"] for row in rows] == ["A text a"]
     reasons = dict(bad)
     assert reasons.pop("queries.jsonl:5").startswith("not JSON")
     location = f"the id 'a' is already used in {tmp_path}/set/corpus.jsonl:1"
@@ -179,7 +181,7 @@ def test_a_join_is_done_once_and_again_when_a_file_has_changed_or_it_was_interru
         patch.setattr(sqlite3, "connect", None)
         assert built(Retrieval(path=folder, split="train"), scratch)[0] == rows
     write(folder, {"corpus.jsonl": jsonl([{**row, "text": "new " + row["text"]} for row in CORPUS])})
-    assert built(Retrieval(path=folder, split="train"), scratch)[0][0]["document"] == "new text a"
+    assert built(Retrieval(path=folder, split="train"), scratch)[0][0]["document"] == "A new text a"
 
 
 def test_an_evaluation_set_has_the_whole_corpus_and_the_judged_queries(tmp_path):

@@ -1,6 +1,7 @@
 """`hub`: the data files of a dataset on the Hugging Face hub. Loading scripts are never run."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -101,14 +102,20 @@ class Hub(FileReader):
         """The folder of a revision in the cache; its name is the commit. It has at least the card."""
         import huggingface_hub
 
+        if revision in self._snapshots:
+            return self._snapshots[revision]
         huggingface_hub.utils.disable_progress_bars()
         with self._one_sentence(revision):
             # It also stores the list of files, and without a network it returns what an earlier call stored.
-            return Path(
-                huggingface_hub.snapshot_download(
-                    self.id, repo_type="dataset", revision=revision, allow_patterns=["README.md", ".gitattributes"]
-                )
+            folder = huggingface_hub.snapshot_download(
+                self.id, repo_type="dataset", revision=revision, allow_patterns=["README.md", ".gitattributes"]
             )
+        return self._snapshots.setdefault(revision, Path(folder))
+
+    @functools.cached_property
+    def _snapshots(self) -> dict[str, Path]:
+        """{revision: its folder}, so that a source has one commit even if the dataset changes meanwhile."""
+        return {}
 
     @contextlib.contextmanager
     def _one_sentence(self, revision: str, subject: str = "") -> Iterator[None]:
@@ -148,9 +155,20 @@ class Hub(FileReader):
             huggingface_hub.utils.disable_progress_bars()
             return open_file(huggingface_hub.hf_hub_download(self.id, name, repo_type="dataset", revision=commit))
 
+    def preview(self) -> "Hub":
+        """The same files, streamed: a few rows are no reason to download a whole file. Offline, this source."""
+        from huggingface_hub import constants
+
+        if self.streaming or constants.HF_HUB_OFFLINE:
+            return self
+        result = dataclasses.replace(self, streaming=True)
+        result.__dict__.update(listing=self.listing, card=self.card, _inputs=self._inputs)
+        return result
+
     def describe(self) -> dict:
         named = self.card.get("license")
-        return {**super().describe(), "license": ", ".join(named) if isinstance(named, list) else named}
+        described = super(Hub, self.preview()).describe()
+        return {**described, "license": ", ".join(named) if isinstance(named, list) else named}
 
     def identity(self) -> dict:
         return {"id": self.id, "commit": self._inputs[0].version, "files": [[f.name, f.size] for f in self._inputs]}
@@ -174,6 +192,8 @@ def choose(source: str, names: Iterable[str], configs: Sequence[Mapping], config
     source: the name for errors. names: all files. configs: the list of the card, or [] to tell splits by the paths.
     """
     splits = config_splits(source, names, configs, config)
+    if not any(splits.values()):
+        raise SourceError(f"{source} has no data files of config {config!r}: there are {_some(names)}")
     if not split:
         chosen = {name for files in splits.values() for name in files}
     elif split not in splits:

@@ -1,6 +1,7 @@
 """Sources whose rows are joined from several files: joined once, to rows in a folder, with bounded memory."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -73,9 +74,10 @@ class Joined(Source):
                 yield Row(*json.loads(line))
 
     def sample(self, count: int = 10) -> list[Row]:
+        preview = dataclasses.replace(self)
+        preview.__dict__["_parts"] = {name: part.preview() for name, part in self._parts.items()}
         with tempfile.TemporaryDirectory() as temporary:
-            rows = self.join(Path(temporary), SAMPLED)
-            return list(itertools.islice((row for row in rows if row.value is not None), count))
+            return list(itertools.islice(preview.join(Path(temporary), SAMPLED), count))
 
     def describe(self) -> dict:
         described = [part.describe() for part in self._parts.values()]
@@ -103,11 +105,6 @@ def _blocks(rows: Iterable[Row]) -> Iterator[list[bytes]]:
             block, size = [], 0
     if block:
         yield block
-
-
-def all_rows(source: Source, limit: int | None = None) -> Iterator[Row]:
-    """The rows of all shards of a source, at most `limit`."""
-    return itertools.islice(itertools.chain.from_iterable(map(source.read, source.shards())), limit)
 
 
 @contextlib.contextmanager
