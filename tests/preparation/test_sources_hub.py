@@ -208,7 +208,10 @@ def test_without_a_card_splits_are_told_by_paths(hub):
 
 def test_a_loading_script_is_not_run_and_the_converted_files_are_read(hub):
     assert column(Hub("org/script", config="en"), "n") == [1]
-    assert column(Hub("org/script", split="dev"), "n") == [2]
+    assert column(Hub("org/script", split="partial-dev"), "n") == [2]
+    assert column(Hub("org/script", config="en", revision="refs/convert/parquet"), "n") == [1]
+    with pytest.raises(SourceError, match="org/script has no split 'dev': there are partial-dev, train"):
+        Hub("org/script", split="dev").shards()  # which would be only the beginning of it
     with pytest.raises(SourceError, match="org/script has no config 'fr': there are en"):
         Hub("org/script", config="fr").shards()
     with pytest.raises(SourceError, match="org/onlyscript has only a loading script, which is never run"):

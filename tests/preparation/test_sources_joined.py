@@ -131,13 +131,16 @@ def test_configs_of_a_folder_and_named_files_are_read(tmp_path):
     named = {"corpus": "y-corpus.jsonl.gz", "queries": "y-queries.jsonl.gz"}
     source = Retrieval(path=folder, qrels=Files(f"{folder}/x-qrels.jsonl.gz"), **named)
     assert built(source, tmp_path / "s")[0][0]["query"] == "two"
+    parts = {"corpus": "y-corpus.jsonl.gz", "queries": "y-queries.jsonl.gz", "qrels": "x-qrels.jsonl.gz"}
+    alone = Retrieval(**{part: f"{folder}/{name}" for part, name in parts.items()})
+    assert built(alone, tmp_path / "s") == built(source, tmp_path / "s")
     with pytest.raises(SourceError, match="has no corpus: its files are x-corpus.jsonl.gz, x-qrels.jsonl.gz"):
         Retrieval(path=folder).build(tmp_path / "s")
     with pytest.raises(SourceError, match="has no split 'dev': there are train"):
         Retrieval(path=write(tmp_path / "card", LAYOUTS["MTEB with a card"]), split="dev").build(tmp_path / "s")
-    with pytest.raises(SourceError, match="has no qrels or default or"):
+    with pytest.raises(SourceError, match="has no qrels or default: its files are corpus.jsonl, "):
         Retrieval(path=write(tmp_path / "beir", LAYOUTS["BEIR"]), split="dev").build(tmp_path / "s")
-    with pytest.raises(SourceError, match="expected a path or the id of a dataset"):
+    with pytest.raises(SourceError, match="expected the path or the id of a dataset, and not both"):
         Retrieval().build(tmp_path / "s")
 
 

@@ -73,7 +73,10 @@ class Hub(FileReader):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", self.id):
             raise SourceError(f"hub.id is {self.id!r}: expected the id of a dataset, owner/name")
         sizes, commit = self._list(self.revision or "main")
-        return sizes, self.card.get("configs") or [], commit
+        configs = self.card.get("configs") or []
+        if not configs and self.revision.startswith("refs/convert/"):
+            configs = _converted(sizes)
+        return sizes, configs, commit
 
     @functools.cached_property
     def card(self) -> dict:
@@ -84,7 +87,7 @@ class Hub(FileReader):
     @property
     def _has_only_a_script(self) -> bool:
         sizes, configs, _ = self.listing
-        return not configs and f"{self.id.split('/')[-1]}.py" in sizes and not self.revision.startswith("refs/convert")
+        return not configs and f"{self.id.split('/')[-1]}.py" in sizes
 
     def _list(self, revision: str) -> tuple[dict[str, int], str]:
         from huggingface_hub import errors, get_cached_repo_tree
@@ -256,12 +259,15 @@ def _by_path(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _converted(names: Iterable[str]) -> list[dict]:
-    """Configs of the branch of converted files: config/split/0000.parquet."""
+    """Configs of the branch of converted files: config/split/0000.parquet.
+
+    The hub converts only the first gigabytes of a large split, and calls that part partial-SPLIT: so it is named here.
+    """
     found: dict[str, dict[str, list[str]]] = {}
     for name in names:
         if name.endswith(".parquet") and name.count("/") == 2:
             config, split, _ = name.split("/")
-            found.setdefault(config, {}).setdefault(split.removeprefix("partial-"), []).append(name)
+            found.setdefault(config, {}).setdefault(split, []).append(name)
     return [{"config_name": config, "data_files": splits} for config, splits in found.items()]
 
 
