@@ -153,6 +153,12 @@ class FileReader(Source):
         except Exception as error:  # each library has its own
             raise SourceError(f"{self.location(path)} cannot be read: {first_line(error)}") from error
 
+    def rows(self, limit: int | None = None) -> Iterator[Row]:
+        if limit is None:
+            return super().rows()
+        files = (Shard(file.path, 0, None, file.size, file.name) for file in self._inputs if file.size)
+        return itertools.islice(itertools.chain.from_iterable(map(self.read, files)), limit)
+
     def read(self, shard: Shard) -> Iterator[Row]:
         location, last = self.location(shard.path), ""
         try:

@@ -43,7 +43,8 @@ class Parallel(Joined):
             raise SourceError(
                 f"parallel.paths is {self.paths!r} and members is {self.members!r}: expected {LANGUAGE} in one of them"
             )
-        return {"files": Files(f"{self.paths}".replace(LANGUAGE, "*"))}
+        pattern, members = (name.replace(LANGUAGE, "*") for name in (f"{self.paths}", self.members or "*"))
+        return {"files": Files(pattern, members=members, format="text")}
 
     def build(self, scratch: str | os.PathLike) -> None:
         if not self.source:
