@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
                 stop = asyncio.run(synthesis.run(documents, advance))
         finally:
             print_table(report.table(args.price_in, args.price_out))
+    if args.output:
+        log = f"; the documents without queries are in {args.output}.skipped" if output.log.exists() else ""
+        print(f"written to {args.output}{log}")
     if stop:
         print(f"embed: {stop.sentence}", file=sys.stderr)
         return stop.code

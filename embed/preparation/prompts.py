@@ -45,7 +45,7 @@ Rules:
 - The answer must be in the document. Ask for nothing that it does not say.
 - A query stands alone: it names what it is about, and never mentions "the document", "the text" or its author.
 - Use your own words. Do not copy a sentence of the document.
-- Do not mention the person.
+- Do not say who the person is.
 - The queries differ in what they ask.
 
 Answer with one JSON object and nothing else, in this form, with exactly {count} in the order of the list:
@@ -65,6 +65,7 @@ LENGTHS = {
     "medium": "7 to 15 words",
     "long": "16 to 35 words, with details that narrow the search",
 }
+NEVER_LONG = {"keywords", "topic"}
 DIFFICULTIES = {
     "easy": "uses the terms of the document",
     "medium": "uses other words than the document where possible",
@@ -175,8 +176,9 @@ def specifications(settings: Settings, document_id: str, language: str) -> list[
     languages = draw.sample(settings.languages, len(settings.languages)) or [language]
     result = [[] for _ in range(settings.num_personas)]
     for k in range(settings.queries_per_document):
-        length, difficulty = draw.choice(list(LENGTHS)), draw.choice(list(DIFFICULTIES))
-        one = Specification(types[k % len(types)], length, difficulty, languages[k % len(languages)])
+        kind = types[k % len(types)]
+        length = draw.choice([length for length in LENGTHS if length != "long" or kind not in NEVER_LONG])
+        one = Specification(kind, length, draw.choice(list(DIFFICULTIES)), languages[k % len(languages)])
         result[k % len(result)].append(one)
     return result
 

@@ -73,8 +73,10 @@ class Stub:
                     self.end_headers()
                     self.wfile.write(content)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads, request_queue_size = True, 128
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -275,6 +277,12 @@ def test_a_budget_holds_when_answers_are_as_long_as_allowed_and_asked_for_again(
     stub.answer = lambda request: request.good() if request.is_again else "nonsense"
     assert run(stub, "--max_tokens_total=30000", "--concurrency=4") == 3
     assert 0 < 1324 * len(stub.requests) <= 30_000
+
+
+def test_a_budget_holds_when_prompts_have_more_tokens_than_estimated(stub):
+    stub.usage = {"prompt_tokens": 3000, "completion_tokens": 10}
+    assert run(stub, "--max_tokens_total=42000", "--concurrency=1") == 3
+    assert 0 < 3010 * len(stub.requests) <= 42_000  # the estimate alone would start a fourth document, to 48,160
 
 
 def test_unknown_usage_is_estimated_and_said(stub, capsys):
