@@ -400,7 +400,7 @@ def get_config(arg=""):
     config.stages.first = base.stage("pair", curriculum=((2, "pairs"),))
     config.stages.second = base.stage("pair", init="first", curriculum=((1, "summaries"), (1, "pairs")))
     for name in ("summaries", "classes"):
-        config.mining[f"hard_{name}"] = base.mining(checkpoint="second", task=f"python_docs_{name}", queries=20)
+        config.mining[f"hard_{name}"] = base.mining(checkpoint="second", tasks=(f"python_docs_{name}",), queries=20)
     config.mining.hard_classes.update(rank_window=(1, 40), precision="float32")
     mined = {"hard_summaries": 0.75, "hard_classes": 0.25}
     config.stages.hard = base.stage("triplet", init="second", curriculum=((2, mined),))
@@ -566,8 +566,8 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
     for overrides, sentence in (
         (["--config.stages.triplet.curriculum=((2, 'hard'),)"], "stage triplet: mixture 'hard' must be one of "),
         (
-            ["--config.mining.hard_negatives.task=summaries"],
-            "config.mining.hard_negatives.task='summaries' must be one of",
+            ["--config.mining.hard_negatives.tasks=('summaries',)"],
+            "config.mining.hard_negatives.tasks='summaries' must be one of",
         ),
         (
             ["--config.evaluations.functions.data=functions/tset"],
@@ -624,7 +624,11 @@ def test_every_other_reference_to_data_of_another_kind_is_refused_too(small_grap
             "config.stages.pair.curriculum: the task 't",
         ),
         ("pair", "stages.pair.curriculum=((2,{'pears':1.0}),)", "config.stages.pair.curriculum='pears' must be one of"),
-        ("triplet", "mining.hard.task=text", "config.mining.hard.task: the task 'text' has the columns tokens, but pa"),
+        (
+            "triplet",
+            "mining.hard.tasks=('text',)",
+            "config.mining.hard.tasks: the task 'text' has the columns tokens, but pa",
+        ),
     ):
         run = [f"--config={file}:{stage}", f"--workdir={tmp_path / 'run'}", data, f"--config.{override}"]
         assert cli.main(["train", *run]) == 2
