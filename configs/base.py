@@ -78,7 +78,7 @@ def stage(kind: str, **changes) -> ConfigDict:
     new.kind = kind  # diffusion, pair, contextual or triplet: the objective and its batches
     new.init = ""  # the checkpoint that the stage starts from; "" = random
     new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
-    new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {mined task: rate}
+    new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {task: rate}
 
     # AdamW. The paper does not say warmup, decay, b1, b2, eps, weight_decay and clip.
     new.optimizer = ConfigDict()

@@ -275,7 +275,7 @@ def _embed(
     with (
         open(f"{path}.query", "wb") as queries,
         open(f"{path}.document", "wb") as documents,
-        mining.progress_bar(f"{checkpoint.name}: encode", len(examples), "example") as bar,
+        mining.progress_bar(f"encode with {checkpoint.name}", len(examples), "example") as bar,
     ):
         for indices, block in examples.blocks(run):
             vectors = encode([example["document"] for example in block])
