@@ -263,7 +263,7 @@ class Output:
             self._read_log()
 
     def _read_rows(self) -> None:
-        start, left = 0, 0  # of the last document: where its rows start in the file, and how many are missing
+        last, start, left = {}, 0, 0  # document: its row, where its rows start, and how many are missing
         stop = 0
         for number, stop_of_line, row in _lines(self.path):
             self._check(self.path, number, row, KEYS)
