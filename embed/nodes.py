@@ -113,6 +113,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             evaluate=evaluate_params,
             check_held=check_held,
             read_timeout=run.config.execution.read_timeout or None,
+            readers=run.config.execution.readers,
             profile_steps=profile_steps,
             writer=functools.partial(MetricsWriter, wandb=wandb),
             progress=update,
@@ -127,6 +128,7 @@ def _stage_parts(run: Run, name: str, identity: Mapping):
     stage, phases, mesh = run.config.stages[name], run.phases(name), run.mesh
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     separator = run.tokenizer.separator_id if run.config.data.separator else None
+    stage = stages.with_rows(stage, stores, phases, separator_id=separator)
     step = make_step(
         stage,
         run.model,
