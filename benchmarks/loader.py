@@ -247,7 +247,7 @@ def share_table(path) -> None:
 
 
 def pack_table(examples: Examples) -> None:
-    """Print the seconds of drawing the examples of a batch, and of packing one group by the mean length of its pairs."""
+    """Print the time of drawing the examples of a batch, and of packing a group by the mean length of its pairs."""
     rates = {f"task {i}": 1 / (i + 1) for i in range(200)}
     curriculum = Curriculum([(9, rates)], dict.fromkeys(rates, 10**6), seed=0, slots=16_384)
     begin = time.process_time()

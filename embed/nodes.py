@@ -100,6 +100,8 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             say(f"{name} is complete: {folder}, step {steps}")
             return {"steps": steps}
         step, loader = _stage_parts(run, name, identity)
+        if step.stage != stage:
+            say(f"{name}: batch.rows_per_group={step.stage.batch.rows_per_group}, chosen from the lengths of the data")
         if distributed.is_first():
             about = {"parent": identity["parent"], "mesh": dict(run.mesh.shape)}
             paths.write_json(folder / "config.json", identity)
