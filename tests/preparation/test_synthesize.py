@@ -87,6 +87,9 @@ class Stub:
         class Server(ThreadingHTTPServer):
             daemon_threads, request_queue_size = True, 128
 
+            def handle_error(self, request, client_address):
+                """Nothing: a client that has ended leaves its requests."""
+
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
