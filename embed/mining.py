@@ -169,7 +169,9 @@ def judge_by(query_embeddings: np.ndarray, document_embeddings: np.ndarray) -> J
 
     def judge(rows: np.ndarray, documents: np.ndarray) -> np.ndarray:
         scores = np.empty(documents.shape, np.float32)
-        step = max(1, ROWS // documents.shape[1]) if documents.size else 1
+        if not documents.size:
+            return scores
+        step = max(1, ROWS // documents.shape[1])
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             ours, their_rows = query_embeddings[rows[part]], documents[part]
@@ -202,9 +204,12 @@ def _ranked(
             local = [(first, device) for first, device in pairs if device.process_index == jax.process_index()]
             if not local:
                 continue
-            inputs = [_tiles(queries[first : first + size], min(TILE, size), high) for first, _ in local]
-            states = [jax.device_put(each[:2], device) for each, (_, device) in zip(inputs, local)]
-            tiles = [jax.device_put(each[2], device) for each, (_, device) in zip(inputs, local)]
+            states, tiles, factors = [], [], []
+            for first, device in local:
+                best, ranked, digits, factor = _tiles(queries[first : first + size], min(TILE, size), high)
+                states.append(jax.device_put((best, ranked), device))
+                tiles.append(jax.device_put(digits, device))
+                factors.append(factor[:, None])
             blocks = _put_block(documents, 0, block, local)
             for start in starts:
                 states = [rank(*state, *arguments) for state, *arguments in zip(states, tiles, *zip(*blocks))]
@@ -212,12 +217,11 @@ def _ranked(
                     blocks = _put_block(documents, start + block, block, local)
                 jax.block_until_ready(states)  # so that a device holds two blocks at most
                 bar.update(min(block, len(documents) - start))
-            for (first, _), (*_, factors), state in zip(local, inputs, states):
+            for (first, _), factor, state in zip(local, factors, states):
                 scores, ranked = (np.asarray(x).reshape(-1, high) for x in state)
-                for row in range(0, len(factors), ROWS):
-                    part = slice(row, min(row + ROWS, len(factors)))
-                    rows = np.arange(first + part.start, first + part.stop)
-                    yield rows, scores[part] * factors[part, None], ranked[part]
+                for row in range(0, len(factor), ROWS):
+                    part = slice(row, min(row + ROWS, len(factor)))
+                    yield np.arange(first + part.start, first + part.stop), scores[part] * factor[part], ranked[part]
 
 
 def _tiles(queries: np.ndarray, tile: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

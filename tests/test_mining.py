@@ -45,7 +45,8 @@ def test_negatives_are_the_best_ranked_documents_without_the_positive():
 def test_the_window_counts_ranks_from_zero_includes_the_positive_and_excludes_its_end():
     assert run(rank_window=(2, 5))[0].tolist() == [[2, 3, 4]]
     assert run(rank_window=(1, 3))[0].tolist() == [[2, -1, -1]]
-    assert run(rank_window=(50, 60))[0].tolist() == [[-1, -1, -1]]
+    for judge in (None, judge_by(QUERY, DOCUMENTS)):
+        assert run(rank_window=(50, 60), judge=judge)[0].tolist() == [[-1, -1, -1]]
 
 
 def test_the_margin_keeps_negatives_below_the_positive():
