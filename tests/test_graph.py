@@ -753,7 +753,9 @@ def mining_graph(tmp_path_factory):
     writer = Writer(folder / "data" / "tasks" / "triplets", COLUMNS["triplet"])
     for i in range(20):
         query, document, negative = small.tokenizer().encode(["a token", texts[i], texts[i + 1]])
-        writer.append(dict(query=query, document=document, negatives=negative, negative_lengths=[len(negative)]))
+        writer.append(
+            dict(query=query, document=document, negatives=negative, negative_lengths=np.array([len(negative)]))
+        )
     writer.close({})
     entries = """
     for pool in ("own", "union"):
@@ -768,18 +770,22 @@ def mining_graph(tmp_path_factory):
     return folder / "graph.py", f"--config.data.directory={folder / 'data'}"
 
 
+def everything(store):
+    return store.read(np.arange(len(store)))
+
+
 def contents(examples, side):
     return {tuple(example[side]) for example in examples}
 
 
 def test_the_queries_of_several_tasks_get_negatives_from_their_own_task_or_from_all(mining_graph, tmp_path, capsys):
     run = runs.Run(config.load(str(mining_graph[0]), mining_graph[1:]), tmp_path / "run")
-    tasks = {name: run.store(name).read(range(len(run.store(name)))) for name in ("pairs", "more")}
+    tasks = {name: everything(run.store(name)) for name in ("pairs", "more")}
     documents = {name: contents(examples, "document") for name, examples in tasks.items()}
     foreign = 0
     for pool in ("own", "union"):
         counts = nodes.mine(run, pool)
-        mined = run.store(pool).read(range(len(run.store(pool))))
+        mined = everything(run.store(pool))
         for side in ("query", "document"):
             np.testing.assert_equal([e[side] for e in mined], [e[side] for task in tasks.values() for e in task])
         for i, example in enumerate(mined):
@@ -813,9 +819,9 @@ def test_a_sample_of_each_task_includes_every_example_with_one_of_its_queries(mi
         config.load(str(mining_graph[0]), [mining_graph[1], "--config.mining.own.queries=5"]), tmp_path / "run"
     )
     counts = nodes.mine(run, "own")
-    pairs, more = (run.store(name).read(range(len(run.store(name)))) for name in ("pairs", "more"))
+    pairs, more = (everything(run.store(name)) for name in ("pairs", "more"))
     expected = [e for task in (pairs, more) for e in task if tuple(e["query"]) in contents(task[:5], "query")]
-    mined = run.store("own").read(range(len(run.store("own"))))
+    mined = everything(run.store("own"))
     np.testing.assert_equal([e["query"] for e in mined], [e["query"] for e in expected])
     assert (
         len(mined) == counts["queries"] == 108 - counts["unsampled"] and len(mined) >= 15
@@ -847,7 +853,7 @@ def test_a_teacher_of_another_tokenizer_judges_the_candidates_and_is_part_of_the
     counts = nodes.mine(run, "union")
     assert counts["removed_margin"] > 100 and counts["negatives"] > 50
     encoder, decode = inference.load(teacher), run.tokenizer.decode
-    for example in run.store("union").read(range(0, 108, 9)):
+    for example in run.store("union").read(np.arange(0, 108, 9)):
         parts = np.split(example["negatives"], np.cumsum(example["negative_lengths"]))[:-1]
         texts = [decode(tokens) for tokens in (example["query"], example["document"], *parts)]
         query, positive, *negatives = encoder.encode(texts, normalize_embeddings=True)
