@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from embed.data.store import Store
 
 
-# {kind of stage: the columns that its loader reads}, all int32[length]. A store may have more of them.
+# {kind of stage: the columns that its loader reads}, all int32[length]. A store may have more of them, except of text.
 PAIR = ("query", "document")
 COLUMNS = {
     "diffusion": ("tokens",),
@@ -78,6 +78,8 @@ class DiffusionLoader:
         tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate and task in stores})
         self._stores = {task: stores[task] for task in tasks}
         for task, store in self._stores.items():
+            if len(store.columns) > 1:
+                raise ValueError(f"the task {task!r} has the columns {', '.join(store.columns)}; text has one, tokens")
             if (tokens := store.num_values()) < length:
                 raise ValueError(f"the task {task!r} has {tokens} tokens, fewer than one row of {length}")
         windows = {task: store.num_values() // length for task, store in self._stores.items()}
@@ -94,15 +96,12 @@ class DiffusionLoader:
         """
         draws = [self.curriculum.draw(step, start, stop) for start, stop in _consecutive_ranges(self.shards)]
         draw = Draw(*map(np.concatenate, zip(*draws)))
-        tokens, is_start = (
-            np.zeros((len(self.shards), self.length), np.int32),
-            np.zeros((len(self.shards), self.length), bool),
-        )
+        tokens = np.zeros((len(self.shards), self.length), np.int32)
+        is_start = np.zeros_like(tokens, dtype=bool)
         for t in np.unique(draw.task):
             of_task = np.flatnonzero(draw.task == t)
-            tokens[of_task], is_start[of_task] = self._windows(
-                self.curriculum.tasks[t], draw.epoch[of_task], draw.index[of_task]
-            )
+            windows = self._windows(self.curriculum.tasks[t], draw.epoch[of_task], draw.index[of_task])
+            tokens[of_task], is_start[of_task] = windows
         is_start[:, 0] = True
         segment_ids, offset = np.cumsum(is_start, 1, dtype=np.int32), np.arange(self.length, dtype=np.int32)
         positions = offset - np.maximum.accumulate(offset * is_start, 1)

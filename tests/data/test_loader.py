@@ -376,6 +376,13 @@ def test_less_text_than_a_row_is_an_error():
         numbered_loader(length=200)
 
 
+def test_a_store_with_more_columns_than_text_is_an_error():
+    with pytest.raises(ValueError, match="the task 'x' has the columns query, document; text has one, tokens"):
+        DiffusionLoader(
+            {"x": MemoryStore(query=[[1] * 99], document=[[1] * 99])}, [(1, {"x": 1})], seed=0, rows=1, length=4
+        )
+
+
 # --- contrastive ------------------------------------------------------------------------------------------------
 
 
