@@ -14,7 +14,7 @@ setup(
     # configs/ is at the top of a clone and inside the installed package (embed/config.py, `shipped`).
     packages=[*find_packages(include=["embed", "embed.*"]), "embed.configs"],
     package_dir={"embed.configs": "configs"},
-    package_data={"embed.configs": ["**/*.py", "**/*.gin"]},
+    package_data={"embed.configs": ["**/*.py", "**/*.gin"], "embed.preparation": ["*.txt"]},
     entry_points={"console_scripts": ["embed = embed.cli:entry"]},
     install_requires=[
         "absl-py",
@@ -49,6 +49,7 @@ setup(
             "ijson",  # JSON arrays without reading them whole
             "pyarrow",  # Parquet
             "pyyaml",  # cards of datasets
+            "semantic-text-splitter",  # chunks of whole texts
             "seqio",
             "tensorflow",
             "tensorflow-datasets",
@@ -59,6 +60,7 @@ setup(
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "quickstart": QUICKSTART,
         "s3": ["s3fs"],  # s3:// paths for data and corpora
+        "synthesize": ["openai"],  # embed synthesize
         "tpu": ["jax[tpu]"],  # `embed plan` compiles with it on any machine
         "test": [
             *QUICKSTART,
@@ -67,6 +69,7 @@ setup(
             "hypothesis",
             "moto[server,s3]",
             "onnx",
+            "openai",
             "pyyaml",
             "ruff",
             "s3fs",

@@ -79,7 +79,7 @@ def stage(kind: str, **changes) -> ConfigDict:
     new.kind = kind  # diffusion, pair, contextual or triplet: the objective and its batches
     new.init = ""  # the checkpoint that the stage starts from; "" = random
     new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
-    new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {mined task: rate}
+    new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {task: rate}
 
     # AdamW. The paper does not say warmup, decay, b1, b2, eps, weight_decay and clip.
     new.optimizer = ConfigDict()
@@ -138,16 +138,19 @@ def stage(kind: str, **changes) -> ConfigDict:
 
 
 def mining(**changes) -> ConfigDict:
-    """A task of hard negatives for the queries of another task. A curriculum can use its name like a mixture's."""
+    """A task of hard negatives for the queries of other tasks. A curriculum can use its name like a task's."""
     new = ConfigDict()
     new.checkpoint = ""  # ranks the documents
     new.step = 0  # a step of an unfinished stage; 0 = the last step of a finished one
-    new.task = ""  # its documents are ranked for its queries
+    new.tasks = ()  # ("a", "b"): for the queries of these tasks
+    new.pool = "own"  # the documents that are ranked for a query: own = those of its task, union = those of all tasks
     new.precision = "int8"  # of the vectors; training compares int8
-    new.queries = 0  # maximum; 0 = all
+    new.queries = 0  # maximum per task; 0 = all
     new.num_negatives = 4  # maximum per query
     new.rank_window = (0, 100)  # ranks lo..hi-1 are candidates, 0 = best; the paper does not say
-    new.margin = 0.05  # a negative's cosine must be this much below the positive's; the paper does not say
+    new.margin = 0.05  # a negative must score this much below the positive, -2 = any score; the paper does not say
+    new.relative = False  # whether the margin is a fraction of the positive's score
+    new.teacher = ""  # a checkpoint whose float32 cosines the margin compares; "" = those of the ranking
     return _changed(new, changes)
 
 

@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
         **common,
     )
     config.mining.hard_negatives = base.mining(
-        checkpoint="pair", task="python_docs.summaries", queries=16384, rank_window=(5, 50)
+        checkpoint="pair", tasks=("python_docs.summaries",), queries=16384, rank_window=(5, 50)
     )
     config.stages.triplet = base.stage(
         "triplet",

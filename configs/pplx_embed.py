@@ -63,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # 92% English, 7% multilingual, 1% code. The stage draws 10.2 million examples, so every query of a task is mined.
     parts = {"triplets_english": 0.92, "triplets_multilingual": 0.07, "triplets_code": 0.01}
     for name in parts:
-        config.mining[f"mined_{name}"] = base.mining(checkpoint="pair", task=name, queries=0, rank_window=(5, 100))
+        config.mining[f"mined_{name}"] = base.mining(checkpoint="pair", tasks=(name,), queries=0, rank_window=(5, 100))
     config.stages.triplet = base.stage(
         "triplet",
         init="pair",
@@ -85,7 +85,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.stages.pair.curriculum = ((1, "summaries"), (1, "pairs"))
         tasks = {"mined_summaries": "python_docs.summaries", "mined_classes": "python_docs.classes"}
         config.mining = ConfigDict(
-            {name: base.mining(checkpoint="pair", task=task, rank_window=(5, 50)) for name, task in tasks.items()}
+            {name: base.mining(checkpoint="pair", tasks=(task,), rank_window=(5, 50)) for name, task in tasks.items()}
         )
         config.stages.triplet.curriculum = ((2, {"mined_summaries": 0.9, "mined_classes": 0.1}),)
     return config

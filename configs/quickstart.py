@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         execution=execution,
     )
     config.mining.hard_negatives = base.mining(
-        checkpoint="pair", task="python_docs.summaries", queries=8192, rank_window=(5, 50)
+        checkpoint="pair", tasks=("python_docs.summaries",), queries=8192, rank_window=(5, 50)
     )
     config.stages.triplet = base.stage(
         "triplet",

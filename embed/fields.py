@@ -107,6 +107,11 @@ RULES: dict[str, Rule] = {
     "mining.*.num_negatives": COUNT,
     "mining.*.rank_window": WINDOW,
     "mining.*.margin": NUMBER,
+    "mining.*.tasks": (
+        lambda names: NAMES[0](names) and 0 < len(names) == len(set(names)),
+        "at least one name, each only once",
+    ),
+    "mining.*.pool": _one_of("own", "union"),
     "merges.*.of": (lambda names: NAMES[0](names) and len(names) == 2, "two names"),
     "merges.*.ratio": FRACTION,
     "merges.*.sweep": _each(FRACTION),

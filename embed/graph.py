@@ -45,7 +45,11 @@ def order(config: ConfigDict) -> list[str]:
     """The stages, each after those that it starts from or is mined by. ValueError if they wait for each other."""
     waits = {
         stage: (runs.parents(config, stage) - {stage}).union(
-            *(runs.parents(config, config.mining[task].checkpoint) for task in nodes.mined_tasks(config, stage))
+            *(
+                runs.parents(config, checkpoint)
+                for task in nodes.mined_tasks(config, stage)
+                for checkpoint in (config.mining[task].checkpoint, config.mining[task].teacher)
+            )
         )
         for stage in config.stages
     }
@@ -157,6 +161,7 @@ def check(config: ConfigDict, *, whole: bool = True) -> None:
         *((f"merges.{n}.of", m.of) for n, m in config.merges.items()),
         *((f"exports.{n}.checkpoint", (e.checkpoint,)) for n, e in config.exports.items()),
         *((f"mining.{n}.checkpoint", (m.checkpoint,)) for n, m in config.mining.items()),
+        *((f"mining.{n}.teacher", (m.teacher,)) for n, m in config.mining.items() if m.teacher),
         *((f"evaluations.{n}.checkpoints", e.checkpoints) for n, e in config.evaluations.items()),
     ):
         for name in names:

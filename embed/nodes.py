@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from urllib.parse import quote
 
@@ -20,17 +23,18 @@ from embed.checkpoints.names import TOKENIZER_FILES
 from embed.checkpoints.provenance import made_with
 from embed.console import say
 from embed.data.loader import COLUMNS
-from embed.data.store import Writer, read_header
+from embed.data.store import Store, Writer, read_header
 from embed.evaluation import baselines, retrieval
 from embed.inference import denoise, load
 from embed.inference.index import Index
-from embed.models import transformer
+from embed.models import sharding, transformer
 from embed.rows import content_ids
 from embed.runs import Run
 from embed.training import loop, stages
 from embed.training.metrics import MetricsWriter, progress_bar
 from embed.training.step import make_step
 
+READ = 4096  # examples that mining reads at once, per shard of a batch; no result depends on it
 HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
 
 
@@ -184,7 +188,12 @@ def hook(run: Run, stage: str, data: retrieval.RetrievalSet, params) -> float:
 
 
 def mine(run: Run, name: str) -> dict:
-    """Mine the hard negatives of config.mining.NAME with a checkpoint and store them in the run: mining/NAME."""
+    """Mine the hard negatives of config.mining.NAME with a checkpoint and store them in the run: mining/NAME.
+
+    Memory: READ examples per shard of a batch, a few numbers per example, and what `mining.mine` needs. Vectors are in
+    files of a temporary folder of each process (TMPDIR): with int8, a byte per dimension of each text; those of a
+    teacher are float32.
+    """
     target = run.store_path(name)
     is_mined = functools.partial(distributed.on_first_process, (target / "info.json").exists)
     if is_mined():
@@ -193,50 +202,139 @@ def mine(run: Run, name: str) -> dict:
         if is_mined():  # another process mined them meanwhile
             return _mined(run, name, read_header(target)["info"])
         config = run.config.mining[name]
-        checkpoint, store = run.checkpoint(config.checkpoint, config.step), run.store(config.task)
+        checkpoint = run.checkpoint(config.checkpoint, config.step)
         if problems := run.tokenizer_problems(checkpoint):
             raise ValueError(
                 f"config.mining.{name}.checkpoint={config.checkpoint!r} cannot rank these data: {'; '.join(problems)}"
             )
-        examples = store.read(np.arange(len(store)))
-        encoder = run.encoder(checkpoint)
-        queries, documents = ([example[side] for example in examples] for side in ("query", "document"))
-        ids = content_ids(queries)
-        # Stores are shuffled, so the first examples are a random sample. All examples with one of their queries are
-        # added, or their documents would count as negatives.
-        rows = np.flatnonzero(np.isin(ids, ids[: config.queries or None]))
-        encode = functools.partial(encoder.encode_tokens, precision=config.precision)
-        chosen, counts = mining.mine(
-            encode([queries[i] for i in rows]),
-            encode(documents),
-            rows,
-            num_negatives=config.num_negatives,
-            rank_window=tuple(config.rank_window),
-            margin=config.margin,
-            query_ids=ids[rows],
-            document_ids=content_ids(documents),
-            mesh=run.mesh,
-        )
-        mined = {"documents": len(examples), **counts}
-        if jax.process_index() == 0:
-            about = {"task": name, "inputs": mining_inputs(run, name), "mined": mined}
-            _write_mined(target, examples, rows, chosen, about)
-    return mined
+        examples = _Examples([run.store(task) for task in config.tasks])
+        bounds = examples.bounds if config.pool == "own" else [(0, len(examples))]
+        if empty := [task for task, (start, stop) in zip(config.tasks, examples.bounds) if start == stop]:
+            raise ValueError(f"config.mining.{name}.tasks: the task {empty[0]!r} has no examples")
+        query_ids, document_ids = _content_ids(run, examples)
+        # Stores are shuffled, so the first examples of a task are a random sample. All examples with one of their
+        # queries are added, or their documents would count as negatives.
+        is_used = np.zeros(len(examples), bool)
+        for start, stop in bounds:
+            firsts = [query_ids[a : min(a + (config.queries or b), b)] for a, b in examples.bounds if start <= a < stop]
+            is_used[start:stop] = np.isin(query_ids[start:stop], np.concatenate(firsts))
+        rows = np.flatnonzero(is_used)
+        counts = Counter(read=len(examples), unsampled=len(examples) - len(rows), documents=len(examples))
+        writer = Writer(target, COLUMNS["triplet"]) if distributed.is_first() else None
+        with tempfile.TemporaryDirectory(prefix="embed-mining-") as folder:
+            vectors = _embed(run, examples, is_used, checkpoint, config.precision, f"{folder}/miner")
+            if config.teacher:
+                judges = _embed(run, examples, is_used, run.checkpoint(config.teacher), "float32", f"{folder}/teacher")
+            for start, stop in bounds:
+                used = slice(*np.searchsorted(rows, (start, stop)))
+                mined = mining.mine(
+                    vectors[0][used],
+                    vectors[1][start:stop],
+                    rows[used] - start,
+                    num_negatives=config.num_negatives,
+                    rank_window=tuple(config.rank_window),
+                    margin=config.margin,
+                    relative=config.relative,
+                    query_ids=query_ids[rows[used]],
+                    document_ids=document_ids[start:stop],
+                    judge=mining.judge_by(judges[0][used], judges[1][start:stop]) if config.teacher else None,
+                    mesh=run.mesh,
+                    progress=f"{name}: rank",
+                )
+                counts.update(mined.counts)
+                if writer:
+                    negatives = np.where(mined.negatives < 0, -1, mined.negatives + start)
+                    _write_mined(writer, examples, rows[used], negatives)
+        if writer:
+            writer.close({"task": name, "inputs": mining_inputs(run, name), "mined": dict(counts)})
+        read = " ".join(f"{key} {counts[key]:,}" for key in ("read", "unsampled"))
+        say(f"{name}: {read}, {mining.summary(counts)}")
+    return dict(counts)
+
+
+class _Examples:
+    """The examples of several stores as one sequence; `bounds` are the (first, last + 1) of each store."""
+
+    def __init__(self, stores: list[Store]):
+        self._stores, self._first = stores, np.cumsum([0, *map(len, stores)])
+        self.bounds = list(itertools.pairwise(self._first.tolist()))
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def read(self, indices: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """The examples at `indices`, which are sorted."""
+        cuts = np.searchsorted(indices, self._first)
+        return [
+            example
+            for store, first, a, b in zip(self._stores, self._first, cuts, cuts[1:])
+            for example in store.read(indices[a:b] - first)
+        ]
+
+    def blocks(self, run: Run) -> Iterator[tuple[np.ndarray, list[dict[str, np.ndarray]]]]:
+        """(indices, examples) of all examples, in blocks that the devices of a run can share."""
+        size = READ * sharding.batch_shards(run.mesh)
+        for start in range(0, len(self), size):
+            indices = np.arange(start, min(start + size, len(self)))
+            yield indices, self.read(indices)
+
+
+def _content_ids(run: Run, examples: _Examples) -> tuple[np.ndarray, np.ndarray]:
+    """The content ids of the query and of the document of each example, int32[n] each."""
+    ids = [
+        [content_ids([example[side] for example in block]) for side in ("query", "document")]
+        for _, block in examples.blocks(run)
+    ]
+    return tuple(map(np.concatenate, zip(*ids)))
+
+
+def _embed(
+    run: Run, examples: _Examples, is_used: np.ndarray, checkpoint: runs.Checkpoint, precision: str, path: str
+) -> list[np.ndarray]:
+    """The vectors of the used queries and of all documents, as np.memmap of new files whose names begin with `path`.
+
+    The model may have a tokenizer of its own; then it gets the decoded texts, cut to its longest text.
+    """
+    encoder, has_own_tokenizer = run.encoder(checkpoint), bool(run.tokenizer_problems(checkpoint))
+
+    def encode(tokens: list[np.ndarray]) -> np.ndarray:
+        if has_own_tokenizer:
+            tokens = encoder.tokenizer.encode([run.tokenizer.decode(each) for each in tokens])
+            tokens = [each[: encoder.max_length] for each in tokens]
+        return encoder.encode_tokens(tokens, precision=precision)
+
+    with (
+        open(f"{path}.query", "wb") as queries,
+        open(f"{path}.document", "wb") as documents,
+        mining.progress_bar(f"encode with {checkpoint.name}", len(examples), "example") as bar,
+    ):
+        for indices, block in examples.blocks(run):
+            vectors = encode([example["document"] for example in block])
+            documents.write(vectors.tobytes())
+            queries.write(encode([e["query"] for e, used in zip(block, is_used[indices]) if used]).tobytes())
+            bar.update(len(block))
+    shape = (-1, encoder.dimensions)
+    return [np.memmap(f"{path}.{side}", vectors.dtype, "r").reshape(shape) for side in ("query", "document")]
 
 
 def mining_inputs(run: Run, name: str, recorded: Mapping | None = None) -> dict:
-    """What mined negatives depend on. If the checkpoint that ranked is gone, its `recorded` identity is used."""
+    """What mined negatives depend on. If a checkpoint is gone, its `recorded` identity is used."""
     config = run.config.mining[name]
-    try:
-        identity = run.checkpoint(config.checkpoint, config.step).identity
-    except FileNotFoundError:
-        if not recorded or not run.matches(config.checkpoint, config.step, recorded["checkpoint"]):
-            raise
-        identity = recorded["checkpoint"]
+
+    def identity(role: str, checkpoint: str, step: int = 0) -> dict:
+        try:
+            return run.checkpoint(checkpoint, step).identity
+        except FileNotFoundError:
+            if not recorded or not recorded.get(role) or not run.matches(checkpoint, step, recorded[role]):
+                raise
+            return recorded[role]
+
+    fields = config.to_dict()
     inputs = {
-        "mining": {key: value for key, value in config.to_dict().items() if key not in ("checkpoint", "step")},
-        "checkpoint": identity,
-        "data": read_header(run.store_path(config.task))["digest"],
+        "mining": {key: value for key, value in fields.items() if key not in ("checkpoint", "step", "teacher")},
+        "checkpoint": identity("checkpoint", config.checkpoint, config.step),
+        "teacher": identity("teacher", config.teacher) if config.teacher else {},
+        "data": {task: read_header(run.store_path(task))["digest"] for task in config.tasks},
     }
     return json.loads(json.dumps(inputs))
 
@@ -250,19 +348,23 @@ def _mined(run: Run, name: str, info: Mapping) -> dict:
     return info["mined"]
 
 
-def _write_mined(target, examples, rows, chosen, info: dict) -> None:
-    writer, none = Writer(target, COLUMNS["triplet"]), np.zeros(0, np.int32)
-    for i, row in zip(rows, chosen):
-        negatives = [examples[j]["document"] for j in row if j >= 0]
-        writer.append(
-            {
-                "query": examples[i]["query"],
-                "document": examples[i]["document"],
-                "negatives": np.concatenate(negatives) if negatives else none,
-                "negative_lengths": np.array([len(n) for n in negatives], np.int32),
-            }
-        )
-    writer.close(info)
+def _write_mined(writer: Writer, examples: _Examples, rows: np.ndarray, negatives: np.ndarray) -> None:
+    """Append the examples at `rows` with their negatives int[n, k] (-1 = none) to a store."""
+    size = max(1, READ // (1 + negatives.shape[1]))
+    for part in (slice(start, start + size) for start in range(0, len(rows), size)):
+        needed = np.union1d(rows[part], negatives[part])
+        needed = needed[needed >= 0]
+        block = dict(zip(needed.tolist(), examples.read(needed)))
+        for i, row in zip(rows[part].tolist(), negatives[part].tolist()):
+            chosen = [block[j]["document"] for j in row if j >= 0]
+            writer.append(
+                {
+                    "query": block[i]["query"],
+                    "document": block[i]["document"],
+                    "negatives": np.concatenate(chosen) if chosen else np.zeros(0, np.int32),
+                    "negative_lengths": np.array([len(tokens) for tokens in chosen], np.int32),
+                }
+            )
 
 
 def evaluation_set(run: Run, name: str) -> retrieval.RetrievalSet:
@@ -432,7 +534,8 @@ def check_data(run: Run, names: Iterable[str]) -> None:
         for entry in mined_tasks(config, name):
             if entry in run.mixtures:
                 raise ValueError(f"config.mining.{entry}: a mixture of the data has the same name")
-            check(f"mining.{entry}.task", config.mining[entry].task, "pair")
+            for task in config.mining[entry].tasks:
+                check(f"mining.{entry}.tasks", task, "pair")
         if config.stages[name].execution.evaluate_every:
             _check_set(run, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
 

@@ -5,8 +5,10 @@ attention stays inside it. A *span* is the range of tokens that one embedding av
 chunk of a document (late chunking). Several segments share a row. This module uses only NumPy.
 """
 
+import bisect
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -110,59 +112,126 @@ def first_fit_decreasing(
             f"a segment of {lengths.max()} tokens and {spans.max()} spans does not fit a row of "
             f"{shape.length} tokens and {shape.spans} spans"
         )
-    max_rows = len(lengths) if num_rows is None else num_rows
-    free_tokens = np.full(max_rows, shape.length)
-    free_spans = np.full(max_rows, shape.spans)
-    free_segments = np.full(max_rows, shape.segments)
-    row = np.zeros(len(lengths), np.int64)
-    for i in np.argsort(-lengths, kind="stable"):
-        fits = (free_tokens >= lengths[i]) & (free_spans >= spans[i]) & (free_segments >= 1)
-        r = int(fits.argmax()) if max_rows else 0
-        if not max_rows or not fits[r]:
+    # First fit gives the same rows when it fills one row after the other: each with the longest segment that fits, then
+    # the next that does, and so on. The remaining segments are sorted by length, so a row finds them by bisection.
+    order = np.argsort(-lengths, kind="stable")
+    negative, width, index = (-lengths[order]).tolist(), spans[order].tolist(), order.tolist()
+    narrowest = min(width, default=0)
+    free = math.inf if num_rows is None else num_rows * shape.length - int(lengths.sum())  # tokens in all rows
+    row, r = np.zeros(len(lengths), np.int64), 0
+    while index:
+        if r == num_rows or free < 0:
             return None
-        row[i] = r
-        free_tokens[r] -= lengths[i]
-        free_spans[r] -= spans[i]
-        free_segments[r] -= 1
+        free_tokens, free_spans, free_segments, i = shape.length, shape.spans, shape.segments, 0
+        while free_segments and free_spans >= narrowest:
+            i = bisect.bisect_left(negative, -free_tokens, i)
+            while i < len(width) and width[i] > free_spans:
+                i += 1
+            if i == len(width):
+                break
+            free_tokens += negative.pop(i)
+            free_spans -= width.pop(i)
+            free_segments -= 1
+            row[index.pop(i)] = r
+        free -= free_tokens
+        r += 1
     return row
 
 
 def largest_cap(lengths: np.ndarray, spans: np.ndarray, shape: RowShape, num_rows: int) -> tuple[int, np.ndarray]:
     """The largest c for which first-fit-decreasing of min(length, c) fits `num_rows` rows, and each segment's row.
 
-    The search starts at the largest c whose total of tokens fits and tries every smaller c in turn, because
-    first-fit-decreasing is not monotone.
+    First-fit-decreasing is not monotone: a larger cap than one that does not fit may fit. So bisection finds a cap that
+    fits, and all larger ones whose total of tokens fits are tried at once.
     """
-    cap = min(int(lengths.max(initial=1)), shape.length)
-    budget = num_rows * shape.length
-    while cap > 1 and np.minimum(lengths, cap).sum() > budget:
-        cap -= 1
-    for c in range(cap, 0, -1):
-        row = first_fit_decreasing(np.minimum(lengths, c), spans, shape, num_rows)
-        if row is not None:
-            return c, row
-    raise ValueError(
-        f"{len(lengths)} segments with {int(spans.sum())} spans do not fit {num_rows} rows of "
-        f"{shape.length} tokens, {shape.spans} spans and {shape.segments} segments, even cut to one token each"
-    )
+
+    def rows_of(cap: int) -> np.ndarray | None:
+        return first_fit_decreasing(np.minimum(lengths, cap), spans, shape, num_rows)
+
+    longest = max(1, min(int(lengths.max(initial=1)), shape.length))
+    most = _last(lambda cap: np.minimum(lengths, cap).sum() <= num_rows * shape.length, longest)
+    best, row = most, rows_of(most) if most else None
+    if row is None:
+        best = _last(lambda cap: rows_of(cap) is not None, most - 1)
+        larger = np.arange(best + 1, most)
+        best = int(larger[_caps_that_fit(lengths, spans, shape, num_rows, larger)].max(initial=best))
+        row = rows_of(best) if best else None
+    if row is None:
+        raise ValueError(
+            f"{len(lengths)} segments with {int(spans.sum())} spans do not fit {num_rows} rows of "
+            f"{shape.length} tokens, {shape.spans} spans and {shape.segments} segments, even cut to one token each"
+        )
+    return best, row
+
+
+def _last(holds: Callable[[int], bool], most: int) -> int:
+    """A number n of 0..most that holds, while n + 1 does not or is above `most`; 0 always holds."""
+    least, over = 0, most + 1
+    while over - least > 1:
+        middle = (least + over) // 2
+        if holds(middle):
+            least = middle
+        else:
+            over = middle
+    return least
+
+
+def _caps_that_fit(
+    lengths: np.ndarray, spans: np.ndarray, shape: RowShape, num_rows: int, caps: np.ndarray
+) -> np.ndarray:
+    """Whether first-fit-decreasing of min(length, cap) fits `num_rows` rows, for many caps at once, bool[caps]."""
+    need, widest = np.minimum(lengths, caps[:, None]).astype(np.int32), int(spans.max(initial=0))
+    is_uniform = widest == spans.min(initial=widest)  # then spans limit the number of segments, and ties do not matter
+    order = np.argsort(-(lengths[None] if is_uniform else need), kind="stable")
+    need, width = np.take_along_axis(need, order, 1).T[..., None].copy(), np.broadcast_to(spans[order], need.shape).T
+    most_segments = min(shape.segments, shape.spans // max(widest, 1)) if is_uniform else shape.segments
+    # The free tokens, spans and segments of each row, [caps, rows], and views of them by slot = (cap, row).
+    free = [np.full((len(caps), num_rows), n, np.int32) for n in (shape.length, shape.spans, most_segments)]
+    tokens, other, segments = (x.reshape(-1) for x in free)
+    fits, first_slot, result = np.empty(free[0].shape, bool), np.arange(len(caps)) * num_rows, np.ones(len(caps), bool)
+    for n, w in zip(need, width):
+        np.greater_equal(free[0], n, out=fits)
+        if not is_uniform:
+            fits &= free[1] >= w[:, None]
+        slot = fits.argmax(1)
+        slot += first_slot
+        result &= fits.reshape(-1).take(slot)
+        if not result.any():
+            break
+        tokens[slot] -= n[:, 0]
+        if not is_uniform:
+            other[slot] -= w.astype(np.int32)
+        left = segments.take(slot)
+        left -= 1
+        segments[slot] = left
+        if not left.all():
+            tokens[slot[left == 0]] = -1  # no further segment fits
+    return result
 
 
 def write_rows(segments: Sequence[Segment], row: np.ndarray, shape: RowShape, num_rows: int) -> Packed:
     """Write segment i into row `row[i]`, after the segments that are already there."""
-    tokens, segment_ids, positions, span_ids = np.zeros((4, num_rows, shape.length), np.int32)
-    used, span_count, segment_count = np.zeros((3, num_rows), np.int64)
-    first_span, segment_index = np.zeros((2, len(segments)), np.int64)
-    for i, (s, r) in enumerate(zip(segments, row)):
-        start, stop = used[r], used[r] + len(s.tokens)
-        tokens[r, start:stop] = s.tokens
-        segment_ids[r, start:stop] = segment_count[r] + 1
-        positions[r, start:stop] = np.arange(len(s.tokens))
-        span_ids[r, start:stop] = np.where(s.spans > 0, s.spans + span_count[r], 0)
-        first_span[i], segment_index[i] = span_count[r], segment_count[r]
-        used[r] = stop
-        span_count[r] += s.num_spans
-        segment_count[r] += 1
-    return Packed(Rows(tokens, segment_ids, positions, span_ids), np.asarray(row), first_span, segment_index, shape)
+    row, lengths = np.asarray(row, np.int64), np.array([len(s.tokens) for s in segments], np.int64)
+    order = np.argsort(row, kind="stable")
+    begins = np.searchsorted(row[order], np.arange(num_rows))  # of each row in `order`
+
+    def before(sizes: np.ndarray) -> np.ndarray:
+        """Per segment, the sum of the sizes of the segments before it in its row."""
+        totals = np.concatenate([[0], np.cumsum(sizes[order])])
+        result = np.empty(len(order), np.int64)
+        result[order] = totals[:-1] - totals[begins[row[order]]]
+        return result
+
+    first_span, segment_index = before(np.array([s.num_spans for s in segments], np.int64)), before(np.ones_like(row))
+    rows = np.zeros((4, num_rows * shape.length), np.int32)
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    slot = position + np.repeat(row * shape.length + before(lengths), lengths)
+    spans = np.concatenate([np.zeros(0, np.int32), *(s.spans for s in segments)])
+    rows[0, slot] = np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in segments)])
+    rows[1, slot] = np.repeat(segment_index + 1, lengths)
+    rows[2, slot] = position
+    rows[3, slot] = np.where(spans > 0, spans + np.repeat(first_span, lengths), 0)
+    return Packed(Rows(*rows.reshape(4, num_rows, shape.length)), row, first_span, segment_index, shape)
 
 
 def pack(segments: Sequence[Segment], shape: RowShape, num_rows: int | None = None) -> Packed:

@@ -99,7 +99,7 @@ def get_config(arg=""):
     rows = dict(group_size=8, groups=2, rows_per_group=8, length=64, spans=8, segments=8)
     pair = dict(matryoshka=(8, 32), batch=rows)
     config.stages.pair = base.stage("pair", init="diffusion", curriculum=((6, "pairs"),), **pair)
-    config.mining.hard = base.mining(checkpoint="pair", task="pairs", rank_window=(0, 20))
+    config.mining.hard = base.mining(checkpoint="pair", tasks=("pairs",), rank_window=(0, 20))
     config.stages.triplet = base.stage("triplet", init="pair", curriculum=((6, "hard"),), **pair)
     for stage in config.stages.values():
         stage.execution.update(log_every=1, checkpoint_every=2)

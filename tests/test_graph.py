@@ -19,6 +19,9 @@ from nbclient import NotebookClient
 
 from embed import cli, config, distributed, exports, graph, inference, nodes, runs, tokenizers
 from embed.checkpoints import training_state
+from embed.data.curriculum import Curriculum
+from embed.data.loader import COLUMNS
+from embed.data.store import Store, Writer
 from embed.evaluation import retrieval
 from embed.models import transformer
 from embed.training import stages
@@ -402,7 +405,7 @@ def get_config(arg=""):
     config.stages.first = base.stage("pair", curriculum=((2, "pairs"),))
     config.stages.second = base.stage("pair", init="first", curriculum=((1, "summaries"), (1, "pairs")))
     for name in ("summaries", "classes"):
-        config.mining[f"hard_{name}"] = base.mining(checkpoint="second", task=f"python_docs.{name}", queries=20)
+        config.mining[f"hard_{name}"] = base.mining(checkpoint="second", tasks=(f"python_docs.{name}",), queries=20)
     config.mining.hard_classes.update(rank_window=(1, 40), precision="float32")
     mined = {"hard_summaries": 0.75, "hard_classes": 0.25}
     config.stages.hard = base.stage("triplet", init="second", curriculum=((2, mined),))
@@ -595,8 +598,8 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
     for overrides, sentence in (
         (["--config.stages.triplet.curriculum=((2, 'hard'),)"], "stage triplet: mixture 'hard' must be one of "),
         (
-            ["--config.mining.hard_negatives.task=summaries"],
-            "config.mining.hard_negatives.task='summaries' must be one of",
+            ["--config.mining.hard_negatives.tasks=('summaries',)"],
+            "config.mining.hard_negatives.tasks='summaries' must be one of",
         ),
         (
             ["--config.evaluations.functions.data=functions/tset"],
@@ -653,7 +656,11 @@ def test_every_other_reference_to_data_of_another_kind_is_refused_too(small_grap
             "config.stages.pair.curriculum: the task 't",
         ),
         ("pair", "stages.pair.curriculum=((2,{'pears':1.0}),)", "config.stages.pair.curriculum='pears' must be one of"),
-        ("triplet", "mining.hard.task=text", "config.mining.hard.task: the task 'text' has the columns tokens, but pa"),
+        (
+            "triplet",
+            "mining.hard.tasks=('text',)",
+            "config.mining.hard.tasks: the task 'text' has the columns tokens, but pa",
+        ),
     ):
         run = [f"--config={file}:{stage}", f"--workdir={tmp_path / 'run'}", data, f"--config.{override}"]
         assert cli.main(["train", *run]) == 2
@@ -731,6 +738,142 @@ def test_a_pair_stage_may_train_on_mined_negatives(small_graph, tmp_path):
     file, data = small_graph
     run = runs.Run(config.load(str(file), [data, "--config.stages.pair.curriculum=((2,'hard'),)"]), tmp_path)
     nodes.check_data(run, ["pair"])
+
+
+@pytest.fixture(scope="module")
+def mining_graph(tmp_path_factory):
+    """(config file, --config.data.directory=…): two tasks of pairs, one of triplets, and mining with random weights."""
+    folder = tmp_path_factory.mktemp("mining")
+    small.write_data(folder / "data")
+    texts = small.sentences(45, seed=9)
+    writer = Writer(folder / "data" / "tasks" / "more", COLUMNS["pair"])
+    for i, text in enumerate([*texts, *small.sentences(3)]):  # the last three documents are those of "pairs" too
+        writer.append(dict(zip(COLUMNS["pair"], small.tokenizer().encode([f"the {i % 40} index", text]))))
+    writer.close({})
+    writer = Writer(folder / "data" / "tasks" / "triplets", COLUMNS["triplet"])
+    for i in range(20):
+        query, document, negative = small.tokenizer().encode(["a token", texts[i], texts[i + 1]])
+        writer.append(dict(query=query, document=document, negatives=negative, negative_lengths=[len(negative)]))
+    writer.close({})
+    entries = """
+    for pool in ("own", "union"):
+        config.mining[pool] = base.mining(
+            checkpoint="random init", tasks=("pairs", "more"), pool=pool, rank_window=(0, 30), margin=-2.0
+        )
+    mixed = {"own": 0.5, "union": 0.25, "triplets": 0.25}
+    config.stages.mixed = base.stage("triplet", curriculum=((2, mixed),), **pair)
+    return config
+"""
+    (folder / "graph.py").write_text(small.GRAPH.replace("    return config\n", entries))
+    return folder / "graph.py", f"--config.data.directory={folder / 'data'}"
+
+
+def contents(examples, side):
+    return {tuple(example[side]) for example in examples}
+
+
+def test_the_queries_of_several_tasks_get_negatives_from_their_own_task_or_from_all(mining_graph, tmp_path, capsys):
+    run = runs.Run(config.load(str(mining_graph[0]), mining_graph[1:]), tmp_path / "run")
+    tasks = {name: run.store(name).read(range(len(run.store(name)))) for name in ("pairs", "more")}
+    documents = {name: contents(examples, "document") for name, examples in tasks.items()}
+    foreign = 0
+    for pool in ("own", "union"):
+        counts = nodes.mine(run, pool)
+        mined = run.store(pool).read(range(len(run.store(pool))))
+        for side in ("query", "document"):
+            np.testing.assert_equal([e[side] for e in mined], [e[side] for task in tasks.values() for e in task])
+        for i, example in enumerate(mined):
+            own = "pairs" if i < len(tasks["pairs"]) else "more"
+            cuts = np.cumsum(example["negative_lengths"])[:-1]
+            negatives = (
+                [tuple(part) for part in np.split(example["negatives"], cuts)] if len(example["negatives"]) else []
+            )
+            assert len(set(negatives)) == len(negatives) and tuple(example["document"]) not in negatives
+            answers = {tuple(e["document"]) for e in mined if np.array_equal(e["query"], example["query"])}
+            assert not answers & set(negatives)
+            assert set(negatives) <= documents[own] | (
+                documents["pairs"] | documents["more"] if pool == "union" else set()
+            )
+            foreign += sum(n not in documents[own] for n in negatives)
+        assert counts == run.store(pool).info["mined"]
+        assert counts["read"] == counts["queries"] + counts["unsampled"] == 108
+        parts = [counts[name] for name in counts if name in ("negatives", "surplus") or name.startswith("removed_")]
+        assert counts["candidates"] == sum(parts) == 108 * 30 and counts["negatives"] > 108
+        assert counts["negatives"] == sum(len(e["negative_lengths"]) for e in mined)
+        assert (
+            f"{pool}: read 108 unsampled 0, candidates 3,240 = negatives {counts['negatives']}"
+            in capsys.readouterr().out
+        )
+        assert foreign == 0 if pool == "own" else foreign > 50
+    assert list(run.store("union").info["inputs"]["data"]) == ["pairs", "more"]
+
+
+def test_a_sample_of_each_task_includes_every_example_with_one_of_its_queries(mining_graph, tmp_path):
+    run = runs.Run(
+        config.load(str(mining_graph[0]), [mining_graph[1], "--config.mining.own.queries=5"]), tmp_path / "run"
+    )
+    counts = nodes.mine(run, "own")
+    pairs, more = (run.store(name).read(range(len(run.store(name)))) for name in ("pairs", "more"))
+    expected = [e for task in (pairs, more) for e in task if tuple(e["query"]) in contents(task[:5], "query")]
+    mined = run.store("own").read(range(len(run.store("own"))))
+    np.testing.assert_equal([e["query"] for e in mined], [e["query"] for e in expected])
+    assert (
+        len(mined) == counts["queries"] == 108 - counts["unsampled"] and len(mined) >= 15
+    )  # five occur twice in "more"
+
+
+def test_mining_reads_its_examples_in_ranges(mining_graph, tmp_path, monkeypatch):
+    sizes, read = [], Store.read
+
+    def counted(store, indices):
+        sizes.append(len(indices))
+        return read(store, indices)
+
+    monkeypatch.setattr(Store, "read", counted)
+    monkeypatch.setattr(nodes, "READ", 7)
+    run = runs.Run(config.load(str(mining_graph[0]), mining_graph[1:]), tmp_path / "run")
+    assert nodes.mine(run, "union")["queries"] == 108 and max(sizes) <= 7
+    assert len(run.store("union")) == 108
+
+
+def test_a_teacher_of_another_tokenizer_judges_the_candidates_and_is_part_of_the_inputs(mining_graph, tmp_path, capsys):
+    bpe = tmp_path / "bpe"
+    bpe.mkdir()
+    tokenizer = tokenizers.load(small.write_bpe(bpe, small.sentences(50)))
+    model = transformer.make_config("micro", max(tokenizer.vocab_size, tokenizer.mask_id + 1))
+    teacher = small.write_model(tmp_path / "teacher", small.random_params(model), model, tokenizer)
+    overrides = [mining_graph[1], f"--config.mining.union.teacher={teacher}", "--config.mining.union.margin=0.01"]
+    run = runs.Run(config.load(str(mining_graph[0]), overrides), tmp_path / "run")
+    counts = nodes.mine(run, "union")
+    assert counts["removed_margin"] > 100 and counts["negatives"] > 50
+    encoder, decode = inference.load(teacher), run.tokenizer.decode
+    for example in run.store("union").read(range(0, 108, 9)):
+        parts = np.split(example["negatives"], np.cumsum(example["negative_lengths"]))[:-1]
+        texts = [decode(tokens) for tokens in (example["query"], example["document"], *parts)]
+        query, positive, *negatives = encoder.encode(texts, normalize_embeddings=True)
+        assert all(query @ negative <= query @ positive - 0.01 + 1e-5 for negative in negatives)
+    assert nodes.mine(run, "union") == counts
+    del overrides[1]
+    with pytest.raises(ValueError, match="was mined with other inputs: teacher"):
+        nodes.mine(runs.Run(config.load(str(mining_graph[0]), overrides), tmp_path / "run"), "union")
+    with pytest.raises(ValueError, match=r"config.mining.own.teacher='nobody' must be one of"):
+        graph.check(config.load(str(mining_graph[0]), [mining_graph[1], "--config.mining.own.teacher=nobody"]))
+    assert graph.order(config.load(str(mining_graph[0]), [mining_graph[1], "--config.mining.own.teacher=merged"]))[
+        -1
+    ] == ("mixed")
+
+
+def test_a_stage_mixes_mined_tasks_and_prepared_triplets_by_rate(mining_graph, tmp_path):
+    run = runs.Run(config.load(str(mining_graph[0]), mining_graph[1:]), tmp_path / "run")
+    assert nodes.train_stage(run, "mixed") == {"steps": 2}
+    assert all(np.isfinite(row["loss"]) for row in read_metrics(run.folder("mixed") / "metrics.jsonl"))
+    rates = {"own": 0.5, "union": 0.25, "triplets": 0.25}
+    assert run.phases("mixed") == [(2, rates)]
+    drawn = Curriculum(run.phases("mixed"), {task: len(run.store(task)) for task in rates}, seed=0, slots=1024)
+    counts = np.bincount(drawn.draw(0, 0, 1024).task)
+    assert dict(zip(drawn.tasks, counts.tolist())) == {"own": 512, "triplets": 256, "union": 256}
+    identity = json.loads((run.folder("mixed") / "config.json").read_text())
+    assert all(run.store(task).digest in json.dumps(identity) for task in rates)
 
 
 def test_a_checkpoint_with_another_tokenizer_can_be_evaluated_and_exported_but_mines_nothing(workdir, shared, tmp_path):

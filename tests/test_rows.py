@@ -110,6 +110,31 @@ def test_a_group_that_does_not_fit_is_cut_to_the_largest_cap_that_does(seed):
     check_invariants(packed, segments)
 
 
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_the_largest_cap_is_that_of_an_exhaustive_search(is_dense):
+    """Also where a larger cap fits although a smaller one does not."""
+    above, impossible = 0, 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        n, shape = int(rng.integers(1, 60)), RowShape(64, int(rng.integers(3, 9)), int(rng.integers(2, 9)))
+        lengths, spans = rng.zipf(1.3, n) % 100, np.ones(n, int) if is_dense else rng.integers(0, 4, n)
+        num_rows = int(rng.integers(1, 20))
+        fits = [
+            plain_first_fit_decreasing(np.minimum(lengths, c), spans, shape, num_rows) is not None
+            for c in range(1, min(lengths.max(), shape.length) + 1)
+        ]
+        if not any(fits):
+            with pytest.raises(ValueError, match="even cut to one token each"):
+                rows.largest_cap(lengths, spans, shape, num_rows)
+            impossible += 1
+            continue
+        cap, row = rows.largest_cap(lengths, spans, shape, num_rows)
+        assert cap == np.flatnonzero(fits).max() + 1
+        assert list(row) == plain_first_fit_decreasing(np.minimum(lengths, cap), spans, shape, num_rows)
+        above += not all(fits[:cap])
+    assert above and impossible
+
+
 def test_a_group_that_fits_is_not_cut_and_its_rows_are_padded():
     packed, segments, cuts = rows.pack_group([rows.dense(t) for t in texts([3, 4])], RowShape(8, 2, 2), 5)
     assert cuts == 0 and packed.rows.tokens.shape == (5, 8)

@@ -38,9 +38,10 @@ LAST_SECONDS = 30.0
 def run(main: Callable, argv: list[str] | None = None) -> int:
     """Run a verb; an error that a user can fix ends in one sentence and an exit code.
 
-    0: done. 2: wrong input. 1: a fault of the machine, such as a full disk or no access to a bucket. 75: try the same
-    command again, for example because another process of the run died. 130: interrupted, in training after a
-    checkpoint. 143: ended by SIGTERM after a checkpoint. With EMBED_TRACEBACK=1, errors show their traceback.
+    0: done. 2: wrong input. 1: a fault of the machine, such as a full disk or no access to a bucket. 3: a budget is
+    spent. 75: try the same command again, for example because another process of the run died. 130: interrupted, in
+    training after a checkpoint. 143: ended by SIGTERM after a checkpoint. With EMBED_TRACEBACK=1, errors show their
+    traceback.
     """
     keep_freed_memory()
     try:
@@ -165,12 +166,14 @@ def output(
     *,
     is_ours: Callable | None = None,
     is_our_file: Callable | None = None,
+    continues: bool = False,
 ) -> Iterator[None]:
     """Lock --output, if given, for this command until the block ends: a folder (`is_ours`) or file (`is_our_file`).
 
     An output that cannot be written is refused before the work (`paths.check_output`). So is one that another command
     is writing, one of the `inputs` (files, model folders), a path inside a stage, model, index or prepared data
-    (`runs.contents`), and a folder that contains an input. All processes call it, after `join`.
+    (`runs.contents`), and a folder that contains an input. With `continues`, the verb continues its own output, and
+    there is no --overwrite. All processes call it, after `join`.
     """
     from embed import runs
 
@@ -186,7 +189,8 @@ def output(
         for folder in paths.parents(arguments.output):
             if what := runs.contents(folder):
                 raise ValueError(f"--output={arguments.output} is inside {folder}, {what}: choose another path")
-        paths.check_output(arguments.output, is_ours=is_ours, is_our_file=is_our_file, overwrite=arguments.overwrite)
+        overwrite = continues or arguments.overwrite
+        paths.check_output(arguments.output, is_ours=is_ours, is_our_file=is_our_file, overwrite=overwrite)
 
     if not arguments.output:
         yield

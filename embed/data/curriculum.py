@@ -4,13 +4,15 @@ All randomness comes from a counter-based hash, so it does not depend on the ran
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 1024  # slots; in each block of them the proportions of the tasks are exact
+BITS = 10
+BLOCK = 1 << BITS  # slots; in each block of them the proportions of the tasks are exact within one slot
+PERIOD = BLOCK * BLOCK  # slots; in each period of them the proportions are exact
+_REVERSED = np.array([int(f"{i:0{BITS}b}"[::-1], 2) for i in range(BLOCK)])  # the bits of 0..BLOCK-1, reversed
 
 
 def make_key(*parts: int | str) -> np.uint64:
@@ -31,27 +33,28 @@ def shuffled(key: np.uint64, n: int) -> np.ndarray:
     return np.argsort(random_bits(key, np.arange(n)), kind="stable")
 
 
-def permute(key: np.uint64, index: np.ndarray, size: int) -> np.ndarray:
-    """The images of `index` under a random permutation of 0..size-1, int64, without storing the permutation.
+def permute(key: np.ndarray, index: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The image of each index under a random permutation of 0..size-1, int64[n], without storing the permutation.
 
-    The permutation is a Feistel network over the row and column (left, right) of an index in a grid of slightly more
-    than `size` cells. An image outside 0..size-1 goes through the network again until it is inside (cycle walking), so
-    the result stays a bijection.
+    Each index has a key and a size of its own, or all share one. The permutation is a Feistel network over the row and
+    column (left, right) of an index in a grid of slightly more than `size` cells. An image outside 0..size-1 goes
+    through the network again until it is inside (cycle walking), so the result stays a bijection.
     """
-    height = math.isqrt(size - 1) + 1 if size > 1 else 1
+    key, x, size = np.broadcast_arrays(key, np.asarray(index, np.int64), np.asarray(size, np.int64))
+    height = np.ceil(np.sqrt(size)).astype(np.int64)
     width = -(-size // height)
-    keys = random_bits(key, np.arange(6))
+    keys = random_bits(key, np.arange(6)[:, None])
 
-    def network(x):
+    def network(x, keys, height, width):
         left, right = x // width, x % width
         for k in range(0, 6, 2):
-            left = (left + (random_bits(keys[k], right) % np.uint64(height)).astype(np.int64)) % height
-            right = (right + (random_bits(keys[k + 1], left) % np.uint64(width)).astype(np.int64)) % width
+            left = (left + (random_bits(keys[k], right) % height.astype(np.uint64)).astype(np.int64)) % height
+            right = (right + (random_bits(keys[k + 1], left) % width.astype(np.uint64)).astype(np.int64)) % width
         return left * width + right
 
-    x = network(np.asarray(index, np.int64))
-    while (outside := x >= size).any():
-        x[outside] = network(x[outside])
+    x = network(x, keys, height, width)
+    while len(outside := np.flatnonzero(x >= size)):
+        x[outside] = network(x[outside], keys[:, outside], height[outside], width[outside])
     return x
 
 
@@ -66,11 +69,17 @@ class Draw(NamedTuple):
 class Curriculum:
     """Mixtures of tasks that change with the step: phases of (steps, {task: rate}).
 
-    A batch has `slots` slots, one example each. Slots are numbered from the start of their phase and divided into
-    blocks of `BLOCK`. Every block has the same integer number of slots per task (largest remainder), in an order that
-    is shuffled by (seed, phase, block). The n-th slot of a task, counted over all phases, holds the n-th example of the
-    task's shuffled stream: every epoch is a new permutation of the task. After its last step the last phase continues.
-    Rates need not add up to 1.
+    A batch has `slots` slots, one example each. Slots are numbered from the start of their phase. Every period of
+    PERIOD = 2^20 slots has the same integer number of slots per task (largest remainder), and every block of BLOCK =
+    1,024 has its share of them within one slot, in an order that is shuffled by (seed, phase, block). The n-th slot of
+    a task, counted over all phases, holds the n-th example of the task's shuffled stream: every epoch is a new
+    permutation of the task. After its last step the last phase continues. Rates need not add up to 1.
+
+    With `homogeneous`, all slots of a batch have one task, and the same holds for batches instead of slots.
+
+    A period is a lattice of BLOCK x BLOCK points 0..PERIOD-1, and each task has an interval of them. Block j holds the
+    points BLOCK * i + v(j) for all i. v(j) is j with its bits reversed (a van der Corput sequence), and a random number
+    per period flips bits of it. So the number of earlier points in an interval is a closed form.
     """
 
     def __init__(
@@ -80,71 +89,92 @@ class Curriculum:
         *,
         seed: int,
         slots: int,
+        homogeneous: bool = False,
     ):
         """`sizes` are the numbers of examples per task; `slots` is the number of examples in a global batch."""
         if not phases:
             raise ValueError("a curriculum needs at least one phase (steps, {task: rate})")
         self.tasks = sorted({task for _, rates in phases for task, rate in rates.items() if rate})
-        self.seed, self.slots, self.sizes = seed, slots, [sizes.get(task) for task in self.tasks]
-        for task, size in zip(self.tasks, self.sizes):
-            if size is None:
+        self.seed, self.slots, self.homogeneous = seed, slots, homogeneous
+        for task in self.tasks:
+            if (size := sizes.get(task)) is None:
                 raise ValueError(
                     f"no data for the task {task!r} of the curriculum; prepared tasks: {', '.join(sorted(sizes))}"
                 )
             if size < 1:
                 raise ValueError(f"the task {task!r} has no examples")
+        self.sizes = np.array([sizes[task] for task in self.tasks], np.int64)
         for steps, rates in phases:
             if steps < 1 or min(rates.values(), default=0) < 0 or not any(rates.values()):
                 raise ValueError(f"a phase needs at least one step and a positive rate, got ({steps}, {dict(rates)})")
 
         self._first_step = np.cumsum([0] + [steps for steps, _ in phases[:-1]])
-        self._counts = [self._block_counts(rates) for _, rates in phases]  # per phase: int[tasks]
+        self._bounds = [self._intervals(rates) for _, rates in phases]  # per phase: int[tasks + 1]
         self._before = [np.zeros(len(self.tasks), np.int64)]  # per phase: slots of each task before it, int[tasks]
         for p, (steps, _) in enumerate(phases[:-1]):
-            blocks, remainder = divmod(steps * slots, BLOCK)
-            tail = np.bincount(self._order(p, blocks)[:remainder], minlength=len(self.tasks))
-            self._before.append(self._before[p] + blocks * self._counts[p] + tail)
+            blocks, remainder = divmod(steps * (1 if homogeneous else slots), BLOCK)
+            last = np.bincount(self._blocks(p, blocks, blocks + 1)[0, :remainder], minlength=len(self.tasks))
+            self._before.append(self._before[p] + self._earlier(p, blocks) + last)
 
-    def _block_counts(self, rates: Mapping[str, float]) -> np.ndarray:
-        """The slots of each task in a block, by largest remainder, int[tasks]."""
+    def _intervals(self, rates: Mapping[str, float]) -> np.ndarray:
+        """The bounds of each task's interval in 0..PERIOD, int[tasks + 1]: slots by largest remainder."""
         rates = np.array([rates.get(task, 0) for task in self.tasks], np.float64)
-        quota = rates / rates.sum() * BLOCK
-        counts = np.floor(quota).astype(np.int64)
-        counts[np.argsort(counts - quota, kind="stable")[: BLOCK - counts.sum()]] += 1
-        for task, rate, count in zip(self.tasks, rates, counts):
-            if rate and not count:
+        quota = rates / rates.sum() * PERIOD
+        for task, rate, share in zip(self.tasks, rates, quota / PERIOD):
+            if rate and share * PERIOD < 1 - 1e-9:
                 raise ValueError(
-                    f"the task {task!r} has a share of {rate / rates.sum():.2g} in its mixture, less than one slot in "
-                    f"{BLOCK}: it would never be drawn; raise its rate or set it to 0"
+                    f"the task {task!r} has a share of {share:.2g} in its mixture, less than one in {PERIOD}; raise "
+                    "its rate or set it to 0"
                 )
-        return counts
+        counts = np.floor(quota + 1e-9).astype(np.int64)
+        counts[np.argsort(counts - quota, kind="stable")[: PERIOD - counts.sum()]] += 1
+        return np.concatenate([[0], np.cumsum(counts)])
 
-    def _order(self, phase: int, block: int) -> np.ndarray:
-        """The task of each slot of a block, int[BLOCK]."""
-        tasks = np.repeat(np.arange(len(self.tasks)), self._counts[phase])
-        return tasks[shuffled(make_key(self.seed, "block", phase, block), BLOCK)]
+    def _flips(self, phase: int, period: int) -> int:
+        """The bits that are flipped in v(j) of a period."""
+        return int(make_key(self.seed, "period", phase, period)) % BLOCK
+
+    def _blocks(self, phase: int, first: int, last: int) -> np.ndarray:
+        """The task of each slot of blocks first..last-1, int[blocks, BLOCK]."""
+        points = np.empty((last - first, BLOCK), np.int64)
+        for row, block in enumerate(range(first, last)):
+            period, j = divmod(block, BLOCK)
+            points[row] = _REVERSED[j] ^ self._flips(phase, period)
+        keys = np.array([make_key(self.seed, "block", phase, block) for block in range(first, last)], np.uint64)
+        points += BLOCK * np.argsort(random_bits(keys[:, None], np.arange(BLOCK)), axis=1, kind="stable")
+        return np.searchsorted(self._bounds[phase], points, "right") - 1
+
+    def _earlier(self, phase: int, block: int) -> np.ndarray:
+        """The slots of each task in the blocks of a phase before `block`, int[tasks]."""
+        bounds = self._bounds[phase]
+        periods, j = divmod(block, BLOCK)
+        v = np.sort(_REVERSED[:j] ^ self._flips(phase, periods))
+        return np.diff(periods * bounds + j * (bounds // BLOCK) + np.searchsorted(v, bounds % BLOCK))
+
+    def _slots(self, phase: int, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of slots begin..end-1 of a phase: the task, and the number of the task's slots before, int[n] each."""
+        first, last = begin // BLOCK, -(-end // BLOCK)
+        tasks = self._blocks(phase, first, last).reshape(-1)
+        order = np.argsort(tasks, kind="stable")
+        counts = np.bincount(tasks, minlength=len(self.tasks))
+        earlier = self._before[phase] + self._earlier(phase, first)
+        rank = np.empty(len(tasks), np.int64)
+        rank[order] = np.arange(len(tasks)) + np.repeat(earlier - (np.cumsum(counts) - counts), counts)
+        inside = slice(begin - first * BLOCK, end - first * BLOCK)
+        return tasks[inside], rank[inside]
 
     def draw(self, step: int, start: int, stop: int) -> Draw:
         """The examples in slots start..stop-1 of the batch of `step`."""
         phase = int(np.searchsorted(self._first_step, step, side="right")) - 1
-        begin = (step - int(self._first_step[phase])) * self.slots + start
-        end = begin + stop - start
-        # The task of each slot, and how many slots of the task come before it.
-        task, rank = np.zeros((2, stop - start), np.int64)
-        for block in range(begin // BLOCK, -(-end // BLOCK)):
-            order, block_rank = self._order(phase, block), np.zeros(BLOCK, np.int64)
-            for t in range(len(self.tasks)):
-                of_task = np.flatnonzero(order == t)
-                first = self._before[phase][t] + block * self._counts[phase][t]
-                block_rank[of_task] = first + np.arange(len(of_task))
-            low, high = max(begin - block * BLOCK, 0), min(end - block * BLOCK, BLOCK)
-            out = slice(block * BLOCK + low - begin, block * BLOCK + high - begin)
-            task[out], rank[out] = order[low:high], block_rank[low:high]
-        epoch, index = np.zeros((2, len(task)), np.int64)
-        for t, (name, size) in enumerate(zip(self.tasks, self.sizes)):
-            of_task = np.flatnonzero(task == t)
-            epoch[of_task] = rank[of_task] // size
-            for e in np.unique(epoch[of_task]):
-                of_epoch = of_task[epoch[of_task] == e]
-                index[of_epoch] = permute(make_key(self.seed, "epoch", name, int(e)), rank[of_epoch] % size, size)
-        return Draw(task, epoch, index)
+        step_of_phase = step - int(self._first_step[phase])
+        if self.homogeneous:
+            (task,), (batch,) = self._slots(phase, step_of_phase, step_of_phase + 1)
+            task, rank = np.full(stop - start, task), batch * self.slots + np.arange(start, stop)
+        else:
+            task, rank = self._slots(phase, step_of_phase * self.slots + start, step_of_phase * self.slots + stop)
+        size = self.sizes[task]
+        epoch, index = np.divmod(rank, size)
+        streams, inverse = np.unique(epoch * len(self.tasks) + task, return_inverse=True)
+        pairs = zip(*(x.tolist() for x in np.divmod(streams, len(self.tasks))))
+        keys = [make_key(self.seed, "epoch", self.tasks[t], e) for e, t in pairs]
+        return Draw(task, epoch, permute(np.array(keys, np.uint64)[inverse], index, size))

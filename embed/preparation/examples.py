@@ -132,7 +132,7 @@ def split_text(example: dict, tokenizer: Tokenizer, chunk_length: int) -> dict:
     from semantic_text_splitter import TextSplitter
 
     splitter = TextSplitter.from_callback(lambda text: len(tokenizer.encode([text])[0]), chunk_length)
-    pieces = splitter.chunk_char_indices(example["text"])
+    pieces = splitter.chunk_indices(example["text"])
     starts = np.array([start for start, _ in pieces])
     queries = [(text, max(int(np.searchsorted(starts, at, "right")) - 1, 0)) for text, at in example["queries"]]
     return {"chunks": [text for _, text in pieces], "queries": queries, "headers": [[]] * len(pieces)}

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts, Task, all_texts
 
 _WINDOW = 600  # characters per training text of the vocabulary
+REFRESH = 0.1  # seconds between updates of the progress bar
 PLAN, INFO, SCRATCH = "plan.json", "info.json", "scratch"
 
 
@@ -76,24 +78,39 @@ def prepare(
     }
     arguments = json.loads(json.dumps(arguments))
     console = make_console(stderr=True)
-    complete = (directory / INFO).exists()
-    if complete or (directory / PLAN).exists():
-        previous = paths.read_json(directory / (INFO if complete else PLAN))["arguments"]
-        if differing := list(differences(previous, arguments)):
+    if (directory / INFO).exists():
+        if differing := _differing(directory / INFO, arguments):
             raise ValueError(
-                f"{directory} was prepared with other arguments: "
-                + "; ".join(f"{name.removeprefix('gin.')} was {was!r}, now {now!r}" for name, was, now in differing)
-                + "; choose another directory or remove it"
+                f"{directory} was prepared with other arguments: {differing}; choose another directory or remove it"
             )
-        if complete:
-            console.print(f"data: {directory} is complete")
-            return
-        console.print(f"data: continues {directory}")
+        console.print(f"data: {directory} is complete")
+        return
+    if (directory / PLAN).exists():
+        if not (differing := _differing(directory / PLAN, arguments)):
+            console.print(f"data: continues {directory}")
+        elif stream.is_begun(directory / SCRATCH):
+            raise ValueError(
+                f"{directory} is half prepared with other arguments: {differing}; choose another directory or remove it"
+            )
+        else:
+            console.print(f"data: begins {directory} anew: {differing}")
+            for name in (SCRATCH, "tokenizer", "evaluation"):
+                if (directory / name).exists():
+                    (directory / name).rmtree()
+            (directory / PLAN).unlink()
     elif not paths.is_empty(directory):
         raise ValueError(f"{directory} exists and has no prepared data (no {INFO}); choose another directory")
     with _Bar(console) as bar:
         info = _Preparation(directory, bound, arguments, bar, tokenizer, processes, runner, runner_options).run()
     _print(console, info)
+
+
+def _differing(file, arguments: Mapping) -> str:
+    """The arguments recorded in a file that differ from these, as text; "" if none does."""
+    recorded = paths.read_json(file)["arguments"]
+    return "; ".join(
+        f"{name.removeprefix('gin.')} was {was!r}, now {now!r}" for name, was, now in differences(recorded, arguments)
+    )
 
 
 class _Preparation:
@@ -377,8 +394,9 @@ class _Bar:
             "{task.fields[tokens]}",
             rich.progress.TimeRemainingColumn(),
             console=console,
+            auto_refresh=False,  # a thread that imports breaks on the import hook of tensorflow_datasets
         )
-        self._task, self._tokens = self._progress.add_task("", total=None, tokens=""), 0
+        self._task, self._tokens, self._shown = self._progress.add_task("", total=None, tokens=""), 0, 0.0
 
     def __enter__(self) -> "_Bar":
         self._progress.start()
@@ -390,6 +408,7 @@ class _Bar:
     def start(self, part: str) -> None:
         self._tokens = 0
         self._progress.reset(self._task, description=part, total=None, tokens="")
+        self._progress.refresh()
 
     def total(self, size: int) -> None:
         self._progress.update(self._task, total=size)
@@ -399,6 +418,9 @@ class _Bar:
         seconds = self._progress.tasks[0].elapsed or 1e-9
         rate = f"{self._tokens / 1e6:.1f}M tokens, {self._tokens / seconds / 1e3:,.0f}k/s"
         self._progress.update(self._task, advance=size, tokens=rate)
+        if (now := time.monotonic()) > self._shown + REFRESH:
+            self._shown = now
+            self._progress.refresh()
 
 
 def _print(console, info: Mapping) -> None:

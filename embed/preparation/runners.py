@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import NamedTuple
 
@@ -64,6 +65,11 @@ def run_locally(
                 show()
                 for future in done:
                     future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process was killed, perhaps because memory ran out: the same command continues; fewer "
+                "--processes need less"
+            ) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - before:

@@ -127,9 +127,7 @@ def bind(
         names |= {*evaluation.sets.values(), *vocabulary.tasks}
         defined = {scope for scope, name, _ in bound if scope and name.partition(".")[0] == "task"}
         scopes = {name: name.replace(".", "/") for name in sorted(names)}
-        registered = [
-            name for name, scope in scopes.items() if not any(f"{scope}/".startswith(f"{d}/") for d in defined)
-        ]
+        registered = [name for name, scope in scopes.items() if not any(_within(scope, other) for other in defined)]
         tasks: dict[str, Task] = {}
         hygiene: dict[str, Hygiene] = {}
         trained = {name for members in mixtures.rates.values() for name in members}
@@ -179,13 +177,18 @@ def _fill(text: str, scopes: Iterable[str], data_root: str) -> None:
             return {key: replaced(item, name) for key, item in value.items()}
         return value
 
+    values = {}  # the last one counts
     for s in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()):
-        if isinstance(s, gin.config_parser.BindingStatement) and replaced(s.value, "") != s.value:
-            for scope in scopes:
-                if not s.scope or f"{scope}/".startswith(f"{s.scope}/"):
-                    gin.bind_parameter(
-                        f"{scope}/{s.selector}.{s.arg_name}", replaced(s.value, scope.rpartition("/")[2])
-                    )
+        if isinstance(s, gin.config_parser.BindingStatement) and s.arg_name:
+            values[s.scope or "", f"{s.selector}.{s.arg_name}"] = s.value
+    for (bound, name), value in sorted(values.items()):  # outer scopes first
+        for scope in scopes:
+            if _within(scope, bound) and _has_placeholder(value):
+                gin.bind_parameter(f"{scope}/{name}", replaced(value, scope.rpartition("/")[2]))
+
+
+def _has_placeholder(value) -> bool:
+    return any(placeholder in repr(value) for placeholder in ("{name}", "{data_root}"))
 
 
 def _check_rates(mixtures: Mixtures, gin_file) -> None:
@@ -251,15 +254,29 @@ def _bindings(text: str, source) -> Iterator[tuple[str, str, str]]:
 
 
 def _check_used(bound: Sequence[tuple[str, str, str]], gin_file, valid: Sequence[str]) -> None:
-    """ValueError if a binding had no effect. gin reports neither unused scopes nor unused macros."""
+    """ValueError if a binding had no effect, unless it is of a task outside all mixtures.
+
+    gin reports neither unused scopes nor unused macros.
+    """
     used = list(_bindings(gin.operative_config_str(), "operative config"))
+    prepared = {scope for scope, name, _ in used if name == "task"}
+    defined = {scope for scope, _, key in bound if key == "task.source" and scope}
     for scope, name, key in bound:
+        if not any(_within(task, scope) for task in prepared) and any(
+            _within(scope, other) or _within(other, scope) for other in defined
+        ):
+            continue
         for other, used_name, used_key in used:
-            if (name, key) == (used_name, used_key) and (not scope or f"{other}/".startswith(f"{scope}/")):
+            if (name, key) == (used_name, used_key) and _within(other, scope):
                 break
         else:
             full = f"{scope}/{key or name}" if scope else key or name
             raise ValueError(f"{gin_file}: unused gin binding {full!r}{nearest(key or name, valid)}")
+
+
+def _within(scope: str, outer: str) -> bool:
+    """Whether what is bound in `outer` holds in `scope`."""
+    return not outer or f"{scope}/".startswith(f"{outer}/")
 
 
 def nearest(name: str, valid) -> str:

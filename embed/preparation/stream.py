@@ -125,19 +125,16 @@ def num_buckets(task: Task, shards: Sequence[Shard]) -> int:
 
 def map_shard(work: Work, task: str, shard: int, progress: Progress = lambda tokens, size: None) -> None:
     """Tokenizes an input shard of a task and sorts its examples into buckets. BadRowsError if too much of it is bad."""
-    counts, findings, part, tokens, seen = Counts(), Findings(), 0, Counter(), 0
+    counts, findings, part, total, seen = Counts(), Findings(), 0, 0, 0
     size = work.shards[task][shard].bytes
     pending = _Pending(work, task)
-    for batch in token_batches(work, task, shard, counts, findings):
+    for batch in _named(task, token_batches(work, task, shard, counts, findings)):
         for _, parts in itertools.groupby(batch, lambda made: id(made[0])):
             pending.add(list(parts))
-        made = Counter()
-        for _, columns in batch:
-            made.update({name: len(array) for name, array in columns.items()})
-        tokens.update(made)
-        # Bytes of source: an estimate until the end.
-        progress(sum(made.values()), min(sum(tokens.values()) * 4, size) - seen)
-        seen = min(sum(tokens.values()) * 4, size)
+        made = sum(len(array) for _, columns in batch for array in columns.values())
+        total += made
+        progress(made, min(4 * total, size) - seen)  # bytes of source: an estimate until the end
+        seen = min(4 * total, size)
         if pending.values >= PART_VALUES:
             pending.write(shard, part)
             pending, part = _Pending(work, task), part + 1
@@ -182,6 +179,14 @@ def token_batches(
     counts.check(task.max_bad)
     if batch:
         yield tokenized(batch)
+
+
+def _named(task: str, batches: Iterator) -> Iterator:
+    """The batches; an error about their data names the task."""
+    try:
+        yield from batches
+    except ValueError as error:
+        raise type(error)(f"task {task!r}: {error}") from error
 
 
 class _Pending:
@@ -347,7 +352,8 @@ def map_bucket(work: Work, task: str, bucket: int, parts: Sequence[int], progres
         order = shuffled(table[DIGEST].take(pa.array(keep)), make_key(work.seed, "bucket", task))
         rows = keep[order]
         rows = np.repeat(rows, table["weight"].combine_chunks().to_numpy()[rows])
-        counts[REPEATED] = len(rows) - len(keep)
+        if len(rows) > len(keep):
+            counts[REPEATED] = len(rows) - len(keep)
         table = table.take(pa.array(rows))
     values = {
         name: _ragged(table[name]) if tables else (np.zeros(0, np.int32), np.zeros(0, np.int64)) for name in columns
@@ -391,6 +397,14 @@ def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 
 # --- what is done -----------------------------------------------------------------------------------------------------
+
+
+def is_begun(scratch) -> bool:
+    """Whether any input shard is tokenized."""
+    scratch = paths.path(scratch)
+    return scratch.exists() and any(
+        entry.name.endswith(".tokens") for folder in scratch.iterdir() if folder.is_dir() for entry in folder.iterdir()
+    )
 
 
 def shards_done(work: Work, task: str) -> dict[int, dict]:

@@ -37,7 +37,13 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_ones(verb, capsys):
     known = {"plan": "--topology", "evaluate": "--output"}.get(verb, "--workdir")
-    known = "--output" if verb in ("encode", "index", "mine", "merge") else "--query" if verb == "search" else known
+    known = (
+        "--output"
+        if verb in ("encode", "index", "mine", "merge", "synthesize")
+        else "--query"
+        if verb == "search"
+        else known
+    )
     mistyped = known[:-2] + known[:-3:-1]
     message = refused(capsys, verb, f"{mistyped}=x")
     assert message == f"embed: error: embed {verb}: unknown argument '{mistyped}'; did you mean '{known}'?"
@@ -63,6 +69,7 @@ REQUIRED = {
     "prepare": ["--config=c.py", "--workdir=w"],
     "sample": ["--config=c.py", "--workdir=w", "--text=t", "--checkpoint=c"],
     "search": ["--model=m", "--index=i", "--query=q"],
+    "synthesize": ["--corpus=c", "--output=o", "--base_url=http://h/v1", "--model=n"],
     "train": ["--config=c.py", "--workdir=w"],
 }
 assert list(REQUIRED) == VERBS
@@ -91,7 +98,8 @@ def test_a_path_that_is_a_url_outside_of_buckets_is_refused(verb, url, tmp_path,
     given = [a.replace("=m", f"={model}").replace("=a", f"={model}").replace("=b", f"={model}") for a in REQUIRED[verb]]
     for i, argument in enumerate(given):
         name = argument.partition("=")[0]
-        if name not in ("--query", "--config") and (verb, name) != ("search", "--model"):  # which reads the index first
+        is_name = name in ("--query", "--config", "--base_url") or (verb, name) == ("synthesize", "--model")
+        if not is_name and (verb, name) != ("search", "--model"):  # which reads the index first
             message = refused(capsys, verb, *given[:i], f"{name}={url}", *given[i + 1 :])
             assert f"{url} is not a path: expected a local path, gs://BUCKET/… or s3://BUCKET/…" in message, name
             assert message.endswith("; the hub id of this model is owner/name") == ("huggingface" in url)
@@ -122,8 +130,8 @@ def test_a_name_that_is_too_long_for_a_file_is_one_sentence(tmp_path, capsys):
         (["encode", "--color"], "unknown argument '--color'"),
         (["encode", "--version"], "unknown argument '--version'"),
         (["trian"], "; did you mean 'train'?"),
-        (["--"], "sample, search, train"),
-        (["--frobnicate"], "sample, search, train"),
+        (["--"], "search, synthesize, train"),
+        (["--frobnicate"], "search, synthesize, train"),
     ],
 )
 def test_an_error_about_an_unknown_name_suggests_only_what_is_similar(arguments, hint, capsys):
@@ -316,7 +324,7 @@ def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
 
 def test_only_verbs_that_continue_say_so_when_interrupted():
     text = {verb: (ROOT / "embed" / "cli" / f"{verb}.py").read_text() for verb in VERBS}
-    assert [verb for verb in VERBS if "common.keeps_work()" in text[verb]] == ["pipeline", "train"]
+    assert [verb for verb in VERBS if "common.keeps_work()" in text[verb]] == ["pipeline", "synthesize", "train"]
 
 
 def test_the_program_and_the_module_end_through_entry():

@@ -6,7 +6,7 @@ import pytest
 from embed import rows
 from embed.data import curriculum
 from embed.data import loader as loading
-from embed.data.curriculum import BLOCK, Curriculum, random_bits
+from embed.data.curriculum import BLOCK, PERIOD, Curriculum, random_bits
 from embed.data.loader import ContrastiveLoader, DiffusionLoader, ReaderStalledError, prefetch
 from embed.data.store import Lengths, Store, Writer
 from embed.rows import RowShape
@@ -232,6 +232,47 @@ def test_every_block_has_the_exact_proportions_of_its_rates():
         assert len({*tasks[:20]}) > 1  # the tasks are mixed
 
 
+@pytest.mark.parametrize("homogeneous", [False, True])
+def test_the_proportions_of_200_tasks_are_exact_in_a_period_and_within_one_in_each_block(homogeneous):
+    """Of batches, if they are homogeneous. The phases end inside a block and inside a period."""
+    rates = {f"{i:03}": np.exp(-i / 20) for i in range(199)}
+    rates["rare"] = 1e-6 * sum(rates.values())
+    shares = np.array([rates[name] for name in sorted(rates)]) / sum(rates.values())
+    slots = 7 if homogeneous else 1 << 15
+    unit = 1 if homogeneous else slots
+    first = 3 * BLOCK + 100 if homogeneous else 5
+    phases = [(first, {"000": 1, "rare": 1}), (1, rates)]
+    curriculum = Curriculum(phases, dict.fromkeys(rates, 10**9), seed=0, slots=slots, homogeneous=homogeneous)
+
+    task, rank = curriculum._slots(1, 0, 2 * PERIOD)
+    counts = np.stack([np.bincount(part, minlength=200) for part in task.reshape(-1, BLOCK)])
+    for period in counts.reshape(2, BLOCK, 200).sum(1):
+        assert period.sum() == PERIOD and np.abs(period - PERIOD * shares).max() < 1
+        np.testing.assert_array_equal(period, np.diff(curriculum._bounds[1]))
+    assert np.abs(counts - BLOCK * shares).max() < 1 + 1 / BLOCK
+    # Ranks continue over phases and count every slot of a task once.
+    before = np.bincount(curriculum._slots(0, 0, first * unit)[0], minlength=200)
+    for t in (0, 1, 100, 199):
+        np.testing.assert_array_equal(rank[task == t], before[t] + np.arange((task == t).sum()))
+    # Any part of the slots is the same, without those before it.
+    for begin in (0, 1, BLOCK + 5, PERIOD - 3, PERIOD + 7 * BLOCK):
+        part = curriculum._slots(1, begin, begin + 1500)
+        for got, want in zip(part, (task, rank)):
+            np.testing.assert_array_equal(got, want[begin : begin + 1500])
+
+
+def test_a_homogeneous_batch_has_one_task_and_goes_through_its_examples():
+    sizes = {"a": 50, "b": 1000}
+    curriculum = Curriculum([(7, {"a": 1}), (1, {"a": 1, "b": 3})], sizes, seed=0, slots=20, homogeneous=True)
+    batches = [list(examples(curriculum, [step])) for step in range(7 + BLOCK)]
+    tasks = ["".join({task for task, _, _ in batch}) for batch in batches]
+    assert tasks[:7] == ["a"] * 7 and tasks[7:].count("b") == BLOCK * 3 // 4
+    seen = [example for batch in batches for example in batch if example[0] == "a"]
+    for epoch in range(20):
+        of_epoch = seen[epoch * 50 : epoch * 50 + 50]
+        assert {e for _, e, _ in of_epoch} == {epoch} and {i for *_, i in of_epoch} == set(range(50))
+
+
 def test_a_step_uses_its_phase_and_the_last_phase_continues_for_ever():
     curriculum = Curriculum([(2, {"a": 1}), (3, {"b": 1}), (1, {"c": 1})], dict.fromkeys("abc", 100), seed=0, slots=8)
     tasks = ["".join(sorted({task for task, _, _ in examples(curriculum, [step])})) for step in range(8)]
@@ -260,7 +301,7 @@ def test_a_task_with_rate_zero_is_left_out_and_needs_no_data():
         ([(5, {"a": 1, "b": -1})], "at least one step and a positive rate"),
         ([(5, {"c": 1})], "no data for the task 'c' of the curriculum; prepared tasks: a, b, empty"),
         ([(5, {"empty": 1})], "the task 'empty' has no examples"),
-        ([(5, {"a": 1, "b": 1e-5})], "'b' has a share of 1e-05 in its mixture, less than one slot in"),
+        ([(5, {"a": 1, "b": 9e-7})], "'b' has a share of 9e-07 in its mixture, less than one in 1048576"),
     ],
 )
 def test_an_impossible_curriculum_is_an_error(phases, message):

@@ -105,6 +105,55 @@ def test_mine_writes_negatives_that_are_not_relevant_to_the_query(model, tmp_pat
     assert "short 3" in capsys.readouterr().out
 
 
+def test_a_judge_scores_the_candidates_that_mine_writes_and_the_margin_compares_its_scores(model, tmp_path, capsys):
+    texts = small.sentences(12, seed=3)
+    files = {
+        "corpus": [{"_id": f"c{i}", "text": text} for i, text in enumerate([*texts, texts[5], " "])],
+        "queries": [{"_id": "q0", "text": "config file"}, {"_id": "q1", "text": "numbers"}],
+        "qrels": [{"query-id": q, "corpus-id": c, "score": 1} for q, c in (("q0", "c0"), ("q1", "c1"), ("q1", "c2"))],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    candidates, scores, output = (str(tmp_path / name) for name in ("candidates", "scores", "negatives"))
+    mine = ["mine", "--model", model, "--data", str(tmp_path), "--rank_window", "2", "9"]
+    assert cli.main([*mine, "--candidates", "--output", candidates]) == 0
+    assert f"pairs; written to {candidates}" in capsys.readouterr().out
+    pairs = [json.loads(line) for line in Path(candidates).read_text().splitlines()]
+    relevant = [(p["query-id"], p["corpus-id"]) for p in pairs if p["rank"] is None]
+    assert relevant == [("q0", "c0"), ("q1", "c1"), ("q1", "c2")]
+    of = {q: [p for p in pairs if p["query-id"] == q and p["rank"] is not None] for q in ("q0", "q1")}
+    for found in of.values():
+        assert [p["rank"] for p in found] == sorted({p["rank"] for p in found} & set(range(2, 9))) and len(found) >= 4
+        assert [p["score"] for p in found] == sorted((p["score"] for p in found), reverse=True)
+        assert not {"c5", "c12"} <= {p["corpus-id"] for p in found}
+
+    def judge(left_out=(), **changes):
+        """Scores of every pair but some of q0: 0 for relevant texts, -1 for others, for q0 with `changes`."""
+        rows = [p | {"score": -float(p["rank"] is not None)} for p in pairs]
+        rows = [r | {"score": changes.get(r["corpus-id"], r["score"])} if r["query-id"] == "q0" else r for r in rows]
+        kept = [row for row in rows if (row["query-id"], row["corpus-id"]) not in {("q0", name) for name in left_out}]
+        Path(scores).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        return cli.main([*mine, "--scores", scores, "--margin", "0.5", "--output", output, "--overwrite"])
+
+    ids = [p["corpus-id"] for p in of["q0"]]
+    assert judge(left_out=ids[:1], **{ids[1]: -0.4, ids[3]: -0.5}) == 0
+    rows = [json.loads(line) for line in Path(output).read_text().splitlines()]
+    assert rows[0] == {"query-id": "q0", "corpus-id": "c0", "negatives": [ids[2], ids[3], *ids[4:]]}
+    assert judge(left_out=["c0"]) == 2
+    sentence = "has no score for 1 of the 3 relevant texts, first for query 'q0' and text 'c0'"
+    assert sentence in capsys.readouterr().err
+    for line, sentence in (
+        ({"query-id": "q0", "corpus-id": "c99", "score": 1}, "corpus-id 'c99', score 1: expected ids"),
+        ({"query-id": "q0", "corpus-id": "c0", "score": "1"}, "score '1': expected ids"),
+        ({"query-id": "q0", "corpus-id": "c0", "score": 7}, "'c0' has score 7 for 'q0', and"),
+    ):
+        Path(scores).write_text(Path(candidates).read_text() + json.dumps(line))
+        assert cli.main([*mine, "--scores", scores, "--output", output, "--overwrite"]) == 2
+        assert sentence in capsys.readouterr().err
+    assert cli.main([*mine, "--scores", scores, "--candidates", "--output", output, "--overwrite"]) == 2
+    assert "argument --candidates: not allowed with argument --scores" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

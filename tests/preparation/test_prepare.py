@@ -1,256 +1,368 @@
-"""`prepare` on a small tree of generated packages."""
+"""`prepare`: a stream of two maps that continues after any interruption, and whose counts add up."""
 
 import json
-import textwrap
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
-from embed import tokenizers
+from embed import paths, tokenizers
 from embed.data.store import Store
-from embed.preparation import hygiene
-from embed.preparation.prepare import bind, prepare
-from embed.preparation.python_sources import Packages, Reading
+from embed.preparation import runners, settings, stream
+from embed.preparation.prepare import prepare
+from embed.preparation.settings import bind
+from embed.preparation.tasks import Counts
 
-GIN = "configs/data/python_docs.gin"
-PACKAGES = ("alpha", "beta", "gamma", "delta")
-VERBS = "read write open close merge split count find sort filter".split()
-
-
-SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo zu".split()
-
-
-def nonsense(seed, count=12):
-    """Random words, so that the vocabulary has enough pieces to learn."""
-    rng = np.random.default_rng(list(seed.encode()))
-    return " ".join("".join(rng.choice(SYLLABLES, rng.integers(2, 5))) for _ in range(count))
-
-
-def function(package, verb, indent=""):
-    source = f'''
-    def {verb}_{package}(path, limit):
-        """{verb.capitalize()}s the {package} records of a file in order.
-
-        Stops early when the limit is met by {package}.
-
-        Args:
-          path: where the {package} records are.
-          limit: how many to {verb} at most.
-        """
-        # {nonsense(package + verb)}
-        records = open(path).readlines()[: limit * {len(package) + len(verb)}]
-        return [record.{verb}("{package}") for record in records]
-    '''
-    return textwrap.indent(textwrap.dedent(source), indent)
+GIN = """
+mixtures.rates = {"diffusion": {"texts": 1.0}, "both": {"pairs": 3.0, "more": 1.0}}
+texts/task.source = @files()
+texts/files.paths = "{data_root}/texts/*.jsonl"
+texts/task.kind = "text"
+texts/task.buckets = 3
+pairs/task.source = @files()
+pairs/files.paths = "{data_root}/pairs.jsonl"
+pairs/task.kind = "pair"
+pairs/task.query_length = 8
+pairs/task.document_length = 16
+more/task.source = @files()
+more/files.paths = "{data_root}/more.csv"
+more/task.kind = "pair"
+more/task.columns = {"query": "title", "document": "body"}
+more/task.held_out = 0.2
+evaluation.sets = {"more/test": "more"}
+"""
 
 
-def module(package, part):
-    methods = "".join(function(f"{package}{part}", verb, "    ") for verb in VERBS)
-    summary = f'"""Everything about {package} {part}, in one place."""'
-    header = f'class {package.capitalize()}Store{part}:\n    """Keeps {package} values together."""'
-    return f"{summary}\n\n\n{header}\n{methods}\n"
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Texts in four files with copies within and between them, pairs in JSON lines and in CSV, and a gin file."""
+    root = tmp_path_factory.mktemp("sources")
+    texts = small.sentences(60, seed=1)
+    (root / "texts").mkdir()
+    for part in range(4):
+        lines = [json.dumps({"text": text}) for text in texts[part * 10 : part * 10 + 30]]
+        (root / "texts" / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    queries, documents = small.sentences(80, seed=2, longest=12), small.sentences(80, seed=3)
+    with open(root / "pairs.jsonl", "w") as out:
+        for query, document in zip(queries, documents):
+            out.write(json.dumps({"query": query, "document": document}) + "\n")
+    with open(root / "more.csv", "w") as out:
+        out.write("title,body\n")
+        for query, document in zip(queries[:50], documents[30:]):
+            out.write(f'{query},"{document}"\n')
+    (root / "data.gin").write_text(GIN)
+    return root
 
 
-COPIED = function("held", "copy")  # in a training package and in a held-out package
-
-
-@pytest.fixture(scope="session")
-def packages(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tree")
-    for package in PACKAGES:
-        (root / package / "tests").mkdir(parents=True)
-        for part in range(3):
-            (root / package / f"part{part}.py").write_text(module(package, part))
-        (root / package / "tests" / "test_x.py").write_text(function(package, "never"))
-    (root / "alpha" / "copied.py").write_text(COPIED)
-    (root / "delta" / "original.py").write_text(COPIED)
-    (root / "alpha" / "broken.py").write_text("def broken(:\n")
-    return Packages(train=("alpha", "beta", "absent"), development=("gamma",), test=("delta",), path=(str(root),))
-
-
-@pytest.fixture(scope="session")
-def data(packages, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prepared") / "data"
-    prepare(folder, gin_file=GIN, vocab_size=200, packages=packages)
+def run(sources, folder, *bindings, **more):
+    more = {"tokenizer": small.tokenizer(), "processes": 1} | more
+    prepare(folder, gin_file=sources / "data.gin", gin_bindings=bindings, data_root=str(sources), **more)
     return folder
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.fixture(scope="module")
+def data(sources, tmp_path_factory):
+    return run(sources, tmp_path_factory.mktemp("prepared") / "data")
 
 
-def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
-    mixtures = json.loads((data / "mixtures.json").read_text())
-    assert set(mixtures) == {"diffusion", "pairs", "summaries", "contextual"}
-    assert mixtures["summaries"] == {"python_docs_summaries": 1.0}
-    assert mixtures["pairs"]["python_docs_classes"] == 0.5 and mixtures["pairs"]["python_docs_summaries"] == 4.0
-    tokenizer = tokenizers.load(data / "tokenizer")
-    for name in {task for rates in mixtures.values() for task in rates}:
-        store = Store(data / "tasks" / name)
-        assert len(store) > 0 and store.info["vocabulary"] == tokenizer.digest
-        for example in store.read(range(len(store))):
-            assert all(values.max(initial=0) < tokenizer.vocab_size for values in example.values())
+def files(folder):
+    """{relative path: bytes} of prepared data, without the seconds."""
+    content = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+    info = json.loads(content.pop("info.json"))
+    info.pop("seconds")
+    return content | {"info.json": info}
 
 
-def test_training_has_no_text_of_a_held_out_function(data):
-    tokenizer = tokenizers.load(data / "tokenizer")
-    text = Store(data / "tasks" / "python_docs_text")
-    training = hygiene.normalize(tokenizer.decode(text.window(0, text.num_values())[0]))
-    corpus = [
-        row["text"]
-        for split in ("development", "test")
-        for row in rows(data / f"evaluation/functions/{split}/corpus.jsonl")
-    ]
-    assert len(corpus) > 50
-    for code in corpus:
-        seen = tokenizer.decode(tokenizer.encode([code])[0])
-        assert hygiene.normalize(seen) not in training
-    # The check can match: it finds a training function.
-    known = tokenizer.decode(tokenizer.encode(["records = open(path).readlines()[: limit * 10]"])[0])
-    assert hygiene.normalize(known) in training
+def decoded(store, column):
+    tokenizer = small.tokenizer()
+    return sorted(tokenizer.decode(example[column]) for example in store.read(np.arange(len(store))))
 
 
-def test_dropped_items_are_counted_by_reason(data):
-    info = json.loads((data / "info.json").read_text())
-    assert info["packages"] == {p: f"{p}==0" for p in PACKAGES} and info["packages_missing"] == ["absent"]
-    assert info["dropped"]["train: modules with held-out text"] == 1
-    assert info["dropped"]["train: held-out functions"] == 1
-    assert [path.rpartition("/")[2] for path in info["unreadable"]] == ["broken.py"]
+def test_a_store_holds_every_text_once(sources, data):
+    texts = {json.loads(line)["text"] for f in (sources / "texts").iterdir() for line in f.read_text().splitlines()}
+    store = Store(data / "tasks" / "texts")
+    assert decoded(store, "tokens") == sorted(texts) and len(store) == len(texts) == 60
+    info = json.loads((data / "info.json").read_text())["counts"]["texts"]
+    assert info["after"] == {stream.DUPLICATES: 60} and info["read"]["rows_read"] == 120
+    assert info["tokens"] == {"tokens": sum(len(e["tokens"]) for e in store.read(np.arange(60)))}
 
 
-def test_truncated_texts_are_counted(data):
-    from embed.preparation import tasks
-
-    info = json.loads((data / "info.json").read_text())
-    assert set(info["counts"]["python_docs_modules"]["lost"]) >= {tasks.TRUNCATED, tasks.WITHOUT_QUERY}
-    vocabulary = tasks.TokenizerVocabulary(tokenizers.load(data / "tokenizer"))
-    texts = ["open(path)", "records of a file in order, and then all of it once more", ""]
-    longest = len(vocabulary.tokenizer.encode(texts[:1])[0])
-    assert [len(tokens) for tokens in vocabulary.encode_batch(texts, longest)] == [longest, longest, 0]
-    assert vocabulary.lost == {tasks.TRUNCATED: 1}
-    vocabulary.encode_batch(["x" * (longest * tasks.CHARACTERS_PER_TOKEN + 1)], longest)
-    assert vocabulary.lost == {tasks.TRUNCATED: 2}
+def test_read_is_used_plus_dropped_for_every_task(data):
+    info = json.loads((data / "info.json").read_text())["counts"]
+    for name in ("texts", "pairs", "more"):
+        read, after = Counts.from_json(info[name]["read"]), info[name]["after"]
+        assert read.rows_read == sum(read.rows.values())
+        assert read.made == read.examples + sum(read.dropped.values())  # no long documents here
+        assert info[name]["examples"] == read.examples - after[stream.DUPLICATES] == len(Store(data / "tasks" / name))
 
 
-def test_function_queries_are_summaries_that_their_documents_do_not_contain(data):
-    folder = data / "evaluation" / "functions" / "test"
-    corpus = {row["_id"]: row["text"] for row in rows(folder / "corpus.jsonl")}
-    queries = {row["_id"]: row["text"] for row in rows(folder / "queries.jsonl")}
-    qrels = rows(folder / "qrels.jsonl")
-    assert len(corpus) == len(queries) == len(qrels) == 31  # 3 modules of 10 functions, and the copied function
-    for row in qrels:
-        query, code = queries[row["query-id"]], corpus[row["corpus-id"]]
-        verb = query.split()[0].lower().removesuffix("s")
-        assert f"def {verb}" in code and query not in code and '"""' not in code
+def test_held_out_examples_are_an_evaluation_set_and_not_in_training(data):
+    folder = data / "evaluation" / "more" / "test"
+    corpus = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    info = json.loads((data / "info.json").read_text())["counts"]
+    assert len(corpus) == info["more"]["read"]["dropped"]["held out"] > 3
+    training = decoded(Store(data / "tasks" / "more"), "document")
+    assert not set(corpus) & set(training) and len(training) + len(corpus) == 50
 
 
-def test_contextual_queries_name_the_owner_but_their_chunks_do_not(data):
-    folder = data / "evaluation" / "contextual" / "test"
-    corpus = {row["_id"]: row for row in rows(folder / "corpus.jsonl")}
-    first = {row["document"]: row["text"] for row in corpus.values() if row["chunk"] == 0}
-    queries = {row["_id"]: row["text"] for row in rows(folder / "queries.jsonl")}
-    for row in rows(folder / "qrels.jsonl"):
-        query, chunk = queries[row["query-id"]], corpus[row["corpus-id"]]
-        assert query.startswith("delta ") and "Store" not in chunk["text"]
-        assert first[chunk["document"]].startswith("delta.")
-    chunks = [row["chunk"] for row in corpus.values()]
-    assert all(b in (0, a + 1) for a, b in zip(chunks, chunks[1:]))  # rows of a document are adjacent and in order
+def test_lengths_are_cut_and_counted(data):
+    store = Store(data / "tasks" / "pairs")
+    assert store.lengths("query").max == 8 and store.lengths("document").max == 16
+    cut = json.loads((data / "info.json").read_text())["counts"]["pairs"]["read"]["cut"]
+    assert cut["query"] > 0 and cut["document"] > 10
 
 
-def test_contextual_examples_are_whole_documents_with_their_queries(data):
-    store = Store(data / "tasks" / "python_docs_modules")
-    for example in store.read(range(len(store))):
-        assert example["chunk_lengths"].sum() == len(example["document"])
-        assert example["query_lengths"].sum() == len(example["queries"])
-        assert len(example["query_lengths"]) == len(example["positives"]) > 0
-        assert example["positives"].max() < len(example["chunk_lengths"]) <= 16
-        assert example["chunk_lengths"].max() <= 64
+def test_the_store_depends_neither_on_processes_nor_on_the_order_of_the_work(sources, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "SMALL", 0)
+    assert files(run(sources, tmp_path / "two", processes=2)) == files(data)
+    local = runners.run_locally
+
+    def shuffled(jobs, *rest):
+        for job in random.Random(0).sample(list(jobs), len(jobs)):
+            local([job], *rest)
+
+    monkeypatch.setattr(runners, "run_locally", shuffled)
+    assert files(run(sources, tmp_path / "shuffled")) == files(data)
 
 
-def test_seqio_sees_the_same_tokens_as_inference(data):
-    from embed.preparation.tasks import TokenizerVocabulary
-
-    tokenizer = tokenizers.load(data / "tokenizer")
-    vocabulary = TokenizerVocabulary(tokenizer)
-    texts = ["def readFile(path_name): pass", "", "größe 中 <mask>", "Reads the alpha records."]
-    for text in texts:
-        expected = tokenizer.encode([text])[0].tolist()
-        assert vocabulary.encode(text) == expected
-        assert vocabulary.encode_tf(text).numpy().tolist() == expected
-    assert vocabulary.vocab_size == tokenizer.vocab_size
+def test_another_seed_gives_the_same_examples_in_another_order(sources, data, tmp_path):
+    other = run(sources, tmp_path / "data", seed=1)
+    one, two = (Store(folder / "tasks" / "texts") for folder in (data, other))
+    assert decoded(one, "tokens") == decoded(two, "tokens") and one.digest != two.digest
 
 
-def test_preparing_again_does_nothing_and_other_arguments_are_refused_by_name(data, packages):
-    before = (data / "info.json").stat().st_mtime_ns
-    prepare(data, gin_file=GIN, vocab_size=200, packages=packages)
-    assert (data / "info.json").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="vocab_size was 200, now 201"):
-        prepare(data, gin_file=GIN, vocab_size=201, packages=packages)
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[5])
+import small
+from embed import paths
+from embed.preparation.prepare import prepare
+
+write, left = paths.write, int(sys.argv[1])
+
+def dying(file, content):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(file, content)
+
+paths.write = dying
+prepare(sys.argv[2], gin_file=sys.argv[3], data_root=sys.argv[4], tokenizer=small.tokenizer(), processes=1)
+print("files:", int(sys.argv[1]) - left)
+"""
 
 
-def test_preparing_another_directory_gives_the_same_tokens_in_the_same_order(data, packages, tmp_path):
-    prepare(tmp_path / "data", gin_file=GIN, vocab_size=200, packages=packages)
-    for name in ("python_docs_summaries", "python_docs_modules"):
-        one, two = Store(data / "tasks" / name), Store(tmp_path / "data" / "tasks" / name)
-        for a, b in zip(one.read(range(len(one))), two.read(range(len(two)))):
-            assert all(np.array_equal(a[column], b[column]) for column in a)
+def killed_at(write, folder, sources):
+    """A preparation in a process that kills itself at its n-th write."""
+    arguments = [str(write), str(folder), str(sources / "data.gin"), str(sources), str(Path(__file__).parents[1])]
+    return subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
 
 
-def test_a_split_without_packages_is_an_error(packages, tmp_path):
-    incomplete = Packages(train=packages.train, development=("absent",), test=packages.test, path=packages.path)
-    with pytest.raises(ValueError, match="split 'development' of python_docs is empty"):
-        prepare(tmp_path / "data", gin_file=GIN, vocab_size=200, packages=incomplete)
+def test_a_preparation_that_is_killed_twenty_times_gives_the_same_bytes(sources, data, tmp_path):
+    rng, kills = random.Random(7), 0
+    while True:
+        # Later writes at each start, since what is done is not done again.
+        result = killed_at(rng.randint(1, 4) if kills < 20 else 10**6, tmp_path / "data", sources)
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+    assert kills >= 10 and files(tmp_path / "data") == files(data)
 
 
-@pytest.mark.parametrize("vocab_size, allowed", [(30, "at least"), (100_000, "at most")])
-def test_a_vocabulary_size_that_the_texts_do_not_allow_is_refused_and_leaves_nothing(
-    vocab_size, allowed, packages, tmp_path
-):
-    with pytest.raises(ValueError, match=rf"^vocab_size={vocab_size} must be {allowed} \d+: "):
-        prepare(tmp_path / "data", gin_file=GIN, vocab_size=vocab_size, packages=packages)
-    assert not list(tmp_path.iterdir())
+def test_other_arguments_are_refused_by_name_when_data_are_there_or_half_there(sources, data, tmp_path):
+    with pytest.raises(ValueError, match="prepared with other arguments: pairs/task.query_length was '8', now '9'"):
+        run(sources, data, "pairs/task.query_length = 9")
+    assert killed_at(12, tmp_path / "half", sources).returncode < 0
+    with pytest.raises(ValueError, match="half prepared with other arguments: seed was 0, now 5"):
+        run(sources, tmp_path / "half", seed=5)
+    assert files(run(sources, tmp_path / "half")) == files(data)
 
 
-def test_no_process_still_reads_sources_after_an_error(packages):
-    with pytest.raises(ImportError), Reading(packages, processes=2) as reading:
-        raise ImportError("as of tensorflow")
-    assert all(worker.returncode is not None for worker in reading._workers)
-    assert not Path(reading._folder.name).exists()
+def test_sources_that_change_between_two_starts_are_refused_by_name(sources, tmp_path):
+    import shutil
+
+    shutil.copytree(sources, tmp_path / "sources")
+    assert killed_at(8, tmp_path / "data", tmp_path / "sources").returncode < 0
+    with open(tmp_path / "sources" / "more.csv", "a") as out:
+        out.write("one,two\n")
+    with pytest.raises(ValueError, match="the sources of more have changed since this preparation began"):
+        run(tmp_path / "sources", tmp_path / "data")
 
 
-@pytest.mark.parametrize("config", ["functions", "modules"])
-def test_a_build_ends_when_its_corpus_is_cleared(config, packages, tmp_path):
-    from embed.preparation import python_docs
+def test_bad_rows_are_tolerated_up_to_a_rate_and_named(sources, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"query": "parse", "document": "file"}\n' * 8 + '{"query": 3}\n{"que\n')
+    names = [f'pairs/files.paths = "{tmp_path}/bad.jsonl"']
+    with pytest.raises(ValueError, match=r"^task 'pairs': 2 of 10 rows are bad.*bad.jsonl:9: .*; .*bad.jsonl:10: "):
+        run(sources, tmp_path / "one", *names)
+    folder = run(sources, tmp_path / "two", *names, "pairs/task.max_bad = 0.2")
+    read = json.loads((folder / "info.json").read_text())["counts"]["pairs"]["read"]
+    assert read["rows"] == {"bad rows": 2, "used": 8} and len(read["errors"]) == 2
 
-    with Reading(packages) as reading:
-        corpus = python_docs.clean(reading.result())
-    splits = python_docs.PythonDocs(
-        config=config, data_dir=tmp_path, packages=packages, corpus=corpus
-    )._split_generators(None)
-    assert next(splits["train"])[0] == 0
-    corpus.clear()
-    assert [list(examples) for examples in splits.values()] == [[], [], []]
+
+def test_a_task_without_examples_is_refused(sources, tmp_path):
+    with pytest.raises(ValueError, match="task 'pairs' has no example with tokens"):
+        run(sources, tmp_path / "data", 'pairs/task.keep = "nothing has this"')
+
+
+def test_weights_repeat_examples(sources, tmp_path):
+    (tmp_path / "w.jsonl").write_text('{"text": "parse file", "n": 1}\n{"text": "open index", "n": 5}\n')
+    names = [f'texts/files.paths = "{tmp_path}/w.jsonl"', 'texts/task.weight_field = "n"']
+    folder = run(sources, tmp_path / "data", *names, "texts/task.weights = {1: 1, 5: 3}")
+    assert decoded(Store(folder / "tasks" / "texts"), "tokens") == ["open index"] * 3 + ["parse file"]
+
+
+def rates(sources, tmp_path, *bindings):
+    folder = run(sources, tmp_path / "data", *bindings)
+    counts = json.loads((folder / "info.json").read_text())["counts"]
+    return json.loads((folder / "mixtures.json").read_text()), counts
+
+
+def test_mixtures_nest_and_multiply_their_rates(sources, tmp_path):
+    bound = 'mixtures.rates = {"inner": {"pairs": 3.0, "more": 1.0}, "outer": {"inner": 2.0, "pairs": 1.0}}'
+    mixtures, _ = rates(sources, tmp_path, bound, "texts/task.kind = 'text'", 'vocabulary.tasks = ("texts",)')
+    assert set(mixtures) == {"inner", "outer"} and mixtures["inner"] == {"pairs": 3.0, "more": 1.0}
+    assert mixtures["outer"]["more"] == pytest.approx(2 / 4) and mixtures["outer"]["pairs"] == pytest.approx(1 + 6 / 4)
+
+
+def test_rates_by_size_and_in_tokens_follow_from_what_was_counted(sources, tmp_path):
+    bound = ("mixtures.alpha = {'both': 0.5}", "mixtures.unit = 'tokens'")
+    mixtures, counts = rates(sources, tmp_path, *bound)
+    size = {name: sum(counts[name]["tokens"].values()) for name in ("pairs", "more")}
+    mean = {name: size[name] / counts[name]["examples"] for name in size}
+    expected = {name: rate * size[name] ** 0.5 / mean[name] for name, rate in (("pairs", 3.0), ("more", 1.0))}
+    assert mixtures["both"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_registered_seqio_tasks_give_the_examples_of_the_store(sources, data, tmp_path):
+    import seqio
+
+    run(sources, tmp_path / "data", "texts/task.buckets = 1")
+    task, tokenizer = seqio.TaskRegistry.get("pairs"), small.tokenizer()
+    rows = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
+    assert sorted(tokenizer.decode(r["query"]) for r in rows) == decoded(Store(data / "tasks" / "pairs"), "query")
+    assert task.output_features["query"].vocabulary.encode("parse file") == tokenizer.encode(["parse file"])[0].tolist()
+    assert seqio.MixtureRegistry.get("both").get_rate(task) == 3.0
+
+
+OWN = """
+import seqio
+import tensorflow as tf
+
+def source(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensor_slices({"query": ["parse file", "open index"], "document": ["a", "read a list"]})
+
+vocabulary = seqio.PassThroughVocabulary(1)
+seqio.TaskRegistry.add(
+    "own_pairs",
+    source=seqio.FunctionDataSource(source, splits=["train"]),
+    preprocessors=[],
+    output_features=dict.fromkeys(
+        ("query", "document"), seqio.Feature(vocabulary, add_eos=False, dtype=tf.string, rank=0)
+    ),
+)
+"""
+
+
+def test_a_users_own_seqio_task_is_used_by_the_name_of_its_module(sources, tmp_path, monkeypatch):
+    (tmp_path / "own_tasks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    bound = (
+        "mixtures.modules = ('own_tasks',)",
+        "mixtures.rates = {'both': {'own_pairs': 1.0}}",
+        "evaluation.sets = {}",
+    )
+    folder = run(sources, tmp_path / "data", *bound)
+    assert decoded(Store(folder / "tasks" / "own_pairs"), "query") == ["open index", "parse file"]
+    with pytest.raises(ValueError, match="no task 'others' in the gin file and none registered by own_tasks"):
+        run(sources, tmp_path / "other", bound[0], "mixtures.rates = {'both': {'others': 1.0}}", bound[2])
+
+
+def test_a_vocabulary_is_trained_on_the_texts_of_all_tasks(sources, tmp_path):
+    folder = run(sources, tmp_path / "data", tokenizer=None, vocab_size=300, split_identifiers=False)
+    tokenizer = tokenizers.load(folder / "tokenizer")
+    assert tokenizer.vocab_size == 300 and len(tokenizer.encode(["parse"])[0]) < 5
+
+
+def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
+    folder = f"{bucket}/prepared/data"
+    run(sources, folder)
+    local, remote = Store(data / "tasks" / "texts"), Store(f"{folder}/tasks/texts")
+    assert local.digest == remote.digest
+    assert paths.path(f"{folder}/mixtures.json").read_text() == (data / "mixtures.json").read_text()
+    assert not paths.path(f"{folder}/scratch").exists() and not paths.path(f"{folder}/plan.json").exists()
 
 
 @pytest.mark.parametrize(
     "binding, message",
     [
         (
-            "pairs.query_lenth = 8",
-            "unknown gin binding 'pairs.query_lenth'; the nearest valid one is 'pairs.query_length'",
+            "task.query_lenth = 8",
+            "unknown gin binding 'task.query_lenth'; the nearest valid one is 'task.query_length'",
         ),
-        ("a_scope/pairs.query_length = 8", "unused gin binding 'a_scope/pairs.query_length'"),
+        ("pairs/files.path = 'x'", "unknown gin binding 'files.path'; the nearest valid one is 'files.paths'"),
+        ("a_scope/task.query_length = 8", "unused gin binding 'a_scope/task.query_length'"),
+        ("pairs/hub.id = 'x'", "unused gin binding 'pairs/hub.id'"),
         ("A_MACRO = 8", "unused gin binding 'A_MACRO'"),
-        ("pairs.query_length = 0", "pairs.query_length must be a whole number of at least 1, got 0"),
-        ("mixtures.rates = {'pairs': {'python_docs_names': -1.0}}", "must be positive, got -1.0"),
+        ("pairs/task.kind = 'pear'", "task 'pairs': task.kind='pear' must be one of text, pair"),
+        ("mixtures.rates = {'both': {'pairs': -1.0}}", "must be positive, got -1.0"),
+        ("mixtures.rates = {'both': {'pears': 1.0}}", "no task 'pears': bind pears/task.source"),
+        ("mixtures.rates = {'a': {'b': 1.0}, 'b': {'a': 1.0}}", "the mixture 'a' contains itself: a → b → a"),
+        ("mixtures.alpha = {'pear': 0.5}", "no mixture 'pear'"),
+        ("mixtures.unit = 'bytes'", "mixtures.unit='bytes' must be examples or tokens"),
+        ("vocabulary.characters = 0", "vocabulary.characters must be a whole number of at least 1, got 0"),
     ],
 )
-def test_wrong_gin_bindings_are_refused_by_name(binding, message):
-    with pytest.raises(ValueError, match=message):
-        bind(GIN, [binding])
+def test_wrong_gin_bindings_are_refused_by_name(binding, message, sources):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        bind(sources / "data.gin", [binding], data_root=str(sources))
+
+
+def test_a_gin_file_that_needs_a_data_root_says_so(sources):
+    with pytest.raises(
+        ValueError, match=r"texts'?: .*\{data_root\}/texts.* needs --data_root=FOLDER|needs --data_root"
+    ):
+        bind(sources / "data.gin")
+
+
+def test_the_name_of_a_task_fills_its_texts_and_its_scopes_are_shared(tmp_path):
+    (tmp_path / "data.gin").write_text(
+        """
+mixtures.rates = {"diffusion": {"web.fra_Latn": 1.0, "web.rus_Cyrl": 1.0}}
+web/task.source = @hub()
+web/task.kind = "text"
+web/task.language = "{name}"
+web/hub.id = "owner/web"
+web/hub.config = "{name}"
+web/rus_Cyrl/hub.split = "test"
+"""
+    )
+    tasks = settings.bind(tmp_path / "data.gin").tasks
+    assert [(t.language, t.source.config, t.source.split) for t in tasks.values()] == [
+        ("fra_Latn", "fra_Latn", "train"),
+        ("rus_Cyrl", "rus_Cyrl", "test"),
+    ]
 
 
 def test_a_missing_gin_file_is_named():
     with pytest.raises(FileNotFoundError, match="no gin file configs/data/none.gin"):
         bind("configs/data/none.gin")
+
+
+def test_a_worker_that_is_killed_is_an_error_not_a_wait(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "SMALL", 0)
+    monkeypatch.setattr(runners, "_run", _die)
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        run(sources, tmp_path / "data", processes=2)
+
+
+def _die(job):
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -19,7 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embed import paths
-from embed.preparation.sources import Files, Shard, SourceError, formats
+from embed.preparation.sources import (
+    Conteb,
+    Files,
+    Hub,
+    Parallel,
+    Retrieval,
+    Shard,
+    SourceError,
+    Tfds,
+    formats,
+)
 from embed.preparation.sources.base import Source
 
 COMPRESS = {"": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
@@ -326,14 +336,17 @@ def test_a_source_is_pickled_without_the_list_of_its_files_and_a_changed_file_ch
 
 def test_gin_makes_sources_by_their_short_names(tmp_path):
     (tmp_path / "a.txt").write_text("1\n")
+    text = f"some/files.paths = ['{tmp_path}/*.txt']\nsome/files.text_column = 'line'\n"
+    short = {"hub": Hub, "tfds": Tfds, "retrieval": Retrieval, "conteb": Conteb, "parallel": Parallel}
     with gin.unlock_config():
-        gin.parse_config(f"some/files.paths = ['{tmp_path}/*.txt']\nsome/files.text_column = 'line'")
+        gin.parse_config(text)
         try:
             with gin.config_scope("some"):
                 source = gin.get_configurable("files")()
+                others = {name: type(gin.get_configurable(name)()) for name in short}
         finally:
             gin.clear_config()
-    assert source == Files([f"{tmp_path}/*.txt"], text_column="line") and type(source) is Files
+    assert source == Files([f"{tmp_path}/*.txt"], text_column="line") and type(source) is Files and others == short
     assert values(pickle.loads(pickle.dumps(source)), "line") == ["1"]
 
 

@@ -58,10 +58,17 @@ class Source:
         """What changes when the content of the source changes: files with sizes and versions, or a commit. JSON."""
         raise NotImplementedError
 
+    def rows(self, limit: int | None = None) -> Iterator[Row]:
+        """The rows of all shards, or the first `limit`."""
+        return itertools.islice(itertools.chain.from_iterable(map(self.read, self.shards())), limit)
+
+    def preview(self) -> "Source":
+        """A source of the same rows that reads the first of them with less work, for `sample` and `describe`."""
+        return self
+
     def sample(self, count: int = 10) -> list[Row]:
         """The first rows, good or bad, without `build`."""
-        rows = itertools.chain.from_iterable(map(self.read, self.shards()))
-        return list(itertools.islice(rows, count))
+        return list(self.preview().rows(count))
 
 
 def first_line(error: BaseException) -> str:

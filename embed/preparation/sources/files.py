@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-import gin
-
 from embed import paths
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line
@@ -155,6 +153,12 @@ class FileReader(Source):
         except Exception as error:  # each library has its own
             raise SourceError(f"{self.location(path)} cannot be read: {first_line(error)}") from error
 
+    def rows(self, limit: int | None = None) -> Iterator[Row]:
+        if limit is None:
+            return super().rows()
+        files = (Shard(file.path, 0, None, file.size, file.name) for file in self._inputs if file.size)
+        return itertools.islice(itertools.chain.from_iterable(map(self.read, files)), limit)
+
     def read(self, shard: Shard) -> Iterator[Row]:
         location, last = self.location(shard.path), ""
         try:
@@ -205,7 +209,6 @@ def _groups(stream: BinaryIO, shard_bytes: int) -> list[tuple[int, int, int]]:
     return result
 
 
-@gin.register("files")
 @dataclass(frozen=True)
 class Files(FileReader):
     """Files on a disk or in a bucket: paths, globs or folders.

@@ -1,14 +1,13 @@
 """`hub`: the data files of a dataset on the Hugging Face hub. Loading scripts are never run."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-
-import gin
 
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import SourceError, first_line
@@ -23,7 +22,6 @@ SPLITS = {
 }
 
 
-@gin.register("hub")
 @dataclass(frozen=True)
 class Hub(FileReader):
     """A dataset of the Hugging Face hub.
@@ -72,7 +70,10 @@ class Hub(FileReader):
         if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", self.id):
             raise SourceError(f"hub.id is {self.id!r}: expected the id of a dataset, owner/name")
         sizes, commit = self._list(self.revision or "main")
-        return sizes, self.card.get("configs") or [], commit
+        configs = self.card.get("configs") or []
+        if not configs and self.revision.startswith("refs/convert/"):
+            configs = _converted(sizes)
+        return sizes, configs, commit
 
     @functools.cached_property
     def card(self) -> dict:
@@ -83,7 +84,7 @@ class Hub(FileReader):
     @property
     def _has_only_a_script(self) -> bool:
         sizes, configs, _ = self.listing
-        return not configs and f"{self.id.split('/')[-1]}.py" in sizes and not self.revision.startswith("refs/convert")
+        return not configs and f"{self.id.split('/')[-1]}.py" in sizes
 
     def _list(self, revision: str) -> tuple[dict[str, int], str]:
         from huggingface_hub import errors, get_cached_repo_tree
@@ -101,17 +102,23 @@ class Hub(FileReader):
         """The folder of a revision in the cache; its name is the commit. It has at least the card."""
         import huggingface_hub
 
+        if revision in self._snapshots:
+            return self._snapshots[revision]
         huggingface_hub.utils.disable_progress_bars()
         with self._one_sentence(revision):
             # It also stores the list of files, and without a network it returns what an earlier call stored.
-            return Path(
-                huggingface_hub.snapshot_download(
-                    self.id, repo_type="dataset", revision=revision, allow_patterns=["README.md", ".gitattributes"]
-                )
+            folder = huggingface_hub.snapshot_download(
+                self.id, repo_type="dataset", revision=revision, allow_patterns=["README.md", ".gitattributes"]
             )
+        return self._snapshots.setdefault(revision, Path(folder))
+
+    @functools.cached_property
+    def _snapshots(self) -> dict[str, Path]:
+        """{revision: its folder}, so that a source has one commit even if the dataset changes meanwhile."""
+        return {}
 
     @contextlib.contextmanager
-    def _one_sentence(self, revision: str) -> Iterator[None]:
+    def _one_sentence(self, revision: str, subject: str = "") -> Iterator[None]:
         """Turns the many errors of the hub's library into one SourceError with one sentence."""
         from huggingface_hub import constants, errors
 
@@ -128,7 +135,7 @@ class Hub(FileReader):
             raise SourceError(f"{self.id} is not complete in the local cache, and the hub cannot be reached") from error
         except errors.LocalEntryNotFoundError as error:
             reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{url} cannot be reached"
-            raise SourceError(f"{self.id} at {revision} is not in the local cache, and {reason}") from error
+            raise SourceError(f"{subject or self.id} is not in the local cache, and {reason}") from error
         except Exception as error:  # of the network, the disk, the server
             raise SourceError(f"{self.id} cannot be read from {url}: {first_line(error)}") from error
 
@@ -142,15 +149,26 @@ class Hub(FileReader):
         commit, name = path.removeprefix(f"hf://datasets/{self.id}@").split("/", 1)
         import huggingface_hub
 
-        with self._one_sentence(commit):
+        with self._one_sentence(commit, "the file"):  # which `read` names
             if self.streaming:
                 return open_file(path)
             huggingface_hub.utils.disable_progress_bars()
             return open_file(huggingface_hub.hf_hub_download(self.id, name, repo_type="dataset", revision=commit))
 
+    def preview(self) -> "Hub":
+        """The same files, streamed: a few rows are no reason to download a whole file. Offline, this source."""
+        from huggingface_hub import constants
+
+        if self.streaming or constants.HF_HUB_OFFLINE:
+            return self
+        result = dataclasses.replace(self, streaming=True)
+        result.__dict__.update(listing=self.listing, card=self.card, _inputs=self._inputs)
+        return result
+
     def describe(self) -> dict:
         named = self.card.get("license")
-        return {**super().describe(), "license": ", ".join(named) if isinstance(named, list) else named}
+        described = super(Hub, self.preview()).describe()
+        return {**described, "license": ", ".join(named) if isinstance(named, list) else named}
 
     def identity(self) -> dict:
         return {"id": self.id, "commit": self._inputs[0].version, "files": [[f.name, f.size] for f in self._inputs]}
@@ -174,6 +192,8 @@ def choose(source: str, names: Iterable[str], configs: Sequence[Mapping], config
     source: the name for errors. names: all files. configs: the list of the card, or [] to tell splits by the paths.
     """
     splits = config_splits(source, names, configs, config)
+    if not any(splits.values()):
+        raise SourceError(f"{source} has no data files of config {config!r}: there are {_some(names)}")
     if not split:
         chosen = {name for files in splits.values() for name in files}
     elif split not in splits:
@@ -236,20 +256,27 @@ def _by_path(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _converted(names: Iterable[str]) -> list[dict]:
-    """Configs of the branch of converted files: config/split/0000.parquet."""
+    """Configs of the branch of converted files: config/split/0000.parquet.
+
+    The hub converts only the first gigabytes of a large split, and calls that part partial-SPLIT: so it is named here.
+    """
     found: dict[str, dict[str, list[str]]] = {}
     for name in names:
         if name.endswith(".parquet") and name.count("/") == 2:
             config, split, _ = name.split("/")
-            found.setdefault(config, {}).setdefault(split.removeprefix("partial-"), []).append(name)
+            found.setdefault(config, {}).setdefault(split, []).append(name)
     return [{"config_name": config, "data_files": splits} for config, splits in found.items()]
 
 
 def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or _regex(pattern.removeprefix("./")).fullmatch(name) is not None
+
+
+@functools.lru_cache
+def _regex(pattern: str) -> re.Pattern:
     import fsspec.utils
 
-    pattern = pattern.removeprefix("./")
-    return name == pattern or re.fullmatch(fsspec.utils.glob_translate(pattern), name) is not None
+    return re.compile(fsspec.utils.glob_translate(pattern))
 
 
 def _some(names: Iterable[str], count: int = 20) -> str:

@@ -1,6 +1,7 @@
 """Sources whose rows are joined from several files: joined once, to rows in a folder, with bounded memory."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -50,11 +51,14 @@ class Joined(Source):
             local = None if paths.is_bucket(folder) else Path(scratch)
             with tempfile.TemporaryDirectory(prefix=".join-", dir=local) as temporary:
                 shards, count = [], 0
-                for content in _blocks(self.join(Path(temporary))):
-                    path = folder / f"part-{len(shards):05}.jsonl"
-                    paths.write(path, b"".join(content))
-                    shards.append(Shard(os.fspath(path), 0, None, sum(map(len, content))))
-                    count += len(content)
+                try:
+                    for content in _blocks(self.join(Path(temporary))):
+                        path = folder / f"part-{len(shards):05}.jsonl"
+                        paths.write(path, b"".join(content))
+                        shards.append(Shard(os.fspath(path), 0, None, sum(map(len, content))))
+                        count += len(content)
+                except sqlite3.OperationalError as error:  # a full disk
+                    raise SourceError(f"the join in {scratch} failed: {error}") from error
                 if not count:
                     raise SourceError(f"{', '.join(self._parts)} of {type(self).__name__.lower()} join to no row")
                 paths.write_json(folder / "index.json", {"rows": count, "shards": shards})
@@ -73,9 +77,10 @@ class Joined(Source):
                 yield Row(*json.loads(line))
 
     def sample(self, count: int = 10) -> list[Row]:
+        preview = dataclasses.replace(self)
+        preview.__dict__["_parts"] = {name: part.preview() for name, part in self._parts.items()}
         with tempfile.TemporaryDirectory() as temporary:
-            rows = self.join(Path(temporary), SAMPLED)
-            return list(itertools.islice((row for row in rows if row.value is not None), count))
+            return list(itertools.islice(preview.join(Path(temporary), SAMPLED), count))
 
     def describe(self) -> dict:
         described = [part.describe() for part in self._parts.values()]
@@ -105,11 +110,6 @@ def _blocks(rows: Iterable[Row]) -> Iterator[list[bytes]]:
         yield block
 
 
-def all_rows(source: Source, limit: int | None = None) -> Iterator[Row]:
-    """The rows of all shards of a source, at most `limit`."""
-    return itertools.islice(itertools.chain.from_iterable(map(source.read, source.shards())), limit)
-
-
 @contextlib.contextmanager
 def database(folder: Path, schema: str) -> Iterator[sqlite3.Connection]:
     """A new database on the disk, which nothing outlives."""
@@ -137,16 +137,16 @@ def dataset_part(
     """
     if isinstance(explicit, Source):
         return explicit
-    if bool(path) == bool(id):
-        raise SourceError("expected a path or the id of a dataset, and not both")
-    hub = Hub(id=id, revision=revision, streaming=streaming) if id else None
-    if explicit:
-        globs = [explicit] if isinstance(explicit, str) else list(explicit)
-        if hub:
-            return Hub(id=id, revision=revision, streaming=streaming, files=globs)
-        return Files([os.path.join(path, name) for name in globs])
-    if hub:
-        names, configs = list(hub.listing[0]), hub.listing[1]
+    if (path and id) or not (path or id or explicit):
+        raise SourceError("expected the path or the id of a dataset, and not both")
+    globs = [explicit] if isinstance(explicit, str) else list(explicit)
+    if id:
+        sizes, configs, commit = Hub(id=id, revision=revision).listing
+        names = list(sizes)
+        if explicit:
+            return Hub(id=id, revision=commit, streaming=streaming, files=globs)
+    elif explicit:
+        return Files([name if paths.is_bucket(name) else os.path.join(path, name) for name in globs])
     else:
         folder = paths.path(path)
         if not folder.is_dir():
@@ -166,7 +166,7 @@ def dataset_part(
         chosen = next((files for files in lists if files), None)
         if not chosen:
             some = ", ".join(sorted(names)[:20])
-            raise SourceError(f"{source} has no {' or '.join(patterns)}: its files are {some}")
-    if hub:
-        return Hub(id=id, revision=revision, streaming=streaming, files=chosen)
+            raise SourceError(f"{source} has no {' or '.join(filter(None, patterns))}: its files are {some}")
+    if id:
+        return Hub(id=id, revision=commit, streaming=streaming, files=chosen)
     return Files([os.fspath(paths.path(path) / name) for name in chosen])

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gin
-
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import Row, Shard, Source, SourceError
 from embed.preparation.sources.files import Files, open_file
@@ -20,7 +18,6 @@ from embed.preparation.sources.joined import Joined
 LANGUAGE = "{language}"
 
 
-@gin.register("parallel")
 @dataclass(frozen=True)
 class Parallel(Joined):
     """One row per sentence: {language: text}.
@@ -46,7 +43,8 @@ class Parallel(Joined):
             raise SourceError(
                 f"parallel.paths is {self.paths!r} and members is {self.members!r}: expected {LANGUAGE} in one of them"
             )
-        return {"files": Files(f"{self.paths}".replace(LANGUAGE, "*"))}
+        pattern, members = (name.replace(LANGUAGE, "*") for name in (f"{self.paths}", self.members or "*"))
+        return {"files": Files(pattern, members=members, format="text")}
 
     def build(self, scratch: str | os.PathLike) -> None:
         if not self.source:

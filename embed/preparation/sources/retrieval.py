@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gin
-
 from embed.preparation.sources.base import Row, Source, SourceError
-from embed.preparation.sources.joined import Joined, all_rows, database, dataset_part, field
+from embed.preparation.sources.joined import Joined, database, dataset_part, field
 
 COMPRESSED = r"(\.(gz|zst|xz|bz2))?"
 
@@ -29,14 +27,14 @@ class _Dataset(Joined):
         return dataset_part(*where, explicit=explicit, patterns=patterns, splits=splits)
 
 
-@gin.register("retrieval")
 @dataclass(frozen=True)
 class Retrieval(_Dataset):
     """One row per query and relevant text: query, document, title, score, negatives, query_id, document_id.
 
     negatives has the texts that were judged irrelevant for the query (score 0 or less). A query without a judgment in
-    `split` gives no row.
+    `split` gives no row, since files of queries are often shared by splits.
 
+    titles: whether documents and negatives begin with their titles, as they do in evaluation.
     corpus, queries, qrels: a source of each, or globs relative to the dataset. By default they are looked for:
         the configs corpus, queries and qrels or default of a card, with "CONFIG-" before with `config`; the files of
         BEIR (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv or qrels.jsonl, compressed or not); folders with these names.
@@ -49,6 +47,7 @@ class Retrieval(_Dataset):
     corpus: str | Sequence[str] | Source = ""
     queries: str | Sequence[str] | Source = ""
     qrels: str | Sequence[str] | Source = ""
+    titles: bool = True
     document_id: str = ""
     separator: str = "-"
 
@@ -92,7 +91,7 @@ class Retrieval(_Dataset):
             db.execute("CREATE INDEX by_query ON qrels (query)")
             db.execute("CREATE INDEX by_document ON qrels (document)")
             for table, column in (("queries", "query"), ("corpus", "document")):
-                for row in all_rows(self._parts[table], limit):
+                for row in self._parts[table].rows(limit):
                     if row.error:
                         yield row
                     elif error := self._add(db, table, column, row):
@@ -101,7 +100,7 @@ class Retrieval(_Dataset):
 
     def _judgments(self, limit: int | None = None) -> Iterator[Row]:
         """Rows {"query", "document", "score"}."""
-        for row in all_rows(self._parts["qrels"], limit):
+        for row in self._parts["qrels"].rows(limit):
             if row.error:
                 yield row
                 continue
@@ -137,14 +136,13 @@ class Retrieval(_Dataset):
         first = db.execute(f"SELECT location FROM {table} WHERE id = ?", (name,)).fetchone()[0]
         return f"the id {name!r} is already used in {first}"
 
-    @staticmethod
-    def _pairs(db, negatives: bool, complete: bool) -> Iterator[Row]:
+    def _pairs(self, db, negatives: bool, complete: bool) -> Iterator[Row]:
         joined = """
             SELECT qrels.query, qrels.document, score, qrels.location, queries.text, title, corpus.text
             FROM qrels LEFT JOIN queries ON queries.id = query LEFT JOIN corpus ON corpus.id = document
             WHERE score > 0 ORDER BY qrels.rowid"""
         irrelevant = """
-            SELECT trim(title || ' ' || text) FROM qrels JOIN corpus ON corpus.id = document
+            SELECT title, text FROM qrels JOIN corpus ON corpus.id = document
             WHERE query = ? AND score <= 0 AND trim(text) != '' ORDER BY qrels.rowid"""
         for query_id, document_id, score, location, query, title, document in db.execute(joined):
             if query is None or document is None:
@@ -155,9 +153,12 @@ class Retrieval(_Dataset):
                 name = f"query {query_id!r}" if not query.strip() else f"text {document_id!r}"
                 yield Row(location, None, f"the {name} is empty")
             else:
-                others = [text for (text,) in db.execute(irrelevant, (query_id,))] if negatives else []
-                values = (query, document, title, score, others, query_id, document_id)
-                yield Row(location, dict(zip(Retrieval.names, values)))
+                others = [self._titled(*text) for text in db.execute(irrelevant, (query_id,))] if negatives else []
+                values = (query, self._titled(title, document), title, score, others, query_id, document_id)
+                yield Row(location, dict(zip(self.names, values)))
+
+    def _titled(self, title: str, text: str) -> str:
+        return f"{title} {text}".strip() if self.titles and title else text
 
     def evaluation_set(self) -> tuple[Iterator[dict], Iterator[dict], Iterator[dict]]:
         """(corpus, queries, qrels) of the split, for `evaluation_sets.write`. SourceError for a bad row.
@@ -168,7 +169,7 @@ class Retrieval(_Dataset):
         judged = {row["query"] for row in qrels}
 
         def queries():
-            for row in all_rows(self._parts["queries"]):
+            for row in self._parts["queries"].rows():
                 _good(row)
                 name, _, text, error = self._text(row)
                 _good(row._replace(error=error or None))
@@ -180,7 +181,7 @@ class Retrieval(_Dataset):
 
     def _corpus(self) -> Iterator[dict]:
         numbers: dict[str, list[int]] = {}  # of a document: the number of its last chunk, the count of its chunks
-        for row in all_rows(self._parts["corpus"]):
+        for row in self._parts["corpus"].rows():
             _good(row)
             name, title, text, error = self._text(row)
             _good(row._replace(error=error or None))
@@ -201,7 +202,6 @@ class Retrieval(_Dataset):
             yield value
 
 
-@gin.register("conteb")
 @dataclass(frozen=True)
 class Conteb(_Dataset):
     """One row per document: document_id, chunks, queries [{"text", "chunk"}], chunk_ids.
@@ -239,7 +239,7 @@ class Conteb(_Dataset):
             CREATE TABLE queries (document TEXT, number INTEGER, text TEXT, location TEXT);
         """
         with database(temporary, schema) as db:
-            for row in all_rows(self._parts["documents"], limit):
+            for row in self._parts["documents"].rows(limit):
                 if not (row := self._chunk(row)).error:
                     values = (row.value["document"], row.value["number"], row.value["text"])
                     db.execute("INSERT OR IGNORE INTO documents VALUES (?, ?)", (values[0], row.location))
@@ -287,7 +287,7 @@ class Conteb(_Dataset):
 
     def _queries(self, limit: int | None = None) -> Iterator[Row]:
         """Rows {"document", "number", "text"}: one per query and chunk."""
-        for row in all_rows(self._parts["queries"], limit):
+        for row in self._parts["queries"].rows(limit):
             if row.error:
                 yield row
                 continue
@@ -315,12 +315,12 @@ class Conteb(_Dataset):
         Equal queries are one query with several relevant texts. SourceError for a bad row.
         """
         relevant: dict[str, list[str]] = {}
-        for document in map(_good, all_rows(self)):
+        for document in map(_good, self.rows()):
             for query in document["queries"]:
                 relevant.setdefault(query["text"], []).append(document["chunk_ids"][query["chunk"]])
 
         def corpus():
-            for document in map(_good, all_rows(self)):
+            for document in map(_good, self.rows()):
                 for number, (name, text) in enumerate(zip(document["chunk_ids"], document["chunks"])):
                     yield {"_id": name, "text": text.strip(), "document": document["document_id"], "chunk": number}
 

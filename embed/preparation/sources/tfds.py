@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import gin
 import numpy as np
 
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line
@@ -12,7 +11,6 @@ from embed.preparation.sources.base import Row, Shard, Source, SourceError, firs
 SHARD_BYTES = 1 << 26
 
 
-@gin.register("tfds")
 @dataclass(frozen=True)
 class Tfds(Source):
     """A split of a prepared dataset. It is not downloaded or prepared here.
