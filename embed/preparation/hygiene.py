@@ -8,15 +8,18 @@ function count as copies.
 """
 
 import dataclasses
+import fnmatch
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
+from embed import paths
 from embed.preparation import contamination, languages, near_duplicates
-from embed.preparation.sources import Source
+from embed.preparation.sources import Retrieval, Source
 from embed.preparation.tasks import Counts, Task, all_texts
 from embed.preparation.windows import Hashes
 
@@ -82,7 +85,8 @@ class Findings:
         self.locations += other.locations
 
     def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+        counters = {name: dict(getattr(self, name)) for name in ("languages", "other", "hits")}
+        return counters | {"locations": self.locations}
 
     @classmethod
     def from_json(cls, value: Mapping) -> "Findings":
@@ -92,6 +96,41 @@ class Findings:
             Counter({int(number): count for number, count in value["hits"].items()}),
             value["locations"],
         )
+
+
+def build_index(hygiene: Hygiene, target, sets: Mapping[str, object], scratch) -> None:
+    """Writes the index of the evaluation sets to the folder `target`, once. `sets`: {name: its folder}."""
+    contamination.build(target, _texts(hygiene, sets, scratch))
+
+
+def _texts(hygiene: Hygiene, sets: Mapping[str, object], scratch) -> Iterator[tuple[str, str, str, str]]:
+    """(set, part, id, text) of all evaluation texts."""
+    for name, source in evaluation_sources(hygiene, sets).items():
+        if not isinstance(source, Retrieval):  # which is read without
+            source.build(scratch)
+        corpus, queries, _ = source.evaluation_set()
+        yield from contamination.set_texts(name, corpus, queries, hygiene.evaluation_texts)
+
+
+def evaluation_sources(hygiene: Hygiene, sets: Mapping[str, object]) -> dict[str, Source]:
+    """{name: source} of the evaluation sets. ValueError for what is neither a set of `sets`, a folder nor a source."""
+    result: dict[str, Source] = {}
+    for item in hygiene.evaluation_sets:
+        if isinstance(item, str):
+            if names := fnmatch.filter(sets, item):
+                result |= {name: Retrieval(path=os.fspath(sets[name])) for name in names}
+            elif paths.path(item).is_dir():
+                result[item] = Retrieval(path=item)
+            else:
+                raise ValueError(
+                    f"hygiene.evaluation_sets: {item!r} is neither a folder nor one of {', '.join(sets) or 'no sets'}"
+                )
+        elif hasattr(item, "evaluation_set"):
+            about = [getattr(item, name, "") for name in ("path", "id", "config", "split")]
+            result[" ".join(filter(None, about))] = item
+        else:
+            raise ValueError(f"hygiene.evaluation_sets: {item!r:.60} has no evaluation set: expected @retrieval()")
+    return result
 
 
 def screen(

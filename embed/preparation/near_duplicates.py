@@ -8,7 +8,7 @@ is like it has a smaller id, which depends on neither the order nor the number o
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def _signatures(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return result, lengths > 0
 
 
-def find(bands: np.ndarray, ids: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+def find(bands: np.ndarray, ids: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, Iterator[np.ndarray]]:
     """(bool[rows]: what to drop, the rows of each group with the one that stays first) of rows with a band each.
 
     bands: uint64[rows]. Rows of the same example have the same id (uint64) and task. In a group, the example with the
@@ -92,9 +92,9 @@ def find(bands: np.ndarray, ids: np.ndarray, tasks: np.ndarray) -> tuple[np.ndar
     rows = np.flatnonzero(counts[inverse] > 1)
     rows = rows[np.lexsort((tasks[rows], ids[rows], bands[rows]))]
     if not len(rows):
-        return drop, []
+        return drop, iter(())
     starts = np.concatenate([[True], bands[rows][1:] != bands[rows][:-1]])
     first = rows[np.maximum.accumulate(np.where(starts, np.arange(len(rows)), 0))]
     drop[rows] = (ids[rows] != ids[first]) | (tasks[rows] != tasks[first])
-    groups = np.split(rows, np.flatnonzero(starts)[1:])
-    return drop, [group for group in groups if drop[group].any()]
+    limits = itertools.pairwise([*np.flatnonzero(starts), len(rows)])
+    return drop, (rows[a:b] for a, b in limits if drop[rows[a:b]].any())

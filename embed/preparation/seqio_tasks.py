@@ -162,7 +162,9 @@ class SeqioTask:
             made = [({"weight": 1}, {name: row[name] for name in COLUMNS[examples.STAGES[self.kind]]}) for row in batch]
         else:
             texts = [example for row in batch for example in plain._make(_decoded(row))]
-            made = [({"weight": 1}, c) for _, c in examples.tokenize(plain, texts, tokenizer, counts.cut, counts.dropped)]
+            made = [
+                ({"weight": 1}, c) for _, c in examples.tokenize(plain, texts, tokenizer, counts.cut, counts.dropped)
+            ]
         counts.examples += len(made)
         return made
 

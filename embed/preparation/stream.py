@@ -14,8 +14,8 @@ neither on the order of the work nor on interruptions: the order of a bucket is 
     SCRATCH/TASK/00012.json         its counts, last: the marker
     SCRATCH/TASK/00012.000.bands    bands of its examples: one section per bucket of bands
     SCRATCH/TASK/00012.000.located  ids and locations of its examples, for the report
-    SCRATCH/near/GROUP/00003.drop   ids of near duplicates: one section per task of the group and bucket of its store
-    SCRATCH/near/GROUP/00003.json   groups of them, for the report: the marker
+    SCRATCH/near-duplicates/GROUP/00003.drop   ids of near duplicates: one section per task of the group and bucket of its store
+    SCRATCH/near-duplicates/GROUP/00003.json   groups of them, for the report: the marker
     SCRATCH/TASK/bucket-00007.json  of the part of the store: the summary of `store.write_bucket` and counts
 """
 
@@ -88,7 +88,17 @@ class Work:
 
     def index(self, task: str) -> str:
         """The folder of the index of the task's evaluation sets."""
-        return os.fspath(paths.path(self.scratch) / "index" / self.hygiene[task].index)
+        return os.fspath(paths.path(self.scratch) / "evaluation-index" / self.hygiene[task].index)
+
+    def location(self, task: str, shard: int, number: int) -> str:
+        """The location of the example with an id, in a task whose near duplicates are searched."""
+        part = 0
+        while (file := self.part(task, shard, part, "located")).exists():
+            table = read_section(file, 0, 1)
+            if len(rows := np.flatnonzero(table[ID].to_numpy() == np.uint64(number))):
+                return table["location"][int(rows[0])].as_py()
+            part += 1
+        raise KeyError(number)
 
     def columns(self, task: str) -> tuple[str, ...]:
         return COLUMNS[self.stage(task)]
@@ -106,7 +116,7 @@ class Work:
         return paths.path(self.scratch) / task / f"{shard:05d}.{part:03d}.{what}"
 
     def near(self, group: str, bucket: int, what: str):
-        return paths.path(self.scratch) / "near" / group / f"{bucket:05d}.{what}"
+        return paths.path(self.scratch) / "near-duplicates" / group / f"{bucket:05d}.{what}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -309,14 +319,16 @@ def map_near(
     limits = np.searchsorted(dropped[:, 0], np.arange(starts[-1] + 1))
     tables = (pa.table({ID: dropped[a:b, 1]}) if b > a else None for a, b in itertools.pairwise(limits))
     write_sections(work.near(group, bucket, "drop"), tables)
-    named = []
-    for members in groups[:NEAR_GROUPS]:
+    named: dict[tuple, list] = {}  # by the first: two examples have many bands in common
+    for members in groups:
         unique: dict[tuple, list] = {}
         for row in members:
             task, number = tasks[rows["task"][row]], int(rows[ID][row])
             unique.setdefault((task, number), [task, int(rows["shard"][row]), number])
-        named.append(list(unique.values())[:NEAR_MEMBERS])
-    paths.write_json(work.near(group, bucket, "json"), {"groups": named})
+        named.setdefault(next(iter(unique)), list(unique.values())[:NEAR_MEMBERS])
+        if len(named) == NEAR_GROUPS:
+            break
+    paths.write_json(work.near(group, bucket, "json"), {"groups": list(named.values())})
     progress(0, sum(shard.bytes for task in tasks for shard in work.shards[task]) // buckets)
 
 
@@ -414,7 +426,7 @@ def shards_done(work: Work, task: str) -> dict[int, dict]:
 
 def near_done(work: Work, group: str) -> dict[int, dict]:
     """{bucket: marker} of the buckets of bands that are compared."""
-    return _markers(paths.path(work.scratch) / "near" / group, lambda stem: stem.isdigit())
+    return _markers(paths.path(work.scratch) / "near-duplicates" / group, lambda stem: stem.isdigit())
 
 
 def buckets_done(work: Work, task: str) -> dict[int, dict]:
