@@ -32,7 +32,7 @@ GROUPS = tuple(
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def code(language: str) -> str:
     """The short code of a language: "en" for en, eng, en-GB or eng_Latn; "zh" for cmn_Hani. ValueError for no code."""
     import langcodes

@@ -181,9 +181,11 @@ def _fill(text: str, scopes: Iterable[str], data_root: str) -> None:
     for s in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()):
         if isinstance(s, gin.config_parser.BindingStatement) and s.arg_name:
             values[s.scope or "", f"{s.selector}.{s.arg_name}"] = s.value
-    for (bound, name), value in sorted(values.items()):  # outer scopes first
-        for scope in scopes:
-            if _within(scope, bound) and _has_placeholder(value):
+    for scope in scopes:
+        # Outer scopes first: the innermost binding counts.
+        holding = {name: value for (bound, name), value in sorted(values.items()) if _within(scope, bound)}
+        for name, value in holding.items():
+            if _has_placeholder(value):
                 gin.bind_parameter(f"{scope}/{name}", replaced(value, scope.rpartition("/")[2]))
 
 

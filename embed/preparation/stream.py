@@ -14,8 +14,8 @@ neither on the order of the work nor on interruptions: the order of a bucket is 
     SCRATCH/TASK/00012.json         its counts, last: the marker
     SCRATCH/TASK/00012.000.bands    bands of its examples: one section per bucket of bands
     SCRATCH/TASK/00012.000.located  ids and locations of its examples, for the report
-    SCRATCH/near-duplicates/GROUP/00003.drop   ids of near duplicates: one section per task of the group and bucket of its store
-    SCRATCH/near-duplicates/GROUP/00003.json   groups of them, for the report: the marker
+    SCRATCH/near-duplicates/GROUP/00003.drop    ids to drop: one section per task of the group and bucket of its store
+    SCRATCH/near-duplicates/GROUP/00003.json    groups of near duplicates, for the report: the marker
     SCRATCH/TASK/bucket-00007.json  of the part of the store: the summary of `store.write_bucket` and counts
 """
 

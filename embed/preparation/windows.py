@@ -50,6 +50,7 @@ def _power_table(base: int, bits: int) -> np.ndarray:
 
 def letters(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """(codes uint32[n] of the letters and digits of all texts, bounds int64[len(texts) + 1] of each text's)."""
+    texts = [text.casefold() for text in texts]
     codes = _table()[np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)]
     kept = codes != 0
     count = np.zeros(len(codes) + 1, np.int64)
@@ -60,13 +61,13 @@ def letters(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache
 def _table() -> np.ndarray:
-    """The code of each code point: a letter's base letter in lower case, 0 for what is neither letter nor digit."""
+    """The code of each code point: a letter without accents, in lower case; 0 for what is neither letter nor digit."""
     table = np.zeros(0x110000, np.uint32)
     for code in range(0x110000):
         if (character := chr(code)).isalnum():
             parts = unicodedata.normalize("NFKD", character)
-            # Without accents; a character of several letters, such as a Hangul syllable, stays as it is.
+            # A character of several letters, such as a Hangul syllable, stays as it is.
             base = parts[0] if all(unicodedata.category(c)[0] == "M" for c in parts[1:]) else character
-            lower = base.casefold()
+            lower = base.casefold()  # full-width capitals have parts that are capitals
             table[code] = ord(lower if len(lower) == 1 else base)
     return table
