@@ -2,7 +2,7 @@
 
 import functools
 
-CHARACTERS = 300  # from the middle of a text, that are looked at: its time grows with them
+CHARACTERS = 200  # from the middle of a text, that are looked at: its time grows with them
 SHORTEST = 60  # bytes of UTF-8; nothing is said of a shorter text
 CONFIDENCE = 0.5
 UNKNOWN = "unknown"  # too short, or not sure

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,6 +318,10 @@ def stored(work, name, column="tokens"):
     return sorted(tokenizer.decode(example[column]) for example in store.read(range(len(store))))
 
 
+def folder_bytes(folder):
+    return {f"{f.relative_to(folder)}": f.read_bytes() for f in Path(folder).rglob("*") if f.is_file()}
+
+
 def counts_of(work, name):
     """(counts of map 1, of map 2), which add up to the examples that are stored."""
     first, second = Counts(), Counter()
@@ -343,15 +348,9 @@ def test_the_same_near_duplicates_are_dropped_whatever_the_shards_and_the_order(
     monkeypatch.setattr(stream, "NEAR_BYTES", 1000)
     rows = [{"text": text} for text in [*TEXTS, *COPIES, *map(disguised, TEXTS[20:23]), TEXTS[5]]]
     random.Random(seed).shuffle(rows)
-    work = run(
-        tmp_path,
-        tokenizer,
-        {"t": ("text", rows, {})},
-        {"t": Hygiene(near_duplicates=0.75)},
-        shards=shards,
-        seed=seed,
-        again=again,
-    )
+    about = {"t": Hygiene(near_duplicates=0.75)}
+    options = {"shards": shards, "seed": seed, "again": again, "buckets": 30}  # some lose all their examples
+    work = run(tmp_path, tokenizer, {"t": ("text", rows, {})}, about, **options)
     assert work.near_buckets("task t") > 5
     kept = stored(work, "t")
     for text in TEXTS:
@@ -359,11 +358,8 @@ def test_the_same_near_duplicates_are_dropped_whatever_the_shards_and_the_order(
         assert len(base & set(kept)) == 1
     assert len(kept) == len(TEXTS)
     # Which one stays does not depend on the order.
-    expected = run(
-        tmp_path / "plain", tokenizer, {"t": ("text", sorted(rows, key=str), {})}, {"t": Hygiene(near_duplicates=0.75)}
-    )
-    assert kept == stored(expected, "t")
-    assert Store(f"{work.target}/t").digest == Store(f"{expected.target}/t").digest
+    expected = run(tmp_path / "plain", tokenizer, {"t": ("text", sorted(rows, key=str), {})}, about, buckets=30)
+    assert folder_bytes(work.target) == folder_bytes(expected.target)
     counts = counts_of(work, "t")[1]
     assert counts[stream.NEAR] + counts[stream.DUPLICATES] == 12
 
