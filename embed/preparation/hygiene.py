@@ -10,6 +10,7 @@ function count as copies.
 import dataclasses
 import fnmatch
 import hashlib
+import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from embed.preparation.windows import Hashes
 Item = TypeVar("Item")
 WINDOW = 32  # characters; `contained` accepts no shorter needle
 CONTAMINATED, OTHER_LANGUAGE = "with a text of an evaluation set", "identified as another language"
+LIBRARIES = {"near_duplicates": ("rensa",), "language": ("langcodes", "py3langid")}
 MAX_HITS = 20  # of a shard, whose locations the report may name
 
 
@@ -54,6 +56,10 @@ class Hygiene:
         for name in ("near_duplicates", "overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"hygiene.{name}={getattr(self, name)!r} must be between 0 and 1")
+        for name, modules in LIBRARIES.items():
+            missing = [module for module in modules if getattr(self, name) and not importlib.util.find_spec(module)]
+            if missing:
+                raise ValueError(f"hygiene.{name} needs {', '.join(missing)}: pip install -e '.[hygiene]'")
         if isinstance(self.evaluation_sets, str):
             raise ValueError(f"hygiene.evaluation_sets must be a list, got {self.evaluation_sets!r}")
         if unknown := set(self.evaluation_texts) - set(contamination.PARTS):

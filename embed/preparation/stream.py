@@ -46,6 +46,7 @@ PART_VALUES = 1 << 25  # int32 values of a shard that are held before a part is 
 BUCKET_BYTES = 1 << 28  # of source text, about, in a bucket
 NEAR_BYTES = 1 << 27  # of source text, about, whose bands are compared together
 NEAR_GROUPS, NEAR_MEMBERS = 20, 5  # groups of near duplicates of a bucket that the report may name, and members
+NEAR_ROWS = 1000  # of a group, in which these members are looked for
 DUPLICATES, NEAR, REPEATED = "exact duplicates", "near duplicates", "repeated by weight"
 DIGEST, ID = "digest", "id"
 
@@ -322,7 +323,7 @@ def map_near(
     named: dict[tuple, list] = {}  # by the first: two examples have many bands in common
     for members in groups:
         unique: dict[tuple, list] = {}
-        for row in members:
+        for row in members[:NEAR_ROWS]:
             task, number = tasks[rows["task"][row]], int(rows[ID][row])
             unique.setdefault((task, number), [task, int(rows["shard"][row]), number])
         named.setdefault(next(iter(unique)), list(unique.values())[:NEAR_MEMBERS])

@@ -524,6 +524,13 @@ def test_wrong_hygiene_is_refused_before_any_work(binding, message, tmp_path):
         settings.bind(tmp_path / "x.gin", [binding], data_root="/data")
 
 
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(hygiene.LIBRARIES, "near_duplicates", ("no_such_library",))
+    with pytest.raises(ValueError, match="hygiene.near_duplicates needs no_such_library: pip install"):
+        Hygiene(near_duplicates=0.8)
+    assert not Hygiene(evaluation_sets=["*"]).near_duplicates
+
+
 def test_the_figures_of_the_report_add_up_and_name_what_was_found(tokenizer, tmp_path):
     root, english = tmp_path / "root", PASSAGES["en"]
     write_set(root / "set", [english[0]], ["an unused query"])
