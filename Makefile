@@ -4,18 +4,22 @@ PYTHON ?= python3
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-reference test-tpu lint clean
+.PHONY: quickstart test test-reference test-beam test-tpu lint clean
 
 quickstart: $(VENV)/quickstart
 	$(BIN)/embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
 # Two worker processes, each with one thread pool. All tests of a file run in the same process.
 test: $(VENV)/installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers --ignore=tests/tpu tests
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers --ignore=tests/tpu --ignore=tests/beam tests
 
 # Compares results with PyTorch, transformers, sentence-transformers and onnxruntime.
 test-reference: $(VENV)/installed-reference
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q tests/peers
+
+# Prepares data on Apache Beam, in an environment of its own, because Beam holds back protobuf.
+test-beam: $(VENV)-beam/installed
+	JAX_PLATFORMS=cpu $(VENV)-beam/bin/python -m pytest -q tests/beam
 
 # Compiles every stage for TPUs, without a TPU, in half an hour. It has its own environment, because libtpu makes jax
 # look for a TPU.
@@ -27,7 +31,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(VENV)-tpu
+	rm -rf $(VENV) $(VENV)-beam $(VENV)-tpu
 
 # Without bytecode: pip would take half a minute to compile 12,000 files, and few are imported.
 $(VENV)/quickstart: setup.py
@@ -38,6 +42,11 @@ $(VENV)/quickstart: setup.py
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[data,test]'
+	touch $@
+
+$(VENV)-beam/installed: setup.py
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/pip install --quiet --editable '.[beam,data,test]'
 	touch $@
 
 $(VENV)-tpu/installed: setup.py

@@ -69,6 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.execution.remat = "full"
     config.execution.unroll = 1  # layers per scan iteration; unrolled is faster on CPU, scanned compiles faster
     config.execution.dense_barrier = False  # faster on CPU, see embed.models.transformer.dense
+    config.execution.readers = 0  # processes that read batches, each of them whole batches; 0 = a thread
+    config.execution.cache_bytes = 1 << 28  # of the data, decoded, in memory: of all tasks together, per reader
     config.execution.read_timeout = 600.0  # seconds that training waits for a batch before it ends; 0 = forever
     return config
 
@@ -119,11 +121,13 @@ def stage(kind: str, **changes) -> ConfigDict:
         # A batch consists of groups of examples. Each group is packed into its own rows.
         new.batch.group_size = 128  # examples (in a contextual stage, documents)
         new.batch.groups = 128  # best a multiple of the number of processes, because each builds whole groups
-        new.batch.rows_per_group = 32
+        new.batch.rows_per_group = 32  # 0 = chosen from the lengths of the data
         new.batch.spans = 32  # maximum of embeddings per row
         new.batch.segments = 32  # maximum of texts per row
     else:
         raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet")
+    if kind in ("pair", "triplet"):
+        new.batch.homogeneous = False  # whether all examples of a batch are from one task
     if kind in ("pair", "contextual"):
         new.margin = 0.1  # of the false-negative mask
     if kind == "contextual":

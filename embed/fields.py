@@ -79,6 +79,8 @@ RULES: dict[str, Rule] = {
     "data.limit": COUNT_OR_0,
     "execution.mesh.*": (_whole(lambda n: n >= 1 or n == -1), "at least 1, or -1"),
     "execution.unroll": COUNT,
+    "execution.readers": (_whole(lambda n: 0 <= n <= 1024), "at least 0 and at most 1024"),
+    "execution.cache_bytes": (lambda n: type(n) is int and 0 <= n < 1 << 63, "at least 0 and below 2^63"),
     "execution.read_timeout": (_number(lambda x: 0 <= x <= 1e9), "from 0 to 1e9"),  # no thread waits longer
     "stages.*.init_step": COUNT_OR_0,
     "stages.*.optimizer.learning_rate": POSITIVE,
@@ -90,6 +92,8 @@ RULES: dict[str, Rule] = {
     "stages.*.optimizer.clip": NOT_NEGATIVE,
     "stages.*.optimizer.moment_dtype": _one_of("float32", "bfloat16"),
     "stages.*.batch.truncate_probability": FRACTION,
+    "stages.*.batch.rows_per_group": COUNT_OR_0,
+    "stages.*.batch.homogeneous": (lambda value: type(value) is bool, "True or False"),
     "stages.*.batch.*": COUNT,
     "stages.*.execution.milestone_every": COUNT_OR_0,
     "stages.*.execution.evaluate_every": COUNT_OR_0,
@@ -198,7 +202,7 @@ def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, st
     # Every text has a token, an embedding and a segment of its own. A document has at least one chunk and one query.
     texts = batch.group_size * (2 + batch.get("num_negatives", 0))
     per_row = min(batch.length, batch.spans, batch.segments)
-    if batch.rows_per_group * per_row < texts:
+    if 0 < batch.rows_per_group * per_row < texts:
         allowed = f"at least {-(-texts // per_row)}: a group has {texts} texts, and a row holds at most {per_row}, the "
         yield "batch.rows_per_group", batch.rows_per_group, allowed + "smallest of batch.length, spans and segments"
 

@@ -66,13 +66,13 @@ def mine(
 
     All documents are compared with every query, in whole numbers: int8 as they are, floating-point numbers rounded to
     21 bits of the largest in their vector, which costs nine products instead of one. So the result is the same, bit
-    for bit, for any size of blocks, number of devices and kind of device. All devices of `mesh` (by default those of
-    all processes) rank, each its own queries. If the mesh spans several processes, all must make the same call, and
-    each gets the whole result. `progress` is the title of a progress bar; without one there is none.
+    for bit, for any size of blocks and number of devices. All devices of `mesh` (by default those of all processes)
+    rank, each its own queries. If the mesh spans several processes, all must make the same call, and each gets the
+    whole result. `progress` is the title of a progress bar; without one there is none.
 
-    Memory: embeddings may be np.memmap; the host reads blocks of at most QUERIES, DOCUMENTS and ROWS · W rows, and
-    otherwise holds a few numbers per query and document. A device holds at most `device_bytes`: with int8 vectors of
-    1,024 dimensions and 100 ranks 0.6 GB, with float32 1.5 GB (on CPU 0.9 and 2.3).
+    Memory: embeddings may be np.memmap. The host reads at most QUERIES, DOCUMENTS or ROWS rows at once, holds two such
+    blocks as whole numbers, and a few numbers per query and document. A device holds at most `device_bytes`: with int8
+    vectors of 1,024 dimensions and 100 ranks 0.6 GB, with float32 1.5 GB (on CPU 0.8 and 2.3).
 
     `counts`: queries; candidates; of these, negatives, surplus (acceptable, but there were enough) and those that each
     rule removed: removed_positive, removed_unscored, removed_margin, removed_duplicate (the first rule that applies
@@ -169,7 +169,9 @@ def judge_by(query_embeddings: np.ndarray, document_embeddings: np.ndarray) -> J
 
     def judge(rows: np.ndarray, documents: np.ndarray) -> np.ndarray:
         scores = np.empty(documents.shape, np.float32)
-        step = max(1, ROWS // documents.shape[1]) if documents.size else 1
+        if not documents.size:
+            return scores
+        step = max(1, ROWS // documents.shape[1])
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             ours, their_rows = query_embeddings[rows[part]], documents[part]
@@ -202,9 +204,12 @@ def _ranked(
             local = [(first, device) for first, device in pairs if device.process_index == jax.process_index()]
             if not local:
                 continue
-            inputs = [_tiles(queries[first : first + size], min(TILE, size), high) for first, _ in local]
-            states = [jax.device_put(each[:2], device) for each, (_, device) in zip(inputs, local)]
-            tiles = [jax.device_put(each[2], device) for each, (_, device) in zip(inputs, local)]
+            states, tiles, factors = [], [], []
+            for first, device in local:
+                best, ranked, digits, factor = _tiles(queries[first : first + size], min(TILE, size), high)
+                states.append(jax.device_put((best, ranked), device))
+                tiles.append(jax.device_put(digits, device))
+                factors.append(factor[:, None])
             blocks = _put_block(documents, 0, block, local)
             for start in starts:
                 states = [rank(*state, *arguments) for state, *arguments in zip(states, tiles, *zip(*blocks))]
@@ -212,12 +217,11 @@ def _ranked(
                     blocks = _put_block(documents, start + block, block, local)
                 jax.block_until_ready(states)  # so that a device holds two blocks at most
                 bar.update(min(block, len(documents) - start))
-            for (first, _), (*_, factors), state in zip(local, inputs, states):
+            for (first, _), factor, state in zip(local, factors, states):
                 scores, ranked = (np.asarray(x).reshape(-1, high) for x in state)
-                for row in range(0, len(factors), ROWS):
-                    part = slice(row, min(row + ROWS, len(factors)))
-                    rows = np.arange(first + part.start, first + part.stop)
-                    yield rows, scores[part] * factors[part, None], ranked[part]
+                for row in range(0, len(factor), ROWS):
+                    part = slice(row, min(row + ROWS, len(factor)))
+                    yield np.arange(first + part.start, first + part.stop), scores[part] * factor[part], ranked[part]
 
 
 def _tiles(queries: np.ndarray, tile: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -310,18 +314,19 @@ def _whole(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A vector of unit length is its digits, each BASE times smaller than the one before, times its factor.
     """
     if vectors.dtype == np.int8:
-        lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.int32))
-        return np.asarray(vectors)[None], _inverse(lengths)
-    vectors = np.asarray(vectors, np.float64)
-    largest = np.abs(vectors).max(1, initial=0)
-    vectors = vectors * _inverse(largest, np.float64)[:, None]
-    scale = BASE // 2
-    rest, digits = vectors * (scale * BASE ** (DIGITS - 1)), []
-    rest = np.rint(rest)
-    for i in reversed(range(DIGITS)):
-        digits.append(np.rint(rest / BASE**i))
-        rest -= digits[-1] * BASE**i
-    return np.stack(digits).astype(np.int8), _inverse(np.linalg.norm(vectors, axis=1) * scale)
+        return np.asarray(vectors)[None], _inverse(np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.int32)))
+    digits, lengths = np.empty((DIGITS, *vectors.shape), np.int8), np.empty(len(vectors))
+    for start in range(0, len(vectors), ROWS):  # in float64
+        part = slice(start, start + ROWS)
+        rest = np.asarray(vectors[part], np.float64)
+        largest = np.abs(rest).max(1, initial=0)
+        rest = np.rint(rest * (_inverse(largest, np.float64) * (BASE**DIGITS // 2))[:, None])
+        lengths[part] = np.sqrt((rest * rest).sum(1))
+        for i in range(DIGITS):
+            weight = BASE ** (DIGITS - 1 - i)
+            digits[i, part] = digit = np.rint(rest / weight)
+            rest -= digit * weight
+    return digits, _inverse(lengths) * np.float32(BASE ** (DIGITS - 1))
 
 
 def _inverse(values: np.ndarray, dtype=np.float32) -> np.ndarray:

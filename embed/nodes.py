@@ -135,6 +135,8 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             say(f"{name} is complete: {folder}, step {steps}")
             return {"steps": steps}
         step, loader = _stage_parts(run, name, identity)
+        if step.stage != stage:
+            say(f"{name}: batch.rows_per_group={step.stage.batch.rows_per_group}, chosen from the lengths of the data")
         if distributed.is_first():
             about = {"parent": identity["parent"], "mesh": dict(run.mesh.shape)}
             paths.write_json(folder / "config.json", identity)
@@ -148,6 +150,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             evaluate=evaluate_params,
             check_held=check_held,
             read_timeout=run.config.execution.read_timeout or None,
+            readers=run.config.execution.readers,
             profile_steps=profile_steps,
             writer=functools.partial(MetricsWriter, wandb=wandb),
             progress=update,
@@ -162,6 +165,7 @@ def _stage_parts(run: Run, name: str, identity: Mapping):
     stage, phases, mesh = run.config.stages[name], run.phases(name), run.mesh
     stores = {task: run.store(task) for _, rates in phases for task in rates}
     separator = run.tokenizer.separator_id if run.config.data.separator else None
+    stage = stages.with_rows(stage, stores, phases, separator_id=separator)
     step = make_step(
         stage,
         run.model,

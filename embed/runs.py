@@ -161,7 +161,7 @@ class Run:
 
     def store(self, task: str) -> Store:
         """The prepared or mined examples of a task."""
-        return Store(self.store_path(task))
+        return Store(self.store_path(task), self.config.execution.cache_bytes)
 
     def phases(self, stage: str) -> list[tuple[int, dict[str, float]]]:
         """[(steps, {task: rate}), …] of a stage's curriculum."""

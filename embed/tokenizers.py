@@ -202,7 +202,7 @@ class HuggingFaceTokenizer:
         return model
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch(_texts(texts), add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch_fast(_texts(texts), add_special_tokens=False)  # without offsets
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:

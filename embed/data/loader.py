@@ -2,17 +2,14 @@
 
     DiffusionLoader     full rows: windows cut from the text of a task
     ContrastiveLoader   pairs, triplets or chunked documents, packed group by group
-    prefetch            reads the batches of a loader ahead of time, in a thread
+    choose_rows         the rows of a group that the lengths of the data fill
 
-Batch k costs the same forevery k, a restart needs only the step number, and the global batch does not depend on the
+Batch k costs the same for every k, a restart needs only the step number, and the global batch does not depend on the
 number of processes. A batch consists of `num_shards` shards: rows (diffusion) or groups (contrastive). Each process
 builds only the `shards` that its devices hold, and reads only their examples.
 """
 
-import queue
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -180,12 +177,13 @@ class ContrastiveLoader:
         max_queries_per_document: int = 0,
         max_chunks: int = 0,
         separator_id: int | None = None,
+        homogeneous: bool = False,
         shards: Sequence[int] | None = None,
     ):
         """`groups`: in the global batch; `shards`: the indices of the groups that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`. Only the triplet stage uses `num_negatives`, only the
-        contextual stage the three arguments after it.
+        contextual stage the three arguments after it. With `homogeneous`, a batch has examples of one task.
         """
         if stage not in STAGES:
             raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
@@ -199,9 +197,8 @@ class ContrastiveLoader:
         self.max_queries, self.max_chunks, self.separator_id = max_queries_per_document, max_chunks, separator_id
         self.shards, self.num_shards = _local_shards("groups", groups, shards), groups
         self._stores = stores
-        self.curriculum = Curriculum(
-            phases, {task: len(store) for task, store in stores.items()}, seed=seed, slots=group_size * groups
-        )
+        sizes = {task: len(store) for task, store in stores.items()}
+        self.curriculum = Curriculum(phases, sizes, seed=seed, slots=group_size * groups, homogeneous=homogeneous)
         for task in self.curriculum.tasks if stage == "contextual" else ():
             if (most := stores[task].lengths("chunk_lengths").max) > max_chunks:
                 raise ValueError(
@@ -324,56 +321,80 @@ def _lengths(segments: Sequence[rows.Segment]) -> np.ndarray:
     return np.array([len(s.tokens) for s in segments], np.int64)
 
 
-# --- reading ahead ----------------------------------------------------------------------------------------------
+# --- the number of rows -----------------------------------------------------------------------------------------
+
+FILL = 0.95  # the least expected share of tokens in the rows of a group
+PACKED = 0.98  # the share that packing reaches in a group that has to be cut
 
 
-class ReaderStalledError(RuntimeError):
-    """A loader did not return a batch within the timeout."""
+def choose_rows(
+    stores: Mapping[str, "Store"],
+    phases: Sequence[tuple[int, Mapping[str, float]]],
+    *,
+    stage: str,
+    group_size: int,
+    shape: RowShape,
+    num_negatives: int = 0,
+    max_queries_per_document: int = 0,
+    max_chunks: int = 0,
+    separator_id: int | None = None,
+    homogeneous: bool = False,
+    multiple: int = 1,
+) -> int:
+    """The rows per group, a multiple of `multiple`: as many as are filled to FILL on average, the arguments as above.
 
-    exit_code = 75  # EX_TEMPFAIL: the same command, started again, continues
-
-
-def prefetch(
-    loader, start: int, stop: int, depth: int = 2, timeout: float | None = None
-) -> Iterator[tuple[int, dict, float]]:
-    """Yields (step, batch, seconds waited for it) for steps start..stop-1; a thread reads up to `depth` batches ahead.
-
-    An exception of the loader is raised here at the step that it belongs to, with a note that names the loader and the
-    step. ReaderStalledError is raised after `timeout` seconds of waiting for one batch. The thread is a daemon: it may
-    hang forever, and the process can still exit.
+    It is estimated from random groups with the lengths in the headers of the stores, by the rates of all phases. More
+    rows would be padded more, fewer would cut more texts. All spans and segments of a group fit in any case.
     """
-    if depth < 1:
-        raise ValueError(f"depth={depth} must be at least 1")
-    ready: queue.SimpleQueue = queue.SimpleQueue()
-    capacity, stopped = threading.Semaphore(depth), threading.Event()
+    rng = np.random.default_rng(0)
+    shares: dict[str, float] = {}
+    for steps, rates in phases:
+        for task, rate in rates.items():
+            shares[task] = shares.get(task, 0) + steps * rate / sum(rates.values())
+    tasks = [task for task, share in shares.items() if share and task in stores and len(stores[task])]
+    if not tasks:
+        raise ValueError(f"batch.rows_per_group=0 needs data with examples; none of {', '.join(shares)} has any")
+    share = np.array([shares[task] for task in tasks])
+    groups = 256
+    drawn = rng.choice(len(tasks), groups if homogeneous else (groups, group_size), p=share / share.sum())
+    drawn = np.broadcast_to(drawn.reshape(groups, -1), (groups, group_size))
+    tokens = np.zeros((groups, group_size))
 
-    def read():
-        for step in range(start, stop):
-            capacity.acquire()
-            if stopped.is_set():
-                return
-            try:
-                ready.put(loader.batch(step))
-            except Exception as error:
-                error.add_note(f"while {loader} read the batch of step {step}")
-                ready.put(error)
-                return
+    for t, task in enumerate(tasks):
+        of_task = drawn == t
 
-    threading.Thread(target=read, name="prefetch", daemon=True).start()
-    try:
-        for step in range(start, stop):
-            begin = time.perf_counter()
-            try:
-                batch = ready.get(timeout=timeout)
-            except queue.Empty:
-                raise ReaderStalledError(
-                    f"{loader} gave no batch of step {step} in {timeout} s (config.execution.read_timeout): check its "
-                    "storage; the same command continues from the last checkpoint"
-                ) from None
-            if isinstance(batch, Exception):
-                raise batch
-            capacity.release()
-            yield step, batch, time.perf_counter() - begin
-    finally:
-        stopped.set()
-        capacity.release()
+        def lengths(column: str, most: int, task: str = task, count: int = int(of_task.sum())) -> np.ndarray:
+            """Random lengths of a column, at most `most`."""
+            known = stores[task].lengths(column)
+            return np.minimum(rng.choice(known.lengths, count, p=known.counts / known.counts.sum()), most)
+
+        def mean(column: str, parts: str, task: str = task) -> float:
+            """The mean length of a part of a column, such as of one negative of all negatives of an example."""
+            return stores[task].lengths(column).total / max(stores[task].num_values(parts), 1)
+
+        if stage == "contextual":
+            separators = 0 if separator_id is None else lengths("chunk_lengths", max_chunks) - 1
+            queries = lengths("query_lengths", max_queries_per_document) * mean("queries", "query_lengths")
+            tokens[of_task] = np.minimum(lengths("document", shape.length) + separators, shape.length) + queries
+            continue
+        documents = lengths("document", shape.length)
+        tokens[of_task] = lengths("query", shape.length) + documents
+        if stage == "triplet":
+            # The header does not have their single lengths. They are documents, so the row cuts off as large a share.
+            kept = documents.mean() / max(stores[task].lengths("document").mean, 1) if len(documents) else 1
+            each = kept * mean("negatives", "negative_lengths")
+            tokens[of_task] += lengths("negative_lengths", num_negatives) * each
+
+    total = tokens.sum(1)
+    # A row may stay short of `widest` spans, because the next segment needs them.
+    segments = group_size * (1 + max_queries_per_document if stage == "contextual" else 2 + num_negatives)
+    widest = max_chunks if stage == "contextual" else 1
+    spans = group_size * (max_chunks + max_queries_per_document) if stage == "contextual" else segments
+    per_row = min(shape.length, shape.segments)
+    least = max(-(-spans // (shape.spans - widest + 1)), -(-segments // per_row), 1)
+    rows = least = -(-least // multiple) * multiple
+    while (
+        np.minimum(total, PACKED * (rows + multiple) * shape.length).mean() >= FILL * (rows + multiple) * shape.length
+    ):
+        rows += multiple
+    return rows

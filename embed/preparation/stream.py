@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -439,7 +438,7 @@ def _markers(folder, chosen: Callable[[str], bool]) -> dict[int, dict]:
     if not folder.exists():
         return {}
     files = {f.name[:-5]: f for f in folder.iterdir() if f.name.endswith(".json") and chosen(f.name[:-5])}
-    return {int(stem.rpartition("-")[2]): json.loads(file.read_text()) for stem, file in sorted(files.items())}
+    return {int(stem.rpartition("-")[2]): paths.read_json(file) for stem, file in sorted(files.items())}
 
 
 def close(work: Work, task: str, info: Mapping) -> None:

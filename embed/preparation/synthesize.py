@@ -263,7 +263,7 @@ class Output:
             self._read_log()
 
     def _read_rows(self) -> None:
-        start, left = 0, 0  # of the last document: where its rows start in the file, and how many are missing
+        last, start, left = {}, 0, 0  # document: its row, where its rows start, and how many are missing
         stop = 0
         for number, stop_of_line, row in _lines(self.path):
             self._check(self.path, number, row, KEYS)
@@ -426,7 +426,7 @@ class Endpoint:
         cost = self.cost(messages)
         for attempt in range(self.retries + 1):
             account.hold(cost)
-            wait = None
+            wait = sentence = None
             try:
                 async with asyncio.timeout(self.timeout):
                     answer = await self.client.chat.completions.create(
@@ -440,13 +440,13 @@ class Endpoint:
                 # The endpoint may have worked until then.
                 self._pay(account, cost - self.settings.answer_tokens, self.settings.answer_tokens, cost, cost)
             except self.openai.APIStatusError as error:
-                reason = f"status {error.status_code}"
+                reason, sentence = f"status {error.status_code}", self._sentence(error)
                 if error.status_code in (401, 402, 404):
                     self.report.failures[reason] += 1
-                    raise StopError(2, f"the endpoint refuses all requests: {self._sentence(error)}") from None
+                    raise StopError(2, f"the endpoint refuses all requests: {sentence}") from None
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     self.report.failures[reason] += 1
-                    raise FailedError(f"refused: {self._sentence(error)}", f"refused with {reason}") from None
+                    raise FailedError(f"refused: {sentence}", f"refused with {reason}") from None
                 wait = error.response.headers.get("retry-after")
             except self.openai.APIConnectionError:
                 reason = "connection lost"
@@ -458,7 +458,7 @@ class Endpoint:
                 with contextlib.suppress(TypeError, ValueError):
                     seconds = max(seconds, float(wait))
                 await asyncio.sleep(min(seconds, MAX_WAIT))
-        raise FailedError(f"{reason}, {self.retries + 1} times", f"endpoint: {reason}")
+        raise FailedError(f"{sentence or reason}, {self.retries + 1} times", f"endpoint: {reason}")
 
     def _read(self, answer, cost: int, account: Account) -> tuple[str, bool] | None:
         """(text, whether it was cut) of a response; None if it is not a chat completion, such as a page of a proxy."""

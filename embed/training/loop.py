@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from embed import distributed, paths
 from embed.checkpoints import training_state
-from embed.data.loader import prefetch
+from embed.data.prefetch import prefetch
 from embed.training import flops
 from embed.training.metrics import MetricsWriter
 from embed.training.step import Step
@@ -98,6 +98,7 @@ def train(
     evaluate: Callable | None = None,
     check_held: Callable = lambda: None,
     read_timeout: float | None = None,
+    readers: int = 0,
     peak: float | None = None,
     profile_steps: range = range(0),
     writer: Callable = MetricsWriter,
@@ -110,14 +111,15 @@ def train(
     `initial_params(shardings)` computes the starting parameters if there is no checkpoint. Every `evaluate_every` steps
     and at the end, all processes call `evaluate(params)`; its figure goes into the row as `evaluation`, and the
     checkpoint with the highest figure is kept. `check_held()` raises if another process has taken over the folder. A
-    batch may take `read_timeout` seconds. `peak` is the FLOP/s of a device for the MFU, by default the published value.
-    `profile_steps` are traced. `writer(folder, start)` returns a MetricsWriter. `progress(k, row)` receives each logged
-    row, `warn(sentence)` what went wrong without ending the run, and `log(sentence)` the checkpoint it continues from.
+    batch may take `read_timeout` seconds; `readers` processes read them, or a thread. `peak` is the FLOP/s of a device
+    for the MFU, by default the published value. `profile_steps` are traced. `writer(folder, start)` returns a
+    MetricsWriter. `progress(k, row)` receives each logged row, `warn(sentence)` what went wrong without ending the run,
+    and `log(sentence)` the checkpoint it continues from.
 
     The host reads a step's metrics after it has dispatched the next step, so the devices never wait for it.
     NonFiniteLossError after more than max_skipped consecutive steps without a finite loss and gradient; PreemptedError
-    after a SIGTERM or Ctrl-C, once a checkpoint is saved; ReaderStalledError, CheckpointError and PeerLostError as
-    documented there.
+    after a SIGTERM or Ctrl-C, once a checkpoint is saved; ReaderStalledError, ReaderDiedError, CheckpointError and
+    PeerLostError as documented there.
     """
     folder, execution, steps = paths.path(folder), step.stage.execution, step.steps
     checkpoints, every = folder / "checkpoints", execution.evaluate_every if evaluate else 0
@@ -141,7 +143,7 @@ def train(
         output = writer(folder, start) if jax.process_index() == 0 else None
         rows = stack.enter_context(_Log(output, step, progress, warn, start, peak or flops.device_peak()))
         reached, ending = steps, False
-        for k, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout):
+        for k, batch, waited in prefetch(loader, start, steps, depth=2, timeout=read_timeout, readers=readers):
             if k in profile_steps and k == max(start, profile_steps.start) and output:
                 jax.profiler.start_trace(output.local / "profile")
             stats = _estimates(batch.pop("stats"), batch, loader) | {"waited": waited}

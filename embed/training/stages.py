@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from embed.data.loader import ContrastiveLoader, DiffusionLoader
+from embed.data.loader import ContrastiveLoader, DiffusionLoader, choose_rows
 from embed.models import sharding, transformer
 from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
@@ -316,6 +316,8 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
     if stage.kind == "diffusion":
         names = ("tokens", "segment_ids", "positions")
         return {name: ((batch.rows, batch.length), np.int32) for name in names}
+    if not batch.rows_per_group:
+        raise ValueError("batch.rows_per_group=0 is chosen from the data, which are not read here: give a number")
     rows, n = batch.groups * batch.rows_per_group, batch.groups * batch.group_size
     names = ("tokens", "segment_ids", "positions", "span_ids")
     arrays = {name: ((rows, batch.length), np.int32) for name in names}
@@ -331,6 +333,17 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
         arrays |= {name: ((n, k), np.int32) for name in ("negative_slots", "negative_ids")}
         arrays["negative_valid"] = ((n, k), np.bool_)
     return arrays
+
+
+def with_rows(stage, stores: dict, phases, *, separator_id: int | None):
+    """A stage's config with a number for batch.rows_per_group=0 (`embed.data.loader.choose_rows`)."""
+    if stage.kind == "diffusion" or stage.batch.rows_per_group:
+        return stage
+    microbatches, result = stage.execution.microbatches, stage.copy_and_resolve_references()
+    multiple = microbatches // math.gcd(microbatches, stage.batch.groups)  # all rows divide into microbatches
+    arguments = _contrastive_arguments(stage) | dict(separator_id=separator_id, multiple=multiple)
+    result.batch.rows_per_group = choose_rows(stores, phases, **arguments)
+    return result
 
 
 def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | None, mesh=None):
@@ -350,17 +363,27 @@ def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | N
             truncate_probability=batch.truncate_probability,
             **common,
         )
+    batch = with_rows(stage, stores, phases, separator_id=separator_id).batch
     return ContrastiveLoader(
         stores,
         phases,
-        stage=stage.kind,
-        group_size=batch.group_size,
         groups=batch.groups,
         rows_per_group=batch.rows_per_group,
-        shape=row_shape(batch),
         separator_id=separator_id,
+        **_contrastive_arguments(stage),
+        **common,
+    )
+
+
+def _contrastive_arguments(stage) -> dict:
+    """The arguments that `ContrastiveLoader` and `choose_rows` have in common."""
+    batch = stage.batch
+    return dict(
+        stage=stage.kind,
+        group_size=batch.group_size,
+        shape=row_shape(batch),
         num_negatives=batch.get("num_negatives", 0),
         max_chunks=batch.get("max_chunks", 0),
         max_queries_per_document=batch.get("max_queries_per_document", 0),
-        **common,
+        homogeneous=batch.get("homogeneous", False),
     )

@@ -1,5 +1,3 @@
-import threading
-
 import numpy as np
 import pytest
 
@@ -7,7 +5,7 @@ from embed import rows
 from embed.data import curriculum
 from embed.data import loader as loading
 from embed.data.curriculum import BLOCK, PERIOD, Curriculum, random_bits
-from embed.data.loader import ContrastiveLoader, DiffusionLoader, ReaderStalledError, prefetch
+from embed.data.loader import ContrastiveLoader, DiffusionLoader, choose_rows
 from embed.data.store import Lengths, Store, Writer
 from embed.rows import RowShape
 
@@ -30,8 +28,8 @@ class MemoryStore:
         sizes = np.array([len(x) for x in self.columns[column]])
         return Lengths(sizes.max(initial=0), sizes.sum(), *np.unique(sizes, return_counts=True))
 
-    def num_values(self):
-        return sum(len(x) for column in self.columns.values() for x in column)
+    def num_values(self, column=None):
+        return sum(len(x) for name in self.columns for x in self.columns[name] if column in (None, name))
 
     def windows(self, starts, length):
         documents = [x for x in self.columns["tokens"] if len(x)]
@@ -488,6 +486,94 @@ def test_a_query_whose_chunk_was_cut_off_is_invalid_and_counted():
     np.testing.assert_array_equal(batch["chunk_valid"], [True, True, False] * 20)
 
 
+@pytest.mark.parametrize("stage", ["pair", "triplet"])
+def test_a_homogeneous_batch_reads_one_task(stage):
+    tasks = contrastive_stores(stage, count=1000)
+    loader = make(stage, stores=tasks, homogeneous=True)
+    read = []
+    for step in range(3, 40):
+        before = len(tasks["a"].seen)
+        loader.batch(step)
+        read.append(len(tasks["a"].seen) - before)
+    assert set(read) == {0, 20}
+
+
+def long_tailed(stage, scale, seed):
+    """A store of 2,000 examples whose lengths differ as those of texts do."""
+    rng = np.random.default_rng(seed)
+
+    def column(median, count=2000):
+        return [
+            np.ones(n, np.int32) for n in np.minimum(rng.lognormal(np.log(median), 0.9, count).astype(int) + 1, 3000)
+        ]
+
+    if stage == "contextual":
+        document = column(100 * scale)
+        chunks = [np.diff(np.unique([0, len(d), *rng.integers(0, len(d) + 1, 6)])) for d in document]
+        queries = [[1] * rng.integers(1, 7) for _ in document]
+        return MemoryStore(
+            document=document,
+            chunk_lengths=chunks,
+            queries=[np.ones(9 * len(q), np.int32) for q in queries],
+            query_lengths=[[9] * len(q) for q in queries],
+            positives=[[0] * len(q) for q in queries],
+        )
+    columns = dict(query=column(10), document=column(60 * scale))
+    if stage == "triplet":
+        negatives = [column(60 * scale, rng.integers(0, 6)) for _ in range(2000)]
+        columns |= dict(
+            negatives=[np.concatenate([np.zeros(0, np.int32), *n]) for n in negatives],
+            negative_lengths=[[len(x) for x in n] for n in negatives],
+        )
+    return MemoryStore(**columns)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("stage", ["pair", "triplet", "contextual"])
+def test_the_rows_that_are_chosen_from_the_lengths_are_filled_to_95_percent(stage, multiple):
+    stores = {"short": long_tailed(stage, 1, 0), "long": long_tailed(stage, 3, 1), "unused": long_tailed(stage, 9, 2)}
+    phases = [(1, {"short": 0.8, "long": 0.2, "unused": 0}), (1, {"short": 0.7, "long": 0.3})]
+    group = dict(group_size=16 if stage == "contextual" else 64, shape=RowShape(512, 64, 64), stage=stage)
+    group |= {name: STAGES[stage].get(name, 0) for name in ("num_negatives", "max_queries_per_document")}
+    group |= dict(separator_id=3, max_chunks=8)
+    count = choose_rows(stores, phases, multiple=multiple, **group)
+    assert count % multiple == 0
+
+    def fill(count):
+        loader = ContrastiveLoader(stores, phases, seed=0, groups=1, rows_per_group=count, **group)
+        stats = [loader.batch(step)["stats"] for step in range(1, 40)]
+        return np.mean([s["fill"] for s in stats]), np.mean([s["cut"] for s in stats])
+
+    (filled, cut), (emptier, fewer) = fill(count), fill(count + multiple)
+    assert filled >= 0.945 and emptier < 0.975 and fewer < cut
+
+
+def test_short_texts_are_given_the_rows_that_hold_their_spans_and_segments():
+    short = {"a": MemoryStore(query=[[1]] * 100, document=[[2, 3]] * 100)}
+    for shape, want in ((RowShape(512, 8, 64), 8), (RowShape(512, 64, 8), 8), (RowShape(4, 64, 64), 16)):
+        arguments = dict(stage="pair", group_size=32, shape=shape)
+        assert (count := choose_rows(short, [(1, {"a": 1})], **arguments)) >= want
+        batch = ContrastiveLoader(short, [(1, {"a": 1})], seed=0, groups=1, rows_per_group=count, **arguments).batch(0)
+        assert batch["valid"].all()
+    documents = {"a": contextual_store()["a"]}
+    arguments = dict(stage="contextual", group_size=9, shape=RowShape(512, 8, 8), max_chunks=3)
+    arguments |= dict(max_queries_per_document=3)
+    count = choose_rows(documents, [(1, {"a": 1})], **arguments)
+    batch = ContrastiveLoader(documents, [(1, {"a": 1})], seed=0, groups=2, rows_per_group=count, **arguments).batch(0)
+    assert batch["valid"].all()
+
+
+def test_rows_cannot_be_chosen_without_examples():
+    with pytest.raises(ValueError, match="rows_per_group=0 needs data with examples; none of a, b has any"):
+        choose_rows(
+            {"a": MemoryStore(query=[], document=[])},
+            [(1, {"a": 1, "b": 1})],
+            stage="pair",
+            group_size=2,
+            shape=SHAPE,
+        )
+
+
 def test_a_text_without_tokens_makes_its_example_invalid_and_counted():
     empty = [[]] * 10
     store = MemoryStore(query=[*empty, *[[5, 6]] * 20], document=[*[[7]] * 20, *empty])
@@ -533,90 +619,3 @@ def test_a_store_on_disk_gives_the_same_batches_as_one_in_memory(stage, tmp_path
         disk[name] = Store(tmp_path / name)
     for step in (0, 20):
         assert_equal(make(stage, stores=disk).batch(step), make(stage, stores=memory).batch(step))
-
-
-# --- prefetch ---------------------------------------------------------------------------------------------------
-
-
-class Counting:
-    """Batch k is k; fails at one step."""
-
-    def __init__(self, fail_at=None):
-        self.fail_at = fail_at
-
-    def __str__(self):
-        return "the counting loader"
-
-    def batch(self, step):
-        if step == self.fail_at:
-            raise OSError("disk on fire")
-        return step
-
-
-def reader_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
-
-
-def all_readers_end():
-    for thread in reader_threads():
-        thread.join(timeout=10)
-    return not reader_threads()
-
-
-@pytest.mark.parametrize("depth", [1, 3, 100])
-def test_prefetch_yields_every_step_in_order(depth):
-    assert [(step, batch) for step, batch, _ in prefetch(Counting(), 3, 20, depth)] == [(k, k) for k in range(3, 20)]
-    assert list(prefetch(Counting(), 5, 5, depth)) == []
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_prefetch_reads_at_most_depth_batches_ahead(depth):
-    ahead = []
-
-    class Watched(Counting):
-        def batch(self, step):
-            ahead.append(step - taken)
-            return super().batch(step)
-
-    taken = -1
-    for step, _, _ in prefetch(Watched(), 0, 50, depth):
-        taken = step
-    assert 1 <= max(ahead) <= depth + 1  # `taken` is updated an instant after a batch leaves the queue
-
-
-def test_prefetch_raises_an_error_of_the_reader_at_its_step():
-    got = []
-    with pytest.raises(OSError, match="disk on fire") as caught:
-        for step, *_ in prefetch(Counting(fail_at=4), 0, 10, 3):
-            got.append(step)
-    assert got == [0, 1, 2, 3]
-    assert caught.value.__notes__ == ["while the counting loader read the batch of step 4"]
-    assert all_readers_end()
-
-
-def test_prefetch_ends_its_thread_when_the_consumer_stops():
-    for _ in prefetch(Counting(), 0, 10**9, 5):
-        break
-    assert all_readers_end()
-
-
-def test_a_prefetch_depth_of_zero_is_an_error():
-    with pytest.raises(ValueError, match="depth=0 must be at least 1"):
-        next(prefetch(Counting(), 0, 5, 0))
-
-
-def test_a_stalled_reader_is_named_with_its_step_and_does_not_keep_the_process_alive():
-    class Stalled(Counting):
-        def batch(self, step):
-            if step == 2:
-                release.wait()
-            return super().batch(step)
-
-    release, got = threading.Event(), []
-    with pytest.raises(ReaderStalledError, match=r"the counting loader gave no batch of step 2 in 0.05 s") as caught:
-        for step, *_ in prefetch(Stalled(), 0, 10, 2, timeout=0.05):
-            got.append(step)
-    assert got == [0, 1] and caught.value.exit_code == 75
-    assert all(thread.daemon for thread in reader_threads())
-    release.set()
-    assert all_readers_end()

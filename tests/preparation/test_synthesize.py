@@ -48,11 +48,15 @@ class Request:
 
 
 class Stub:
-    """An OpenAI-compatible server on loopback. `answer(request)` returns a text, an object, a status, or a response."""
+    """An OpenAI-compatible server on loopback.
+
+    `answer(request)` returns a text, an object as JSON, a status, bytes of a web page, or an event: then the server
+    sends single bytes until it is set, and hangs up after 5 s.
+    """
 
     def __init__(self, answer=Request.good):
         self.answer, self.requests, self.lock = answer, [], threading.Lock()
-        self.usage, self.open, self.most_open = USAGE, 0, 0
+        self.usage, self.finish, self.open, self.most_open = USAGE, "stop", 0, 0
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -67,6 +71,13 @@ class Stub:
                 if self.path == "/v1/chat/completions":
                     status, content, kind = stub.respond(Request(body, self.headers))
                 with contextlib.suppress(OSError):  # the client has gone
+                    if isinstance(content, threading.Event):
+                        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                        self.close_connection = True
+                        for _ in range(50):
+                            if not content.wait(0.1):
+                                self.wfile.write(b" ")
+                        return
                     self.send_response(status)
                     self.send_header("Content-Type", kind)
                     self.send_header("Content-Length", str(len(content)))
@@ -75,6 +86,9 @@ class Stub:
 
         class Server(ThreadingHTTPServer):
             daemon_threads, request_queue_size = True, 128
+
+            def handle_error(self, request, client_address):
+                """Nothing: a client that has ended leaves its requests."""
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
@@ -93,10 +107,10 @@ class Stub:
         if isinstance(answer, int):
             error = {"error": {"message": f"said {answer} to {request.headers['Authorization']}"}}
             return answer, json.dumps(error).encode(), "application/json"
-        if isinstance(answer, bytes):
+        if isinstance(answer, bytes | threading.Event):
             return 200, answer, "text/html"
         text = answer if isinstance(answer, str) else json.dumps(answer)
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": self.finish}
         completion = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
         completion |= {"usage": self.usage} if self.usage else {}
         return 200, json.dumps(completion).encode(), "application/json"
@@ -243,12 +257,16 @@ def test_the_key_is_sent_and_never_shown(stub, capsys, caplog, monkeypatch):
 
 @pytest.mark.parametrize("bound", [1, 3])
 def test_the_bound_of_open_requests_is_reached_and_never_exceeded(stub, bound):
-    reached = threading.Event()
+    reached, exceeded = threading.Event(), threading.Event()
 
     def answer(request):
         if stub.open >= bound:
             reached.set()
         assert reached.wait(60)
+        if stub.open > bound:
+            exceeded.set()
+        if len(stub.requests) <= bound:
+            exceeded.wait(0.5)  # time for a request that must not come
         return request.good()
 
     stub.answer = answer
@@ -267,7 +285,8 @@ def test_a_run_stops_at_its_budget_and_continues_with_a_larger_one(stub, capsys)
     spent = 110 * len(stub.requests)
     assert spent <= budget and len(stub.requests) == 4 * used  # no document was left half done
     asked = len(stub.requests)
-    assert run(stub, f"--max_tokens_total={spent}") == 3 and len(stub.requests) == asked  # the total has earlier runs
+    # The total includes earlier runs.
+    assert run(stub, f"--max_tokens_total={budget}", "--concurrency=2") == 3 and len(stub.requests) == asked
     assert run(stub, "--max_tokens_total=1000000") == 0
     assert rows()[: len(first)] == first and len(rows()) == 18 and set(stub.asked().values()) == {4}
 
@@ -281,8 +300,8 @@ def test_a_budget_holds_when_answers_are_as_long_as_allowed_and_asked_for_again(
 
 def test_a_budget_holds_when_prompts_have_more_tokens_than_estimated(stub):
     stub.usage = {"prompt_tokens": 3000, "completion_tokens": 10}
-    assert run(stub, "--max_tokens_total=42000", "--concurrency=1") == 3
-    assert 0 < 3010 * len(stub.requests) <= 42_000  # the estimate alone would start a fourth document, to 48,160
+    assert run(stub, "--max_tokens_total=45000", "--concurrency=1") == 3
+    assert 0 < 3010 * len(stub.requests) <= 45_000  # the estimate alone would start a fourth document, to 48,160
 
 
 def test_unknown_usage_is_estimated_and_said(stub, capsys):
@@ -319,11 +338,14 @@ def test_a_failed_request_is_tried_again_and_counted(stub, failure, reason, caps
     assert counts[reason] == counts["requests without an answer"] == 16 and counts["answers"] == 8
 
 
-def test_a_stalled_connection_is_given_up_and_its_tokens_are_estimated(stub, capsys):
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_stalled_connection_is_given_up_and_its_tokens_are_estimated(stub, drips, capsys):
     let_go, first = threading.Event(), threading.Lock()
 
     def answer(request):
         if first.acquire(blocking=False):  # the first request stalls
+            if drips:
+                return let_go  # the response begins, and a byte comes now and then
             assert let_go.wait(60)
         return request.good()
 
@@ -347,14 +369,24 @@ def test_documents_without_an_answer_are_skipped_and_asked_for_by_the_next_run(s
     assert len(rows()) == 18 and table(capsys)["already in the output"] == 5
 
 
-@pytest.mark.parametrize("status, code", [(503, 75), (400, 2)])
-def test_a_run_stops_when_documents_in_a_row_have_no_answer(stub, status, code, capsys):
+@pytest.mark.parametrize(
+    "status, code, sentence",
+    [(503, 75, "Error code: 503"), (429, 75, "Error code: 429"), (400, 2, "refused: Error code")],
+)
+def test_a_run_stops_when_documents_in_a_row_have_no_answer(stub, status, code, sentence, capsys):
     write_corpus(30)
     stub.answer = lambda request: status
     assert run(stub, "--retries=0", "--concurrency=1") == code
     printed = capsys.readouterr()
-    assert "10 documents in a row have no answer" in printed.err and len(stub.requests) == 10
-    assert rows() == [] if Path("pairs.jsonl").exists() else True
+    assert f"10 documents in a row have no answer, the last one: {sentence}" in printed.err
+    assert len(stub.requests) == 10 and table(printed.out)["not asked"] == 20
+
+
+def test_documents_without_an_answer_between_others_do_not_stop_a_run(stub, capsys):
+    write_corpus(24)
+    stub.answer = lambda request: 503 if int(re.search("[0-9]+", request.document)[0]) % 2 else request.good()
+    assert run(stub, "--retries=0", "--concurrency=1") == 75
+    assert table(capsys)["used"] == 12
 
 
 @pytest.mark.parametrize("status", [401, 402, 404])
@@ -430,6 +462,14 @@ def test_a_good_answer_to_the_second_request_is_used(stub, capsys):
     assert run(stub) == 0
     counts = table(capsys)
     assert len(rows()) == 18 and counts["asked again or skipped: no JSON object"] == 24 and counts["answers"] == 48
+    seeds = [request.body["seed"] for request in stub.requests]
+    assert len(set(seeds)) == len(seeds)  # with the same seed, a model might repeat its answer
+
+
+def test_an_answer_that_is_cut_at_its_most_tokens_is_named_so(stub, capsys):
+    stub.answer, stub.finish = lambda request: '{"personas": [1, 2', "length"
+    assert run(stub, "--limit=1", "--reasks=0") == 1
+    assert table(capsys)["skipped: nonsense: answer is cut at its most tokens"] == 1
 
 
 def test_queries_of_an_answer_that_is_good_in_part_are_kept_and_the_others_counted(stub, capsys):

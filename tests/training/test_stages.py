@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from embed.data import store as stores
 from embed.models import transformer
 from embed.objectives import masked_diffusion
 from embed.training import stages
@@ -166,3 +167,24 @@ def test_the_diffusion_loss_counts_masked_tokens_beyond_the_logits_buffer(monkey
     metrics = diffusion_loss(1)(params(), batch(), jax.random.key(0), 0.0)[1]
     capacity = R * L // 4
     assert metrics["overflow"] == metrics["masked"] - capacity > 0
+
+
+def test_rows_per_group_of_zero_is_chosen_from_the_data_so_that_microbatches_divide_it():
+    from configs import base
+
+    lengths = stores.Lengths(60, 6000, np.array([60]), np.array([100]))
+
+    class Header:
+        def __len__(self):
+            return 100
+
+        def lengths(self, column):
+            return lengths
+
+    batch = dict(rows_per_group=0, group_size=32, groups=2, length=128)
+    stage = base.stage("pair", batch=batch, execution=dict(microbatches=4))
+    with pytest.raises(ValueError, match="rows_per_group=0 is chosen from the data, which are not read here: give a n"):
+        stages.abstract_batch(stage)
+    chosen = stages.with_rows(stage, {"a": Header()}, [(1, {"a": 1.0})], separator_id=None)
+    assert chosen.batch.rows_per_group == 30  # 3,840 tokens; two groups of 30 rows divide by 4
+    assert stages.abstract_batch(chosen)["tokens"][0] == (60, 128) and stage.batch.rows_per_group == 0

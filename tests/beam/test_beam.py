@@ -1,0 +1,67 @@
+"""`prepare` on Apache Beam gives what local processes give. `make test-beam` runs this in an environment of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import small
+
+from embed import cli
+from embed.preparation.prepare import prepare
+
+GIN = """
+mixtures.rates = {"diffusion": {"texts": 1.0}}
+texts/task.source = @files()
+texts/files.paths = "{data_root}/*.jsonl"
+texts/task.kind = "text"
+texts/task.buckets = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    for part in range(3):
+        lines = [json.dumps({"text": text}) for text in small.sentences(30, seed=part)]
+        (root / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    (root / "data.gin").write_text(GIN)
+    return root
+
+
+def files(folder):
+    content = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+    content["info.json"] = json.loads(content["info.json"]) | {"seconds": None}
+    return content
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--direct_running_mode=in_memory",), ("--direct_running_mode=multi_processing", "--direct_num_workers=2")],
+)
+def test_beam_writes_the_bytes_that_local_processes_write(options, sources, tmp_path):
+    common = dict(gin_file=sources / "data.gin", data_root=str(sources), tokenizer=small.tokenizer())
+    prepare(tmp_path / "local", **common, processes=1)
+    prepare(tmp_path / "beam", **common, runner="FnApiRunner", runner_options=options)
+    assert files(tmp_path / "beam") == files(tmp_path / "local")
+
+
+def test_bad_rows_end_a_beam_pipeline_in_one_sentence(sources, tmp_path, capfd):
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"""
+from configs import base
+
+def get_config(arg=""):
+    config = base.get_config()
+    config.data.gin_file = "{sources}/data.gin"
+    config.data.vocab_size = 300
+    config.stages.diffusion = base.stage("diffusion", curriculum=((1, "diffusion"),))
+    return config
+"""
+    )
+    arguments = ["prepare", f"--config={config}", f"--workdir={tmp_path}/run", f"--data_root={sources}"]
+    bindings = f'--config.data.gin_bindings=(\'texts/files.paths=("{sources}/0.jsonl", "{tmp_path}/bad.jsonl")\',)'
+    assert cli.main([*arguments, bindings, "--runner=FnApiRunner", "--runner_options", "direct_running_mode=in_memory"])
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("embed: error: task 'texts': 1 of 1 rows are bad") and "bad.jsonl:1" in last
