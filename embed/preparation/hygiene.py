@@ -1,17 +1,181 @@
-"""Deduplication and decontamination by normalized content: pure functions, no framework.
+"""What a task drops beside exact duplicates, and deduplication and decontamination of code by normalized content.
 
-Two texts are the same if they are equal without white space, so re-indented and re-wrapped copies of a function count
-as copies.
+`Hygiene` says what is dropped of a task: examples that have a text of an evaluation set (`contamination`), that are in
+another language than stated (`languages`), and near duplicates (`near_duplicates`).
+
+Of code, two texts are the same if they are equal without white space, so re-indented and re-wrapped copies of a
+function count as copies.
 """
 
+import dataclasses
+import fnmatch
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
+from embed import paths
+from embed.preparation import contamination, languages, near_duplicates
+from embed.preparation.sources import Retrieval, Source
+from embed.preparation.tasks import Counts, Task, all_texts
+from embed.preparation.windows import Hashes
+
 Item = TypeVar("Item")
 WINDOW = 32  # characters; `contained` accepts no shorter needle
+CONTAMINATED, OTHER_LANGUAGE = "with a text of an evaluation set", "identified as another language"
+LIBRARIES = {"near_duplicates": ("rensa",), "language": ("langcodes", "py3langid")}
+MAX_HITS = 20  # of a shard, whose locations the report may name
+
+
+@dataclasses.dataclass(frozen=True)
+class Hygiene:
+    """What is dropped of a task. Everything is off by default. It does not apply to tasks that only seqio knows.
+
+    near_duplicates: the similarity (0 to 1) of near duplicates, such as 0.75; 0 = off. See `near_duplicates`.
+    compare_with: a name; all tasks with the same name are searched together. "" = a task is compared with itself only.
+    evaluation_sets: names or patterns of evaluation.sets ("*": all), folders in the layout of BEIR or MTEB, and sources
+        that have an evaluation set. Training examples with their texts are dropped.
+    evaluation_texts: which of their texts: queries, corpus or both.
+    overlap: the fraction of an evaluation text that an example must have; 0 = any 48 letters in a row.
+    language: whether the language of texts is identified, and examples of a task that are not in `task.language` or
+        `task.languages` are dropped. Without a stated language they are only counted.
+    """
+
+    near_duplicates: float = 0.0
+    compare_with: str = ""
+    evaluation_sets: Sequence[str | Source] = ()
+    evaluation_texts: Sequence[str] = contamination.PARTS
+    overlap: float = 0.5
+    language: bool = False
+
+    def __post_init__(self):
+        for name in ("near_duplicates", "overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"hygiene.{name}={getattr(self, name)!r} must be between 0 and 1")
+        for name, modules in LIBRARIES.items():
+            missing = [module for module in modules if getattr(self, name) and not importlib.util.find_spec(module)]
+            if missing:
+                raise ValueError(f"hygiene.{name} needs {', '.join(missing)}: pip install -e '.[hygiene]'")
+        if isinstance(self.evaluation_sets, str):
+            raise ValueError(f"hygiene.evaluation_sets must be a list, got {self.evaluation_sets!r}")
+        if unknown := set(self.evaluation_texts) - set(contamination.PARTS):
+            raise ValueError(f"hygiene.evaluation_texts: {unknown.pop()!r} must be one of queries, corpus")
+
+    @property
+    def index(self) -> str:
+        """The name of the index of its evaluation sets, or "" without any."""
+        content = repr((tuple(self.evaluation_sets), tuple(self.evaluation_texts)))
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest() if self.evaluation_sets else ""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.near_duplicates or self.evaluation_sets or self.language)
+
+
+@dataclasses.dataclass
+class Findings:
+    """What was found in the examples of a shard."""
+
+    languages: Counter = dataclasses.field(default_factory=Counter)  # {code: examples}
+    other: Counter = dataclasses.field(default_factory=Counter)  # of these, those dropped
+    hits: Counter = dataclasses.field(default_factory=Counter)  # {number of an evaluation text: examples}
+    locations: list = dataclasses.field(default_factory=list)  # [number of an evaluation text, location], the first
+
+    def add(self, other: "Findings") -> None:
+        for name in ("languages", "other", "hits"):
+            getattr(self, name).update(getattr(other, name))
+        self.locations += other.locations
+
+    def to_json(self) -> dict:
+        counters = {name: dict(getattr(self, name)) for name in ("languages", "other", "hits")}
+        return counters | {"locations": self.locations}
+
+    @classmethod
+    def from_json(cls, value: Mapping) -> "Findings":
+        return cls(
+            Counter(value["languages"]),
+            Counter(value["other"]),
+            Counter({int(number): count for number, count in value["hits"].items()}),
+            value["locations"],
+        )
+
+
+def build_index(hygiene: Hygiene, target, sets: Mapping[str, object], scratch) -> None:
+    """Writes the index of the evaluation sets to the folder `target`, once. `sets`: {name: its folder}."""
+    contamination.build(target, _texts(hygiene, sets, scratch))
+
+
+def _texts(hygiene: Hygiene, sets: Mapping[str, object], scratch) -> Iterator[tuple[str, str, str, str]]:
+    """(set, part, id, text) of all evaluation texts."""
+    for name, source in evaluation_sources(hygiene, sets).items():
+        if not isinstance(source, Retrieval):  # which is read without
+            source.build(scratch)
+        corpus, queries, _ = source.evaluation_set()
+        yield from contamination.set_texts(name, corpus, queries, hygiene.evaluation_texts)
+
+
+def evaluation_sources(hygiene: Hygiene, sets: Mapping[str, object]) -> dict[str, Source]:
+    """{name: source} of the evaluation sets. ValueError for what is neither a set of `sets`, a folder nor a source."""
+    result: dict[str, Source] = {}
+    for item in hygiene.evaluation_sets:
+        if isinstance(item, str):
+            if names := fnmatch.filter(sets, item):
+                result |= {name: Retrieval(path=os.fspath(sets[name])) for name in names}
+            elif paths.path(item).is_dir():
+                result[item] = Retrieval(path=item)
+            else:
+                raise ValueError(
+                    f"hygiene.evaluation_sets: {item!r} is neither a folder nor one of {', '.join(sets) or 'no sets'}"
+                )
+        elif hasattr(item, "evaluation_set"):
+            about = [getattr(item, name, "") for name in ("path", "id", "config", "split")]
+            result[" ".join(filter(None, about))] = item
+        else:
+            raise ValueError(f"hygiene.evaluation_sets: {item!r:.60} has no evaluation set: expected @retrieval()")
+    return result
+
+
+def screen(
+    examples: list[dict], task: Task, hygiene: Hygiene, index: str, counts: Counts, findings: Findings
+) -> list[dict]:
+    """The text examples of a batch that stay; `counts` and `findings` are updated.
+
+    index: folder of the index of evaluation sets. With `near_duplicates`, an example that can be compared gets "bands".
+    """
+    if hygiene.evaluation_sets and examples:
+        texts = [(text, i) for i, example in enumerate(examples) for text in all_texts(example)]
+        found = contamination.load(index).find(
+            [text for text, _ in texts], np.array([i for _, i in texts]), hygiene.overlap
+        )
+        for i, owner in found:
+            findings.hits[owner] += 1
+            if len(findings.locations) < MAX_HITS:
+                findings.locations.append([owner, examples[i]["location"]])
+        dropped = {i for i, _ in found}
+        counts.dropped[CONTAMINATED] += len(dropped)
+        examples = [example for i, example in enumerate(examples) if i not in dropped]
+    if hygiene.language:
+        allowed = languages.accepted((task.language,) if task.language else tuple(task.languages))
+        kept = []
+        for example in examples:
+            language = languages.identify(near_duplicates.sides(example)[-1])
+            findings.languages[language] += 1
+            if not allowed or language in allowed:
+                kept.append(example)
+            else:
+                findings.other[language] += 1
+        counts.dropped[OTHER_LANGUAGE] += len(examples) - len(kept)
+        examples = kept
+    if hygiene.near_duplicates and examples:
+        bands, complete = near_duplicates.bands(examples, hygiene.near_duplicates)
+        for example, values, known in zip(examples, bands, complete):
+            if known:
+                example["bands"] = values
+    return examples
 
 
 def normalize(text: str) -> str:
@@ -53,19 +217,13 @@ def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW
     A rolling hash of `window` characters finds candidates (Rabin and Karp, 1987). An exact comparison confirms them.
     A needle shorter than `window` normalized characters raises ValueError: it would match everywhere.
     """
-    # hash(i) = B^-i * sum_j c[i + j] * B^(i + j) over the window, from prefix sums modulo 2^64, where an odd B is
-    # invertible.
-    base = 0x9E3779B97F4A7C15
     by_hash: dict[int, list[tuple[int, str]]] = {}
     for index, needle in enumerate(map(normalize, needles)):
         if len(needle) < window:
             raise ValueError(
                 f"needle {index} has {len(needle)} characters without white space; it must have at least {window}"
             )
-        value = 0
-        for power, character in enumerate(needle[:window]):
-            value += (ord(character) + 1) * pow(base, power, 2**64)
-        by_hash.setdefault(value % 2**64, []).append((index, needle))
+        by_hash.setdefault(int(_hashes(needle[:window]).windows(window)[0]), []).append((index, needle))
     if not by_hash:
         return set()
     hashes = np.array(sorted(by_hash), np.uint64)
@@ -73,23 +231,20 @@ def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW
     possible[hashes >> np.uint64(48)] = True
 
     block = 1 << 20
-    inverse = pow(base, -1, 2**64)
-    powers = _powers(base, block)
-    inverses = _powers(inverse, block)
     matches: set[int] = set()
     for text in _joined(texts, block):
         for start in range(0, max(len(text) - window + 1, 0), block - window):
-            part = text[start : start + block]
-            codes = np.frombuffer(part.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-            codes += np.uint64(1)
-            sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(codes * powers[: len(codes)])])
-            rolling = (sums[window:] - sums[:-window]) * inverses[: len(codes) - window + 1]
+            rolling = _hashes(text[start : start + block]).windows(window)
             offsets = np.flatnonzero(possible[rolling >> np.uint64(48)])
             for offset in offsets[np.isin(rolling[offsets], hashes)]:
                 for index, needle in by_hash[int(rolling[offset])]:
                     if text.startswith(needle, start + int(offset)):
                         matches.add(index)
     return matches
+
+
+def _hashes(text: str) -> Hashes:
+    return Hashes(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32) + np.uint32(1))
 
 
 def _joined(texts: Iterable[str], size: int) -> Iterator[str]:
@@ -103,8 +258,3 @@ def _joined(texts: Iterable[str], size: int) -> Iterator[str]:
             yield "\0".join(pending)
             pending, length = [], 0
     yield "\0".join(pending)
-
-
-def _powers(base: int, count: int) -> np.ndarray:
-    """base^0 … base^(count - 1) modulo 2^64, uint64[count]."""
-    return np.cumprod(np.concatenate([np.ones(1, np.uint64), np.full(count - 1, base, np.uint64)]), dtype=np.uint64)

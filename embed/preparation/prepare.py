@@ -6,6 +6,7 @@
     directory/tasks/TASK/               store of `embed.data.store`, shuffled
     directory/mixtures.json             {mixture: {task: rate}}
     directory/evaluation/SET/SPLIT/     set of `embed.preparation.evaluation_sets`
+    directory/hygiene.md, hygiene.json  what was dropped and found, by task
     directory/info.json                 arguments, counts by reason, seconds; written last
 
 Until info.json is there, directory/plan.json says what is being prepared and directory/scratch holds what is done
@@ -27,7 +28,7 @@ import rich.table
 from embed import paths, tokenizers
 from embed.config import differences
 from embed.console import make_console, print_table, quiet
-from embed.preparation import evaluation_sets, runners, settings, stream, vocabulary
+from embed.preparation import evaluation_sets, hygiene, hygiene_report, runners, settings, stream, vocabulary
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
 from embed.preparation.sources import Shard
@@ -128,14 +129,18 @@ class _Preparation:
             self._make_tokenizer(work)
         with self.clock.part("evaluation sets"):
             sets = self._evaluation_sets(work)
+            self._index_evaluation_sets(work)
         self._map(work, "read and tokenize", self._shard_jobs(work), meanwhile=_import_seqio)
         counts = {name: self._counts(work, name) for name in work.tasks}
+        if work.near_groups():
+            self._map(work, "near duplicates", self._near_jobs(work))
         self._map(work, "write stores", self._bucket_jobs(work))
         with self.clock.part("mixtures"):
             counts = {name: self._close(work, name, counts[name]) for name in work.tasks}
             _import_seqio().register(work, self.tokenizer)
             mixtures = _import_seqio().register_mixtures(_rates(self.bound, counts))
         paths.write_json(self.directory / "mixtures.json", mixtures)
+        hygiene_report.write(self.directory, work, counts)
         info = {
             "arguments": self.arguments,
             "vocabulary": {"digest": self.tokenizer.digest, "size": self.tokenizer.vocab_size},
@@ -195,6 +200,7 @@ class _Preparation:
             buckets=buckets,
             seed=self.arguments["seed"],
             limit=self.arguments["limit"] or 0,
+            hygiene=bound.hygiene,
         )
         return work, identity, reports
 
@@ -259,6 +265,13 @@ class _Preparation:
             counts[f"evaluation/{name}"] = paths.read_json(marker)
         return counts
 
+    def _index_evaluation_sets(self, work: Work) -> None:
+        """Writes the indexes that training examples are compared with."""
+        sets = {name: self.directory / "evaluation" / name for name in self.bound.evaluation.sets}
+        for name, about in work.hygiene.items():
+            if about.evaluation_sets:
+                hygiene.build_index(about, work.index(name), sets, self.scratch)
+
     def _shard_jobs(self, work: Work) -> list[Job]:
         return [
             Job("map_shard", (name, index), shard.bytes)
@@ -267,6 +280,19 @@ class _Preparation:
             for index, shard in enumerate(work.shards[name])
             if index not in done
         ]
+
+    def _near_jobs(self, work: Work) -> list[Job]:
+        jobs = []
+        for group, tasks in work.near_groups().items():
+            parts = {n: [marker["parts"] for marker in stream.shards_done(work, n).values()] for n in tasks}
+            size = sum(shard.bytes for name in tasks for shard in work.shards[name]) // work.near_buckets(group)
+            done = stream.near_done(work, group)
+            jobs += [
+                Job("map_near", (group, bucket, parts), size)
+                for bucket in range(work.near_buckets(group))
+                if bucket not in done
+            ]
+        return jobs
 
     def _bucket_jobs(self, work: Work) -> list[Job]:
         jobs = []

@@ -86,6 +86,7 @@ def _start(work: Work, tokens, size) -> None:
     """Prepares a worker process."""
     global _work, _progress
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of rensa
 
     def progress(more_tokens: int, more_bytes: int) -> None:
         for value, more in ((tokens, more_tokens), (size, more_bytes)):

@@ -135,7 +135,7 @@ class SeqioTask:
         return find(self.name, self.modules)
 
     def token_batches(self, shard: Shard, tokenizer: Tokenizer, counts: Counts) -> Iterator[list]:
-        """Batches of (weight, tokens) of the examples of a shard."""
+        """Batches of ({"weight"}, tokens) of the examples of a shard."""
         task = self._task()
         dataset = task.get_dataset(
             sequence_length=None,
@@ -159,10 +159,12 @@ class SeqioTask:
 
     def _tokens(self, plain: tasks.Task, batch: list[dict], tokenizer: Tokenizer, counts: Counts) -> list:
         if _is_tokens(self._task()):
-            made = [(1, {name: row[name] for name in COLUMNS[examples.STAGES[self.kind]]}) for row in batch]
+            made = [({"weight": 1}, {name: row[name] for name in COLUMNS[examples.STAGES[self.kind]]}) for row in batch]
         else:
             texts = [example for row in batch for example in plain._make(_decoded(row))]
-            made = [(1, c) for _, c in examples.tokenize(plain, texts, tokenizer, counts.cut, counts.dropped)]
+            made = [
+                ({"weight": 1}, c) for _, c in examples.tokenize(plain, texts, tokenizer, counts.cut, counts.dropped)
+            ]
         counts.examples += len(made)
         return made
 

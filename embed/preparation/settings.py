@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import gin
 
-from embed.preparation import sources
+from embed.preparation import languages, sources
+from embed.preparation.hygiene import Hygiene
 from embed.preparation.python_docs import PythonDocs
 from embed.preparation.tasks import Task
 
@@ -63,6 +64,7 @@ class Settings(NamedTuple):
     vocabulary: Vocabulary
     evaluation: Evaluation
     registered: tuple[str, ...]  # names that must be seqio tasks
+    hygiene: dict[str, Hygiene] = {}  # of the tasks in mixtures that drop or count something
 
     def trained(self) -> list[str]:
         """The names of the tasks in mixtures, sorted."""
@@ -73,6 +75,7 @@ class Settings(NamedTuple):
 CONFIGURABLES = {
     "mixtures": Mixtures,
     "vocabulary": Vocabulary,
+    "hygiene": Hygiene,
     "evaluation": Evaluation,
     "task": Task,
     "files": sources.Files,
@@ -126,11 +129,14 @@ def bind(
         scopes = {name: name.replace(".", "/") for name in sorted(names)}
         registered = [name for name, scope in scopes.items() if not any(_within(scope, other) for other in defined)]
         tasks: dict[str, Task] = {}
+        hygiene: dict[str, Hygiene] = {}
+        trained = {name for members in mixtures.rates.values() for name in members}
         for name in [name for name in scopes if name not in registered]:
             try:
                 _fill(text, [scopes[name]], data_root)
                 with gin.config_scope(scopes[name]):
                     task = gin.get_configurable("task")()
+                    cleaned = gin.get_configurable("hygiene")()
                 if not isinstance(task.source, sources.Source):
                     raise ValueError(f"task.source={task.source!r:.60} must be a source, such as @files()")
             except (RuntimeError, TypeError, ValueError) as error:
@@ -138,6 +144,8 @@ def bind(
             if limit and hasattr(task.source, "limited"):
                 task = dataclasses.replace(task, source=task.source.limited(limit))
             tasks[name] = task
+            if cleaned.is_on and name in trained:
+                hygiene[name] = cleaned
         for module in mixtures.modules:
             importlib.import_module(module)
         if registered and not mixtures.modules:
@@ -151,7 +159,8 @@ def bind(
     for name, kind, field in (("vocabulary", vocabulary, "characters"), ("evaluation", evaluation, "max_queries")):
         if not isinstance(value := getattr(kind, field), int) or value < 1:
             raise ValueError(f"{gin_file}: {name}.{field} must be a whole number of at least 1, got {value!r}")
-    return Settings(tasks, mixtures, vocabulary, evaluation, tuple(registered))
+    _check_hygiene(hygiene, tasks, gin_file)
+    return Settings(tasks, mixtures, vocabulary, evaluation, tuple(registered), hygiene)
 
 
 def _fill(text: str, scopes: Iterable[str], data_root: str) -> None:
@@ -172,9 +181,11 @@ def _fill(text: str, scopes: Iterable[str], data_root: str) -> None:
     for s in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()):
         if isinstance(s, gin.config_parser.BindingStatement) and s.arg_name:
             values[s.scope or "", f"{s.selector}.{s.arg_name}"] = s.value
-    for (bound, name), value in sorted(values.items()):  # outer scopes first
-        for scope in scopes:
-            if _within(scope, bound) and _has_placeholder(value):
+    for scope in scopes:
+        # Outer scopes first: the innermost binding counts.
+        holding = {name: value for (bound, name), value in sorted(values.items()) if _within(scope, bound)}
+        for name, value in holding.items():
+            if _has_placeholder(value):
                 gin.bind_parameter(f"{scope}/{name}", replaced(value, scope.rpartition("/")[2]))
 
 
@@ -203,6 +214,23 @@ def _check_rates(mixtures: Mixtures, gin_file) -> None:
         raise ValueError(f"{gin_file}: mixtures.unit={mixtures.unit!r} must be examples or tokens")
     for mixture in rates:
         _check_cycles(mixture, rates, (), gin_file)
+
+
+def _check_hygiene(hygiene: Mapping[str, Hygiene], tasks: Mapping[str, Task], gin_file) -> None:
+    similarity: dict[str, tuple[str, float]] = {}
+    for name, about in hygiene.items():
+        if about.language:
+            try:
+                languages.accepted(tuple(filter(None, [tasks[name].language])) or tuple(tasks[name].languages))
+            except ValueError as error:
+                raise ValueError(f"{gin_file}: task {name!r}: hygiene.language: {error}") from None
+        if about.near_duplicates and about.compare_with:
+            other, value = similarity.setdefault(about.compare_with, (name, about.near_duplicates))
+            if value != about.near_duplicates:
+                raise ValueError(
+                    f"{gin_file}: hygiene.near_duplicates must be the same for tasks compared with each other: it is "
+                    f"{value!r} for {other!r} and {about.near_duplicates!r} for {name!r}"
+                )
 
 
 def _check_cycles(mixture: str, rates: Mapping, above: tuple, gin_file) -> None:

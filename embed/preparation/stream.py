@@ -4,19 +4,28 @@
     map 2   a bucket → one part of the store: exact duplicates, which are all in one bucket, are dropped; the rest is
             shuffled by a keyed hash
 
+With near duplicates, map 1 also sorts the bands of examples into buckets, and a map between the two compares those of
+each bucket and lists what map 2 drops.
+
 Every unit of work writes a marker when it is done, so that a run that was interrupted continues. The result depends
 neither on the order of the work nor on interruptions: the order of a bucket is that of the keyed hashes.
 
     SCRATCH/TASK/00012.000.tokens   examples of input shard 12, first part: one section per bucket
     SCRATCH/TASK/00012.json         its counts, last: the marker
+    SCRATCH/TASK/00012.000.bands    bands of its examples: one section per bucket of bands
+    SCRATCH/TASK/00012.000.located  ids and locations of its examples, for the report
+    SCRATCH/near-duplicates/GROUP/00003.drop    ids to drop: one section per task of the group and bucket of its store
+    SCRATCH/near-duplicates/GROUP/00003.json    groups of near duplicates, for the report: the marker
     SCRATCH/TASK/bucket-00007.json  of the part of the store: the summary of `store.write_bucket` and counts
 """
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import fsspec
 import numpy as np
@@ -26,15 +35,19 @@ from embed import paths, tokenizers
 from embed.data import store
 from embed.data.curriculum import make_key, random_bits
 from embed.data.loader import COLUMNS
-from embed.preparation import examples
+from embed.preparation import examples, hygiene, near_duplicates
+from embed.preparation.hygiene import Findings, Hygiene
 from embed.preparation.sources import Shard
 from embed.preparation.tasks import Counts, Task, all_texts
 
 BATCH_CHARACTERS = 1 << 20  # texts that are tokenized together
 PART_VALUES = 1 << 25  # int32 values of a shard that are held before a part is written
 BUCKET_BYTES = 1 << 28  # of source text, about, in a bucket
-DUPLICATES, REPEATED = "exact duplicates", "repeated by weight"
-DIGEST = "digest"
+NEAR_BYTES = 1 << 27  # of source text, about, whose bands are compared together
+NEAR_GROUPS, NEAR_MEMBERS = 20, 5  # groups of near duplicates of a bucket that the report may name, and members
+NEAR_ROWS = 1000  # of a group, in which these members are looked for
+DUPLICATES, NEAR, REPEATED = "exact duplicates", "near duplicates", "repeated by weight"
+DIGEST, ID = "digest", "id"
 
 Progress = Callable[[int, int], None]  # (tokens, bytes of source) since the last call
 
@@ -51,6 +64,41 @@ class Work:
     buckets: Mapping[str, int]
     seed: int
     limit: int = 0  # rows per task; 0 = all
+    hygiene: Mapping[str, Hygiene] = dataclasses.field(default_factory=dict)  # without an entry, nothing is dropped
+
+    def near_groups(self) -> dict[str, list[str]]:
+        """{name: tasks} of tasks whose near duplicates are searched together."""
+        groups: dict[str, list[str]] = {}
+        for task in sorted(self.hygiene):
+            if group := self.near_group(task):
+                groups.setdefault(group, []).append(task)
+        return groups
+
+    def near_group(self, task: str) -> str:
+        """The name of the tasks that near duplicates of a task are searched in; "" if they are not."""
+        about = self.hygiene.get(task)
+        if not about or not about.near_duplicates:
+            return ""
+        return f"with {about.compare_with}" if about.compare_with else f"task {task}"
+
+    def near_buckets(self, group: str) -> int:
+        """The number of buckets of bands of a group."""
+        size = sum(shard.bytes for task in self.near_groups()[group] for shard in self.shards[task])
+        return max(1, -(-size // NEAR_BYTES))
+
+    def index(self, task: str) -> str:
+        """The folder of the index of the task's evaluation sets."""
+        return os.fspath(paths.path(self.scratch) / "evaluation-index" / self.hygiene[task].index)
+
+    def location(self, task: str, shard: int, number: int) -> str:
+        """The location of the example with an id, in a task whose near duplicates are searched."""
+        part = 0
+        while (file := self.part(task, shard, part, "located")).exists():
+            table = read_section(file, 0, 1)
+            if len(rows := np.flatnonzero(table[ID].to_numpy() == np.uint64(number))):
+                return table["location"][int(rows[0])].as_py()
+            part += 1
+        raise KeyError(number)
 
     def columns(self, task: str) -> tuple[str, ...]:
         return COLUMNS[self.stage(task)]
@@ -64,8 +112,11 @@ class Work:
     def bucket_marker(self, task: str, bucket: int):
         return paths.path(self.scratch) / task / f"bucket-{bucket:05d}.json"
 
-    def part(self, task: str, shard: int, part: int):
-        return paths.path(self.scratch) / task / f"{shard:05d}.{part:03d}.tokens"
+    def part(self, task: str, shard: int, part: int, what: str = "tokens"):
+        return paths.path(self.scratch) / task / f"{shard:05d}.{part:03d}.{what}"
+
+    def near(self, group: str, bucket: int, what: str):
+        return paths.path(self.scratch) / "near-duplicates" / group / f"{bucket:05d}.{what}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -84,27 +135,31 @@ def num_buckets(task: Task, shards: Sequence[Shard]) -> int:
 
 def map_shard(work: Work, task: str, shard: int, progress: Progress = lambda tokens, size: None) -> None:
     """Tokenizes an input shard of a task and sorts its examples into buckets. BadRowsError if too much of it is bad."""
-    counts, part, total, seen = Counts(), 0, 0, 0
+    counts, findings, part, total, seen = Counts(), Findings(), 0, 0, 0
     size = work.shards[task][shard].bytes
-    pending, values = _Pending(work.columns(task), work.buckets[task]), 0
-    for batch in _named(task, token_batches(work, task, shard, counts)):
-        made = 0
-        for weight, columns in batch:
-            pending.add(columns, weight)
-            made += sum(map(len, columns.values()))
-        values, total = values + made, total + made
+    pending = _Pending(work, task)
+    for batch in _named(task, token_batches(work, task, shard, counts, findings)):
+        for _, parts in itertools.groupby(batch, lambda made: id(made[0])):
+            pending.add(list(parts))
+        made = sum(len(array) for _, columns in batch for array in columns.values())
+        total += made
         progress(made, min(4 * total, size) - seen)  # bytes of source: an estimate until the end
         seen = min(4 * total, size)
-        if values >= PART_VALUES:
-            write_sections(work.part(task, shard, part), pending.tables())
-            pending, values, part = _Pending(work.columns(task), work.buckets[task]), 0, part + 1
-    write_sections(work.part(task, shard, part), pending.tables())
+        if pending.values >= PART_VALUES:
+            pending.write(shard, part)
+            pending, part = _Pending(work, task), part + 1
+    pending.write(shard, part)
     progress(0, size - seen)
-    paths.write_json(work.marker(task, shard), {"parts": part + 1, "counts": counts.to_json()})
+    marker = {"parts": part + 1, "counts": counts.to_json()}
+    if task in work.hygiene:
+        marker["hygiene"] = findings.to_json()
+    paths.write_json(work.marker(task, shard), marker)
 
 
-def token_batches(work: Work, name: str, shard: int, counts: Counts) -> Iterator[list[tuple[int, examples.Columns]]]:
-    """Batches of (weight, tokens) of a shard's examples."""
+def token_batches(
+    work: Work, name: str, shard: int, counts: Counts, findings: Findings | None = None
+) -> Iterator[list[tuple[dict, examples.Columns]]]:
+    """Batches of (text example, tokens) of a shard's examples; adjacent ones may have the same text example."""
     task, shards = work.tasks[name], work.shards[name]
     tokenizer = load_tokenizer(work.tokenizer)
     if not isinstance(task, Task):
@@ -114,23 +169,26 @@ def token_batches(work: Work, name: str, shard: int, counts: Counts) -> Iterator
         "limit": -(-work.limit // len(shards)),
         "characters": -(-task.max_total_characters // len(shards)),
     }
+    findings = findings or Findings()
+
+    def tokenized(batch: list[dict]) -> list[tuple[dict, examples.Columns]]:
+        if name in work.hygiene:
+            batch = hygiene.screen(batch, task, work.hygiene[name], work.index(name), counts, findings)
+        made = examples.tokenize(task, batch, tokenizer, counts.cut, counts.dropped) if batch else []
+        counts.examples += len(made)
+        return made
+
     batch: list[dict] = []
     characters = 0
     for example in task.examples(shards[shard], counts, **limits):
         batch.append(example)
         characters += sum(map(len, all_texts(example)))
         if characters >= BATCH_CHARACTERS:
-            yield _tokenized(task, batch, tokenizer, counts)
+            yield tokenized(batch)
             batch, characters = [], 0
     counts.check(task.max_bad)
     if batch:
-        yield _tokenized(task, batch, tokenizer, counts)
-
-
-def _tokenized(task: Task, batch: list[dict], tokenizer, counts: Counts) -> list[tuple[int, examples.Columns]]:
-    made = examples.tokenize(task, batch, tokenizer, counts.cut, counts.dropped)
-    counts.examples += len(made)
-    return [(example["weight"], columns) for example, columns in made]
+        yield tokenized(batch)
 
 
 def _named(task: str, batches: Iterator) -> Iterator:
@@ -144,34 +202,71 @@ def _named(task: str, batches: Iterator) -> Iterator:
 class _Pending:
     """Examples of a shard that are not written yet, in buckets."""
 
-    def __init__(self, columns: Sequence[str], buckets: int):
-        self.columns, self.buckets = columns, buckets
-        self.examples: list[list] = [[] for _ in range(buckets)]
+    def __init__(self, work: Work, task: str):
+        self.work, self.task, self.columns, self.group = work, task, work.columns(task), work.near_group(task)
+        self.examples: list[list] = [[] for _ in range(work.buckets[task])]
+        self.near: list[tuple] = []  # (bands, id, bucket)
+        self.locations: dict[int, str] = {}
+        self.values = 0
 
-    def add(self, columns: examples.Columns, weight: int) -> None:
-        digest = examples.digest(columns)
-        bucket = int.from_bytes(digest[:8], "little") % self.buckets
-        self.examples[bucket].append((digest, weight, columns))
+    def add(self, parts: Sequence[tuple[dict, examples.Columns]]) -> None:
+        """Adds the tokens of a text example; the parts of a long document have the same id."""
+        example = parts[0][0]
+        digests = [examples.digest(columns) for _, columns in parts]
+        name = digests[0] if len(digests) == 1 else hashlib.blake2b(b"".join(digests), digest_size=8).digest()
+        number = int.from_bytes(name[:8], "little")
+        for digest, (_, columns) in zip(digests, parts):
+            bucket = int.from_bytes(digest[:8], "little") % len(self.examples)
+            self.examples[bucket].append((digest, number, example["weight"], columns))
+            self.values += sum(map(len, columns.values()))
+            if "bands" in example:
+                self.near.append((example["bands"], number, bucket))
+                self.locations[number] = example["location"]
 
-    def tables(self) -> Iterator[pa.Table | None]:
-        for bucket in self.examples:
-            yield self._table(bucket) if bucket else None
+    def write(self, shard: int, part: int) -> None:
+        tables = (self._table(bucket) if bucket else None for bucket in self.examples)
+        write_sections(self.work.part(self.task, shard, part), tables)
+        if self.group:
+            write_sections(self.work.part(self.task, shard, part, "bands"), self._bands())
+            located = {
+                ID: pa.array(self.locations.keys(), pa.uint64()),
+                "location": pa.array(self.locations.values(), pa.string()),
+            }
+            write_sections(self.work.part(self.task, shard, part, "located"), [pa.table(located)])
 
     def _table(self, bucket: list) -> pa.Table:
         arrays = {
-            DIGEST: pa.array([digest for digest, _, _ in bucket], pa.binary(16)),
-            "weight": pa.array([weight for _, weight, _ in bucket], pa.int32()),
+            DIGEST: pa.array([digest for digest, _, _, _ in bucket], pa.binary(16)),
+            "weight": pa.array([weight for _, _, weight, _ in bucket], pa.int32()),
         }
+        if self.group:
+            arrays[ID] = pa.array([number for _, number, _, _ in bucket], pa.uint64())
         for name in self.columns:
-            values = [columns[name] for _, _, columns in bucket]
+            values = [columns[name] for _, _, _, columns in bucket]
             offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])])
             arrays[name] = pa.LargeListArray.from_arrays(
                 pa.array(offsets, pa.int64()), pa.array(np.concatenate(values).astype(np.int32), pa.int32())
             )
         return pa.table(arrays)
 
+    def _bands(self) -> Iterator[pa.Table | None]:
+        """One table per bucket of bands: every band of every example, its id, and the bucket of the store."""
+        buckets = self.work.near_buckets(self.group)
+        if not self.near:
+            yield from [None] * buckets
+            return
+        bands = np.stack([values for values, _, _ in self.near])
+        ids = np.repeat(np.array([number for _, number, _ in self.near], np.uint64), bands.shape[1])
+        stored = np.repeat(np.array([bucket for _, _, bucket in self.near], np.uint32), bands.shape[1])
+        bands = bands.ravel()
+        chosen = (bands >> np.uint64(32)) % np.uint64(buckets)
+        order = np.argsort(chosen, kind="stable")
+        for rows in np.split(order, np.searchsorted(chosen[order], np.arange(1, buckets))):
+            arrays = {"band": bands[rows], ID: ids[rows], "bucket": stored[rows]}
+            yield pa.table(arrays) if len(rows) else None
 
-def write_sections(file, tables: Iterator[pa.Table | None]) -> None:
+
+def write_sections(file, tables: Iterable[pa.Table | None]) -> None:
     """Write a file of one Arrow stream per bucket, then uint64 offsets of all of them; it appears whole."""
     sink, offsets = pa.BufferOutputStream(), [0]
     options = pa.ipc.IpcWriteOptions(compression="zstd")
@@ -196,6 +291,60 @@ def read_section(file, bucket: int, buckets: int) -> pa.Table | None:
         return reader.read_all()
 
 
+# --- between the maps -------------------------------------------------------------------------------------------------
+
+
+def map_near(
+    work: Work, group: str, bucket: int, parts: Mapping[str, Sequence[int]], progress: Progress = lambda *_: None
+) -> None:
+    """Lists the near duplicates that share a band of this bucket; `parts`: how many files each shard of a task has."""
+    tasks, buckets = work.near_groups()[group], work.near_buckets(group)
+    rows = {name: [] for name in ("band", ID, "bucket", "task", "shard")}
+    for number, task in enumerate(tasks):
+        for shard, count in enumerate(parts[task]):
+            for part in range(count):
+                table = read_section(work.part(task, shard, part, "bands"), bucket, buckets)
+                if table is not None:
+                    for name in table.column_names:
+                        rows[name].append(table[name].to_numpy())
+                    rows["task"].append(np.full(len(table), number, np.uint32))
+                    rows["shard"].append(np.full(len(table), shard, np.uint32))
+    empty = {"band": np.uint64, ID: np.uint64}
+    rows = {k: np.concatenate([np.zeros(0, empty.get(k, np.uint32)), *arrays]) for k, arrays in rows.items()}
+    drop, groups = near_duplicates.find(rows["band"], rows[ID], rows["task"])
+    # A section for each task and bucket of its store.
+    starts = np.cumsum([0, *(work.buckets[task] for task in tasks)])
+    section = starts[rows["task"][drop]] + rows["bucket"][drop]
+    dropped = np.unique(np.stack([section.astype(np.uint64), rows[ID][drop]], 1), axis=0)
+    limits = np.searchsorted(dropped[:, 0], np.arange(starts[-1] + 1))
+    tables = (pa.table({ID: dropped[a:b, 1]}) if b > a else None for a, b in itertools.pairwise(limits))
+    write_sections(work.near(group, bucket, "drop"), tables)
+    named: dict[tuple, list] = {}  # by the first: two examples have many bands in common
+    for members in groups:
+        unique: dict[tuple, list] = {}
+        for row in members[:NEAR_ROWS]:
+            task, number = tasks[rows["task"][row]], int(rows[ID][row])
+            unique.setdefault((task, number), [task, int(rows["shard"][row]), number])
+        named.setdefault(next(iter(unique)), list(unique.values())[:NEAR_MEMBERS])
+        if len(named) == NEAR_GROUPS:
+            break
+    paths.write_json(work.near(group, bucket, "json"), {"groups": list(named.values())})
+    progress(0, sum(shard.bytes for task in tasks for shard in work.shards[task]) // buckets)
+
+
+def _near_ids(work: Work, task: str, bucket: int) -> np.ndarray:
+    """The ids of near duplicates in a bucket of a task's store."""
+    group = work.near_group(task)
+    if not group:
+        return np.zeros(0, np.uint64)
+    tasks = work.near_groups()[group]
+    before = sum(work.buckets[other] for other in tasks[: tasks.index(task)])
+    total = sum(work.buckets[other] for other in tasks)
+    files = [work.near(group, near, "drop") for near in range(work.near_buckets(group))]
+    tables = [t for file in files if (t := read_section(file, before + bucket, total)) is not None]
+    return np.concatenate([np.zeros(0, np.uint64), *(table[ID].to_numpy() for table in tables)])
+
+
 # --- map 2 ------------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +355,10 @@ def map_bucket(work: Work, task: str, bucket: int, parts: Sequence[int], progres
     columns, counts = work.columns(task), Counter()
     if tables:
         table = pa.concat_tables(tables).combine_chunks()
+        if len(near := _near_ids(work, task, bucket)):
+            kept = ~np.isin(table[ID].to_numpy(), near)
+            counts[NEAR] = len(table) - int(kept.sum())
+            table = table.filter(pa.array(kept)).combine_chunks()
         keep = _unique(table[DIGEST])
         counts[DUPLICATES] = len(table) - len(keep)
         order = shuffled(table[DIGEST].take(pa.array(keep)), make_key(work.seed, "bucket", task))
@@ -269,6 +422,11 @@ def is_begun(scratch) -> bool:
 def shards_done(work: Work, task: str) -> dict[int, dict]:
     """{shard: marker} of the input shards that are tokenized."""
     return _markers(paths.path(work.scratch) / task, lambda stem: stem.isdigit())
+
+
+def near_done(work: Work, group: str) -> dict[int, dict]:
+    """{bucket: marker} of the buckets of bands that are compared."""
+    return _markers(paths.path(work.scratch) / "near-duplicates" / group, lambda stem: stem.isdigit())
 
 
 def buckets_done(work: Work, task: str) -> dict[int, dict]:
