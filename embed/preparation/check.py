@@ -14,8 +14,10 @@ from embed.preparation.tasks import Counts, Task, all_texts
 from embed.tokenizers import Tokenizer
 
 ROWS = 10  # of each source
+ROWS_OF_GROUPS = 10_000  # at most, if fewer rows make no group
 THREADS = 16  # sources that are read at the same time
 SHOWN = 60  # characters of an example
+LISTED = 6  # columns and languages that are named
 
 
 def check(
@@ -57,14 +59,14 @@ def check(
 def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
     """The cells of a task's row, or what is wrong with its source."""
     try:
-        rows = task.source.sample(ROWS)
-        about = task.source.describe()
-        counts = Counts()
-        sampled = dataclasses.replace(task, source=_Rows(tuple(rows)))
-        made = [] if task.kind == "retrieval" else list(sampled.examples(Shard(""), counts))
+        source = _streamed(task.source)
+        rows, about = source.sample(ROWS), source.describe()
+        made, counts = _examples(task, rows)
+        if not made and task.group_by:
+            made, counts = _examples(task, source.sample(ROWS_OF_GROUPS))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    if task.kind != "retrieval" and not made:
+    if not made:
         reasons = ", ".join(f"{reason} {count}" for reason, count in (counts.rows + counts.dropped).items() if count)
         return f"the first {counts.rows_read} rows give no example ({reasons}) {'; '.join(counts.errors[:1])}".strip()
     texts = [text for example in made for text in all_texts(example)]
@@ -73,12 +75,34 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
     return (
         task.kind,
         "?" if about.get("rows") is None else f"{about['rows']:,}",
-        ", ".join(about.get("columns") or ()),
-        task.language or ", ".join(task.languages),
+        _listed(about.get("columns") or ()),
+        task.language or _listed(task.languages),
         about.get("license") or "?",
-        f"{sum(lengths) / max(len(made), 1):,.0f}",
+        f"{sum(lengths) / len(made):,.0f}",
         shown,
     )
+
+
+def _examples(task: Task, rows: Sequence[Row]) -> tuple[list[dict], Counts]:
+    """The text examples of rows; of an evaluation set, its queries and relevant texts."""
+    if task.kind == "retrieval":
+        task = dataclasses.replace(task, kind="pair")
+    counts = Counts()
+    return list(dataclasses.replace(task, source=_Rows(tuple(rows))).examples(Shard(""), counts)), counts
+
+
+def _streamed(source: Source) -> Source:
+    """The source, and those that it consists of, without copies of whole files in a cache."""
+    changes = {"streaming": True} if hasattr(source, "streaming") else {}
+    for field in dataclasses.fields(source):
+        if isinstance(value := getattr(source, field.name), Source):
+            changes[field.name] = _streamed(value)
+    return dataclasses.replace(source, **changes) if changes else source
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED + 1 else ""
+    return ", ".join(names[:LISTED] if more else names) + more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,12 +186,12 @@ class Task:
     def _make(self, row: dict) -> Iterator[dict]:
         """The examples of one row."""
         if self.kind == "text":
-            for text in texts_of(row, self._field("text")):
+            for text in self._texts(row, "text"):
                 yield {"text": text}
         elif self.kind == "contextual":
             yield self._contextual(row)
         else:
-            queries, documents = (texts_of(row, self._field(side)) for side in ("query", "document"))
+            queries, documents = self._texts(row, "query"), self._texts(row, "document")
             sides = {"negatives": texts_of(row, self._field("negatives"))} if self.kind == "triplet" else {}
             for query, document in itertools.product(queries, documents):
                 yield {"query": query, "document": document} | sides
@@ -218,7 +218,7 @@ class Task:
     def _from_group(self, rows: Sequence[dict]) -> list[dict]:
         """The examples of a group of rows; none if it lacks a side."""
         if self.kind == "text":
-            return [{"text": "\n".join(dict.fromkeys(t for row in rows for t in texts_of(row, self._field("text"))))}]
+            return [{"text": "\n".join(dict.fromkeys(t for row in rows for t in self._texts(row, "text")))}]
         if self.kind == "pair":
             sides = [(text_of(row, self._field("query")), text_of(row, self._field("document"))) for row in rows]
             sides = sorted(set(sides), key=_digest)  # any order that is not that of the rows
@@ -236,9 +236,9 @@ class Task:
             if self.label:
                 role = self.labels.get(str(pick(row, self.label)))
                 if role:
-                    sides[role] += texts_of(row, self._field("document"))
+                    sides[role] += self._texts(row, "document")
             else:
-                sides["document"] += texts_of(row, self._field("document"))
+                sides["document"] += self._texts(row, "document")
                 sides["negatives"] += texts_of(row, self._field("negatives"))
         if not sides["document"] or not sides["negatives"]:
             return []
@@ -247,6 +247,11 @@ class Task:
 
     def _field(self, column: str) -> str | Sequence[str]:
         return self.columns.get(column, column)
+
+    def _texts(self, row: dict, column: str) -> list[str]:
+        """The texts of a row in a column: one, of several fields joined, or those of a list."""
+        field = self._field(column)
+        return texts_of(row, field) if isinstance(field, str) else [text_of(row, field)]
 
     def _reason(self, row: dict) -> str | None:
         if self.language_field and self.languages and pick(row, self.language_field) not in self.languages:
@@ -346,7 +351,10 @@ def find_function(name: str) -> Callable:
 
 
 def pick(row: Mapping, field: str):
-    """The value of "a.b" or "a.*.b" in a row; "*" is every item of a list or mapping. KeyError, IndexError or TypeError if the row does not have it."""
+    """The value of "a.b" or "a.*.b" in a row; "*" is every item of a list or mapping.
+
+    KeyError, IndexError or TypeError if the row does not have it.
+    """
     value = row
     names = field.split(".")
     for i, name in enumerate(names):
@@ -401,7 +409,7 @@ def _without(pattern: str, value):
     """A text, list of texts or list of queries without the matches of a regular expression, stripped."""
     if isinstance(value, str):
         return re.sub(pattern, "", value).strip()
-    return [_without(pattern, each) if isinstance(each, str) else (_without(pattern, each[0]), each[1]) for each in value]
+    return [_without(pattern, v) if isinstance(v, str) else (_without(pattern, v[0]), v[1]) for v in value]
 
 
 def _digest(value) -> bytes:
