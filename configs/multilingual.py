@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     for task in MINED:
         config.mining[f"mined_{task.partition('.')[0]}"] = base.mining(
-            checkpoint="pair", task=task, queries=8192, rank_window=(5, 50)
+            checkpoint="pair", tasks=(task,), queries=8192, rank_window=(5, 50)
         )
     parts = {name: 1.0 for name in config.mining} | {"klue.triplets": 0.5}
     config.stages.triplet = base.stage(
@@ -77,7 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data.split_identifiers = True
         config.stages.pair.curriculum = ((1, "summaries"), (1, "pairs"))
         config.mining = ConfigDict(
-            {"mined_summaries": base.mining(checkpoint="pair", task="python_docs.summaries", rank_window=(5, 50))}
+            {"mined_summaries": base.mining(checkpoint="pair", tasks=("python_docs.summaries",), rank_window=(5, 50))}
         )
         config.stages.triplet.curriculum = ((2, "mined_summaries"),)
     return config

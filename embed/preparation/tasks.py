@@ -47,7 +47,7 @@ class Task:
     contextual task, a query is for the chunk where the text of its answer first occurs.
 
     With `group_by`, the rows of a shard with the same value of these fields make one example: a text has their
-    different texts, one per line; a document has their different chunks; a triplet has the sides that `label` says. A
+    different texts, one per line; a document has their different chunks, and the queries of one chunk only; a triplet has the sides that `label` says. A
     pair task then pairs the query of each row with the document of another one, as for rows that say the same.
 
     Filters apply to every text of an example, except those with a column of their own.
@@ -230,6 +230,9 @@ class Task:
             for row in rows:
                 index = chunks.setdefault(text_of(row, self._field("chunk")), len(chunks))
                 queries += [(query, index) for query in texts_of(row, self._field("queries"))]
+            # A query of several chunks has no single positive.
+            times = Counter(query for query, _ in dict.fromkeys(queries))
+            queries = [(query, index) for query, index in queries if times[query] == 1]
             return [{"chunks": list(chunks), "queries": queries, "headers": [[]] * len(chunks)}]
         sides: dict[str, list[str]] = {"document": [], "negatives": []}
         for row in rows:
