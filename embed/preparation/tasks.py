@@ -5,8 +5,8 @@ Kinds, with their text examples:
     text         {"text"}
     pair         {"query", "document"}
     triplet      {"query", "document", "negatives": [text, …]}
-    contextual   {"chunks": [text, …], "queries": [(text, index of its chunk), …], "headers": [[index, …], …]}, or
-                 {"text", "queries": [(text, offset), …]}, which the tokenizer divides into chunks
+    contextual   {"chunks": [text, …], "queries": [(text, index of its chunk), …], "headers": [[index, …], …]}
+                 or {"text", "queries": [(text, offset), …]}, which the tokenizer divides into chunks
     retrieval    no examples: a source that has a corpus, queries and relevance of its own, for an evaluation set
 """
 
@@ -46,9 +46,10 @@ class Task:
     A row with lists of texts, queries or documents gives several examples. With the columns "text" and "answers" of a
     contextual task, a query is for the chunk where the text of its answer first occurs.
 
-    With `group_by`, the rows of a shard with the same value of these fields make one example: a text has their
-    different texts, one per line; a document has their different chunks, and the queries of one chunk only; a triplet has the sides that `label` says. A
-    pair task then pairs the query of each row with the document of another one, as for rows that say the same.
+    With `group_by`, the rows of a shard with the same value of these fields make one example. A text has their different
+    texts, one per line. A document has their different chunks, and the queries of one chunk only. A triplet has the
+    sides that `label` says. A pair task pairs the query of each row with the document of another one, as for rows that
+    say the same.
 
     Filters apply to every text of an example, except those with a column of their own.
     """
