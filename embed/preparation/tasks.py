@@ -46,10 +46,10 @@ class Task:
     A row with lists of texts, queries or documents gives several examples. With the columns "text" and "answers" of a
     contextual task, a query is for the chunk where the text of its answer first occurs.
 
-    With `group_by`, the rows of a shard with the same value of these fields make one example. A text has their different
-    texts, one per line. A document has their different chunks, and the queries of one chunk only. A triplet has the
-    sides that `label` says. A pair task pairs the query of each row with the document of another one, as for rows that
-    say the same.
+    With `group_by`, the rows of a shard with the same value of these fields make one example. A text has their
+    different texts, one per line. A document has their different chunks, and the queries of one chunk only. A triplet
+    has the sides that `label` says. A pair task pairs the query of each row with the document of another one, as for
+    rows that say the same.
 
     Filters apply to every text of an example, except those with a column of their own.
     """

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,27 +164,28 @@ class Hub(FileReader):
         return {"id": self.id, "commit": self._inputs[0].version, "files": [[f.name, f.size] for f in self._inputs]}
 
 
+_asking = threading.Lock()
 _answers: dict[str, tuple[bool, float]] = {}  # {endpoint: (whether it answered, when)}
 
 
 def _can_be_reached(id: str) -> bool:
     """Whether the hub answers, whatever it answers. It is asked once per process, and again if it did not answer."""
     import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, errors
 
-    answered, when = _answers.get(constants.ENDPOINT, (False, -FORGOTTEN))
-    if constants.HF_HUB_OFFLINE or answered or time.monotonic() - when < FORGOTTEN:
+    with _asking:
+        answered, when = _answers.get(constants.ENDPOINT, (False, -FORGOTTEN))
+        if constants.HF_HUB_OFFLINE or answered or time.monotonic() - when < FORGOTTEN:
+            return answered
+        try:
+            huggingface_hub.HfApi().dataset_info(id, timeout=TIMEOUT)
+            answered = True
+        except errors.HfHubHTTPError:  # an answer, such as that there is no such dataset
+            answered = True
+        except Exception:  # of the connection
+            answered = False
+        _answers[constants.ENDPOINT] = answered, time.monotonic()
         return answered
-    try:
-        huggingface_hub.HfApi().dataset_info(id, timeout=TIMEOUT)
-    except OSError:  # the hub's errors are those of its answers
-        answered = True
-    except Exception:  # of the connection
-        answered = False
-    else:
-        answered = True
-    _answers[constants.ENDPOINT] = answered, time.monotonic()
-    return answered
 
 
 def read_card(text: str) -> dict:
