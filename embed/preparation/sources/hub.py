@@ -114,7 +114,7 @@ class Hub(FileReader):
                     repo_type="dataset",
                     revision=revision,
                     allow_patterns=["README.md", ".gitattributes"],
-                    local_files_only=not _can_be_reached(self.id),
+                    local_files_only=not _can_be_reached(self.id, revision),
                 )
             )
 
@@ -168,7 +168,7 @@ _asking = threading.Lock()
 _answers: dict[str, tuple[bool, float]] = {}  # {endpoint: (whether it answered, when)}
 
 
-def _can_be_reached(id: str) -> bool:
+def _can_be_reached(id: str, revision: str) -> bool:
     """Whether the hub answers, whatever it answers. It is asked once per process, and again if it did not answer."""
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -178,7 +178,7 @@ def _can_be_reached(id: str) -> bool:
         if constants.HF_HUB_OFFLINE or answered or time.monotonic() - when < FORGOTTEN:
             return answered
         try:
-            huggingface_hub.HfApi().dataset_info(id, timeout=TIMEOUT)
+            huggingface_hub.HfApi().dataset_info(id, revision=revision, timeout=TIMEOUT)
             answered = True
         except errors.HfHubHTTPError:  # an answer, such as that there is no such dataset
             answered = True
