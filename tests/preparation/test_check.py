@@ -13,14 +13,18 @@ from embed.preparation.check import check
 from embed.preparation.sources import hub
 
 GIN = """
-task.source = @files()
 task.kind = "pair"
+works/task.source = @files()
 works/files.paths = "{data_root}/good.jsonl"
 works/task.language = "en"
+column/task.source = @files()
 column/files.paths = "{data_root}/good.jsonl"
 column/task.columns = {"document": "answer"}
+bad/task.source = @files()
 bad/files.paths = "{data_root}/bad.jsonl"
+missing/task.source = @files()
 missing/files.paths = "{data_root}/none-*.jsonl"
+groups/task.source = @files()
 groups/files.paths = "{data_root}/groups.jsonl"
 groups/task.group_by = "key"
 remote/task.source = @hub()
@@ -129,7 +133,6 @@ def test_groups_that_the_first_rows_do_not_complete_are_looked_for_in_more(folde
 
 
 def test_an_evaluation_set_shows_a_query_and_its_relevant_text(folder, capsys):
-    result, printed = run(folder, capsys, ["works"])
     (folder / "test.gin").write_text(
         f"{GIN}\nmixtures.rates = {{'pairs': {{'works': 1.0}}}}\nevaluation.sets = {{'a/test': 'evaluated'}}\n"
     )
