@@ -100,7 +100,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_source_that_works_is_a_row_with_its_columns_and_an_example(folder, capsys):
     result, printed = run(folder, capsys, ["works"])
-    (row,) = [line for line in printed.splitlines() if "works" in line]
+    (row,) = [line for line in printed.splitlines() if line.startswith("│ works")]
     for part in ("pair", "query, document, _file", "en", "query 0 → document 0"):
         assert part in row
     assert result and "1 of 1 tasks can be read" in printed
