@@ -1,8 +1,10 @@
 """`embed prepare --check`: what the sources of a gin file give, from a few rows of each."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rich.table
@@ -16,6 +18,7 @@ from embed.tokenizers import Tokenizer
 ROWS = 10  # of each source
 ROWS_OF_GROUPS = 10_000  # at most, if fewer rows make no group
 THREADS = 16  # sources that are read at the same time
+PATIENCE = 30.0  # seconds without an answer of any source, after which those that are left are given up
 SHOWN = 60  # characters of an example
 LISTED = 6  # columns and languages that are named
 
@@ -39,8 +42,7 @@ def check(
     length = "tokens" if tokenizer else "characters"
     for column in ("task", "kind", "rows", "columns", "language", "license", length, "an example"):
         table.add_column(column, justify="right" if column in ("rows", length) else "left")
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(lambda name: _row(bound.tasks[name], tokenizer), names))
+    results = _in_threads(lambda name: _row(bound.tasks[name], tokenizer), names)
     problems = [f"{name}: {result}" for name, result in zip(names, results) if isinstance(result, str)]
     for name, result in zip(names, results):
         if not isinstance(result, str):
@@ -54,6 +56,32 @@ def check(
         console.print(f"{name}: a task of seqio, which is not read here", markup=False, highlight=False)
     console.print(f"{len(names) - len(problems)} of {len(names)} tasks can be read", highlight=False)
     return not problems
+
+
+def _in_threads(function: Callable, names: Sequence[str]) -> list:
+    """`function` of each name. Libraries of file systems retry for minutes, so that no thread is waited for forever."""
+    waiting, answers, results = queue.SimpleQueue(), queue.SimpleQueue(), {}
+
+    def work():
+        with contextlib.suppress(queue.Empty):
+            while True:
+                name = waiting.get_nowait()
+                try:
+                    answers.put((name, function(name), None))
+                except BaseException as error:
+                    answers.put((name, None, error))
+
+    for name in names:
+        waiting.put(name)
+    for _ in range(min(THREADS, len(names))):
+        threading.Thread(target=work, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        while len(results) < len(names):
+            name, result, error = answers.get(timeout=PATIENCE)
+            if error:
+                raise error
+            results[name] = result
+    return [results.get(name, f"no answer: no source answered for {PATIENCE:g} seconds") for name in names]
 
 
 def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:

@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub.utils import close_session
 
+from embed.preparation import check as checking
 from embed.preparation.check import check
 from embed.preparation.sources import hub
 
@@ -125,6 +126,14 @@ def test_a_hub_that_does_not_answer_is_asked_once_for_all_sources(folder, capsys
     result, printed = run(folder, capsys, [f"remote/set_{i}" for i in range(30)])
     assert printed.count("cannot be reached") == 30 and "0 of 30 tasks can be read" in printed
     assert not result and len(connections) == 1
+
+
+def test_sources_that_never_answer_are_given_up_and_the_others_shown(folder, capsys, endpoint, silent_hub, monkeypatch):
+    endpoint(f"http://127.0.0.1:{silent_hub[0]}")
+    monkeypatch.setattr(checking, "PATIENCE", 1.0)
+    result, printed = run(folder, capsys, ["works", *(f"remote/set_{i}" for i in range(30))])
+    assert printed.count("no answer: no source answered for 1 seconds") == 30
+    assert not result and "1 of 31 tasks can be read" in printed
 
 
 def test_groups_that_the_first_rows_do_not_complete_are_looked_for_in_more(folder, capsys):
