@@ -60,7 +60,7 @@ def check(
 
 def _in_threads(function: Callable, names: Sequence[str]) -> list:
     """`function` of each name. Libraries of file systems retry for minutes, so that no thread is waited for forever."""
-    waiting, answers, results = queue.SimpleQueue(), queue.SimpleQueue(), {}
+    waiting, answers, results, threads = queue.SimpleQueue(), queue.SimpleQueue(), {}, []
 
     def work():
         with contextlib.suppress(queue.Empty):
@@ -73,15 +73,20 @@ def _in_threads(function: Callable, names: Sequence[str]) -> list:
 
     for name in names:
         waiting.put(name)
-    for _ in range(min(THREADS, len(names))):
-        threading.Thread(target=work, daemon=True).start()
-    with contextlib.suppress(queue.Empty):
-        while len(results) < len(names):
-            name, result, error = answers.get(timeout=PATIENCE)
-            if error:
-                raise error
-            results[name] = result
-    return [results.get(name, f"no answer: no source answered for {PATIENCE:g} seconds") for name in names]
+    while len(results) < len(names):
+        try:
+            name, result, error = answers.get(timeout=PATIENCE if threads else 0)
+        except queue.Empty:
+            if waiting.empty():
+                break
+            for _ in range(THREADS):  # at first, and when all others hang
+                threads.append(threading.Thread(target=work, daemon=True))
+                threads[-1].start()
+            continue
+        if error:
+            raise error
+        results[name] = result
+    return [results.get(name, f"no answer, as from any other source, for {PATIENCE:g} seconds") for name in names]
 
 
 def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
