@@ -1,12 +1,13 @@
 """pplx-embed with the sizes, batches, lengths and schedules of the paper, where it states them (arXiv 2602.11151).
 
     embed plan --config=configs/pplx_embed.py:size=0.6b,stage=diffusion --topology=v6e:8x8
-    embed prepare --config=configs/pplx_embed.py:size=0.6b --workdir=RUN --config.data.gin_file=MIXTURES.gin
+    embed prepare --config=configs/pplx_embed.py:size=0.6b --workdir=RUN --check
+    embed prepare --config=configs/pplx_embed.py:size=0.6b --workdir=RUN
     embed train --config=configs/pplx_embed.py:size=0.6b,stage=diffusion --workdir=RUN
 
 The argument `init` is the model that the diffusion stage starts from, a folder or hub id; the data use its tokenizer.
-This file names the mixtures; your own gin file defines them (none is shipped yet). What the paper does not say is
-marked "a choice". `runlocal` runs the same graph at toy size on the Python sources of this machine.
+configs/data/pplx_embed.gin defines the mixtures. What the paper does not say is marked "a choice". `runlocal` runs the
+same graph at toy size on the Python sources of this machine.
 """
 
 from ml_collections import ConfigDict
@@ -14,6 +15,23 @@ from ml_collections import ConfigDict
 from configs import base
 from embed.config import parse_arg
 from embed.models.transformer import SIZES
+
+# The sets of the triplet stage and their shares, as in configs/data/pplx_embed.gin: 92% English, 7% multilingual, 1%
+# code.
+TRIPLETS = {
+    "msmarco": 0.30,
+    "hotpotqa": 0.12,
+    "fever": 0.12,
+    "nq": 0.10,
+    "squad": 0.08,
+    "trivia": 0.08,
+    "gooaq": 0.06,
+    "eli5": 0.03,
+    "mldr": 0.02,
+    "fiqa": 0.01,
+    "miracl": 0.07,
+    "code": 0.01,
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -26,6 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stage = arg.stage
     config.model.update(SIZES[arg.size])
     config.model.vocab_size = 151936
+    config.data.gin_file = "configs/data/pplx_embed.gin"
     config.data.tokenizer = source
 
     prefixes = (128, 256, 512, 1024) if small else (128, 256, 512, 1024, 2048, 2560)
@@ -60,14 +79,15 @@ def get_config(arg: str = "") -> ConfigDict:
         optimizer=dict(learning_rate=5e-5 if small else 2e-5),
         batch=dict(group_size=8, groups=128, rows_per_group=10, length=4096, spans=64, segments=64, max_chunks=16),
     )
-    # 92% English, 7% multilingual, 1% code. The stage draws 10.2 million examples, so every query of a task is mined.
-    parts = {"triplets_english": 0.92, "triplets_multilingual": 0.07, "triplets_code": 0.01}
-    for name in parts:
-        config.mining[f"mined_{name}"] = base.mining(checkpoint="pair", tasks=(name,), queries=0, rank_window=(5, 100))
+    # The stage draws 10.2 million examples, so every query of a set is mined. Its documents are the candidates.
+    for name in TRIPLETS:
+        config.mining[f"mined_{name}"] = base.mining(
+            checkpoint="pair", tasks=(f"triplets.{name}",), rank_window=(5, 100)
+        )
     config.stages.triplet = base.stage(
         "triplet",
         init="pair",
-        curriculum=((5_000, {f"mined_{name}": rate for name, rate in parts.items()}),),
+        curriculum=((5_000, {f"mined_{name}": rate for name, rate in TRIPLETS.items()}),),
         matryoshka=prefixes,
         temperature=0.03,
         optimizer=dict(learning_rate=2e-5 if small else 1e-5),

@@ -1,8 +1,10 @@
 """`embed prepare --check`: what the sources of a gin file give, from a few rows of each."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import queue
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import rich.table
@@ -14,8 +16,11 @@ from embed.preparation.tasks import Counts, Task, all_texts
 from embed.tokenizers import Tokenizer
 
 ROWS = 10  # of each source
+ROWS_OF_GROUPS = 10_000  # at most, if fewer rows make no group
 THREADS = 16  # sources that are read at the same time
+PATIENCE = 30.0  # seconds without an answer of any source, after which those that are left are given up
 SHOWN = 60  # characters of an example
+LISTED = 6  # columns and languages that are named
 
 
 def check(
@@ -37,8 +42,7 @@ def check(
     length = "tokens" if tokenizer else "characters"
     for column in ("task", "kind", "rows", "columns", "language", "license", length, "an example"):
         table.add_column(column, justify="right" if column in ("rows", length) else "left")
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(lambda name: _row(bound.tasks[name], tokenizer), names))
+    results = _in_threads(lambda name: _row(bound.tasks[name], tokenizer), names)
     problems = [f"{name}: {result}" for name, result in zip(names, results) if isinstance(result, str)]
     for name, result in zip(names, results):
         if not isinstance(result, str):
@@ -54,17 +58,48 @@ def check(
     return not problems
 
 
+def _in_threads(function: Callable, names: Sequence[str]) -> list:
+    """`function` of each name. Libraries of file systems retry for minutes, so that no thread is waited for forever."""
+    waiting, answers, results, threads = queue.SimpleQueue(), queue.SimpleQueue(), {}, []
+
+    def work():
+        with contextlib.suppress(queue.Empty):
+            while True:
+                name = waiting.get_nowait()
+                try:
+                    answers.put((name, function(name), None))
+                except BaseException as error:
+                    answers.put((name, None, error))
+
+    for name in names:
+        waiting.put(name)
+    while len(results) < len(names):
+        try:
+            name, result, error = answers.get(timeout=PATIENCE if threads else 0)
+        except queue.Empty:
+            if waiting.empty():
+                break
+            for _ in range(THREADS):  # at first, and when all others hang
+                threads.append(threading.Thread(target=work, daemon=True))
+                threads[-1].start()
+            continue
+        if error:
+            raise error
+        results[name] = result
+    return [results.get(name, f"no answer, as from any other source, for {PATIENCE:g} seconds") for name in names]
+
+
 def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
     """The cells of a task's row, or what is wrong with its source."""
     try:
-        rows = task.source.sample(ROWS)
-        about = task.source.describe()
-        counts = Counts()
-        sampled = dataclasses.replace(task, source=_Rows(tuple(rows)))
-        made = [] if task.kind == "retrieval" else list(sampled.examples(Shard(""), counts))
+        source = _streamed(task.source)
+        rows, about = source.sample(ROWS), source.describe()
+        made, counts = _examples(task, rows)
+        if not made and task.group_by:
+            made, counts = _examples(task, source.sample(ROWS_OF_GROUPS))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    if task.kind != "retrieval" and not made:
+    if not made:
         reasons = ", ".join(f"{reason} {count}" for reason, count in (counts.rows + counts.dropped).items() if count)
         return f"the first {counts.rows_read} rows give no example ({reasons}) {'; '.join(counts.errors[:1])}".strip()
     texts = [text for example in made for text in all_texts(example)]
@@ -73,12 +108,34 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
     return (
         task.kind,
         "?" if about.get("rows") is None else f"{about['rows']:,}",
-        ", ".join(about.get("columns") or ()),
-        task.language or ", ".join(task.languages),
+        _listed(about.get("columns") or ()),
+        task.language or _listed(task.languages),
         about.get("license") or "?",
-        f"{sum(lengths) / max(len(made), 1):,.0f}",
+        f"{sum(lengths) / len(made):,.0f}",
         shown,
     )
+
+
+def _examples(task: Task, rows: Sequence[Row]) -> tuple[list[dict], Counts]:
+    """The text examples of rows; of an evaluation set, its queries and relevant texts."""
+    if task.kind == "retrieval":
+        task = dataclasses.replace(task, kind="pair")
+    counts = Counts()
+    return list(dataclasses.replace(task, source=_Rows(tuple(rows))).examples(Shard(""), counts)), counts
+
+
+def _streamed(source: Source) -> Source:
+    """The source, and those that it consists of, without copies of whole files in a cache."""
+    changes = {"streaming": True} if hasattr(source, "streaming") else {}
+    for field in dataclasses.fields(source):
+        if isinstance(value := getattr(source, field.name), Source):
+            changes[field.name] = _streamed(value)
+    return dataclasses.replace(source, **changes) if changes else source
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED + 1 else ""
+    return ", ".join(names[:LISTED] if more else names) + more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,14 @@ Kinds, with their text examples:
     pair         {"query", "document"}
     triplet      {"query", "document", "negatives": [text, …]}
     contextual   {"chunks": [text, …], "queries": [(text, index of its chunk), …], "headers": [[index, …], …]}
+                 or {"text", "queries": [(text, offset), …]}, which the tokenizer divides into chunks
     retrieval    no examples: a source that has a corpus, queries and relevance of its own, for an evaluation set
 """
 
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ COLUMNS = {
     "text": (("text",), ()),
     "pair": (("query", "document"), ()),
     "triplet": (("query", "document", "negatives"), ()),
-    "contextual": ((), ("chunks", "text", "queries", "headers")),
+    "contextual": ((), ("chunks", "text", "queries", "answers", "headers")),
     "retrieval": ((), ()),
 }
 BAD, EMPTY, PATTERN, SHORT, LONG = "bad rows", "empty texts", "pattern", "shorter than min_characters", "too long"
@@ -41,6 +43,14 @@ class BadRowsError(ValueError):
 class Task:
     """One task. Columns name fields of a row: "a.b" is field b of field a, "a.*.b" that of every item of the list a.
 
+    A row with lists of texts, queries or documents gives several examples. With the columns "text" and "answers" of a
+    contextual task, a query is for the chunk where the text of its answer first occurs.
+
+    With `group_by`, the rows of a shard with the same value of these fields make one example. A text has their
+    different texts, one per line. A document has their different chunks, and the queries of one chunk only. A triplet
+    has the sides that `label` says. A pair task pairs the query of each row with the document of another one, as for
+    rows that say the same.
+
     Filters apply to every text of an example, except those with a column of their own.
     """
 
@@ -50,7 +60,7 @@ class Task:
         default_factory=dict
     )  # {column of the kind: field, or fields to join}
     map: str = ""  # "package.module:function" that yields rows for a row, before `columns`
-    group_by: str = ""  # rows of a shard with the same value of this field make one example
+    group_by: str | Sequence[str] = ()
     label: str = ""  # with group_by: the field that says what the `document` of a row is
     labels: Mapping[str, str] = dataclasses.field(
         default_factory=dict
@@ -61,6 +71,9 @@ class Task:
     language_field: str = ""
     score_field: str = ""
     min_score: float = 0.0
+    # Matches of a regular expression are removed from every text, or from those of {column: regular expression}, before
+    # the filters.
+    remove: str | Mapping[str, str] = ""
     min_characters: int = 1
     max_characters: int = 1_000_000
     keep: str = ""  # a regular expression that must occur in the first text of an example
@@ -90,15 +103,20 @@ class Task:
             raise ValueError(
                 f"task.columns: {unknown[0]!r} is no column of a {self.kind} task: {', '.join(sorted(allowed))}"
             )
-        for name in ("keep", "drop"):
+        removed = self.remove if isinstance(self.remove, Mapping) else {"": self.remove}
+        if unknown := [name for name in removed if name and name not in allowed]:
+            raise ValueError(f"task.remove: {unknown[0]!r} is no column of a {self.kind} task")
+        for name, pattern in (*(("remove", p) for p in removed.values()), ("keep", self.keep), ("drop", self.drop)):
             try:
-                re.compile(getattr(self, name))
+                re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"task.{name}={getattr(self, name)!r} is no regular expression: {error}") from None
+                raise ValueError(f"task.{name}={pattern!r} is no regular expression: {error}") from None
         for name in ("held_out", "max_bad"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"task.{name}={getattr(self, name)!r} must be between 0 and 1")
         find_function(self.map) if self.map else None
+        if "answers" in self.columns and "text" not in self.columns:
+            raise ValueError("task.columns: 'answers' needs the column 'text'")
         if self.label and not (self.group_by and self.kind == "triplet"):
             raise ValueError("task.label needs task.group_by and kind 'triplet'")
 
@@ -130,7 +148,7 @@ class Task:
                 counts.bad(location, f"{type(error).__name__}: {error.args[0] if error.args else error}", len(rows))
                 continue
             counts.rows["used" if made else UNUSED] += len(rows)
-            for example in made:
+            for example in map(self._cleaned, made):
                 counts.made += 1
                 why = reason or self._text_reason(example)
                 if why is None and kept_out != held_out:
@@ -156,7 +174,8 @@ class Task:
                 yield row.location, [row.value]
             else:
                 try:
-                    key = str(pick(row.value, self.group_by))
+                    names = (self.group_by,) if isinstance(self.group_by, str) else self.group_by
+                    key = str([pick(row.value, name) for name in names])
                 except (KeyError, TypeError, IndexError, ValueError) as error:
                     counts.bad(row.location, f"{type(error).__name__}: {error.args[0] if error.args else error}")
                     continue
@@ -168,18 +187,25 @@ class Task:
     def _make(self, row: dict) -> Iterator[dict]:
         """The examples of one row."""
         if self.kind == "text":
-            yield {"text": text_of(row, self._field("text"))}
+            for text in self._texts(row, "text"):
+                yield {"text": text}
         elif self.kind == "contextual":
             yield self._contextual(row)
         else:
-            query, documents = text_of(row, self._field("query")), texts_of(row, self._field("document"))
+            queries, documents = self._texts(row, "query"), self._texts(row, "document")
             sides = {"negatives": texts_of(row, self._field("negatives"))} if self.kind == "triplet" else {}
-            for document in documents:
+            for query, document in itertools.product(queries, documents):
                 yield {"query": query, "document": document} | sides
 
     def _contextual(self, row: dict) -> dict:
         queries = pick(row, self._field("queries"))
         queries = [queries] if isinstance(queries, (str, Mapping)) else queries
+        if "answers" in self.columns:
+            text, answers = text_of(row, self._field("text")), texts_of(row, self._field("answers"))
+            if len(answers) != len(queries):
+                raise ValueError(f"{len(queries)} queries have {len(answers)} answers")
+            offsets = [(_query_text(query), text.find(answer)) for query, answer in zip(queries, answers)]
+            return {"text": text, "queries": [(query, offset) for query, offset in offsets if offset >= 0]}
         if "text" in self.columns:
             pairs = [(_query_text(query), int(query["offset"])) for query in queries]
             return {"text": text_of(row, self._field("text")), "queries": pairs}
@@ -191,22 +217,32 @@ class Task:
         return {"chunks": chunks, "queries": pairs, "headers": headers}
 
     def _from_group(self, rows: Sequence[dict]) -> list[dict]:
-        """The example of a group of rows, or none if it lacks a side."""
+        """The examples of a group of rows; none if it lacks a side."""
+        if self.kind == "text":
+            return [{"text": "\n".join(dict.fromkeys(t for row in rows for t in self._texts(row, "text")))}]
+        if self.kind == "pair":
+            sides = [(text_of(row, self._field("query")), text_of(row, self._field("document"))) for row in rows]
+            sides = sorted(set(sides), key=_digest)  # any order that is not that of the rows
+            shifted = zip(sides, sides[1:] + sides[:1])
+            return [{"query": q, "document": d} for (q, own), (_, d) in shifted if own != d and q != d]
         if self.kind == "contextual":
             chunks: dict[str, int] = {}
             queries = []
             for row in rows:
                 index = chunks.setdefault(text_of(row, self._field("chunk")), len(chunks))
                 queries += [(query, index) for query in texts_of(row, self._field("queries"))]
+            # A query of several chunks has no single positive.
+            times = Counter(query for query, _ in dict.fromkeys(queries))
+            queries = [(query, index) for query, index in queries if times[query] == 1]
             return [{"chunks": list(chunks), "queries": queries, "headers": [[]] * len(chunks)}]
         sides: dict[str, list[str]] = {"document": [], "negatives": []}
         for row in rows:
             if self.label:
                 role = self.labels.get(str(pick(row, self.label)))
                 if role:
-                    sides[role] += texts_of(row, self._field("document"))
+                    sides[role] += self._texts(row, "document")
             else:
-                sides["document"] += texts_of(row, self._field("document"))
+                sides["document"] += self._texts(row, "document")
                 sides["negatives"] += texts_of(row, self._field("negatives"))
         if not sides["document"] or not sides["negatives"]:
             return []
@@ -216,12 +252,32 @@ class Task:
     def _field(self, column: str) -> str | Sequence[str]:
         return self.columns.get(column, column)
 
+    def _texts(self, row: dict, column: str) -> list[str]:
+        """The texts of a row in a column: one, of several fields joined, or those of a list."""
+        field = self._field(column)
+        return texts_of(row, field) if isinstance(field, str) else [text_of(row, field)]
+
     def _reason(self, row: dict) -> str | None:
         if self.language_field and self.languages and pick(row, self.language_field) not in self.languages:
             return LANGUAGE
         if self.score_field and not float(pick(row, self.score_field)) >= self.min_score:
             return SCORE
         return None
+
+    def _cleaned(self, example: dict) -> dict:
+        """An example without what `remove` matches. The text of a document stays: its queries have offsets in it."""
+        if not self.remove:
+            return example
+        result = dict(example)
+        for name in example:
+            pattern = self.remove if isinstance(self.remove, str) else self.remove.get(self._column(name), "")
+            if pattern and name != "headers" and not (name == "text" and self.kind == "contextual"):
+                result[name] = _without(pattern, example[name])
+        return result
+
+    def _column(self, name: str) -> str:
+        """The column that a part of an example is named by; a group's chunks are those of the column chunk."""
+        return "chunk" if name == "chunks" and "chunk" in self.columns else name
 
     def _text_reason(self, example: dict) -> str | None:
         texts = list(all_texts(example))
@@ -238,8 +294,7 @@ class Task:
 
     def _is_held_out(self, row: dict) -> bool:
         value = pick(row, self.held_out_by) if self.held_out_by else {k: v for k, v in row.items() if k[:1] != "_"}
-        digest = hashlib.blake2b(f"held out {value!r}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < self.held_out * 2.0**64
+        return int.from_bytes(_digest(("held out", value)), "little") < self.held_out * 2.0**64
 
     def _weight(self, row: dict) -> int:
         if not self.weight_field:
@@ -300,12 +355,16 @@ def find_function(name: str) -> Callable:
 
 
 def pick(row: Mapping, field: str):
-    """The value of "a.b" or "a.*.b" in a row. KeyError, IndexError or TypeError if the row does not have it."""
+    """The value of "a.b" or "a.*.b" in a row; "*" is every item of a list or mapping.
+
+    KeyError, IndexError or TypeError if the row does not have it.
+    """
     value = row
     names = field.split(".")
     for i, name in enumerate(names):
         if name == "*":
             rest = ".".join(names[i + 1 :])
+            value = value.values() if isinstance(value, Mapping) else value
             return [pick({"": item}, f".{rest}" if rest else "") for item in value]
         if isinstance(value, (list, tuple)):
             value = value[int(name)]
@@ -348,6 +407,18 @@ def all_texts(example: Mapping) -> Iterator[str]:
             yield value
         else:
             yield from (item if isinstance(item, str) else item[0] for item in value)
+
+
+def _without(pattern: str, value):
+    """A text, list of texts or list of queries without the matches of a regular expression, stripped."""
+    if isinstance(value, str):
+        return re.sub(pattern, "", value).strip()
+    return [_without(pattern, v) if isinstance(v, str) else (_without(pattern, v[0]), v[1]) for v in value]
+
+
+def _digest(value) -> bytes:
+    """64 bits of BLAKE2b over the representation of a value."""
+    return hashlib.blake2b(f"{value!r}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _query_text(query) -> str:

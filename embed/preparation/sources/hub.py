@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import re
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from embed.preparation.sources import formats
 from embed.preparation.sources.base import SourceError, first_line
 from embed.preparation.sources.files import FileReader, Input, open_file
 
+TIMEOUT = 10.0  # seconds for the first answer of the hub, for which its library would wait forever
+FORGOTTEN = 60.0  # seconds after which a hub that could not be reached is tried again
 CONVERTED = "refs/convert/parquet"  # branch with the Parquet files that the hub makes of a dataset
 # Words in a path that tell its split, in a repository without a list of its configs; as in the library `datasets`.
 SPLITS = {
@@ -108,7 +112,11 @@ class Hub(FileReader):
         with self._one_sentence(revision):
             # It also stores the list of files, and without a network it returns what an earlier call stored.
             folder = huggingface_hub.snapshot_download(
-                self.id, repo_type="dataset", revision=revision, allow_patterns=["README.md", ".gitattributes"]
+                self.id,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=["README.md", ".gitattributes"],
+                local_files_only=not _can_be_reached(self.id, revision),
             )
         return self._snapshots.setdefault(revision, Path(folder))
 
@@ -172,6 +180,30 @@ class Hub(FileReader):
 
     def identity(self) -> dict:
         return {"id": self.id, "commit": self._inputs[0].version, "files": [[f.name, f.size] for f in self._inputs]}
+
+
+_asking = threading.Lock()
+_answers: dict[str, tuple[bool, float]] = {}  # {endpoint: (whether it answered, when)}
+
+
+def _can_be_reached(id: str, revision: str) -> bool:
+    """Whether the hub answers, whatever it answers. It is asked once per process, and again if it did not answer."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    with _asking:
+        answered, when = _answers.get(constants.ENDPOINT, (False, -FORGOTTEN))
+        if constants.HF_HUB_OFFLINE or answered or time.monotonic() - when < FORGOTTEN:
+            return answered
+        try:
+            huggingface_hub.HfApi().dataset_info(id, revision=revision, timeout=TIMEOUT)
+            answered = True
+        except errors.HfHubHTTPError:  # an answer, such as that there is no such dataset
+            answered = True
+        except Exception:  # of the connection
+            answered = False
+        _answers[constants.ENDPOINT] = answered, time.monotonic()
+        return answered
 
 
 def read_card(text: str) -> dict:

@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import operator
 import os
+import random
 import re
 import shutil
 import tarfile
@@ -16,11 +18,12 @@ from embed.preparation.sources.files import Files, open_file
 from embed.preparation.sources.joined import Joined
 
 LANGUAGE = "{language}"
+DOCUMENTS = "documents"  # the copy of a member
 
 
 @dataclass(frozen=True)
 class Parallel(Joined):
-    """One row per sentence: {language: text}.
+    """One row per sentence: {language: text}; with `documents`, one row per document.
 
     paths: files of text with {language} in their names, of which line k is the same sentence; or a tar archive.
     members: the names of an archive's members, with {language}.
@@ -28,6 +31,11 @@ class Parallel(Joined):
     source: instead of paths, a source with one column per language. By default its column "translation", which has
         the languages, or all columns of text.
     columns: {language: column} of the source; "a.b" is the field b of the column a.
+    documents: of paths, a file or member whose line k names the document of sentence k. The sentences of a document
+        are adjacent; in the row they are the lines of one text.
+    pairs: if not 0, the rows are this many pairs of texts per sentence instead: query, document, query_language,
+        document_language. Each has two different languages, drawn by a hash of the row.
+    rates: {language: how often it is drawn}, relative to the 1 of the others.
     """
 
     paths: str = ""
@@ -35,6 +43,9 @@ class Parallel(Joined):
     languages: Sequence[str] = ()
     source: Source | None = None
     columns: Mapping[str, str] | None = None
+    documents: str = ""
+    pairs: int = 0
+    rates: Mapping[str, float] | None = None
 
     def parts(self) -> dict[str, Source]:
         if self.source:
@@ -58,11 +69,12 @@ class Parallel(Joined):
             yield from super().read(shard)
             return
         for row in self.source.read(shard):
-            yield row if row.error else self._columns(row)
+            yield from (row,) if row.error else self._drawn(self._columns(row))
 
     def sample(self, count: int = 10) -> list[Row]:
         if self.source:
-            return [row if row.error else self._columns(row) for row in self.source.sample(count)]
+            rows = (row if row.error else self._columns(row) for row in self.source.sample(count))
+            return [each for row in rows for each in self._drawn(row)][:count]
         return super().sample(count)
 
     def describe(self) -> dict:
@@ -88,7 +100,50 @@ class Parallel(Joined):
             return Row(row.location, None, f"no text in {', '.join(missing) or 'any column'}")
         return Row(row.location, found)
 
+    def _drawn(self, row: Row) -> Iterator[Row]:
+        """The row, or `pairs` pairs of its languages."""
+        if row.error or not self.pairs:
+            yield row
+            return
+        languages = [name for name, text in row.value.items() if text.strip()]
+        if len(languages) < 2:
+            yield Row(row.location, None, f"a text in {', '.join(languages) or 'no language'}, of two that pairs need")
+            return
+        rates = [(self.rates or {}).get(name, 1.0) for name in languages]
+        rng = random.Random(row.location)
+        for _ in range(self.pairs):
+            i = rng.choices(range(len(languages)), rates)[0]
+            others = languages[:i] + languages[i + 1 :]
+            drawn = languages[i], rng.choices(others, rates[:i] + rates[i + 1 :])[0]
+            values = (*(row.value[name] for name in drawn), *drawn)
+            yield Row(row.location, dict(zip(("query", "document", "query_language", "document_language"), values)))
+
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
+        rows = self._lines(temporary, limit)
+        for row in self._joined(temporary, rows) if self.documents else rows:
+            yield from self._drawn(row)
+
+    def _joined(self, temporary: Path, rows: Iterator[Row]) -> Iterator[Row]:
+        """Rows of documents from rows of sentences."""
+        first = next(rows, None)  # now the archive is extracted
+        if first is None:
+            return
+        path = temporary / DOCUMENTS if self.members else self.documents
+        if self.members and not path.exists():
+            raise SourceError(f"{self.paths} has no member {self.documents}")
+        with open_file(os.fspath(path)) as names:
+            named = zip(map(bytes.strip, formats.lines(names)), itertools.chain([first], rows))
+            for _, group in itertools.groupby(named, operator.itemgetter(0)):
+                sentences = [row for _, row in group]
+                errors = [row for row in sentences if row.error]
+                if errors:
+                    yield errors[0]
+                    continue
+                value = {name: "\n".join(row.value[name] for row in sentences) for name in sentences[0].value}
+                yield Row(sentences[0].location, value)
+
+    def _lines(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
+        """Rows {language: text} of the lines."""
         with contextlib.ExitStack() as stack:
             streams = {
                 name: itertools.islice(formats.lines(stream), limit)
@@ -118,6 +173,8 @@ class Parallel(Joined):
         opened, there = {}, set()
 
         def wanted(path: str) -> str | None:
+            if path == self.documents:
+                return DOCUMENTS
             if not (match := re.fullmatch(pattern, path)):
                 return None
             there.add(match[1])
@@ -151,7 +208,8 @@ class Parallel(Joined):
             ):
                 for member in members:
                     if member.isfile() and (language := wanted(member.name.removeprefix("./"))):
-                        with open(folder / f"{language.replace('/', '%')}.text", "wb") as out:
+                        name = language if language == DOCUMENTS else f"{language.replace('/', '%')}.text"
+                        with open(folder / name, "wb") as out:
                             shutil.copyfileobj(members.extractfile(member), out, formats.BUFFER)
         except Exception as error:  # each library has its own
             raise SourceError(f"{archive} cannot be read: {error}") from error

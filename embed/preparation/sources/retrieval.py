@@ -40,6 +40,7 @@ class Retrieval(_Dataset):
         BEIR (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv or qrels.jsonl, compressed or not); folders with these names.
     document_id: "prefix" if the texts are the chunks of documents and their ids are document, `separator`, number.
         Only `evaluation_set` uses it.
+    max_chunks: if not 0, documents are divided into ones of at most this many chunks.
     """
 
     split: str = "test"
@@ -50,6 +51,7 @@ class Retrieval(_Dataset):
     titles: bool = True
     document_id: str = ""
     separator: str = "-"
+    max_chunks: int = 0
 
     names = ("query", "document", "title", "score", "negatives", "query_id", "document_id")
 
@@ -197,7 +199,11 @@ class Retrieval(_Dataset):
                     raise SourceError(
                         f"{row.location}: the chunk {name!r} comes after {document}{self.separator}{last[0]}"
                     )
-                value |= {"document": document, "chunk": last[1]}
+                if self.max_chunks:
+                    part, position = divmod(last[1], self.max_chunks)
+                    value |= {"document": f"{document}{self.separator}{part}", "chunk": position}
+                else:
+                    value |= {"document": document, "chunk": last[1]}
                 numbers[document] = [int(number), last[1] + 1]
             yield value
 

@@ -1,0 +1,83 @@
+"""The whole graph of stages on text in more than a hundred languages.
+
+    embed prepare --config=configs/multilingual.py --workdir=RUN --data_root=DATA --check
+    embed pipeline --config=configs/multilingual.py --workdir=RUN --data_root=DATA
+
+configs/data/multilingual.gin says which sets DATA must have. `runlocal` runs the same graph at toy size on the Python
+sources of this machine.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+from embed.config import parse_arg
+from embed.models.transformer import SIZES
+
+# Tasks whose hard negatives are mined. Those of a task are ranked among its own documents.
+MINED = ("scifact.pairs", "medquad.pairs", "jsquad.pairs", "cmrc.pairs", "tldr.pairs", "codesearchnet.pairs")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    arg = parse_arg(arg, runlocal=False, stage="")
+    config = base.get_config()
+    config.stage = arg.stage
+    config.model.update(SIZES["micro" if arg.runlocal else "small"])
+    config.model.update(rope_theta=1e4, dtype="float32")
+    config.data.gin_file = "configs/data/multilingual.gin"
+    config.data.vocab_size = 32_000
+    config.data.split_identifiers = False
+    config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
+
+    optimizer = dict(warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
+    common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=dict(checkpoint_every=200))
+    rows = dict(length=256, spans=16, segments=16, groups=2)
+    config.stages.diffusion = base.stage(
+        "diffusion",
+        curriculum=((200, "diffusion"),),
+        optimizer=optimizer | dict(learning_rate=2e-3),
+        batch=dict(rows=32, length=256),
+        execution=dict(checkpoint_every=200, logits_chunk=256),
+    )
+    config.stages.pair = base.stage(
+        "pair",
+        init="diffusion",
+        curriculum=((1000, "pairs"),),
+        optimizer=optimizer | dict(learning_rate=3e-3),
+        batch=rows | dict(group_size=128, rows_per_group=64),
+        **common,
+    )
+    config.stages.contextual = base.stage(
+        "contextual",
+        init="pair",
+        curriculum=((400, "contextual"),),
+        optimizer=optimizer | dict(learning_rate=2e-3),
+        batch=dict(group_size=16, groups=2, rows_per_group=14, length=1024, spans=64, segments=64, max_chunks=16),
+        **common,
+    )
+    for task in MINED:
+        config.mining[f"mined_{task.partition('.')[0]}"] = base.mining(
+            checkpoint="pair", tasks=(task,), queries=8192, rank_window=(5, 50)
+        )
+    parts = {name: 1.0 for name in config.mining} | {"klue.triplets": 0.5}
+    config.stages.triplet = base.stage(
+        "triplet",
+        init="pair",
+        curriculum=((150, parts),),
+        optimizer=optimizer | dict(learning_rate=1e-3),
+        batch=rows | dict(group_size=32, rows_per_group=40, num_negatives=2),
+        **common,
+    )
+
+    config.merges.merged = base.merge(of=("contextual", "triplet"), ratio=0.5)
+    config.exports["embed"] = base.export(checkpoint="merged", max_length=0)
+    config.exports["embed-context"] = base.export(checkpoint="contextual", contextual=True, max_length=0)
+
+    if arg.runlocal:
+        base.shrink(config)
+        config.data.split_identifiers = True
+        config.stages.pair.curriculum = ((1, "summaries"), (1, "pairs"))
+        config.mining = ConfigDict(
+            {"mined_summaries": base.mining(checkpoint="pair", tasks=("python_docs.summaries",), rank_window=(5, 50))}
+        )
+        config.stages.triplet.curriculum = ((2, "mined_summaries"),)
+    return config

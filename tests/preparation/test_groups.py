@@ -1,0 +1,135 @@
+"""Examples of tasks from rows with lists and from groups of rows."""
+
+import dataclasses
+
+import pytest
+
+from embed.preparation import markdown
+from embed.preparation.sources import Row, Shard, Source
+from embed.preparation.tasks import Counts, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Source):
+    rows: tuple
+
+    def read(self, shard):
+        return (Row(f"file:{number}", row) for number, row in enumerate(self.rows, 1))
+
+
+def examples(rows, **fields) -> tuple[list[dict], Counts]:
+    """(the examples of rows without their location and weight, counts)."""
+    counts = Counts()
+    made = Task(Rows(tuple(rows)), **fields).examples(Shard(""), counts)
+    return [{k: v for k, v in example.items() if k not in ("location", "weight")} for example in made], counts
+
+
+def test_lists_of_queries_documents_and_texts_give_an_example_each():
+    row = {"asked": [["q1", "a1"], ["q2", "a2"]], "text": "d", "more": {"x": "t1", "y": "t2"}}
+    made, _ = examples([row], kind="pair", columns={"query": "asked.*.0", "document": "text"})
+    assert made == [{"query": "q1", "document": "d"}, {"query": "q2", "document": "d"}]
+    made, _ = examples([row], kind="text", columns={"text": "more.*"})
+    assert made == [{"text": "t1"}, {"text": "t2"}]
+    made, _ = examples([row], kind="pair", columns={"query": ("asked.0.0", "text"), "document": "text"})
+    assert made == [{"query": "q1 d", "document": "d"}]
+
+
+def test_a_query_is_for_the_place_of_its_answer_and_left_out_without_one():
+    row = {"text": "one two three", "q": ["a", "b", "c"], "a": ["three", "absent", "one"]}
+    columns = {"text": "text", "queries": "q", "answers": "a"}
+    made, _ = examples([row], kind="contextual", columns=columns)
+    assert made == [{"text": "one two three", "queries": [("a", 8), ("c", 0)]}]
+    _, counts = examples([{**row, "a": ["one"]}], kind="contextual", columns=columns)
+    assert counts.errors == ["file:1: ValueError: 3 queries have 1 answers"]
+
+
+def test_answers_without_a_text_are_refused():
+    with pytest.raises(ValueError, match="task.columns: 'answers' needs the column 'text'"):
+        Task(Rows(()), "contextual", columns={"answers": "a", "chunks": "c"})
+
+
+def test_rows_of_several_fields_make_a_text_with_each_line_once():
+    rows = [("a", 1, "x"), ("a", 2, "y"), ("a", 1, "z"), ("a", 1, "x")]
+    rows = [{"k": k, "n": n, "text": text} for k, n, text in rows]
+    made, counts = examples(rows, kind="text", group_by=("k", "n"))
+    assert made == [{"text": "x\nz"}, {"text": "y"}] and counts.rows == {"used": 4}
+
+
+def test_a_group_of_pairs_pairs_every_row_with_another_one():
+    rows = [{"key": "k", "text": text} for text in "abcde"] + [{"key": "alone", "text": "f"}]
+    made, counts = examples(rows, kind="pair", group_by="key", columns={"query": "text", "document": "text"})
+    assert sorted(e["query"] for e in made) == sorted(e["document"] for e in made) == list("abcde")
+    assert all(e["query"] != e["document"] for e in made)
+    assert [(e["query"], e["document"]) for e in made] != list(zip("abcde", "bcdea"))  # not the order of the rows
+    assert counts.rows == {"used": 5, "rows without an example": 1}
+
+
+def test_a_group_has_the_queries_of_one_chunk_only():
+    rows = [("q", "c1"), ("q", "c2"), ("r", "c2"), ("r", "c2")]
+    rows = [{"key": "k", "query": query, "chunk": chunk} for query, chunk in rows]
+    made, _ = examples(rows, kind="contextual", group_by="key", columns={"queries": "query", "chunk": "chunk"})
+    assert made == [{"chunks": ["c1", "c2"], "queries": [("r", 1)] * 2, "headers": [[], []]}] or made == [
+        {"chunks": ["c1", "c2"], "queries": [("r", 1)], "headers": [[], []]}
+    ]
+
+
+def test_patterns_are_removed_from_all_texts_or_from_those_of_a_column():
+    row = {"query": "{{q}} ", "document": "{{d}}"}
+    made, _ = examples([row], kind="pair", remove=r"\{\{|\}\}")
+    assert made == [{"query": "q", "document": "d"}]
+    made, _ = examples([row], kind="pair", remove={"document": r"\W"})
+    assert made == [{"query": "{{q}} ", "document": "d"}]
+    rows = [{"key": 1, "query": "- q", "chunk": "- c"}]
+    columns = {"queries": "query", "chunk": "chunk"}
+    made, _ = examples(rows, kind="contextual", group_by="key", columns=columns, remove={"chunk": "^- "})
+    assert made == [{"chunks": ["c"], "queries": [("- q", 0)], "headers": [[]]}]
+    _, counts = examples([{"text": "gone"}, {"text": "stays"}], kind="text", remove="gone")
+    assert counts.dropped == {"empty texts": 1}
+
+
+@pytest.mark.parametrize(
+    "remove, message",
+    [
+        ("(", r"task.remove='\(' is no regular expression"),
+        ({"text": "a"}, "task.remove: 'text' is no column of a pair"),
+    ],
+)
+def test_a_pattern_that_makes_no_sense_is_refused(remove, message):
+    with pytest.raises(ValueError, match=message):
+        Task(Rows(()), "pair", remove=remove)
+
+
+PAGE = """---
+title: front matter
+---
+# Page #
+
+Intro.
+
+## Empty
+
+### Code
+
+```python
+# not a heading
+```
+
+# Another
+Text.
+"""
+
+
+def test_a_page_of_markdown_is_a_document_whose_queries_are_its_headings():
+    (page,) = markdown.sections({"text": PAGE})
+    assert page["chunks"] == ["Intro.", "```python\n# not a heading\n```", "Text."]
+    assert page["queries"] == [
+        {"text": "Page", "chunk": 0},
+        {"text": "Page: Code", "chunk": 1},
+        {"text": "Page: Another", "chunk": 2},
+    ]
+    made, _ = examples([{"text": PAGE}], kind="pair", map="embed.preparation.markdown:pairs")
+    assert made[0] == {"query": "Page", "document": "Intro."} and len(made) == 3
+
+
+def test_a_page_without_headings_gives_nothing():
+    assert not list(markdown.sections({"text": "only text"})) and not list(markdown.sections({"text": "# only this"}))
