@@ -59,6 +59,8 @@ class Hub(FileReader):
             try:
                 sizes, commit = self._list(CONVERTED)
             except SourceError as error:
+                if "has no revision" not in f"{error}":
+                    raise
                 raise SourceError(
                     f"{self.id} has only a loading script, which is never run, and no converted Parquet files: "
                     "choose its data files by hub.files"
