@@ -128,7 +128,11 @@ def test_a_hub_that_does_not_answer_is_asked_once_for_all_sources(folder, capsys
     assert not result and len(connections) == 1
 
 
-def test_sources_that_never_answer_are_given_up_and_the_others_shown(folder, capsys, endpoint, silent_hub, monkeypatch):
+def test_sources_that_never_answer_are_given_up_and_the_others_shown(
+    folder, capsys, endpoint, closed_port, silent_hub, monkeypatch
+):
+    endpoint(f"http://127.0.0.1:{closed_port}")
+    run(folder, capsys, ["works", "remote/text"])  # imports the libraries
     endpoint(f"http://127.0.0.1:{silent_hub[0]}")
     monkeypatch.setattr(checking, "PATIENCE", 1.0)
     result, printed = run(folder, capsys, ["works", *(f"remote/set_{i}" for i in range(30))])

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
@@ -62,6 +62,19 @@ class Source:
         """The first rows, good or bad, without `build`."""
         rows = itertools.chain.from_iterable(map(self.read, self.shards()))
         return list(itertools.islice(rows, count))
+
+
+class cached:
+    """A property that is worked out once. That of functools has one lock for all objects: one that waits stops all."""
+
+    def __init__(self, function: Callable):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            return self
+        value = instance.__dict__[self.function.__name__] = self.function(instance)
+        return value
 
 
 def first_line(error: BaseException) -> str:

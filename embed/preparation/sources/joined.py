@@ -1,7 +1,6 @@
 """Sources whose rows are joined from several files: joined once, to rows in a folder, with bounded memory."""
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embed import paths
-from embed.preparation.sources.base import Row, Shard, Source, SourceError
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached
 from embed.preparation.sources.files import Files
 from embed.preparation.sources.hub import Hub, choose, config_splits, read_card
 
@@ -36,7 +35,7 @@ class Joined(Source):
         """All rows; with `limit`, only those that the first rows of each part give. Large data go to `temporary`."""
         raise NotImplementedError
 
-    @functools.cached_property
+    @cached
     def _parts(self) -> dict[str, Source]:
         return self.parts()
 
