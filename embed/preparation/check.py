@@ -92,11 +92,10 @@ def _in_threads(function: Callable, names: Sequence[str]) -> list:
 def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
     """The cells of a task's row, or what is wrong with its source."""
     try:
-        source = _streamed(task.source)
-        rows, about = source.sample(ROWS), source.describe()
+        rows, about = task.source.sample(ROWS), task.source.describe()
         made, counts = _examples(task, rows)
         if not made and task.group_by:
-            made, counts = _examples(task, source.sample(ROWS_OF_GROUPS))
+            made, counts = _examples(task, task.source.sample(ROWS_OF_GROUPS))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
     if not made:
@@ -122,15 +121,6 @@ def _examples(task: Task, rows: Sequence[Row]) -> tuple[list[dict], Counts]:
         task = dataclasses.replace(task, kind="pair")
     counts = Counts()
     return list(dataclasses.replace(task, source=_Rows(tuple(rows))).examples(Shard(""), counts)), counts
-
-
-def _streamed(source: Source) -> Source:
-    """The source, and those that it consists of, without copies of whole files in a cache."""
-    changes = {"streaming": True} if hasattr(source, "streaming") else {}
-    for field in dataclasses.fields(source):
-        if isinstance(value := getattr(source, field.name), Source):
-            changes[field.name] = _streamed(value)
-    return dataclasses.replace(source, **changes) if changes else source
 
 
 def _listed(names: Sequence[str]) -> str:

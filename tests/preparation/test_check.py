@@ -151,11 +151,3 @@ def test_an_evaluation_set_shows_a_query_and_its_relevant_text(folder, capsys):
     )
     assert check(gin_file=folder / "test.gin", data_root=str(folder))
     assert "an asked query → a relevant text" in capsys.readouterr().out
-
-
-def test_a_source_is_read_without_a_copy_of_its_files(folder, capsys, monkeypatch):
-    streamed = []
-    monkeypatch.setattr(hub.Hub, "sample", lambda self, count=10: streamed.append(self.streaming) or [])
-    monkeypatch.setattr(hub.Hub, "describe", lambda self: {})
-    run(folder, capsys, ["remote/text"])
-    assert streamed == [True]

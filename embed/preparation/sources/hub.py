@@ -1,6 +1,7 @@
 """`hub`: the data files of a dataset on the Hugging Face hub. Loading scripts are never run."""
 
 import contextlib
+import functools
 import re
 import threading
 import time
