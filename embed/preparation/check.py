@@ -98,19 +98,21 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
             made, counts = _examples(task, task.source.sample(ROWS_OF_GROUPS))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    if not made:
+    if rows and not made:
         reasons = ", ".join(f"{reason} {count}" for reason, count in (counts.rows + counts.dropped).items() if count)
         return f"the first {counts.rows_read} rows give no example ({reasons}) {'; '.join(counts.errors[:1])}".strip()
     texts = [text for example in made for text in all_texts(example)]
     lengths = [len(tokens) for tokens in tokenizer.encode(texts)] if tokenizer else list(map(len, texts))
     shown = " → ".join(" ".join(text.split())[:SHOWN] for text in texts[: 1 if task.kind == "text" else 2])
+    # Of tables that are joined, such as queries and a large corpus, the first rows may not belong together.
+    shown = shown if rows else "none in the first rows"
     return (
         task.kind,
         "?" if about.get("rows") is None else f"{about['rows']:,}",
         _listed(about.get("columns") or ()),
         task.language or _listed(task.languages),
         about.get("license") or "?",
-        f"{sum(lengths) / len(made):,.0f}",
+        f"{sum(lengths) / len(made):,.0f}" if made else "?",
         shown,
     )
 

@@ -11,7 +11,7 @@ from huggingface_hub.utils import close_session
 
 from embed.preparation import check as checking
 from embed.preparation.check import check
-from embed.preparation.sources import hub
+from embed.preparation.sources import hub, joined
 
 GIN = """
 task.kind = "pair"
@@ -151,3 +151,10 @@ def test_an_evaluation_set_shows_a_query_and_its_relevant_text(folder, capsys):
     )
     assert check(gin_file=folder / "test.gin", data_root=str(folder))
     assert "an asked query → a relevant text" in capsys.readouterr().out
+
+
+def test_a_join_whose_first_rows_do_not_belong_together_is_no_failure(folder, capsys, monkeypatch):
+    monkeypatch.setattr(joined, "SAMPLED", 1)
+    write(folder / "set" / "corpus.jsonl", [{"_id": name, "text": f"text {name}"} for name in ("other", "d")])
+    result, printed = run(folder, capsys, ["evaluated"])
+    assert result and "none in the first rows" in printed and "1 of 1 tasks can be read" in printed
