@@ -12,6 +12,7 @@ import rich.table
 from embed.console import make_console, print_table
 from embed.preparation import settings
 from embed.preparation.sources import Row, Shard, Source
+from embed.preparation.sources.joined import Joined
 from embed.preparation.tasks import Counts, Task, all_texts
 from embed.tokenizers import Tokenizer
 
@@ -98,14 +99,14 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
             made, counts = _examples(task, task.source.sample(ROWS_OF_GROUPS))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    if rows and not made:
+    # Of tables that are joined, such as queries and a large corpus, the first rows may not belong together.
+    apart = isinstance(task.source, Joined) and not rows
+    if not made and not apart:
         reasons = ", ".join(f"{reason} {count}" for reason, count in (counts.rows + counts.dropped).items() if count)
         return f"the first {counts.rows_read} rows give no example ({reasons}) {'; '.join(counts.errors[:1])}".strip()
     texts = [text for example in made for text in all_texts(example)]
     lengths = [len(tokens) for tokens in tokenizer.encode(texts)] if tokenizer else list(map(len, texts))
     shown = " → ".join(" ".join(text.split())[:SHOWN] for text in texts[: 1 if task.kind == "text" else 2])
-    # Of tables that are joined, such as queries and a large corpus, the first rows may not belong together.
-    shown = shown if rows else "none in the first rows"
     return (
         task.kind,
         "?" if about.get("rows") is None else f"{about['rows']:,}",
@@ -113,7 +114,7 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
         task.language or _listed(task.languages),
         about.get("license") or "?",
         f"{sum(lengths) / len(made):,.0f}" if made else "?",
-        shown,
+        "none in the first rows" if apart else shown,
     )
 
 
