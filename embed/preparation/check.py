@@ -12,6 +12,7 @@ import rich.table
 from embed.console import make_console, print_table
 from embed.preparation import settings
 from embed.preparation.sources import Row, Shard, Source
+from embed.preparation.sources.joined import Joined
 from embed.preparation.tasks import Counts, Task, all_texts
 from embed.tokenizers import Tokenizer
 
@@ -92,14 +93,15 @@ def _in_threads(function: Callable, names: Sequence[str]) -> list:
 def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
     """The cells of a task's row, or what is wrong with its source."""
     try:
-        source = _streamed(task.source)
-        rows, about = source.sample(ROWS), source.describe()
+        rows, about = task.source.sample(ROWS), task.source.describe()
         made, counts = _examples(task, rows)
         if not made and task.group_by:
-            made, counts = _examples(task, source.sample(ROWS_OF_GROUPS))
+            made, counts = _examples(task, task.source.sample(ROWS_OF_GROUPS))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    if not made:
+    # Of tables that are joined, such as queries and a large corpus, the first rows may not belong together.
+    apart = isinstance(task.source, Joined) and not rows
+    if not made and not apart:
         reasons = ", ".join(f"{reason} {count}" for reason, count in (counts.rows + counts.dropped).items() if count)
         return f"the first {counts.rows_read} rows give no example ({reasons}) {'; '.join(counts.errors[:1])}".strip()
     texts = [text for example in made for text in all_texts(example)]
@@ -111,8 +113,8 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
         _listed(about.get("columns") or ()),
         task.language or _listed(task.languages),
         about.get("license") or "?",
-        f"{sum(lengths) / len(made):,.0f}",
-        shown,
+        f"{sum(lengths) / len(made):,.0f}" if made else "?",
+        "none in the first rows" if apart else shown,
     )
 
 
@@ -122,15 +124,6 @@ def _examples(task: Task, rows: Sequence[Row]) -> tuple[list[dict], Counts]:
         task = dataclasses.replace(task, kind="pair")
     counts = Counts()
     return list(dataclasses.replace(task, source=_Rows(tuple(rows))).examples(Shard(""), counts)), counts
-
-
-def _streamed(source: Source) -> Source:
-    """The source, and those that it consists of, without copies of whole files in a cache."""
-    changes = {"streaming": True} if hasattr(source, "streaming") else {}
-    for field in dataclasses.fields(source):
-        if isinstance(value := getattr(source, field.name), Source):
-            changes[field.name] = _streamed(value)
-    return dataclasses.replace(source, **changes) if changes else source
 
 
 def _listed(names: Sequence[str]) -> str:

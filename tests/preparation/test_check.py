@@ -11,7 +11,7 @@ from huggingface_hub.utils import close_session
 
 from embed.preparation import check as checking
 from embed.preparation.check import check
-from embed.preparation.sources import hub
+from embed.preparation.sources import hub, joined
 
 GIN = """
 task.kind = "pair"
@@ -128,7 +128,11 @@ def test_a_hub_that_does_not_answer_is_asked_once_for_all_sources(folder, capsys
     assert not result and len(connections) == 1
 
 
-def test_sources_that_never_answer_are_given_up_and_the_others_shown(folder, capsys, endpoint, silent_hub, monkeypatch):
+def test_sources_that_never_answer_are_given_up_and_the_others_shown(
+    folder, capsys, endpoint, closed_port, silent_hub, monkeypatch
+):
+    endpoint(f"http://127.0.0.1:{closed_port}")
+    run(folder, capsys, ["works", "remote/text"])  # imports the libraries
     endpoint(f"http://127.0.0.1:{silent_hub[0]}")
     monkeypatch.setattr(checking, "PATIENCE", 1.0)
     result, printed = run(folder, capsys, ["works", *(f"remote/set_{i}" for i in range(30))])
@@ -149,9 +153,8 @@ def test_an_evaluation_set_shows_a_query_and_its_relevant_text(folder, capsys):
     assert "an asked query → a relevant text" in capsys.readouterr().out
 
 
-def test_a_source_is_read_without_a_copy_of_its_files(folder, capsys, monkeypatch):
-    streamed = []
-    monkeypatch.setattr(hub.Hub, "sample", lambda self, count=10: streamed.append(self.streaming) or [])
-    monkeypatch.setattr(hub.Hub, "describe", lambda self: {})
-    run(folder, capsys, ["remote/text"])
-    assert streamed == [True]
+def test_a_join_whose_first_rows_do_not_belong_together_is_no_failure(folder, capsys, monkeypatch):
+    monkeypatch.setattr(joined, "SAMPLED", 1)
+    write(folder / "set" / "corpus.jsonl", [{"_id": name, "text": f"text {name}"} for name in ("other", "d")])
+    result, printed = run(folder, capsys, ["evaluated"])
+    assert result and "none in the first rows" in printed and "1 of 1 tasks can be read" in printed

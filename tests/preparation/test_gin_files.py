@@ -1,5 +1,6 @@
 """Every gin file of configs/data binds, and has what the configs name."""
 
+import functools
 import importlib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ FILES = sorted(path.name for path in ROOT.glob("configs/data/*.gin"))
 CONFIGS = sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem not in ("__init__", "base"))
 
 
+@functools.cache
 def bound(name: str) -> settings.Settings:
     return settings.bind(ROOT / "configs" / "data" / name, data_root="/data")
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 
@@ -69,6 +69,19 @@ class Source:
     def sample(self, count: int = 10) -> list[Row]:
         """The first rows, good or bad, without `build`."""
         return list(self.preview().rows(count))
+
+
+class cached:
+    """A property that is worked out once. That of functools has one lock for all objects: one that waits stops all."""
+
+    def __init__(self, function: Callable):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, instance, owner=None):
+        if instance is None:
+            return self
+        value = instance.__dict__[self.function.__name__] = self.function(instance)
+        return value
 
 
 def first_line(error: BaseException) -> str:

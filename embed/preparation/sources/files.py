@@ -1,6 +1,5 @@
 """`files`: rows of files on a disk or in a bucket."""
 
-import functools
 import glob
 import io
 import itertools
@@ -13,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from embed import paths
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached, first_line
 
 COUNTED = 64  # at most this many Parquet files are opened to count their rows
 THREADS = 16  # that open remote files at once
@@ -110,7 +109,7 @@ class FileReader(Source):
         """How the files are read."""
         return formats.Options(self.format, self.members, self.text_column, self.columns, self.multiline)
 
-    @functools.cached_property
+    @cached
     def _inputs(self) -> list[Input]:
         found = self.inputs()
         for file in found:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import SourceError, first_line
+from embed.preparation.sources.base import SourceError, cached, first_line
 from embed.preparation.sources.files import FileReader, Input, open_file
 
 TIMEOUT = 10.0  # seconds for the first answer of the hub, for which its library would wait forever
@@ -70,7 +70,7 @@ class Hub(FileReader):
             chosen = choose(self.id, sizes, configs, self.config, self.split)
         return [Input(f"hf://datasets/{self.id}@{commit}/{name}", name, sizes[name], commit) for name in chosen]
 
-    @functools.cached_property
+    @cached
     def listing(self) -> tuple[dict[str, int], list[dict], str]:
         """({file: size}, the card's configs, commit)."""
         if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", self.id):
@@ -81,7 +81,7 @@ class Hub(FileReader):
             configs = _converted(sizes)
         return sizes, configs, commit
 
-    @functools.cached_property
+    @cached
     def card(self) -> dict:
         """The metadata of the dataset's card, {} if it has none."""
         readme = self._snapshot(self.revision or "main") / "README.md"

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embed import paths
-from embed.preparation.sources.base import Row, Shard, Source, SourceError
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached
 from embed.preparation.sources.files import Files
 from embed.preparation.sources.hub import Hub, choose, config_splits, read_card
 
@@ -37,7 +36,7 @@ class Joined(Source):
         """All rows; with `limit`, only those that the first rows of each part give. Large data go to `temporary`."""
         raise NotImplementedError
 
-    @functools.cached_property
+    @cached
     def _parts(self) -> dict[str, Source]:
         return self.parts()
 
