@@ -1,4 +1,4 @@
-# make quickstart: the whole pipeline on this machine. make test and make test-reference: what CI runs.
+# make quickstart: the whole pipeline on this machine. make test, test-reference and test-beam: what CI runs.
 PYTHON ?= python3
 # One environment per Python version: `make test PYTHON=python3.13` does not touch the default one.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))

@@ -86,6 +86,7 @@ def write_model(
         "separator": checkpoint.separator,
         "contextual": checkpoint.contextual,
         "max_length": checkpoint.max_length,
+        "context_length": checkpoint.context_length,
     }
     params = transformer.encoder_only(checkpoint.model, checkpoint.params(shardings(model)))[1]
     return export.write(

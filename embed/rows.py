@@ -91,6 +91,38 @@ def cut(segment: Segment, length: int) -> Segment:
     return segment._replace(tokens=segment.tokens[:length], spans=segment.spans[:length])
 
 
+def windows(segment: Segment, length: int) -> list[Segment]:
+    """A chunked document as consecutive windows of whole chunks, each a segment of at most `length` tokens.
+
+    There are as few windows as possible and the longest is as short as possible, so that no chunk is left with little
+    context. A chunk of more than `length` tokens is a window of its own. The separator between two windows is dropped.
+    """
+    if len(segment.tokens) <= length or segment.num_spans < 2:
+        return [segment]
+    sizes = np.bincount(segment.spans, minlength=segment.num_spans + 1)[1:]
+    gap = int((segment.spans == 0).any())  # the separator
+    starts = np.cumsum(sizes + gap) - sizes - gap
+
+    def first_chunks(limit: int) -> list[int]:
+        """The first chunk of each window if every window takes as many chunks as fit `limit`."""
+        first = [0]
+        for k in range(1, segment.num_spans):
+            if starts[k] + sizes[k] - starts[first[-1]] > limit:
+                first.append(k)
+        return first
+
+    # The smallest limit with as few windows is in low + 1 … high.
+    low, high = int(sizes[sizes <= length].max(initial=1)) - 1, length
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(first_chunks(middle)) == len(first_chunks(length)) else (middle, high)
+    result, first = [], [*first_chunks(high), segment.num_spans]
+    for a, b in zip(first, first[1:]):
+        part = slice(starts[a], starts[b - 1] + sizes[b - 1])
+        result.append(Segment(segment.tokens[part], np.maximum(segment.spans[part] - a, 0), b - a))
+    return result
+
+
 def content_ids(texts: Sequence[np.ndarray]) -> np.ndarray:
     """A 32-bit hash of each token sequence, int32[n]: equal tokens have equal ids."""
     digests = (hashlib.blake2b(np.ascontiguousarray(t, np.int32), digest_size=4).digest() for t in texts)

@@ -66,6 +66,7 @@ class Checkpoint:
     tokenizer: dict  # the known fields of `tokenizer_identity`
     separator: bool  # whether a separator token stands between the chunks of a document
     max_length: int | None = None  # tokens of the longest text
+    context_length: int | None = None  # tokens of the longest document in training
     contextual: bool = False  # whether it is made for chunks in their document
     tanh: bool = False  # whether its float32 vectors are tanh(v)
     causal: bool = False  # whether it is a language model, not an encoder
@@ -475,6 +476,7 @@ def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint
         lambda: tokenizers.load(folder / "tokenizer"),
         config["tokenizer"],
         config["separator"],
+        context_length=config["stage"]["batch"]["length"] if config["stage"]["kind"] == "contextual" else None,
         contextual=config["stage"]["kind"] == "contextual",
         diffusion=config["stage"]["kind"] == "diffusion",
         left_shift=config.get("left_shift", False),
@@ -496,6 +498,7 @@ def model_checkpoint(source: str, execution) -> Checkpoint:
         {"digest": opened.tokenizer().digest},
         separator=embedding.get("separator", False),
         max_length=embedding.get("max_length"),
+        context_length=embedding.get("context_length"),
         contextual=embedding.get("contextual", False),
         tanh=embedding.get("tanh", False),
         causal=opened.causal,
@@ -530,6 +533,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
         identity={"merge": [a.identity, b.identity], "ratio": ratio},
         load=load,
         of=(a.name, b.name),
+        context_length=min((c.context_length for c in (a, b) if c.context_length), default=None),
         model=dataclasses.replace(a.model, tied=True),
         tokenizer=a.tokenizer | b.tokenizer,
         contextual=a.contextual and b.contextual,
@@ -563,6 +567,7 @@ def make_encoder(checkpoint: Checkpoint, mesh, params=None) -> Encoder:
         tokenizer,
         separator=checkpoint.separator,
         max_length=checkpoint.max_length,
+        context_length=checkpoint.context_length,
         tanh=checkpoint.tanh,
         matryoshka=checkpoint.matryoshka,
         mesh=mesh,
@@ -575,7 +580,7 @@ def _vectors_digest(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> 
     """sha256 (hex) over everything that changes a checkpoint's vectors: parameters, tokenizer and settings."""
     if checkpoint.provenance is not None:  # a model folder has a digest over all its files
         return checkpoint.identity["digest"]
-    settings = [checkpoint.separator, checkpoint.max_length, checkpoint.tanh]
+    settings = [checkpoint.separator, checkpoint.max_length, checkpoint.context_length, checkpoint.tanh]
     model = {name: getattr(checkpoint.model, name) for name in ARCHITECTURE}
     parts = [portable(checkpoint.identity), model, tokenizer_identity(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

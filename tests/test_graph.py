@@ -919,6 +919,7 @@ def test_two_exports_of_one_checkpoint_each_have_their_own_settings(workdir, sha
         name: json.loads((tmp_path / "export" / name / "embed.json").read_text())["embedding"]
         for name in ("short", "chunks")
     }
+    assert about["chunks"]["context_length"] == run.config.stages.contextual.batch.length
     assert [about[n]["max_length"] for n in about] == [7, None] and [about[n]["contextual"] for n in about] == [
         False,
         True,

@@ -147,6 +147,26 @@ def test_a_cut_document_keeps_empty_slots_for_its_lost_chunks():
     assert [len(read_back(packed, 0, k)) for k in range(3)] == [3, 1, 0]
 
 
+def test_windows_are_as_few_and_as_even_as_possible_and_contain_whole_chunks():
+    chunks = texts([40, 20, 20, 0, 20, 200, 1, 0])
+    document = rows.chunked(chunks, 2)
+    parts = rows.windows(document, 100)
+    assert [p.num_spans for p in parts] == [2, 3, 1, 2]  # not 4, 1, 1, 2, whose longest is 83 tokens instead of 61
+    assert [len(p.tokens) for p in parts] == [61, 42, 200, 2]
+    read = [p.tokens[p.spans == k + 1] for p in parts for k in range(p.num_spans)]
+    for got, want in zip(read, chunks, strict=True):
+        np.testing.assert_array_equal(got, want)
+    inner = rows.chunked(chunks[2:5], 2)
+    np.testing.assert_array_equal(parts[1].tokens, inner.tokens)
+    np.testing.assert_array_equal(parts[1].spans, inner.spans)
+    assert rows.windows(document, len(document.tokens)) == [document]
+
+
+def test_a_text_is_never_divided_into_windows():
+    (text,) = texts([9])
+    assert rows.windows(rows.dense(text), 4)[0].tokens is text
+
+
 def test_content_ids_are_equal_only_for_equal_tokens():
     a, b = texts([5, 5])
     ids = rows.content_ids([a, b, a.copy(), a[:4], a.astype(np.int64), []])

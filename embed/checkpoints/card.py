@@ -86,6 +86,8 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
     usage = {"pplx": PPLX, "onnx": ONNX}.get(format) or (
         CONTEXTUAL if embedding["contextual"] else DENSE
     ) + "\n" + PEERS
+    windows = embedding["context_length"]
+    context = f"at most {windows} tokens of its document" if windows else "its whole document"
     lines = [
         *head,
         "",
@@ -99,6 +101,7 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         f"| dimensions | {config.hidden_size} |",
         f"| prefixes trained (Matryoshka) | {', '.join(map(str, embedding['matryoshka'])) or 'unknown'} |",
         f"| longest text | {embedding['max_length'] or 'no limit'} tokens |",
+        f"| context of a chunk | {context} |",
         f"| chunks of a document | {'with a separator token between them' if embedding['separator'] else 'joined'} |",
         f"| float32 vectors | {'tanh of the mean' if embedding['tanh'] else 'the mean'} of the token states |",
         "| compare with | cosine for float32 and int8, Hamming distance for binary |",

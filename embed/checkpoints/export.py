@@ -48,10 +48,10 @@ def write(
     holds at most one file of weights (SHARD_BYTES) in memory; onnx needs four times the parameters.
 
     `embedding` has matryoshka (prefixes trained, list of int), separator (whether a separator token stands between the
-    chunks of a document), contextual (whether the model is made for chunks in their document) and max_length (tokens of
-    the longest text, None for no limit); its tanh, if any, is ignored. With `tanh`, float32 vectors are tanh(v), which
-    int8 training saw, instead of v. `provenance` is a JSON object (see `card`); commit and versions are added if it has
-    none.
+    chunks of a document), contextual (whether the model is made for chunks in their document), max_length (tokens of
+    the longest text, None for no limit) and context_length (tokens of the longest document in training, None if it is
+    unknown); its tanh, if any, is ignored. With `tanh`, float32 vectors are tanh(v), which int8 training saw, instead
+    of v. `provenance` is a JSON object (see `card`); commit and versions are added if it has none.
 
     ValueError lists all problems, or the tensors that are not finite, before anything is written.
     """

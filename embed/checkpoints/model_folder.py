@@ -119,7 +119,7 @@ class ModelFolder:
     folder: Path
     config: TransformerConfig
     causal: bool
-    embedding: dict  # settings.EMBEDDING: matryoshka, separator, contextual, tanh, max_length
+    embedding: dict  # settings.EMBEDDING: matryoshka, separator, contextual, tanh, max_length, context_length
     provenance: dict  # what an export says about its run; {} for third-party folders
     tensors: Mapping[str, Path]  # their name -> file
     prefix: str  # of their names, except the head

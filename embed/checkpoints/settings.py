@@ -4,7 +4,9 @@
                "separator": true,           a separator token stands between the chunks of a document
                "contextual": false,         the model is made for chunks in their document
                "tanh": false,               float32 vectors are tanh(v)
-               "max_length": null},         tokens of the longest text; null means no limit
+               "max_length": null,          tokens of the longest text; null means no limit
+               "context_length": null},     tokens of the longest document in training; a longer one is encoded in
+                                            windows; null means no windows
  "files": {name: sha256},                   every file that changes a vector
  "provenance": {...}}
 """
@@ -21,7 +23,7 @@ from embed.checkpoints.names import CONFIG, INDEX, TOKENIZER_FILES
 from embed.models.transformer import TransformerConfig
 
 FILE, CARD = "embed.json", "README.md"
-EMBEDDING = ("matryoshka", "separator", "contextual", "tanh", "max_length")
+EMBEDDING = ("matryoshka", "separator", "contextual", "tanh", "max_length", "context_length")
 # The files that are read, besides weights and the folders of modules.
 READ = (CONFIG, INDEX, *TOKENIZER_FILES, *foreign.FILES)
 
@@ -34,14 +36,15 @@ def problems(embedding, config: TransformerConfig) -> list[str]:
     messages += [f"embedding has the unknown field {name}" for name in embedding if name not in EMBEDDING]
     if messages:
         return messages
-    prefixes, longest = embedding["matryoshka"], embedding["max_length"]
+    prefixes = embedding["matryoshka"]
     if not isinstance(prefixes, (list, tuple)) or not all(_is_count(p) and p <= config.hidden_size for p in prefixes):
         messages.append(f"matryoshka is {prefixes!r}, expected a list of prefixes in 1..{config.hidden_size}")
     for name in ("separator", "contextual", "tanh"):
         if not isinstance(embedding[name], bool):
             messages.append(f"{name} is {embedding[name]!r}, expected true or false")
-    if longest is not None and not _is_count(longest):
-        messages.append(f"max_length is {longest!r}, expected a positive number of tokens or null")
+    for name in ("max_length", "context_length"):
+        if embedding[name] is not None and not _is_count(embedding[name]):
+            messages.append(f"{name} is {embedding[name]!r}, expected a positive number of tokens or null")
     return messages
 
 

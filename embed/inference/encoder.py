@@ -18,7 +18,7 @@ from embed import distributed
 from embed.checkpoints import model_folder
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
-from embed.rows import RowShape, Segment, chunked, cut, dense, write_rows
+from embed.rows import RowShape, Segment, chunked, cut, dense, windows, write_rows
 from embed.tokenizers import check_text
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
@@ -52,7 +52,7 @@ def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=No
     tokenizer = model.tokenizer()
     shardings = sharding.parameter_shardings(mesh, transformer.abstract_params(model.config))
     config, params = transformer.encoder_only(model.config, model.params(shardings, dtype))
-    how = {name: model.embedding[name] for name in ("separator", "max_length", "matryoshka", "tanh")}
+    how = {name: model.embedding[name] for name in ("separator", "max_length", "context_length", "matryoshka", "tanh")}
     return Encoder(
         params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, mesh=mesh, path=path, digest=model.digest
     )
@@ -108,6 +108,7 @@ class Encoder:
         mesh=None,
         separator: bool = True,
         max_length: int | None = None,
+        context_length: int | None = None,
         matryoshka: Sequence[int] = (),
         tanh: bool = False,
         path=None,
@@ -117,8 +118,10 @@ class Encoder:
 
         `mesh` comes from `embed.models.sharding.make_mesh`; by default it spans all devices of all processes along
         data. Parameters that are on this mesh keep their shardings, others are copied to each of its devices.
-        `max_length` is the largest number of tokens of a text or document, None for no limit. With `tanh`, float32
-        vectors are tanh(v) of the pooled mean v; int8 and bits do not change. `digest` identifies the model.
+        `max_length` is the largest number of tokens of a text or document, None for no limit. A document of more than
+        `context_length` tokens, the longest in training, is encoded in windows of whole chunks; None means no windows.
+        With `tanh`, float32 vectors are tanh(v) of the pooled mean v; int8 and bits do not change. `digest` identifies
+        the model.
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
@@ -129,6 +132,7 @@ class Encoder:
         self.params = jax.tree.map(lambda x: _on_mesh(x, self.mesh, config.dtype), params)
         self.tokenizer, self.separator = tokenizer, separator
         self.max_length = self._model_max_length = max_length  # the first may be changed, the second is the model's
+        self.context_length = context_length
         self.matryoshka, self.tanh, self.path, self.digest = tuple(matryoshka), tanh, path, digest
 
     @property
@@ -204,8 +208,10 @@ class Encoder:
     ) -> list[np.ndarray]:
         """Late chunking: one array [chunks, D] per document, each chunk pooled from states that saw the whole document.
 
-        Keywords and precisions are as in `encode`. An empty chunk gives a zero vector (in binary: every bit set), and
-        so does a chunk that `truncate=True` cuts off entirely. A document without tokens is an error.
+        In a document of more than `context_length` tokens they saw only the chunk's window (`embed.rows.windows`),
+        because a model neither uses nor ignores more context than its training documents had. Keywords and precisions
+        are as in `encode`. An empty chunk gives a zero vector (in binary: every bit set), and so does a chunk that
+        `truncate=True` cuts off entirely. A document without tokens is an error.
         """
         segments, _ = self.fit_documents(documents, truncate=truncate, names=names)
         vectors = self._embed(
@@ -277,6 +283,8 @@ class Encoder:
     ) -> np.ndarray:
         """Vectors of all spans of all segments, in order: [total spans, D or D/8]."""
         check_precision(precision, self.dimensions, truncate_dim, normalize)
+        if self.context_length:
+            segments, name = _windows(segments, self.context_length, name)
         shards = sharding.batch_shards(self.mesh)
         if batch_tokens is None:
             batch_tokens = shards * (4096 if _on_cpu() else 65536)  # at 4,096, activations stay in a CPU's cache
@@ -340,6 +348,13 @@ def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spa
 def _is_finite(vectors):
     """Whether each vector [..., D] is finite: bool, flattened."""
     return jnp.isfinite(vectors).all(-1).reshape(-1)
+
+
+def _windows(segments: Sequence[Segment], length: int, name: Callable) -> tuple[list[Segment], Callable]:
+    """(the windows of all documents, in order, the function that gives the name of the document of window i)."""
+    parts = [windows(segment, length) for segment in segments]
+    document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return [window for part in parts for window in part], lambda i: name(document[i])
 
 
 def _namer(noun: str, count: int, names: Sequence[str] | None = None) -> Callable[[int], str]:

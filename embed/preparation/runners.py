@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import NamedTuple
 
+from embed import paths
 from embed.preparation import stream
 from embed.preparation.stream import Work
 
@@ -108,7 +109,8 @@ def _run(job: Job) -> None:
 def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[str]) -> None:
     """Runs the jobs as a Beam pipeline, whose workers must reach the folders of `work`.
 
-    `runner` is a name that Beam knows, such as FnApiRunner, DataflowRunner, FlinkRunner or SparkRunner.
+    `runner` is a name that Beam knows, such as FnApiRunner, DataflowRunner, FlinkRunner or SparkRunner. An error about
+    the data is raised here as one sentence, once the other jobs have ended.
     """
     try:
         import apache_beam as beam
@@ -117,20 +119,29 @@ def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[
         raise ValueError("--runner needs Apache Beam: pip install -e '.[data,beam]'") from None
     parsed = PipelineOptions([f"--runner={runner}", *options])
     parsed.view_as(SetupOptions).save_main_session = False
+    errors = paths.path(work.scratch) / "errors"
+    if errors.exists():
+        errors.rmtree()
     with beam.Pipeline(options=parsed) as pipeline:
         (
             pipeline
             | "jobs" >> beam.Create(list(jobs))
             | beam.Reshuffle()  # or one worker would run them all
-            | "run" >> beam.ParDo(_do_fn(beam), work)
+            | "run" >> beam.ParDo(_do_fn(beam), work, os.fspath(errors))
         )
+    if errors.exists():
+        raise ValueError(min(file.read_text(encoding="utf-8") for file in errors.iterdir()))
 
 
 def _do_fn(beam):
     class Run(beam.DoFn):
-        def process(self, job: Job, work: Work):
+        def process(self, job: Job, work: Work, errors: str):
             tokens = beam.metrics.Metrics.counter("embed", "tokens")
-            job.run(work, lambda more, _: tokens.inc(more))
+            try:
+                job.run(work, lambda more, _: tokens.inc(more))
+            except ValueError as error:  # about the data: trying again, as Beam would, does not help
+                name = "-".join(str(part) for part in job.arguments[:2])
+                paths.write(paths.path(errors) / f"{job.function}-{name}.txt", str(error))
             return ()
 
     return Run()

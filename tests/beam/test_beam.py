@@ -47,6 +47,7 @@ def test_beam_writes_the_bytes_that_local_processes_write(options, sources, tmp_
 
 def test_bad_rows_end_a_beam_pipeline_in_one_sentence(sources, tmp_path, capfd):
     (tmp_path / "bad.jsonl").write_text("{\n")
+    small.tokenizer().save(tmp_path / "tokenizer")
     config = tmp_path / "config.py"
     config.write_text(
         f"""
@@ -55,7 +56,7 @@ from configs import base
 def get_config(arg=""):
     config = base.get_config()
     config.data.gin_file = "{sources}/data.gin"
-    config.data.vocab_size = 300
+    config.data.tokenizer = "{tmp_path}/tokenizer"
     config.stages.diffusion = base.stage("diffusion", curriculum=((1, "diffusion"),))
     return config
 """

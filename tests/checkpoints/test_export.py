@@ -135,6 +135,7 @@ def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, f
         ("separator", "yes", "separator is 'yes', expected true or false"),
         ("contextual", None, "contextual is None, expected true or false"),
         ("max_length", 0, "max_length is 0, expected a positive number"),
+        ("context_length", -1, "context_length is -1, expected a positive number"),
         ("pooling", "cls", "unknown field pooling"),
     ],
 )

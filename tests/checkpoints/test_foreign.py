@@ -13,7 +13,13 @@ from embed import cli, inference, tokenizers
 from embed.checkpoints import foreign, model_folder
 from embed.models import transformer
 
-EMBEDDING = {"matryoshka": [16, 32], "separator": False, "contextual": False, "max_length": None}
+EMBEDDING = {
+    "matryoshka": [16, 32],
+    "separator": False,
+    "contextual": False,
+    "max_length": None,
+    "context_length": None,
+}
 TRANSFORMER = "sentence_bert_config.json"
 MODEL = "config_sentence_transformers.json"
 TOKENIZER = "tokenizer_config.json"

@@ -20,7 +20,13 @@ from embed import inference, runs, tokenizers
 from embed.checkpoints import model_folder, names, settings
 from embed.models import transformer
 
-EMBEDDING = {"matryoshka": [16, 32], "separator": False, "contextual": False, "max_length": None}
+EMBEDDING = {
+    "matryoshka": [16, 32],
+    "separator": False,
+    "contextual": False,
+    "max_length": None,
+    "context_length": None,
+}
 TEXTS = small.sentences(9, seed=3)
 
 

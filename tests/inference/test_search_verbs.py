@@ -312,9 +312,10 @@ def test_the_digest_of_a_checkpoint_depends_on_all_that_changes_a_vector_but_not
         return runs.make_encoder(dataclasses.replace(made, **changes), mesh).digest
 
     assert digest(identity=made.identity | {"folder": "b"}) == digest()
-    changes = [{"separator": False}, {"max_length": 9}, {"tanh": True}, {"identity": made.identity | {"digest": "4"}}]
+    changes = [{"separator": False}, {"max_length": 9}, {"context_length": 9}, {"tanh": True}]
+    changes += [{"identity": made.identity | {"digest": "4"}}]
     changes += [{"identity": {"merge": [made.identity, made.identity], "ratio": ratio}} for ratio in (0.5, 0.6)]
-    assert len({digest(), *(digest(**change) for change in changes)}) == 7
+    assert len({digest(), *(digest(**change) for change in changes)}) == 8
     assert runs.make_encoder(made, mesh, small.params()).digest is None  # for other parameters
 
 
