@@ -145,7 +145,11 @@ def _load(folder, name: str) -> np.ndarray:
     return np.load(io.BytesIO(file.read_bytes())) if paths.is_bucket(folder) else np.load(Path(file), mmap_mode="r")
 
 
-@functools.lru_cache(maxsize=4)
 def load(folder: str) -> Index:
     """The index of a folder, loaded once per process."""
+    return _loaded(folder, (paths.path(folder) / "texts.json").stat().mtime)
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(folder: str, time: float) -> Index:
     return Index(folder)

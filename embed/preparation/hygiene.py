@@ -140,17 +140,21 @@ def evaluation_sources(hygiene: Hygiene, sets: Mapping[str, object]) -> dict[str
 
 
 def screen(
-    examples: list[dict], task: Task, hygiene: Hygiene, index: str, counts: Counts, findings: Findings
+    examples: list[dict],
+    task: Task,
+    hygiene: Hygiene,
+    index: contamination.Index | None,
+    counts: Counts,
+    findings: Findings,
 ) -> list[dict]:
     """The text examples of a batch that stay; `counts` and `findings` are updated.
 
-    index: folder of the index of evaluation sets. With `near_duplicates`, an example that can be compared gets "bands".
+    index: of the evaluation sets, if there are any. With `near_duplicates`, an example that can be compared gets
+    "bands".
     """
-    if hygiene.evaluation_sets and examples:
+    if index:
         texts = [(text, i) for i, example in enumerate(examples) for text in all_texts(example)]
-        found = contamination.load(index).find(
-            [text for text, _ in texts], np.array([i for _, i in texts]), hygiene.overlap
-        )
+        found = index.find([text for text, _ in texts], np.array([i for _, i in texts]), hygiene.overlap)
         for i, owner in found:
             findings.hits[owner] += 1
             if len(findings.locations) < MAX_HITS:

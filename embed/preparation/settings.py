@@ -223,7 +223,10 @@ def _check_hygiene(hygiene: Mapping[str, Hygiene], tasks: Mapping[str, Task], gi
             try:
                 languages.accepted(tuple(filter(None, [tasks[name].language])) or tuple(tasks[name].languages))
             except ValueError as error:
-                raise ValueError(f"{gin_file}: task {name!r}: hygiene.language: {error}") from None
+                raise ValueError(
+                    f"{gin_file}: task {name!r}: hygiene.language=True: task.language {error}; bind hygiene.language = "
+                    "False for tasks of no or many languages"
+                ) from None
         if about.near_duplicates and about.compare_with:
             other, value = similarity.setdefault(about.compare_with, (name, about.near_duplicates))
             if value != about.near_duplicates:

@@ -35,7 +35,7 @@ from embed import paths, tokenizers
 from embed.data import store
 from embed.data.curriculum import make_key, random_bits
 from embed.data.loader import COLUMNS
-from embed.preparation import examples, hygiene, near_duplicates
+from embed.preparation import contamination, examples, hygiene, near_duplicates
 from embed.preparation.hygiene import Findings, Hygiene
 from embed.preparation.sources import Shard
 from embed.preparation.tasks import Counts, Task, all_texts
@@ -170,10 +170,12 @@ def token_batches(
         "characters": -(-task.max_total_characters // len(shards)),
     }
     findings = findings or Findings()
+    about = work.hygiene.get(name)
+    index = contamination.load(work.index(name)) if about and about.evaluation_sets else None
 
     def tokenized(batch: list[dict]) -> list[tuple[dict, examples.Columns]]:
-        if name in work.hygiene:
-            batch = hygiene.screen(batch, task, work.hygiene[name], work.index(name), counts, findings)
+        if about:
+            batch = hygiene.screen(batch, task, about, index, counts, findings)
         made = examples.tokenize(task, batch, tokenizer, counts.cut, counts.dropped) if batch else []
         counts.examples += len(made)
         return made
