@@ -116,7 +116,7 @@ class Examples:
         return result
 
 
-def write_store(path, examples: Examples, stage: str, tokens: int, per_bucket: int = 1 << 26) -> stores.Store:
+def write_store(path, examples: Examples, stage: str, tokens: int, per_bucket: int = 1 << 24) -> stores.Store:
     """A store of a stage's examples with about that many tokens."""
     summaries = []
     for bucket in range(max(1, round(tokens / per_bucket))):
@@ -237,7 +237,7 @@ def share_table(path) -> None:
     print("| readers | seconds per batch of 2,048 pairs | waited, if a step takes 2 s |\n|---:|---:|---:|")
     loader = make_loader("pair", stores.Store(path), range(SHARE))
     for readers in (0, 1, 2):
-        count, warmup = 4 + 6 * max(readers, 1), 2 * max(readers, 1)
+        count, warmup = 4 + 4 * max(readers, 1), 2 * max(readers, 1)
         arrivals = []
         for _ in prefetch(loader, 0, count, readers=readers):
             arrivals.append(time.perf_counter())

@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.execution.unroll = 1  # layers per scan iteration; unrolled is faster on CPU, scanned compiles faster
     config.execution.dense_barrier = False  # faster on CPU, see embed.models.transformer.dense
     config.execution.readers = 0  # processes that read batches, each of them whole batches; 0 = a thread
-    config.execution.cache_bytes = 1 << 28  # of the data, decoded, in memory: of all tasks together, per reader
+    config.execution.cache_bytes = 1 << 28  # of prepared data in memory, of all tasks together; each reader has as many
     config.execution.read_timeout = 600.0  # seconds that training waits for a batch before it ends; 0 = forever
     return config
 

@@ -323,6 +323,7 @@ def _lengths(segments: Sequence[rows.Segment]) -> np.ndarray:
 # --- the number of rows -----------------------------------------------------------------------------------------
 
 FILL = 0.95  # the least expected share of tokens in the rows of a group
+MOST_CUT = 0.1  # the largest expected share of tokens that are cut off homogeneous groups
 PACKED = 0.98  # the share that packing reaches in a group that has to be cut
 
 
@@ -343,7 +344,8 @@ def choose_rows(
     """The rows per group, a multiple of `multiple`: as many as are filled to FILL on average, the arguments as above.
 
     It is estimated from random groups with the lengths in the headers of the stores, by the rates of all phases. More
-    rows would be padded more, fewer would cut more texts. All spans and segments of a group fit in any case.
+    rows would be padded more, fewer would cut more texts. Homogeneous groups of tasks with different lengths cannot all
+    be full: they get the rows that cut off MOST_CUT of the tokens. All spans and segments of a group fit in any case.
     """
     rng = np.random.default_rng(0)
     shares: dict[str, float] = {}
@@ -380,8 +382,8 @@ def choose_rows(
         tokens[of_task] = lengths("query", shape.length) + documents
         if stage == "triplet":
             # The header does not have their single lengths. They are documents, so the row cuts off as large a share.
-            kept = documents.mean() / max(stores[task].lengths("document").mean, 1) if len(documents) else 1
-            each = kept * mean("negatives", "negative_lengths")
+            share_kept = documents.mean() / max(stores[task].lengths("document").mean, 1) if len(documents) else 1
+            each = share_kept * mean("negatives", "negative_lengths")
             tokens[of_task] += lengths("negative_lengths", num_negatives) * each
 
     total = tokens.sum(1)
@@ -391,9 +393,13 @@ def choose_rows(
     spans = group_size * (max_chunks + max_queries_per_document) if stage == "contextual" else segments
     per_row = min(shape.length, shape.segments)
     least = max(-(-spans // (shape.spans - widest + 1)), -(-segments // per_row), 1)
-    rows = least = -(-least // multiple) * multiple
-    while (
-        np.minimum(total, PACKED * (rows + multiple) * shape.length).mean() >= FILL * (rows + multiple) * shape.length
-    ):
+
+    def kept(rows: int) -> float:
+        """The expected tokens of a group in that many rows."""
+        return np.minimum(total, PACKED * rows * shape.length).mean()
+
+    least_kept = (1 - MOST_CUT) * total.mean() if homogeneous else 0
+    rows = -(-least // multiple) * multiple
+    while kept(rows) < least_kept or kept(rows + multiple) >= FILL * (rows + multiple) * shape.length:
         rows += multiple
     return rows

@@ -555,6 +555,15 @@ def test_the_rows_that_are_chosen_from_the_lengths_are_filled_to_95_percent(stag
     assert filled >= 0.945 and emptier < 0.975 and fewer < cut
 
 
+def test_at_most_a_tenth_of_the_tokens_is_cut_from_homogeneous_groups_of_short_and_of_long_texts():
+    stores = {"short": MemoryStore(query=[[1]] * 99, document=[[1] * 9] * 99)}
+    stores["long"] = MemoryStore(query=[[1]] * 99, document=[[1] * 199] * 99)
+    arguments = dict(stage="pair", group_size=32, shape=RowShape(512, 64, 64))
+    phases = [(1, {"short": 0.5, "long": 0.5})]
+    assert choose_rows(stores, phases, **arguments) == 5  # 3,360 tokens, with a deviation of 540
+    assert 11 <= choose_rows(stores, phases, homogeneous=True, **arguments) <= 12  # 6,400 or 320 tokens
+
+
 def test_short_texts_are_given_the_rows_that_hold_their_spans_and_segments():
     short = {"a": MemoryStore(query=[[1]] * 100, document=[[2, 3]] * 100)}
     for shape, want in ((RowShape(512, 8, 64), 8), (RowShape(512, 64, 8), 8), (RowShape(4, 64, 64), 16)):
