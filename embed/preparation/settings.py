@@ -13,7 +13,7 @@ a.*, and what is bound without a scope for all. In a text, {name} stands for the
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,6 +117,7 @@ def bind(
                 raise ValueError(f"{gin_file}: unknown gin binding {key!r}{nearest(key, valid)}")
         try:
             gin.parse_config(text)
+            values = _values(text)
             mixtures, vocabulary, evaluation = (
                 gin.get_configurable(name)() for name in ("mixtures", "vocabulary", "evaluation")
             )
@@ -133,7 +134,7 @@ def bind(
         trained = {name for members in mixtures.rates.values() for name in members}
         for name in [name for name in scopes if name not in registered]:
             try:
-                _fill(text, [scopes[name]], data_root)
+                _fill(values, scopes[name], data_root)
                 with gin.config_scope(scopes[name]):
                     task = gin.get_configurable("task")()
                     cleaned = gin.get_configurable("hygiene")()
@@ -163,34 +164,32 @@ def bind(
     return Settings(tasks, mixtures, vocabulary, evaluation, tuple(registered), hygiene)
 
 
-def _fill(text: str, scopes: Iterable[str], data_root: str) -> None:
-    """Replace {data_root} in what is bound, and {name} for each task in whose scope it is bound."""
+def _fill(values: Mapping[tuple[str, str], object], scope: str, data_root: str) -> None:
+    """Replace {data_root} and {name} in what holds in a task's scope, of `_values`."""
+    name = scope.rpartition("/")[2]
 
-    def replaced(value, name: str):
+    def replaced(value):
         if isinstance(value, str):
             if "{data_root}" in value and not data_root:
                 raise ValueError(f"{value!r} needs --data_root=FOLDER")
             return value.replace("{name}", name).replace("{data_root}", data_root.rstrip("/"))
         if isinstance(value, (list, tuple)):
-            return type(value)(replaced(item, name) for item in value)
+            return type(value)(replaced(item) for item in value)
         if isinstance(value, dict):
-            return {key: replaced(item, name) for key, item in value.items()}
+            return {key: replaced(item) for key, item in value.items()}
         return value
 
-    values = {}  # the last one counts
-    for s in gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()):
-        if isinstance(s, gin.config_parser.BindingStatement) and s.arg_name:
-            values[s.scope or "", f"{s.selector}.{s.arg_name}"] = s.value
-    for scope in scopes:
-        # Outer scopes first: the innermost binding counts.
-        holding = {name: value for (bound, name), value in sorted(values.items()) if _within(scope, bound)}
-        for name, value in holding.items():
-            if _has_placeholder(value):
-                gin.bind_parameter(f"{scope}/{name}", replaced(value, scope.rpartition("/")[2]))
+    # Outer scopes first: the innermost binding counts.
+    for key, value in {key: value for (bound, key), value in values.items() if _within(scope, bound)}.items():
+        if "{name}" in repr(value) or "{data_root}" in repr(value):
+            gin.bind_parameter(f"{scope}/{key}", replaced(value))
 
 
-def _has_placeholder(value) -> bool:
-    return any(placeholder in repr(value) for placeholder in ("{name}", "{data_root}"))
+def _values(text: str) -> dict[tuple[str, str], object]:
+    """{(scope, "configurable.parameter"): value} of a gin text, outer scopes first; of equal ones the last."""
+    statements = gin.config_parser.ConfigParser(text, gin.config.ParserDelegate())
+    bound = [s for s in statements if isinstance(s, gin.config_parser.BindingStatement) and s.arg_name]
+    return dict(sorted({(s.scope or "", f"{s.selector}.{s.arg_name}"): s.value for s in bound}.items()))
 
 
 def _check_rates(mixtures: Mixtures, gin_file) -> None:
