@@ -78,6 +78,7 @@ def prepare(
         "tokenizer": tokenizer.digest if tokenizer else None,
     }
     arguments = json.loads(json.dumps(arguments))
+    stream.load_tokenizer.cache_clear()  # the same folder may have held another one
     console = make_console(stderr=True)
     if (directory / INFO).exists():
         if differing := _differing(directory / INFO, arguments):

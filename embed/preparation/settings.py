@@ -155,6 +155,7 @@ def bind(
                 f"task.kind, or name the module that registers it in mixtures.modules{nearest(registered[0], tasks)}"
             )
         _check_used(bound, gin_file, valid)
+        _check_kinds(mixtures, tasks, gin_file)
     finally:
         gin.clear_config()
     for name, kind, field in (("vocabulary", vocabulary, "characters"), ("evaluation", evaluation, "max_queries")):
@@ -241,6 +242,20 @@ def _check_cycles(mixture: str, rates: Mapping, above: tuple, gin_file) -> None:
     for member in rates[mixture]:
         if member in rates:
             _check_cycles(member, rates, (*above, mixture), gin_file)
+
+
+def _check_kinds(mixtures: Mixtures, tasks: Mapping[str, Task], gin_file) -> None:
+    """ValueError if a mixture has tasks of several kinds, whose examples have other columns."""
+
+    def members(mixture: str) -> Iterator[str]:
+        for member in mixtures.rates[mixture]:
+            yield from members(member) if member in mixtures.rates else [member]
+
+    for mixture in mixtures.rates:
+        kinds = {tasks[name].kind: name for name in members(mixture) if name in tasks}
+        if len(kinds) > 1:
+            named = " and ".join(f"{name!r} ({kind})" for kind, name in sorted(kinds.items()))
+            raise ValueError(f"{gin_file}: the mixture {mixture!r} has tasks of several kinds: {named}")
 
 
 def _bindings(text: str, source) -> Iterator[tuple[str, str, str]]:

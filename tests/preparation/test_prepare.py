@@ -316,6 +316,7 @@ def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
         ("mixtures.rates = {'both': {'pairs': -1.0}}", "must be positive, got -1.0"),
         ("mixtures.rates = {'both': {'pears': 1.0}}", "no task 'pears': bind pears/task.source"),
         ("mixtures.rates = {'a': {'b': 1.0}, 'b': {'a': 1.0}}", "the mixture 'a' contains itself: a → b → a"),
+        ("mixtures.rates = {'both': {'pairs': 1.0, 'texts': 1.0}}", "kinds: 'pairs' (pair) and 'texts' (text)"),
         ("mixtures.alpha = {'pear': 0.5}", "no mixture 'pear'"),
         ("mixtures.unit = 'bytes'", "mixtures.unit='bytes' must be examples or tokens"),
         ("vocabulary.characters = 0", "vocabulary.characters must be a whole number of at least 1, got 0"),
