@@ -186,9 +186,9 @@ def store_table(folder: Path, examples: Examples, tokens: int) -> None:
     summary = stores.write_bucket(folder / "claimed", ["tokens"], 0, examples.columns("diffusion", 1 << 20))
     buckets = [summary | {"bucket": b, "examples": 250_000, "values": 1 << 28} for b in range(1000)]
     stores.close(folder / "claimed", ["tokens"], buckets, {})
-    # In a process of its own, for its memory.
-    command = [sys.executable, __file__, f"--memory={folder}"]
-    print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # In a process of its own, for its memory, with one arena of malloc as `embed` sets it.
+    command, environment = [sys.executable, __file__, f"--memory={folder}"], os.environ | {"MALLOC_ARENA_MAX": "1"}
+    print(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def memory_table(folder: Path) -> None:

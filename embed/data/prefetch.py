@@ -105,10 +105,13 @@ class _Process:
         self.ready: queue.SimpleQueue = queue.SimpleQueue()
         self._connection, theirs = Pipe()
         command = f"from embed.data import prefetch; prefetch.serve({theirs.fileno()})"
+        # One arena of malloc, as the command line sets it in this process: with one per thread, the memory of a store
+        # is several times the limit of its cache.
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "MALLOC_ARENA_MAX": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-c", command],
             pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C and signals to the job are for this process, which ends the readers
         )

@@ -248,11 +248,8 @@ def _create(path, name: str) -> ts.TensorStore:
 
 @functools.cache
 def _context(cache_bytes: int) -> ts.Context:
-    """One cache for all stores of this process with the same limit.
-
-    One thread decodes. With more, chunks come from several arenas of malloc, which together take four times the limit.
-    """
-    return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}, "data_copy_concurrency": {"limit": 1}})
+    """One cache for all stores of this process with the same limit."""
+    return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
 
 
 class Store:
