@@ -95,7 +95,7 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
     try:
         rows, about = task.source.sample(ROWS), task.source.describe()
         made, counts = _examples(task, rows)
-        if not made and task.group_by:
+        if not made and task.groups:
             made, counts = _examples(task, task.source.sample(ROWS_OF_GROUPS))
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())

@@ -49,7 +49,8 @@ class Task:
     With `group_by`, the rows of a shard with the same value of these fields make one example. A text has their
     different texts, one per line. A document has their different chunks, and the queries of one chunk only. A triplet
     has the sides that `label` says. A pair task pairs the query of each row with the document of another one, as for
-    rows that say the same.
+    rows that say the same. With `group_sizes`, a contextual task makes documents of unrelated chunks: the rows of a
+    shard in random order, in groups of these sizes in turn. They teach a model to keep the chunks of a document apart.
 
     Filters apply to every text of an example, except those with a column of their own.
     """
@@ -61,6 +62,7 @@ class Task:
     )  # {column of the kind: field, or fields to join}
     map: str = ""  # "package.module:function" that yields rows for a row, before `columns`
     group_by: str | Sequence[str] = ()
+    group_sizes: Sequence[int] = ()
     label: str = ""  # with group_by: the field that says what the `document` of a row is
     labels: Mapping[str, str] = dataclasses.field(
         default_factory=dict
@@ -98,7 +100,7 @@ class Task:
         if self.kind not in KINDS:
             raise ValueError(f"task.kind={self.kind!r} must be one of {', '.join(KINDS)}")
         needed, optional = COLUMNS[self.kind]
-        allowed = {*needed, *optional, *(("chunk",) if self.group_by and self.kind == "contextual" else ())}
+        allowed = {*needed, *optional, *(("chunk",) if self.groups and self.kind == "contextual" else ())}
         if unknown := [name for name in self.columns if name not in allowed]:
             raise ValueError(
                 f"task.columns: {unknown[0]!r} is no column of a {self.kind} task: {', '.join(sorted(allowed))}"
@@ -117,8 +119,17 @@ class Task:
         find_function(self.map) if self.map else None
         if "answers" in self.columns and "text" not in self.columns:
             raise ValueError("task.columns: 'answers' needs the column 'text'")
+        if self.group_sizes and (self.group_by or self.kind != "contextual" or min(self.group_sizes) < 1):
+            raise ValueError(
+                f"task.group_sizes={self.group_sizes!r} must be at least 1 each, in a contextual task without group_by"
+            )
         if self.label and not (self.group_by and self.kind == "triplet"):
             raise ValueError("task.label needs task.group_by and kind 'triplet'")
+
+    @property
+    def groups(self) -> bool:
+        """Whether several rows make an example."""
+        return bool(self.group_by or self.group_sizes)
 
     @property
     def function(self) -> Callable[[dict], Iterable[dict]]:
@@ -141,7 +152,7 @@ class Task:
         for location, rows in self._units(self.source.read(shard), counts, limit):
             try:
                 mapped = [each for row in rows for each in self.function(row)]
-                made = self._from_group(mapped) if self.group_by else [e for each in mapped for e in self._make(each)]
+                made = self._from_group(mapped) if self.groups else [e for each in mapped for e in self._make(each)]
                 kept_out = bool(self.held_out) and self._is_held_out(rows[0])
                 reason, weight = self._reason(rows[0]), self._weight(rows[0])
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -164,16 +175,20 @@ class Task:
     def _units(self, rows: Iterable[Row], counts: "Counts", limit: int) -> Iterator[tuple[str, list[dict]]]:
         """(location, the rows that make examples together) of the good rows of a shard."""
         groups: dict[str, tuple[str, list[dict]]] = {}
+        unrelated: dict[bool, list[Row]] = {}  # by whether they are held out
         for row in rows:
             if limit and counts.rows_read >= limit:
                 break
             counts.rows_read += 1
             if row.error:
                 counts.bad(row.location, row.error)
-            elif not self.group_by:
+            elif not self.groups:
                 yield row.location, [row.value]
             else:
                 try:
+                    if self.group_sizes:
+                        unrelated.setdefault(bool(self.held_out) and self._is_held_out(row.value), []).append(row)
+                        continue
                     names = (self.group_by,) if isinstance(self.group_by, str) else self.group_by
                     key = str([pick(row.value, name) for name in names])
                 except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -183,6 +198,13 @@ class Task:
             if counts.rows_read % 10_000 == 0:
                 counts.check(self.max_bad)
         yield from groups.values()
+        for members in unrelated.values():
+            members.sort(key=lambda row: _digest({k: v for k, v in row.value.items() if k[:1] != "_"}))
+            start, sizes = 0, itertools.cycle(self.group_sizes)
+            while start < len(members):
+                group = members[start : start + next(sizes)]
+                start += len(group)
+                yield group[0].location, [row.value for row in group]
 
     def _make(self, row: dict) -> Iterator[dict]:
         """The examples of one row."""

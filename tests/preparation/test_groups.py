@@ -133,3 +133,36 @@ def test_a_page_of_markdown_is_a_document_whose_queries_are_its_headings():
 
 def test_a_page_without_headings_gives_nothing():
     assert not list(markdown.sections({"text": "only text"})) and not list(markdown.sections({"text": "# only this"}))
+
+
+def test_unrelated_rows_make_documents_of_the_given_sizes_and_each_row_is_in_one():
+    rows = [{"query": f"q{i}", "document": f"d{i}", "_file": f"{i}"} for i in range(20)]
+    fields = dict(kind="contextual", columns={"queries": "query", "chunk": "document"}, group_sizes=(1, 2, 4))
+    made, counts = examples(rows, **fields)
+    assert [len(example["chunks"]) for example in made] == [1, 2, 4, 1, 2, 4, 1, 2, 3]
+    assert sorted(chunk for example in made for chunk in example["chunks"]) == sorted(row["document"] for row in rows)
+    for example in made:
+        assert [(f"q{chunk[1:]}", index) for index, chunk in enumerate(example["chunks"])] == example["queries"]
+    assert made != sorted(made, key=lambda e: int(e["chunks"][0][1:]))  # not in the order of the rows
+    assert counts.rows == {"used": 20}
+    assert examples(rows[::-1], **fields)[0] == made  # whatever order they have
+
+
+def test_held_out_rows_are_in_documents_of_their_own():
+    rows = [{"query": f"q{i}", "document": f"d{i}"} for i in range(40)]
+    fields = dict(kind="contextual", columns={"queries": "query", "chunk": "document"}, group_sizes=(4,), held_out=0.4)
+    kept, counts = examples(rows, **fields)
+    task = Task(Rows(tuple(rows)), **fields)
+    held_out = list(task.examples(Shard(""), Counts(), held_out=True))
+    chunks = [{chunk for example in part for chunk in example["chunks"]} for part in (kept, held_out)]
+    assert chunks[0] and chunks[1] and not chunks[0] & chunks[1] and len(chunks[0] | chunks[1]) == 40
+    assert counts.dropped["held out"] == len(held_out)
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(kind="pair"), dict(kind="contextual", group_by="x"), dict(kind="contextual", sizes=(0,))]
+)
+def test_group_sizes_are_only_for_contextual_tasks_without_groups(fields):
+    sizes = fields.pop("sizes", (2,))
+    with pytest.raises(ValueError, match="task.group_sizes=.* must be at least 1 each, in a contextual task"):
+        Task(Rows(()), group_sizes=sizes, **fields)
