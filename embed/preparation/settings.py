@@ -13,6 +13,7 @@ a.*, and what is bound without a scope for all. In a text, {name} stands for the
 import dataclasses
 import difflib
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -305,6 +306,9 @@ def nearest(name: str, valid) -> str:
 
 
 def _first(error: Exception) -> str:
+    """An error of gin in one line."""
+    if undefined := re.search(r"macro\(\) missing .* in scope '([\w/]+)'", str(error), re.S):
+        return f"the macro %{undefined[1].rpartition('/')[2]} is not defined"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

@@ -312,6 +312,7 @@ def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
         ("a_scope/task.query_length = 8", "unused gin binding 'a_scope/task.query_length'"),
         ("pairs/hub.id = 'x'", "unused gin binding 'pairs/hub.id'"),
         ("A_MACRO = 8", "unused gin binding 'A_MACRO'"),
+        ("pairs/task.query_length = %A_MACRO", "task 'pairs': the macro %A_MACRO is not defined"),
         ("pairs/task.kind = 'pear'", "task 'pairs': task.kind='pear' must be one of text, pair"),
         ("mixtures.rates = {'both': {'pairs': -1.0}}", "must be positive, got -1.0"),
         ("mixtures.rates = {'both': {'pears': 1.0}}", "no task 'pears': bind pears/task.source"),
