@@ -96,7 +96,7 @@ def stage(kind: str, **changes) -> ConfigDict:
     new.optimizer.moment_dtype = "float32"  # of the first moment; bfloat16 halves its memory. The second is float32
 
     new.batch = ConfigDict()
-    new.batch.length = 1024  # tokens per row
+    new.batch.length = 1024  # tokens per row; the contextual model reads longer documents in windows of this length
 
     new.execution = ConfigDict()
     new.execution.microbatches = 1  # number of parts of a batch, computed one after the other; 1 is fastest

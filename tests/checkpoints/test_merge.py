@@ -156,8 +156,8 @@ def test_a_merged_model_has_the_shorter_context(tmp_path):
     for name, length in (("x", 90), ("y", None), ("z", 60)):
         small.write_model(tmp_path / name, embedding={"context_length": length})
     for other, length in (("y", 90), ("z", 60)):
-        assert merge(tmp_path / "x", tmp_path / other, tmp_path / "m") == 0
-        assert model_folder.open_model(tmp_path / "m").embedding["context_length"] == length
+        assert merge(tmp_path / "x", tmp_path / other, tmp_path / f"x{other}") == 0
+        assert model_folder.open_model(tmp_path / f"x{other}").embedding["context_length"] == length
 
 
 def test_models_that_embed_differently_are_not_merged(parents, tmp_path, capsys):
