@@ -149,7 +149,7 @@ def bytes_read() -> int:
 
 def resident() -> float:
     """MB of memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def store_table(folder: Path, examples: Examples, tokens: int) -> None:

@@ -64,7 +64,7 @@ def rank_with_faiss(folder: str):
 
 def peak() -> int:
     """The highest resident memory of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 

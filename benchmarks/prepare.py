@@ -50,7 +50,7 @@ def texts_of(pattern: str) -> list[str]:
     return [text[i : i + LONGEST] for text in texts for i in range(0, len(text), LONGEST)]
 
 
-def write_text(folder: Path, texts: list[str], megabytes: float) -> int:
+def write_texts(folder: Path, texts: list[str], megabytes: float) -> int:
     """Writes about `megabytes` of text; returns the number of texts. Every repetition changes each text."""
     folder.mkdir(parents=True)
     size = count = part = 0
@@ -87,7 +87,7 @@ def measured(command: list[str], **environment: str) -> tuple[float, float, floa
         while not done.wait(0.1):
             for status in glob.glob("/proc/[0-9]*/stat"):
                 try:
-                    fields = Path(status).read_text().rpartition(")")[2].split()
+                    fields = Path(status).read_text(encoding="utf-8").rpartition(")")[2].split()
                     if int(fields[2]) == process.pid:  # its process group
                         peak = max(peak, int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
                 except (OSError, IndexError):
@@ -118,13 +118,13 @@ if __name__ == "__main__":
 
 def run_prepare(scratch: Path, text: Path, tokenizer: str) -> tuple[int, float, float, float]:
     """(tokens, seconds, CPU seconds, peak MB) of preparing the text."""
-    (scratch / "data.gin").write_text(GIN)
-    (scratch / "run.py").write_text(PREPARE)
+    (scratch / "data.gin").write_text(GIN, encoding="utf-8")
+    (scratch / "run.py").write_text(PREPARE, encoding="utf-8")
     out = scratch / "prepared"
     figures = measured(
         [sys.executable, str(scratch / "run.py"), str(out), str(scratch / "data.gin"), str(text), tokenizer]
     )
-    tokens = json.loads((out / "info.json").read_text())["counts"]["texts"]["tokens"]["tokens"]
+    tokens = json.loads((out / "info.json").read_text(encoding="utf-8"))["counts"]["texts"]["tokens"]["tokens"]
     subprocess.run(["rm", "-r", str(out)], check=True)
     return tokens, *figures
 
@@ -153,7 +153,7 @@ import tensorflow as tf
 from embed import tokenizers
 from embed.preparation.seqio_tasks import TokenizerVocabulary
 
-root, folder = (Path(__file__).parent / "arguments").read_text().split("\\n")
+root, folder = (Path(__file__).parent / "arguments").read_text(encoding="utf-8").split("\\n")
 
 
 def text(dataset):
@@ -191,7 +191,7 @@ if __name__ == "__main__":
 
 def speed(arguments, scratch: Path) -> None:
     text = scratch / "text"
-    count = write_text(text, texts_of(arguments.text), arguments.megabytes[0])
+    count = write_texts(text, texts_of(arguments.text), arguments.megabytes[0])
     cores = str(runners.cores())
     rows = []
     command = [sys.executable, "-c", ENCODE, arguments.tokenizer, str(text), str(Path(__file__).parent)]
@@ -200,8 +200,8 @@ def speed(arguments, scratch: Path) -> None:
     rows.append(("embed prepare", *run_prepare(scratch, text, arguments.tokenizer)))
     if arguments.peers:
         module = scratch / "peer_tasks.py"
-        module.write_text(SEQIO)
-        (scratch / "arguments").write_text(f"{text}\n{arguments.tokenizer}")
+        module.write_text(SEQIO, encoding="utf-8")
+        (scratch / "arguments").write_text(f"{text}\n{arguments.tokenizer}", encoding="utf-8")
         options = f"--runner=FnApiRunner,--direct_running_mode=multi_processing,--direct_num_workers={cores}"
         command = [
             sys.executable,
@@ -212,7 +212,7 @@ def speed(arguments, scratch: Path) -> None:
         ]
         command += [f"--output_cache_dir={scratch}/seqio", f"--pipeline_options={options}"]
         rows.append(("seqio cache_tasks", int(tokens), *measured(command, PYTHONPATH=str(scratch))))
-        (scratch / "datatrove.py").write_text(DATATROVE)
+        (scratch / "datatrove.py").write_text(DATATROVE, encoding="utf-8")
         command = [sys.executable, str(scratch / "datatrove.py"), str(text), f"{arguments.tokenizer}/tokenizer.json"]
         rows.append(("datatrove", int(tokens), *measured([*command, f"{scratch}/trove", cores])))
     print(header("tokenizers") + "\n")
@@ -232,7 +232,7 @@ def memory(arguments, scratch: Path) -> None:
     rows = []
     for megabytes in arguments.megabytes:
         text = scratch / f"{megabytes:g}"
-        count = write_text(text, texts, megabytes)
+        count = write_texts(text, texts, megabytes)
         rows.append((megabytes, count, *run_prepare(scratch, text, tokenizer)))
         subprocess.run(["rm", "-r", str(text)], check=True)
     print(header("tokenizers") + "\n")
@@ -251,7 +251,7 @@ def word_level(folder: Path, texts: list[str]) -> str:
     model.train_from_iterator(texts[:2000], trainer)
     folder.mkdir()
     model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"sep_token": "<sep>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"sep_token": "<sep>"}), encoding="utf-8")
     tokenizers.load(folder)
     return str(folder)
 

@@ -14,7 +14,7 @@ Only `checkpoints` is required in results.json; the report has a section for eac
     stages            {stage: {"kind": its objective, "init": the checkpoint it started from}}
     seconds           {node: wall seconds}
     seconds_per_step  {node: seconds} of those that are stages
-    data              {name: count, text, or a dictionary of these}; the report shows counts, `counts` and `dropped`
+    data              {name: count, text, or a dictionary of these}; the report shows counts and `counts`
     command, commit, machine   strings
     versions          {package: version}
 """
@@ -208,13 +208,10 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path]) -> It
         yield "## Data"
         data = results["data"]
         if counts := data.get("counts"):
-            heads = list(dict.fromkeys(key for count in counts.values() for key in count))
+            heads = list(dict.fromkeys(key for count in counts.values() for key in count if _is_count(count[key])))
             rows = [[_cell(name), *(_total(count.get(key)) for key in heads)] for name, count in counts.items()]
             yield _table(["task or evaluation set", *heads], rows)
         rows = [[_cell(k), _total(v)] for k, v in data.items() if isinstance(v, int) and not isinstance(v, bool)]
-        rows += [
-            [f"dropped: {_cell(reason)}", _total(count)] for reason, count in data.get("dropped", {}).items() if count
-        ]
         if rows:
             yield _table(["what", "count"], rows)
         yield "Everything else about the data, such as arguments and packages, is in results.json."
@@ -335,6 +332,12 @@ def _table(heads: list[str], rows: list[list[str]], right: int | None = None) ->
     flush = range(1, len(heads)) if right is None else range(right)
     rule = ["---:" if k in flush else "---" for k in range(len(heads))]
     return "\n".join(map(_row, [heads, rule, *rows]))
+
+
+def _is_count(value) -> bool:
+    """Whether a value is a number or a dictionary of numbers."""
+    values = value.values() if isinstance(value, Mapping) else [value]
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in values)
 
 
 def _total(value) -> str:

@@ -333,9 +333,12 @@ class _Preparation:
         for marker in done:
             tokens.update(marker["tokens"])
             after.update(marker["counts"])
+        dropped = counts.dropped + Counter({why: n for why, n in after.items() if why != stream.REPEATED})
         result = {
+            "rows": counts.rows_read,
             "examples": sum(marker["examples"] for marker in done),
             "tokens": dict(tokens),
+            "dropped": dict(dropped),
             "read": counts.to_json(),
             "after": dict(after),
         }

@@ -303,7 +303,7 @@ class Task:
 
     def _text_reason(self, example: dict) -> str | None:
         texts = list(all_texts(example))
-        if not all(text.strip() for text in texts):
+        if not texts or not all(text.strip() for text in texts):
             return EMPTY
         if min(map(len, texts)) < self.min_characters:
             return SHORT

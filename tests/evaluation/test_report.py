@@ -89,10 +89,14 @@ def test_the_report_has_every_section_of_the_results(tmp_path, results, metrics)
         "data": {
             "pairs": 12345,
             "counts": {
-                "texts": {"examples": 1000, "tokens": {"query": 20, "document": 3000}},
+                "texts": {
+                    "examples": 1000,
+                    "tokens": {"query": 20, "document": 3000},
+                    "dropped": {"short": 7, "long": 0},
+                    "read": {"rows": {"used": 1007}},
+                },
                 "evaluation/set/test": {"queries": 5},
             },
-            "dropped": {"short": 7, "long": 0},
             "packages": [f"a{k}==1" for k in range(150)],
             "seconds": {f"part {k}": 1.0 for k in range(150)},
         },
@@ -116,10 +120,9 @@ def test_the_report_has_every_section_of_the_results(tmp_path, results, metrics)
         "| stage pair | 90.3 | 0.250 |",
         "| all | 100.3 | – |",
         "| pairs | 12,345 |",
-        "| task or evaluation set | examples | tokens | queries |",
-        "| texts | 1,000 | 3,020 | – |",
-        "| evaluation/set/test | – | – | 5 |",
-        "| dropped: short | 7 |",
+        "| task or evaluation set | examples | tokens | dropped | queries |",
+        "| texts | 1,000 | 3,020 | 7 | – |",
+        "| evaluation/set/test | – | – | – | 5 |",
         "jax 0.10",
     ):
         assert expected in text, expected
