@@ -68,11 +68,17 @@ def said(capsys):
 )
 def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, shared, tmp_path):
     run = make_run(tmp_path / "run", shared, path=f"configs/{path}:runlocal")
-    assert run.config.data.gin_file == config.load(CONFIG).data.gin_file, "data of its own: prepare them here"
+    if run.config.data.gin_file != config.load(CONFIG).data.gin_file:  # it reads pairs
+        paragraphs = [p for page in (ROOT / "docs").glob("*.md") for p in page.read_text().split("\n\n")]
+        rows = [{"query": " ".join(p.split()[:4]), "document": p} for p in paragraphs if len(p) > 40]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = make_run(tmp_path / "run", f"--config.data.root={tmp_path}", path=f"configs/{path}:runlocal")
+        nodes.prepare(run)
     for name in graph.order(run.config):
         assert nodes.train_stage(run, name) == {"steps": 2}
         assert all(np.isfinite(row["loss"]) for row in read_metrics(run.folder(name) / "metrics.jsonl"))
-    mined = {entry.name for entry in (run.workdir / "mining").iterdir() if not entry.name.startswith(".")}
+    folder = run.workdir / "mining"
+    mined = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.exists() else set()
     assert mined == set(run.config.mining)
 
 
