@@ -1,10 +1,15 @@
-"""How much a contextual model uses the rest of a document: nDCG@10 by the position of a chunk in its document.
+"""How much a contextual model uses the rest of a document, and what a longer document costs: nDCG@10, float32.
 
     python benchmarks/context.py --model=RUN/export/embed-context --data=RUN/data/evaluation/contextual/test
+    python benchmarks/context.py --model=RUN/export/embed-context --data=RUN/data/evaluation/squad/articles
 
-The same chunks are embedded in three ways: alone; in context (late chunking); and alone plus 0.75 times the embedding
-of the document's first chunk, both of unit length. The third adds the module's name, which is in the first chunk, to
-every chunk without attention. It shows what late chunking would reach if it carried that name to all chunks.
+The first table is by the position of a chunk in its document. The same chunks are embedded in three ways: alone; in
+context (late chunking); and alone plus 0.75 times the embedding of the document's first chunk, both of unit length. The
+third adds what the first chunk says, such as a module's name, to every chunk without attention.
+
+The second table is by the number of chunks in a document: consecutive chunks of the same documents, in groups. Its last
+columns are mean cosines: of the chunks of a document with each other, and of a chunk in context with itself alone. If
+the former is near 1, a vector says which document it is from and little else.
 """
 
 import argparse
@@ -18,6 +23,7 @@ from embed.inference.index import Index
 
 WEIGHT = 0.75  # of the first chunk: the best of 0.25, 0.5, 0.75, 1 and 1.5 in the first run
 POSITIONS = ((1, 1), (2, 3), (4, 7), (8, 15))
+GROUPS = (1, 2, 4, 8, 16)  # chunks of a document; then whole documents
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -47,6 +53,23 @@ def main() -> None:
     print("| position of the chunk | queries | alone | in context | alone + first chunk |\n|---|---|---|---|---|")
     for name, selected in groups:
         print(f"| {name} | {selected.sum()} | " + " | ".join(f"{s[selected].mean():.3f}" for s in scores) + " |")
+    print(
+        "\n| chunks of a document | mean tokens | nDCG@10 | of a document | with itself alone |\n|---|---|---|---|---|"
+    )
+    most = max(map(len, data.documents))
+    for count in [*(count for count in GROUPS if count < most), most]:
+        parts = [rows[i : i + count] for rows in data.documents for i in range(0, len(rows), count)]
+        vectors = np.zeros_like(alone)
+        texts = [[data.corpus[i] for i in rows] for rows in parts]
+        for rows, embedded in zip(parts, encoder.encode_documents(texts), strict=True):
+            vectors[rows] = unit(embedded)
+        _, ranking = Index(vectors, "float32").search(queries, 10)
+        found = retrieval.ndcg(ranking, data.relevant, 10).mean()
+        tokens = np.mean([sum(map(len, encoder.tokenizer.encode(chunks))) for chunks in texts])
+        pairs = [vectors[rows] @ vectors[rows].T for rows in parts if len(rows) > 1]
+        among = np.mean([(p.sum() - len(p)) / (p.size - len(p)) for p in pairs]) if pairs else np.nan
+        name = "all" if count == most else count
+        print(f"| {name} | {tokens:,.0f} | {found:.3f} | {among:.3f} | {(vectors * alone).sum(1).mean():.3f} |")
 
 
 if __name__ == "__main__":
