@@ -983,12 +983,15 @@ def test_what_cannot_change_a_result_may_differ_at_every_start(trained, capsys):
 
 def test_a_comment_in_a_gin_file_changes_nothing_and_another_binding_is_refused(workdir, shared, tmp_path, capsys):
     text = (ROOT / "configs/data/python_docs.gin").read_text()
-    for name, addition in (("comment", "\n# nothing\n"), ("other", "\ntext.max_characters = 1000\n")):
+    for name, addition in (
+        ("comment", "\n# nothing\n"),
+        ("other", "\npython_docs/text/task.max_total_characters = 1000\n"),
+    ):
         (tmp_path / f"{name}.gin").write_text(text + addition)
     arguments = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", shared]
     assert cli.main(["prepare", *arguments, f"--config.data.gin_file={tmp_path / 'comment.gin'}"]) == 0
     assert cli.main(["prepare", *arguments, f"--config.data.gin_file={tmp_path / 'other.gin'}"]) == 2
-    assert "text.max_characters was 40000000, now 1000" in said(capsys)
+    assert "python_docs/text/task.max_total_characters was '40000000', now '1000'" in said(capsys)
 
 
 def test_a_command_that_fails_before_its_first_checkpoint_claims_no_folder(workdir, shared, tmp_path, capsys):

@@ -113,8 +113,8 @@ def bind(
     gin.clear_config()
     try:
         bound = list(_bindings(text, gin_file))
-        for _, name, key in bound:
-            if key and key not in valid and name.partition(".")[0] in CONFIGURABLES:
+        for _, _, key in bound:
+            if key and key not in valid:
                 raise ValueError(f"{gin_file}: unknown gin binding {key!r}{nearest(key, valid)}")
         try:
             gin.parse_config(text)
@@ -269,7 +269,7 @@ def _bindings(text: str, source) -> Iterator[tuple[str, str, str]]:
         if isinstance(s, gin.config_parser.BindingStatement):
             name = s.selector.rpartition(".")[2] if s.arg_name else s.selector
             yield s.scope or "", name, f"{name}.{s.arg_name}" if s.arg_name else ""
-        elif not isinstance(s, gin.config_parser.ImportStatement):
+        else:
             raise ValueError(f"{source}: only bindings are allowed, got {type(s).__name__}")
 
 

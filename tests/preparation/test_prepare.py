@@ -308,6 +308,7 @@ def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
             "task.query_lenth = 8",
             "unknown gin binding 'task.query_lenth'; the nearest valid one is 'task.query_length'",
         ),
+        ("tasks.kind = 'text'", "unknown gin binding 'tasks.kind'; the nearest valid one is 'task.kind'"),
         ("pairs/files.path = 'x'", "unknown gin binding 'files.path'; the nearest valid one is 'files.paths'"),
         ("a_scope/task.query_length = 8", "unused gin binding 'a_scope/task.query_length'"),
         ("pairs/hub.id = 'x'", "unused gin binding 'pairs/hub.id'"),
