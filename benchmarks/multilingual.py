@@ -73,9 +73,8 @@ def main() -> None:
         print(
             f"| {name} | {language(name)} | {size:,} | {bm25:.3f} | {' | '.join(cells(rows[arguments.model], name))} |"
         )
-    print(
-        "\n| documents of chunks | checkpoint | alone | in context, float32 | int8 | binary |\n|---|---|--:|--:|--:|--:|"
-    )
+    print("\n| documents of chunks | checkpoint | alone | in context, float32 | int8 | binary |")
+    print("|---|---|--:|--:|--:|--:|")
     for checkpoint in ("contextual", "merged"):
         for name in in_context:
             alone = "squad_alone" if name.startswith("squad") else f"{name}_alone"
