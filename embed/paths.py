@@ -23,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise epath imports TensorFlow if it is installed
 
 from etils import epath  # noqa: E402
+from etils.epath import backend  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
 PARTIAL = ".embed.partial"  # in a folder that is written file by file, until it is complete
@@ -166,6 +167,17 @@ def is_empty(folder) -> bool:
         return not folder.exists() or (folder.is_dir() and all(IGNORED.fullmatch(e.name) for e in folder.iterdir()))
     except FileNotFoundError:  # another process has just moved it away
         return True
+
+
+def entries(folder) -> list[epath.Path]:
+    """The files and folders in a folder, none if it does not exist, including those that other processes just wrote.
+
+    Clients of buckets cache listings, in which such files would be missing also when they are read.
+    """
+    folder = path(folder)
+    if is_bucket(folder):
+        backend.fsspec_backend.fs(folder).invalidate_cache()
+    return list(folder.iterdir()) if folder.exists() else []
 
 
 def files(folder) -> dict[str, epath.Path]:

@@ -45,7 +45,7 @@ def _task(work: Work, name: str, count: Mapping) -> dict:
     }
     if name in work.hygiene:
         findings = Findings()
-        for marker in stream.shards_done(work, name).values():
+        for marker in stream.markers(work, "map_shard", name):
             findings.add(Findings.from_json(marker["hygiene"]))
         result["hygiene"] = {f.name: getattr(work.hygiene[name], f.name) for f in dataclasses.fields(Hygiene)}
         result["hygiene"]["evaluation_sets"] = [str(item) for item in work.hygiene[name].evaluation_sets]
@@ -78,7 +78,7 @@ def _hits(work: Work, name: str, findings: Findings) -> dict:
 def _near(work: Work, group: str) -> dict:
     """The tasks of a group of tasks, and some groups of near duplicates; the first of each stayed."""
     found = {}
-    for marker in stream.near_done(work, group).values():
+    for marker in stream.markers(work, "map_near", group):
         for members in marker["groups"]:
             found.setdefault(tuple(members[0]), members)
     chosen = [found[first] for first in sorted(found, key=lambda first: first[2])[:MAX_GROUPS]]

@@ -275,38 +275,32 @@ class _Preparation:
 
     def _shard_jobs(self, work: Work) -> list[Job]:
         return [
-            Job("map_shard", (name, index), shard.bytes)
+            Job("map_shard", (name, index), work.shards[name][index].bytes)
             for name in work.tasks
-            for done in [stream.shards_done(work, name)]
-            for index, shard in enumerate(work.shards[name])
-            if index not in done
+            for index in stream.missing(work, "map_shard", name)
         ]
 
     def _near_jobs(self, work: Work) -> list[Job]:
         jobs = []
         for group, tasks in work.near_groups().items():
-            parts = {n: [marker["parts"] for marker in stream.shards_done(work, n).values()] for n in tasks}
+            parts = {name: self._parts(work, name) for name in tasks}
             size = sum(shard.bytes for name in tasks for shard in work.shards[name]) // work.near_buckets(group)
-            done = stream.near_done(work, group)
-            jobs += [
-                Job("map_near", (group, bucket, parts), size)
-                for bucket in range(work.near_buckets(group))
-                if bucket not in done
-            ]
+            missing = stream.missing(work, "map_near", group)
+            jobs += [Job("map_near", (group, bucket, parts), size) for bucket in missing]
         return jobs
 
     def _bucket_jobs(self, work: Work) -> list[Job]:
         jobs = []
         for name in work.tasks:
-            parts = [marker["parts"] for marker in stream.shards_done(work, name).values()]
+            parts = self._parts(work, name)
             size = sum(shard.bytes for shard in work.shards[name]) // work.buckets[name]
-            done = stream.buckets_done(work, name)
-            jobs += [
-                Job("map_bucket", (name, bucket, parts), size)
-                for bucket in range(work.buckets[name])
-                if bucket not in done
-            ]
+            missing = stream.missing(work, "map_bucket", name)
+            jobs += [Job("map_bucket", (name, bucket, parts), size) for bucket in missing]
         return jobs
+
+    def _parts(self, work: Work, name: str) -> list[int]:
+        """How many files each shard of a task has."""
+        return [marker["parts"] for marker in stream.markers(work, "map_shard", name)]
 
     def _map(self, work: Work, part: str, jobs: list[Job], meanwhile=lambda: None) -> None:
         with self.clock.part(part):
@@ -315,10 +309,16 @@ class _Preparation:
             else:
                 self.bar.total(sum(job.bytes for job in jobs))
                 runners.run_locally(jobs, work, self.processes, self.bar.advance, meanwhile)
+            maps = {(job.function, job.arguments[0]) for job in jobs}
+            if missing := [file for name, task in sorted(maps) for file in stream.missing(work, name, task).values()]:
+                raise ValueError(
+                    f"{len(missing):,} of {len(jobs):,} units of work left no {missing[0]} or other marker: the workers "
+                    f"may not reach the folder {self.directory}, which must be in a bucket or on a shared disk"
+                )
 
     def _counts(self, work: Work, name: str) -> Counts:
         counts = Counts()
-        for marker in stream.shards_done(work, name).values():
+        for marker in stream.markers(work, "map_shard", name):
             counts.add(Counts.from_json(marker["counts"]))
         with _named(name):
             counts.check(work.tasks[name].max_bad)
@@ -328,15 +328,22 @@ class _Preparation:
 
     def _close(self, work: Work, name: str, counts: Counts) -> dict:
         """Makes a store of its parts, and returns what is known of it."""
-        done = stream.buckets_done(work, name).values()
+        done = stream.markers(work, "map_bucket", name)
         tokens, after = Counter(), Counter()
         for marker in done:
             tokens.update(marker["tokens"])
             after.update(marker["counts"])
+        stored = sum(marker["examples"] for marker in done)
+        expected = counts.examples - after[stream.DUPLICATES] - after[stream.NEAR] + after[stream.REPEATED]
+        if stored != expected:
+            raise ValueError(
+                f"task {name!r} has {stored:,} examples in its store, but the counts say {expected:,}: files of "
+                f"{self.directory} are missing or from another preparation; remove it"
+            )
         dropped = counts.dropped + Counter({why: n for why, n in after.items() if why != stream.REPEATED})
         result = {
             "rows": counts.rows_read,
-            "examples": sum(marker["examples"] for marker in done),
+            "examples": stored,
             "tokens": dict(tokens),
             "dropped": dict(dropped),
             "read": counts.to_json(),

@@ -120,7 +120,7 @@ def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[
     parsed = PipelineOptions([f"--runner={runner}", *options])
     parsed.view_as(SetupOptions).save_main_session = False
     errors = paths.path(work.scratch) / "errors"
-    if errors.exists():
+    if paths.entries(errors):
         errors.rmtree()
     with beam.Pipeline(options=parsed) as pipeline:
         (
@@ -129,8 +129,8 @@ def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[
             | beam.Reshuffle()  # or one worker would run them all
             | "run" >> beam.ParDo(_do_fn(beam), work, os.fspath(errors))
         )
-    if errors.exists():
-        raise ValueError(min(file.read_text(encoding="utf-8") for file in errors.iterdir()))
+    if files := paths.entries(errors):
+        raise ValueError(min(file.read_text(encoding="utf-8") for file in files))
 
 
 def _do_fn(beam):

@@ -112,6 +112,9 @@ class Work:
     def bucket_marker(self, task: str, bucket: int):
         return paths.path(self.scratch) / task / f"bucket-{bucket:05d}.json"
 
+    def near_marker(self, group: str, bucket: int):
+        return self.near(group, bucket, "json")
+
     def part(self, task: str, shard: int, part: int, what: str = "tokens"):
         return paths.path(self.scratch) / task / f"{shard:05d}.{part:03d}.{what}"
 
@@ -330,7 +333,7 @@ def map_near(
         named.setdefault(next(iter(unique)), list(unique.values())[:NEAR_MEMBERS])
         if len(named) == NEAR_GROUPS:
             break
-    paths.write_json(work.near(group, bucket, "json"), {"groups": list(named.values())})
+    paths.write_json(work.near_marker(group, bucket), {"groups": list(named.values())})
     progress(0, sum(shard.bytes for task in tasks for shard in work.shards[task]) // buckets)
 
 
@@ -415,36 +418,37 @@ def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 
 def is_begun(scratch) -> bool:
     """Whether any input shard is tokenized."""
-    scratch = paths.path(scratch)
-    return scratch.exists() and any(
-        entry.name.endswith(".tokens") for folder in scratch.iterdir() if folder.is_dir() for entry in folder.iterdir()
+    return any(
+        entry.name.endswith(".tokens")
+        for folder in paths.entries(scratch)
+        if folder.is_dir()
+        for entry in paths.entries(folder)
     )
 
 
-def shards_done(work: Work, task: str) -> dict[int, dict]:
-    """{shard: marker} of the input shards that are tokenized."""
-    return _markers(paths.path(work.scratch) / task, lambda stem: stem.isdigit())
+# {map: (the number of its units of work, the marker of one)} of a task or, between the maps, of a group.
+MAPS = {
+    "map_shard": (lambda work, task: len(work.shards[task]), Work.marker),
+    "map_near": (Work.near_buckets, Work.near_marker),
+    "map_bucket": (lambda work, task: work.buckets[task], Work.bucket_marker),
+}
 
 
-def near_done(work: Work, group: str) -> dict[int, dict]:
-    """{bucket: marker} of the buckets of bands that are compared."""
-    return _markers(paths.path(work.scratch) / "near-duplicates" / group, lambda stem: stem.isdigit())
+def missing(work: Work, name: str, task: str) -> dict[int, object]:
+    """{unit: its marker} of the units of a map that are not done."""
+    count, marker = MAPS[name]
+    files = {unit: marker(work, task, unit) for unit in range(count(work, task))}
+    done = {entry.name for folder in {file.parent for file in files.values()} for entry in paths.entries(folder)}
+    return {unit: file for unit, file in files.items() if file.name not in done}
 
 
-def buckets_done(work: Work, task: str) -> dict[int, dict]:
-    """{bucket: marker} of the parts of the store that are written."""
-    return _markers(paths.path(work.scratch) / task, lambda stem: stem.startswith("bucket-"))
-
-
-def _markers(folder, chosen: Callable[[str], bool]) -> dict[int, dict]:
-    if not folder.exists():
-        return {}
-    files = {f.name[:-5]: f for f in folder.iterdir() if f.name.endswith(".json") and chosen(f.name[:-5])}
-    return {int(stem.rpartition("-")[2]): paths.read_json(file) for stem, file in sorted(files.items())}
+def markers(work: Work, name: str, task: str) -> list[dict]:
+    """The markers of all units of a map, which is done."""
+    count, marker = MAPS[name]
+    return [paths.read_json(marker(work, task, unit)) for unit in range(count(work, task))]
 
 
 def close(work: Work, task: str, info: Mapping) -> None:
     """Makes the parts of a task's store a store."""
-    done = buckets_done(work, task)
-    summaries = [done[bucket]["summary"] for bucket in range(work.buckets[task])]
+    summaries = [marker["summary"] for marker in markers(work, "map_bucket", task)]
     store.close(paths.path(work.target) / task, work.columns(task), summaries, info)

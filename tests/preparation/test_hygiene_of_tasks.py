@@ -296,7 +296,7 @@ def run(folder, tokenizer, tasks, about, *, shards=1, seed=0, buckets=2, sets=No
             job.run(work)
 
     do([Job("map_shard", (name, i), 0) for name in made for i in range(len(work.shards[name]))])
-    parts = {name: [marker["parts"] for marker in stream.shards_done(work, name).values()] for name in made}
+    parts = {name: [marker["parts"] for marker in stream.markers(work, "map_shard", name)] for name in made}
     groups = work.near_groups()
     do(
         [
@@ -325,9 +325,9 @@ def folder_bytes(folder):
 def counts_of(work, name):
     """(counts of map 1, of map 2), which add up to the examples that are stored."""
     first, second = Counts(), Counter()
-    for marker in stream.shards_done(work, name).values():
+    for marker in stream.markers(work, "map_shard", name):
         first.add(Counts.from_json(marker["counts"]))
-    for marker in stream.buckets_done(work, name).values():
+    for marker in stream.markers(work, "map_bucket", name):
         second.update(marker["counts"])
     assert first.rows_read == sum(first.rows.values())
     if work.tasks[name].kind != "contextual":
@@ -378,7 +378,7 @@ def test_near_duplicates_in_several_tasks_are_dropped_only_if_they_are_compared(
     assert len(both) == 31 and passage(99) in both
     dropped = [counts_of(work, name)[1][stream.NEAR] for name in tasks]
     assert sum(dropped) == 9 and min(dropped) > 0
-    groups = [group for marker in stream.near_done(work, "with web").values() for group in marker["groups"]]
+    groups = [group for marker in stream.markers(work, "map_near", "with web") for group in marker["groups"]]
     locations = [{work.location(*member) for member in group} for group in groups]
     assert {len(members) for members in locations} == {2}
     assert all({path.split("/")[-2] for path in members} == {"a", "b"} for members in locations)
@@ -440,7 +440,7 @@ def test_examples_with_evaluation_texts_are_dropped_and_hits_are_named(shards, t
     work = run(tmp_path / "all", tokenizer, tasks, {"t": about}, shards=shards, sets={"s/test": held_out, "other": 1})
     assert stored(work, "t", "query") == ["a good question"]
     assert counts_of(work, "t")[0].dropped[hygiene.CONTAMINATED] == 3
-    found = [marker["hygiene"] for marker in stream.shards_done(work, "t").values()]
+    found = [marker["hygiene"] for marker in stream.markers(work, "map_shard", "t")]
     assert sum((Counter(f["hits"]) for f in found), Counter()) == {"0": 1, "2": 1, "3": 1}
     assert sorted(owner for f in found for owner, _ in f["locations"]) == [0, 2, 3]
     assert all(location.startswith(f"{tmp_path}/all/rows/t/") for f in found for _, location in f["locations"])
@@ -470,7 +470,7 @@ def test_texts_in_other_languages_are_dropped_and_counted(tokenizer, tmp_path):
     )
     assert stored(work, "t") == sorted([*PASSAGES["ru"], "Short", "короткий"])
     assert counts_of(work, "t")[0].dropped[hygiene.OTHER_LANGUAGE] == 2 * len(PASSAGES) - 2
-    found = [marker["hygiene"] for marker in stream.shards_done(work, "t").values()]
+    found = [marker["hygiene"] for marker in stream.markers(work, "map_shard", "t")]
     seen, other = (sum((Counter(f[name]) for f in found), Counter()) for name in ("languages", "other"))
     assert seen["ru"] == seen["unknown"] == seen["ja"] == 2 and seen - other == {"ru": 2, "unknown": 2}
     # Without a stated language they are counted only.

@@ -1,5 +1,6 @@
 """`prepare`: a stream of two maps that continues after any interruption, and whose counts add up."""
 
+import dataclasses
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +76,7 @@ def data(sources, tmp_path_factory):
 
 def files(folder):
     """{relative path: bytes} of prepared data, without the seconds."""
-    content = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+    content = {name: file.read_bytes() for name, file in paths.files(folder).items()}
     info = json.loads(content.pop("info.json"))
     info.pop("seconds")
     return content | {"info.json": info}
@@ -139,49 +141,79 @@ def test_another_seed_gives_the_same_examples_in_another_order(sources, data, tm
 
 
 KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[5])
+import contextlib, os, signal, sys
+tests, folder, gin_file, data_root, *attempts = sys.argv[1:]
+sys.path.insert(0, tests)
 import small
 from embed import paths
+from embed.data import store
 from embed.preparation.prepare import prepare
 
-write, left = paths.write, int(sys.argv[1])
+tokenizer = small.tokenizer()
 
-def dying(file, content):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(file, content)
+def attempt(left):
+    def dying(kind):
+        nonlocal left
+        left -= 1
+        if not left:
+            print(kind, end=" ", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-paths.write = dying
-prepare(sys.argv[2], gin_file=sys.argv[3], data_root=sys.argv[4], tokenizer=small.tokenizer(), processes=1)
-print("files:", int(sys.argv[1]) - left)
+    def before(kind, function):
+        def changed(*arguments):
+            dying(kind)
+            return function(*arguments)
+        return changed
+
+    transaction = store.ts.Transaction
+
+    @contextlib.contextmanager
+    def uncommitted():
+        with transaction() as begun:
+            yield begun
+            dying("object")
+
+    paths.write, store._create = before("file", paths.write), before("array", store._create)
+    store.ts.Transaction = uncommitted
+    prepare(folder, gin_file=gin_file, data_root=data_root, tokenizer=tokenizer, processes=1)
+
+for left in attempts:
+    if not (child := os.fork()):
+        try:
+            attempt(int(left))
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def killed_at(write, folder, sources):
-    """A preparation in a process that kills itself at its n-th write."""
-    arguments = [str(write), str(folder), str(sources / "data.gin"), str(sources), str(Path(__file__).parents[1])]
-    return subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True)
+def killed(attempts, folder, sources):
+    """What each of several processes was about to write when it killed itself, at its n-th write: file, array, object.
+
+    They prepare one after the other, and "" is one that completed.
+    """
+    arguments = [Path(__file__).parents[1], folder, sources / "data.gin", sources, *attempts]
+    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {line.split()[-1] for line in ended} <= {"0", f"{-signal.SIGKILL}"}, ended
+    return [line.rpartition(" ")[0] for line in ended]
 
 
 def test_a_preparation_that_is_killed_twenty_times_gives_the_same_bytes(sources, data, tmp_path):
-    rng, kills = random.Random(7), 0
-    while True:
-        # Later writes at each start, since what is done is not done again.
-        result = killed_at(rng.randint(1, 4) if kills < 20 else 10**6, tmp_path / "data", sources)
-        if result.returncode == 0:
-            break
-        assert result.returncode == -signal.SIGKILL, result.stderr
-        kills += 1
-    assert kills >= 10 and files(tmp_path / "data") == files(data)
+    rng = random.Random(7)
+    # Later writes at each start, since what is done is not done again.
+    at = killed([rng.randint(1, 12) for _ in range(20)], tmp_path / "data", sources)
+    assert Counter(at).keys() == {"file", "array", "object"} and len(at) == 20
+    run(sources, tmp_path / "data")
+    assert files(tmp_path / "data") == files(data)
 
 
 def test_other_arguments_are_refused_by_name_when_data_are_there_or_half_there(sources, data, tmp_path):
     with pytest.raises(ValueError, match="prepared with other arguments: pairs/task.query_length was '8', now '9'"):
         run(sources, data, "pairs/task.query_length = 9")
-    assert killed_at(12, tmp_path / "half", sources).returncode < 0
+    assert killed([12], tmp_path / "half", sources) == ["file"]
     with pytest.raises(ValueError, match="half prepared with other arguments: seed was 0, now 5"):
         run(sources, tmp_path / "half", seed=5)
     assert files(run(sources, tmp_path / "half")) == files(data)
@@ -191,7 +223,7 @@ def test_sources_that_change_between_two_starts_are_refused_by_name(sources, tmp
     import shutil
 
     shutil.copytree(sources, tmp_path / "sources")
-    assert killed_at(8, tmp_path / "data", tmp_path / "sources").returncode < 0
+    assert killed([8], tmp_path / "data", tmp_path / "sources") == ["file"]
     with open(tmp_path / "sources" / "more.csv", "a") as out:
         out.write("one,two\n")
     with pytest.raises(ValueError, match="the sources of more have changed since this preparation began"):
@@ -299,6 +331,35 @@ def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
     assert local.digest == remote.digest
     assert paths.path(f"{folder}/mixtures.json").read_text() == (data / "mixtures.json").read_text()
     assert not paths.path(f"{folder}/scratch").exists() and not paths.path(f"{folder}/plan.json").exists()
+
+
+def test_processes_continue_an_interrupted_preparation_in_a_bucket(sources, data, bucket, monkeypatch):
+    monkeypatch.setattr(runners, "SMALL", 0)
+    folder = f"{bucket}/interrupted"
+    assert killed([14], folder, sources) == ["file"]  # some shards are tokenized
+    assert len(paths.entries(f"{folder}/scratch/texts")) > 1
+    assert files(run(sources, folder, processes=2)) == files(data)
+
+
+def test_workers_that_do_not_reach_the_folder_are_an_error(sources, tmp_path, monkeypatch):
+    local = runners.run_locally
+
+    def elsewhere(jobs, work, *rest):
+        (tmp_path / "other" / "scratch").mkdir(parents=True)
+        local(jobs, dataclasses.replace(work, scratch=str(tmp_path / "other" / "scratch")), *rest)
+
+    monkeypatch.setattr(runners, "run_locally", elsewhere)
+    with pytest.raises(ValueError, match=r"6 of 6 units of work left no .*\.json or .*: the workers may not reach"):
+        run(sources, tmp_path / "data")
+
+
+def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(sources, tmp_path, monkeypatch):
+    bucket = stream.map_bucket
+    monkeypatch.setattr(
+        stream, "map_bucket", lambda work, task, b, parts, *rest: bucket(work, task, b, parts[:1], *rest)
+    )
+    with pytest.raises(ValueError, match=r"task 'texts' has 30 examples in its store, but the counts say 120"):
+        run(sources, tmp_path / "data")
 
 
 @pytest.mark.parametrize(
