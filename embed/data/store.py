@@ -94,9 +94,9 @@ def write_bucket(
 ) -> dict:
     """Write n examples, {column: (flat values int[sum of lengths], lengths int[n])}, as a bucket; return its summary.
 
-    The summary is JSON for `close`. The same examples give the same bytes, and a bucket that exists is replaced, so a
-    job that was killed can run again. Processes may write different buckets of one store at the same time. Values are
-    in 0..2^31 - 2.
+    The summary is JSON for `close`. The same examples give the same bytes, and a bucket that exists is overwritten, so
+    a job that was killed can run again, and two processes may run the same job. Processes may write different buckets
+    of one store at the same time. Values are in 0..2^31 - 2.
     """
     if not 0 <= bucket < SHAPE[0]:
         raise ValueError(f"bucket {bucket} must be in 0 … {SHAPE[0] - 1}")
@@ -108,13 +108,15 @@ def write_bucket(
     starts = starts[lengths.sum(1) > 0]
     values[starts] = ~values[starts]
     for name, content in (("values", values), ("offsets", ends if len(lengths) else ends[:0])):
-        array = _create(path, name)
-        array.kvstore.delete_range(ts.KvStore.KeyRange(f"c/{bucket}/", f"c/{bucket}0")).result()
-        size = ARRAYS[name][1]
+        array, size = _create(path, name), ARRAYS[name][1]
         for start in range(0, len(content), size):
             with ts.Transaction() as transaction:  # one write per object
                 part = content[start : start + size]
-                array.with_transaction(transaction)[bucket, start : start + len(part)].write(part).result()
+                # With the rest of the object, where the object that it replaces may have had values.
+                empty = np.full(size - len(part), MISSING, array.dtype.numpy_dtype)
+                row = array.with_transaction(transaction)[bucket, start : start + size]
+                row.write(np.concatenate([part, empty])).result()
+        _delete_from(array.kvstore, bucket, -(-len(content) // size))
     return {
         "bucket": bucket,
         "examples": len(lengths),
@@ -122,6 +124,14 @@ def write_bucket(
         "digest": digest.hexdigest(),
         "lengths": {column: _histogram(lengths[:, c]) for c, column in enumerate(columns)},
     }
+
+
+def _delete_from(objects: ts.KvStore, bucket: int, count: int) -> None:
+    """Delete the objects of a bucket after the first `count`."""
+    prefix = f"c/{bucket}/"
+    for key in objects.list(ts.KvStore.KeyRange(prefix, f"c/{bucket}0")).result():
+        if int(key.removeprefix(prefix.encode())) >= count:
+            objects.write(key, None).result()
 
 
 def close(path: str | Path, columns: Sequence[str], summaries: Sequence[Mapping], info: Mapping) -> None:

@@ -13,7 +13,7 @@ from embed.tokenizers import Tokenizer
 CHARACTERS_PER_TOKEN = 20
 STAGES = {"text": "diffusion", "pair": "pair", "triplet": "triplet", "contextual": "contextual"}
 NO_TOKENS, NO_QUERY = "without tokens", "documents without a query"
-PARTS = "parts of documents without a query"
+PARTS, NO_QUERY_TOKENS = "parts of documents without a query", "queries without tokens or of a chunk without tokens"
 
 Columns = dict[str, np.ndarray]  # of one example, int32[length] each
 
@@ -37,7 +37,7 @@ def tokenize(
 ) -> list[tuple[dict, Columns]]:
     """(text example, its tokens) for each example of tokens; a long document gives several.
 
-    `cut` counts what was cut from examples that are kept, by column; `dropped` counts text examples by reason.
+    `cut` counts texts that were cut, by column, and what documents lack; `dropped` counts text examples by reason.
     """
     if task.kind == "contextual":
         return _documents(task, examples, tokenizer, cut, dropped)
@@ -78,6 +78,8 @@ def _documents(task: Task, examples: Sequence[dict], tokenizer: Tokenizer, cut: 
         for k, (_, index) in enumerate(document["queries"]):
             if len(tokens := queries[first_query + k]) and len(own[index]):
                 asked.setdefault(index, []).append(tokens)
+            else:
+                cut[NO_QUERY_TOKENS] += 1
         first_chunk, first_query = first_chunk + len(own), first_query + len(document["queries"])
         parts = divide(
             document["headers"], [len(c) for c in own], max_chunks=task.max_chunks, max_tokens=task.max_context

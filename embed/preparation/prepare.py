@@ -33,7 +33,7 @@ from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
 from embed.preparation.sources import Shard
 from embed.preparation.stream import Work
-from embed.preparation.tasks import Counts, Task, all_texts
+from embed.preparation.tasks import Counts, Task, all_texts, named
 
 _WINDOW = 600  # characters per training text of the vocabulary
 REFRESH = 0.1  # seconds between updates of the progress bar
@@ -85,6 +85,7 @@ def prepare(
             raise ValueError(
                 f"{directory} was prepared with other arguments: {differing}; choose another directory or remove it"
             )
+        _remove_scratch(directory)  # unless a run that was interrupted at its end did so
         console.print(f"data: {directory} is complete")
         return
     if (directory / PLAN).exists():
@@ -113,6 +114,19 @@ def _differing(file, arguments: Mapping) -> str:
     return "; ".join(
         f"{name.removeprefix('gin.')} was {was!r}, now {now!r}" for name, was, now in differences(recorded, arguments)
     )
+
+
+def _remove_scratch(directory) -> None:
+    """Removes what only an unfinished preparation needs."""
+    if (directory / SCRATCH).exists():
+        (directory / SCRATCH).rmtree()
+    if (directory / PLAN).exists():
+        (directory / PLAN).unlink()
+
+
+def _check_examples(task: str, count: int) -> None:
+    if not count:
+        raise ValueError(f"task {task!r} has no example with tokens: remove it from mixtures.rates")
 
 
 class _Preparation:
@@ -150,8 +164,7 @@ class _Preparation:
             "seconds": self.clock.seconds,
         }
         paths.write_json(self.directory / INFO, info)
-        (self.directory / PLAN).unlink()
-        self.scratch.rmtree()
+        _remove_scratch(self.directory)
         return info
 
     def _plan(self) -> tuple[Work, dict, dict]:
@@ -168,7 +181,7 @@ class _Preparation:
             for name in sorted({*tasks, *bound.evaluation.sets.values(), *bound.vocabulary.tasks}):
                 task = tasks.get(name) or bound.tasks[name]
                 if isinstance(task, Task):
-                    with _named(name):
+                    with named(name):
                         task.source.build(self.scratch)
                         identity[name] = task.source.identity()
                         if report := getattr(task.source, "report", dict)():
@@ -239,7 +252,7 @@ class _Preparation:
             marker, target = self.scratch / "evaluation" / f"{name}.json", self.directory / "evaluation" / name
             if not marker.exists():
                 task, read = self.bound.tasks[task_name], Counts()
-                with _named(task_name):
+                with named(task_name):
                     made = evaluation_sets.make(
                         task,
                         work.shards[task_name],
@@ -312,18 +325,17 @@ class _Preparation:
             maps = {(job.function, job.arguments[0]) for job in jobs}
             if missing := [file for name, task in sorted(maps) for file in stream.missing(work, name, task).values()]:
                 raise ValueError(
-                    f"{len(missing):,} of {len(jobs):,} units of work left no {missing[0]} or other marker: the workers "
-                    f"may not reach the folder {self.directory}, which must be in a bucket or on a shared disk"
+                    f"{len(missing):,} of {len(jobs):,} units of work left no {missing[0]} or other marker: the "
+                    f"workers may not reach the folder {self.directory}, which must be in a bucket or on a shared disk"
                 )
 
     def _counts(self, work: Work, name: str) -> Counts:
         counts = Counts()
         for marker in stream.markers(work, "map_shard", name):
             counts.add(Counts.from_json(marker["counts"]))
-        with _named(name):
+        with named(name):
             counts.check(work.tasks[name].max_bad)
-        if not counts.examples:
-            raise ValueError(f"task {name!r} has no example with tokens: remove it from mixtures.rates")
+        _check_examples(name, counts.examples)
         return counts
 
     def _close(self, work: Work, name: str, counts: Counts) -> dict:
@@ -340,6 +352,7 @@ class _Preparation:
                 f"task {name!r} has {stored:,} examples in its store, but the counts say {expected:,}: files of "
                 f"{self.directory} are missing or from another preparation; remove it"
             )
+        _check_examples(name, stored)
         dropped = counts.dropped + Counter({why: n for why, n in after.items() if why != stream.REPEATED})
         result = {
             "rows": counts.rows_read,
@@ -399,21 +412,6 @@ def _windows(task: Task, shard: Shard, characters: int, limit: int, rng: random.
                     return
                 yield text[start : start + _WINDOW]
                 characters -= _WINDOW
-
-
-class _named:
-    """Errors about the data of a task name it."""
-
-    def __init__(self, task: str):
-        self._task = task
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, ValueError):
-            raise type(error)(f"task {self._task!r}: {error}") from error
-        return False
 
 
 # --- reporting --------------------------------------------------------------------------------------------------------

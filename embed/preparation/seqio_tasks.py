@@ -161,7 +161,7 @@ class SeqioTask:
         if _is_tokens(self._task()):
             made = [({"weight": 1}, {name: row[name] for name in COLUMNS[examples.STAGES[self.kind]]}) for row in batch]
         else:
-            texts = [example for row in batch for example in plain._make(_decoded(row))]
+            texts = [example for row in batch for example in plain._make(_decoded(row), counts.cut)]
             made = [
                 ({"weight": 1}, c) for _, c in examples.tokenize(plain, texts, tokenizer, counts.cut, counts.dropped)
             ]

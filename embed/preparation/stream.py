@@ -38,10 +38,11 @@ from embed.data.loader import COLUMNS
 from embed.preparation import contamination, examples, hygiene, near_duplicates
 from embed.preparation.hygiene import Findings, Hygiene
 from embed.preparation.sources import Shard
-from embed.preparation.tasks import Counts, Task, all_texts
+from embed.preparation.tasks import Counts, Task, all_texts, named
 
 BATCH_CHARACTERS = 1 << 20  # texts that are tokenized together
 PART_VALUES = 1 << 25  # int32 values of a shard that are held before a part is written
+EXAMPLE_VALUES = 150  # values that take the memory of the Python objects of an example, about
 BUCKET_BYTES = 1 << 28  # of source text, about, in a bucket
 NEAR_BYTES = 1 << 27  # of source text, about, whose bands are compared together
 NEAR_GROUPS, NEAR_MEMBERS = 20, 5  # groups of near duplicates of a bucket that the report may name, and members
@@ -137,20 +138,21 @@ def num_buckets(task: Task, shards: Sequence[Shard]) -> int:
 
 
 def map_shard(work: Work, task: str, shard: int, progress: Progress = lambda tokens, size: None) -> None:
-    """Tokenizes an input shard of a task and sorts its examples into buckets. BadRowsError if too much of it is bad."""
+    """Tokenizes an input shard of a task and sorts its examples into buckets. BadRowsError if much of it is bad."""
     counts, findings, part, total, seen = Counts(), Findings(), 0, 0, 0
     size = work.shards[task][shard].bytes
     pending = _Pending(work, task)
-    for batch in _named(task, token_batches(work, task, shard, counts, findings)):
-        for _, parts in itertools.groupby(batch, lambda made: id(made[0])):
-            pending.add(list(parts))
-        made = sum(len(array) for _, columns in batch for array in columns.values())
-        total += made
-        progress(made, min(4 * total, size) - seen)  # bytes of source: an estimate until the end
-        seen = min(4 * total, size)
-        if pending.values >= PART_VALUES:
-            pending.write(shard, part)
-            pending, part = _Pending(work, task), part + 1
+    with named(task):
+        for batch in token_batches(work, task, shard, counts, findings):
+            for _, parts in itertools.groupby(batch, lambda made: id(made[0])):
+                pending.add(list(parts))
+            made = sum(len(array) for _, columns in batch for array in columns.values())
+            total += made
+            progress(made, min(4 * total, size) - seen)  # bytes of source: an estimate until the end
+            seen = min(4 * total, size)
+            if pending.values >= PART_VALUES:
+                pending.write(shard, part)
+                pending, part = _Pending(work, task), part + 1
     pending.write(shard, part)
     progress(0, size - seen)
     marker = {"parts": part + 1, "counts": counts.to_json()}
@@ -191,17 +193,8 @@ def token_batches(
         if characters >= BATCH_CHARACTERS:
             yield tokenized(batch)
             batch, characters = [], 0
-    counts.check(task.max_bad)
     if batch:
         yield tokenized(batch)
-
-
-def _named(task: str, batches: Iterator) -> Iterator:
-    """The batches; an error about their data names the task."""
-    try:
-        yield from batches
-    except ValueError as error:
-        raise type(error)(f"task {task!r}: {error}") from error
 
 
 class _Pending:
@@ -223,7 +216,7 @@ class _Pending:
         for digest, (_, columns) in zip(digests, parts):
             bucket = int.from_bytes(digest[:8], "little") % len(self.examples)
             self.examples[bucket].append((digest, number, example["weight"], columns))
-            self.values += sum(map(len, columns.values()))
+            self.values += EXAMPLE_VALUES + sum(map(len, columns.values()))
             if "bands" in example:
                 self.near.append((example["bands"], number, bucket))
                 self.locations[number] = example["location"]

@@ -10,6 +10,7 @@ Kinds, with their text examples:
     retrieval    no examples: a source that has a corpus, queries and relevance of its own, for an evaluation set
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -18,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from embed.preparation.sources import Row, Shard, Source
+from embed.preparation.sources import Row, Shard, Source, SourceError
 
 KINDS = ("text", "pair", "triplet", "contextual", "retrieval")
 # The columns that a kind takes from its rows; those in brackets are optional.
@@ -31,12 +32,25 @@ COLUMNS = {
 }
 BAD, EMPTY, PATTERN, SHORT, LONG = "bad rows", "empty texts", "pattern", "shorter than min_characters", "too long"
 LANGUAGE, SCORE, HELD_OUT, NOT_HELD_OUT = "other languages", "score below min_score", "held out", "not held out"
-UNUSED = "rows without an example"
+UNUSED, UNREAD = "rows without an example", "beyond max_total_characters"
+NO_ANSWER, SEVERAL = "queries without their answer in the text", "queries of several chunks"
+EQUAL, UNMAPPED = "pairs with equal sides", "rows with a label that is not mapped"
+EARLY = 10_000  # rows of a shard after which too many bad ones end the run; before, the rate may be chance
 MAX_EXAMPLES_OF_ERRORS = 10  # bad rows that a report names
 
 
 class BadRowsError(ValueError):
     """More rows of an input are bad than the task tolerates."""
+
+
+@contextlib.contextmanager
+def named(task: str) -> Iterator[None]:
+    """Makes a ValueError in the block name the task; subclasses other than our own become ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        kind = type(error) if isinstance(error, (BadRowsError, SourceError)) else ValueError
+        raise kind(f"task {task!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +131,8 @@ class Task:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"task.{name}={getattr(self, name)!r} must be between 0 and 1")
         find_function(self.map) if self.map else None
+        if bad := [times for times in self.weights.values() if times < 1]:
+            raise ValueError(f"task.weights: {bad[0]!r} repetitions must be at least 1")
         if "answers" in self.columns and "text" not in self.columns:
             raise ValueError("task.columns: 'answers' needs the column 'text'")
         if self.group_sizes and (self.group_by or self.kind != "contextual" or min(self.group_sizes) < 1):
@@ -149,16 +165,22 @@ class Task:
         "location" and "weight".
         """
         total = 0
-        for location, rows in self._units(self.source.read(shard), counts, limit):
+        units = self._units(self.source.read(shard), counts, limit)
+        for location, rows in units:
+            cut = Counter()
             try:
                 mapped = [each for row in rows for each in self.function(row)]
-                made = self._from_group(mapped) if self.groups else [e for each in mapped for e in self._make(each)]
+                if self.groups:
+                    made = self._from_group(mapped, cut)
+                else:
+                    made = [example for each in mapped for example in self._make(each, cut)]
                 kept_out = bool(self.held_out) and self._is_held_out(rows[0])
                 reason, weight = self._reason(rows[0]), self._weight(rows[0])
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 counts.bad(location, f"{type(error).__name__}: {error.args[0] if error.args else error}", len(rows))
                 continue
             counts.rows["used" if made else UNUSED] += len(rows)
+            counts.cut.update(cut)
             for example in map(self._cleaned, made):
                 counts.made += 1
                 why = reason or self._text_reason(example)
@@ -170,6 +192,8 @@ class Task:
                 total += sum(map(len, all_texts(example)))
                 yield example | {"location": location, "weight": weight}
             if characters and total >= characters:
+                if self.groups:  # whose rows are read already
+                    counts.rows[UNREAD] += sum(len(rows) for _, rows in units)
                 return
 
     def _units(self, rows: Iterable[Row], counts: "Counts", limit: int) -> Iterator[tuple[str, list[dict]]]:
@@ -179,6 +203,8 @@ class Task:
         for row in rows:
             if limit and counts.rows_read >= limit:
                 break
+            if counts.rows_read and counts.rows_read % EARLY == 0:
+                counts.check(self.max_bad)
             counts.rows_read += 1
             if row.error:
                 counts.bad(row.location, row.error)
@@ -195,8 +221,6 @@ class Task:
                     counts.bad(row.location, f"{type(error).__name__}: {error.args[0] if error.args else error}")
                     continue
                 groups.setdefault(key, (row.location, []))[1].append(row.value)
-            if counts.rows_read % 10_000 == 0:
-                counts.check(self.max_bad)
         yield from groups.values()
         for members in unrelated.values():
             members.sort(key=lambda row: _digest({k: v for k, v in row.value.items() if k[:1] != "_"}))
@@ -206,20 +230,20 @@ class Task:
                 start += len(group)
                 yield group[0].location, [row.value for row in group]
 
-    def _make(self, row: dict) -> Iterator[dict]:
-        """The examples of one row."""
+    def _make(self, row: dict, cut: Counter) -> Iterator[dict]:
+        """The examples of one row. `cut` counts by reason what they lack."""
         if self.kind == "text":
             for text in self._texts(row, "text"):
                 yield {"text": text}
         elif self.kind == "contextual":
-            yield self._contextual(row)
+            yield self._contextual(row, cut)
         else:
             queries, documents = self._texts(row, "query"), self._texts(row, "document")
             sides = {"negatives": texts_of(row, self._field("negatives"))} if self.kind == "triplet" else {}
             for query, document in itertools.product(queries, documents):
                 yield {"query": query, "document": document} | sides
 
-    def _contextual(self, row: dict) -> dict:
+    def _contextual(self, row: dict, cut: Counter) -> dict:
         queries = pick(row, self._field("queries"))
         queries = [queries] if isinstance(queries, (str, Mapping)) else queries
         if "answers" in self.columns:
@@ -227,7 +251,9 @@ class Task:
             if len(answers) != len(queries):
                 raise ValueError(f"{len(queries)} queries have {len(answers)} answers")
             offsets = [(_query_text(query), text.find(answer)) for query, answer in zip(queries, answers)]
-            return {"text": text, "queries": [(query, offset) for query, offset in offsets if offset >= 0]}
+            found = [(query, offset) for query, offset in offsets if offset >= 0]
+            cut[NO_ANSWER] += len(offsets) - len(found)
+            return {"text": text, "queries": found}
         if "text" in self.columns:
             pairs = [(_query_text(query), int(query["offset"])) for query in queries]
             return {"text": text_of(row, self._field("text")), "queries": pairs}
@@ -238,15 +264,17 @@ class Task:
         headers = pick(row, self._field("headers")) if self._field("headers") in row else [[]] * len(chunks)
         return {"chunks": chunks, "queries": pairs, "headers": headers}
 
-    def _from_group(self, rows: Sequence[dict]) -> list[dict]:
-        """The examples of a group of rows; none if it lacks a side."""
+    def _from_group(self, rows: Sequence[dict], cut: Counter) -> list[dict]:
+        """The examples of a group of rows, none if it lacks a side. `cut` counts by reason what they lack."""
         if self.kind == "text":
             return [{"text": "\n".join(dict.fromkeys(t for row in rows for t in self._texts(row, "text")))}]
         if self.kind == "pair":
             sides = [(text_of(row, self._field("query")), text_of(row, self._field("document"))) for row in rows]
             sides = sorted(set(sides), key=_digest)  # any order that is not that of the rows
             shifted = zip(sides, sides[1:] + sides[:1])
-            return [{"query": q, "document": d} for (q, own), (_, d) in shifted if own != d and q != d]
+            made = [{"query": q, "document": d} for (q, own), (_, d) in shifted if own != d and q != d]
+            cut[EQUAL] += len(sides) - len(made) if made else 0
+            return made
         if self.kind == "contextual":
             chunks: dict[str, int] = {}
             queries = []
@@ -255,19 +283,23 @@ class Task:
                 queries += [(query, index) for query in texts_of(row, self._field("queries"))]
             # A query of several chunks has no single positive.
             times = Counter(query for query, _ in dict.fromkeys(queries))
-            queries = [(query, index) for query, index in queries if times[query] == 1]
-            return [{"chunks": list(chunks), "queries": queries, "headers": [[]] * len(chunks)}]
+            kept = [(query, index) for query, index in queries if times[query] == 1]
+            cut[SEVERAL] += len(queries) - len(kept)
+            return [{"chunks": list(chunks), "queries": kept, "headers": [[]] * len(chunks)}]
         sides: dict[str, list[str]] = {"document": [], "negatives": []}
+        unmapped = 0
         for row in rows:
             if self.label:
                 role = self.labels.get(str(pick(row, self.label)))
                 if role:
                     sides[role] += self._texts(row, "document")
+                unmapped += not role
             else:
                 sides["document"] += self._texts(row, "document")
                 sides["negatives"] += texts_of(row, self._field("negatives"))
         if not sides["document"] or not sides["negatives"]:
             return []
+        cut[UNMAPPED] += unmapped
         query, negatives = text_of(rows[0], self._field("query")), sides["negatives"]
         return [{"query": query, "document": d, "negatives": negatives} for d in sides["document"]]
 
@@ -335,7 +367,8 @@ class Counts:
     made: int = 0  # text examples
     examples: int = 0  # of tokens: a long document becomes several
     dropped: Counter = dataclasses.field(default_factory=Counter)  # {reason: text examples}
-    cut: Counter = dataclasses.field(default_factory=Counter)  # {column: texts cut to their length}
+    # {column: texts cut to their length}, and {what examples lack: number}
+    cut: Counter = dataclasses.field(default_factory=Counter)
     errors: list = dataclasses.field(default_factory=list)  # "location: reason" of the first bad rows
 
     def bad(self, location: str, reason: str, rows: int = 1) -> None:

@@ -142,6 +142,31 @@ def test_a_bucket_has_the_same_bytes_whoever_writes_it_and_however_often(tmp_pat
     assert objects(tmp_path / "a") == objects(tmp_path / "b")
 
 
+def test_a_bucket_that_is_written_again_is_complete_at_all_times(tmp_path, monkeypatch):
+    monkeypatch.setitem(stores.ARRAYS, "values", ("int32", 1 << 10, 1 << 8, stores.ARRAYS["values"][3]))
+    examples, seen, transaction = texts(300), [], ts.Transaction
+    write_bucket(tmp_path, ["tokens"], 0, ragged(examples))
+    before = objects(tmp_path)
+    assert len(before) > 5
+
+    def observed():
+        seen.append(objects(tmp_path))
+        return transaction()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ts, "Transaction", observed)
+        write_bucket(tmp_path, ["tokens"], 0, ragged(examples))
+    assert len(seen) > 3 and all(content == before for content in [*seen, objects(tmp_path)])
+
+
+def test_nothing_stays_of_a_bucket_that_is_overwritten_by_a_shorter_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(stores.ARRAYS, "values", ("int32", 1 << 10, 1 << 8, stores.ARRAYS["values"][3]))
+    for name, counts in (("again", (300, 30, 0, 30)), ("once", (30,))):
+        for count in counts:
+            write_bucket(tmp_path / name, ["tokens"], 0, ragged(texts(300)[:count], ["tokens"]))
+    assert objects(tmp_path / "again") == objects(tmp_path / "once")
+
+
 def test_the_digest_is_that_of_the_examples_in_their_columns(path, tmp_path):
     def digest(name, examples):
         write(tmp_path / name, examples)

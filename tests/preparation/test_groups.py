@@ -37,8 +37,9 @@ def test_lists_of_queries_documents_and_texts_give_an_example_each():
 def test_a_query_is_for_the_place_of_its_answer_and_left_out_without_one():
     row = {"text": "one two three", "q": ["a", "b", "c"], "a": ["three", "absent", "one"]}
     columns = {"text": "text", "queries": "q", "answers": "a"}
-    made, _ = examples([row], kind="contextual", columns=columns)
+    made, counts = examples([row], kind="contextual", columns=columns)
     assert made == [{"text": "one two three", "queries": [("a", 8), ("c", 0)]}]
+    assert counts.cut == {"queries without their answer in the text": 1}
     _, counts = examples([{**row, "a": ["one"]}], kind="contextual", columns=columns)
     assert counts.errors == ["file:1: ValueError: 3 queries have 1 answers"]
 
@@ -62,12 +63,16 @@ def test_a_group_of_pairs_pairs_every_row_with_another_one():
     assert all(e["query"] != e["document"] for e in made)
     assert [(e["query"], e["document"]) for e in made] != list(zip("abcde", "bcdea"))  # not the order of the rows
     assert counts.rows == {"used": 5, "rows without an example": 1}
+    rows = [{"key": "k", "query": text, "document": text[:1]} for text in ("a1", "a2", "b1", "b2", "b3")]
+    made, counts = examples(rows, kind="pair", group_by="key")
+    assert counts.cut == {"pairs with equal sides": 5 - len(made)} and 0 < len(made) < 5
 
 
 def test_a_group_has_the_queries_of_one_chunk_only():
     rows = [("q", "c1"), ("q", "c2"), ("r", "c2"), ("r", "c2")]
     rows = [{"key": "k", "query": query, "chunk": chunk} for query, chunk in rows]
-    made, _ = examples(rows, kind="contextual", group_by="key", columns={"queries": "query", "chunk": "chunk"})
+    made, counts = examples(rows, kind="contextual", group_by="key", columns={"queries": "query", "chunk": "chunk"})
+    assert counts.cut == {"queries of several chunks": 2}
     assert made == [{"chunks": ["c1", "c2"], "queries": [("r", 1)] * 2, "headers": [[], []]}] or made == [
         {"chunks": ["c1", "c2"], "queries": [("r", 1)], "headers": [[], []]}
     ]

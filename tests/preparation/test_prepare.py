@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -220,8 +221,6 @@ def test_other_arguments_are_refused_by_name_when_data_are_there_or_half_there(s
 
 
 def test_sources_that_change_between_two_starts_are_refused_by_name(sources, tmp_path):
-    import shutil
-
     shutil.copytree(sources, tmp_path / "sources")
     assert killed([8], tmp_path / "data", tmp_path / "sources") == ["file"]
     with open(tmp_path / "sources" / "more.csv", "a") as out:
@@ -238,6 +237,55 @@ def test_bad_rows_are_tolerated_up_to_a_rate_and_named(sources, tmp_path):
     folder = run(sources, tmp_path / "two", *names, "pairs/task.max_bad = 0.2")
     read = json.loads((folder / "info.json").read_text())["counts"]["pairs"]["read"]
     assert read["rows"] == {"bad rows": 2, "used": 8} and len(read["errors"]) == 2
+
+
+def test_the_rate_of_bad_rows_is_that_of_the_task_not_of_a_file(sources, tmp_path):
+    (tmp_path / "documents").mkdir()
+    for number in range(20):
+        (tmp_path / "documents" / f"{number}.md").write_bytes(
+            b"\xff\xfe\xff" if number == 7 else b"parse file %d" % number
+        )
+    names = [f'texts/files.paths = "{tmp_path}/documents/*.md"']
+    folder = run(sources, tmp_path / "data", *names, "texts/task.max_bad = 0.2")
+    read = json.loads((folder / "info.json").read_text())["counts"]["texts"]["read"]
+    assert read["rows"] == {"bad rows": 1, "used": 19}
+    with pytest.raises(ValueError, match=r"^task 'texts': 1 of 20 rows are bad.*7.md"):
+        run(sources, tmp_path / "other", *names, "texts/task.max_bad = 0.04")
+
+
+def test_a_task_whose_examples_are_all_near_duplicates_is_refused(sources, tmp_path):
+    text = " ".join(small.sentences(20, seed=5))
+    for name, word in (("pairs", "list"), ("more", "index")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"query": text, "document": f"{text} {word}"}) + "\n")
+    names = [f'{name}/files.paths = "{tmp_path}/{name}.jsonl"' for name in ("pairs", "more")]
+    names += [f"{name}/task.document_length = 2000" for name in ("pairs", "more")]
+    names += ["more/task.columns = {}", "more/task.held_out = 0.0", "evaluation.sets = {}"]
+    names += ["hygiene.near_duplicates = 0.75", 'hygiene.compare_with = "all"', "mixtures.unit = 'tokens'"]
+    names += ["mixtures.rates = {'both': {'pairs': 3.0, 'more': 1.0}}"]
+    with pytest.raises(ValueError, match="^task '(pairs|more)' has no example with tokens: remove it from mixtures"):
+        run(sources, tmp_path / "data", *names)
+
+
+def test_what_an_interruption_at_the_end_left_is_removed(sources, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "scratch" / "texts").mkdir(parents=True)
+    (tmp_path / "data" / "plan.json").write_text("{}")
+    assert files(run(sources, tmp_path / "data")) == files(data)
+
+
+def test_many_short_examples_are_written_in_parts(sources, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(stream, "PART_VALUES", 3000)  # more than the tokens of all pairs
+    bucket, parts = stream.map_bucket, {}
+
+    def observed(work, task, number, of_shards, *rest):
+        parts[task] = of_shards
+        bucket(work, task, number, of_shards, *rest)
+
+    monkeypatch.setattr(stream, "map_bucket", observed)
+    folder = run(sources, tmp_path / "data")
+    assert Store(folder / "tasks" / "pairs").digest == Store(data / "tasks" / "pairs").digest
+    assert parts["pairs"][0] > 3
 
 
 def test_a_task_without_examples_is_refused(sources, tmp_path):

@@ -82,7 +82,8 @@ LAYOUTS = {
     "MTEB with a card": {
         "README.md": card(
             ("corpus", "corpus", "c.jsonl"), ("queries", "queries", "q.jsonl"), ("default", "train", "r.jsonl")
-        ),
+        )
+        + b"\xff not UTF-8",
         "c.jsonl": jsonl(CORPUS),
         "q.jsonl": jsonl(QUERIES),
         "r.jsonl": jsonl(qrels(QRELS)),

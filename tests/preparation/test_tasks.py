@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 
 from embed.preparation import examples, tasks
-from embed.preparation.sources import Row, Shard, Source
+from embed.preparation.sources import Row, Shard, Source, SourceError
 from embed.preparation.tasks import Counts, Task
 
 
@@ -66,6 +66,21 @@ def test_more_bad_rows_than_allowed_are_an_error_that_names_the_first():
     counts.bad("file:9", "not UTF-8")
     with pytest.raises(tasks.BadRowsError, match=r"^2 of 1,000 rows are bad.*file:3: not JSON; file:9: not UTF-8$"):
         counts.check(0.001)
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (SourceError("no file"), SourceError),
+        (tasks.BadRowsError("2 of 3"), tasks.BadRowsError),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "invalid"), ValueError),
+        (json.JSONDecodeError("no JSON", "x", 0), ValueError),
+    ],
+)
+def test_an_error_about_the_data_of_a_task_names_it(error, kind):
+    with pytest.raises(ValueError, match="^task 'web': ") as raised, tasks.named("web"):
+        raise error
+    assert raised.type is kind and f"{error}" in f"{raised.value}"
 
 
 def test_filters_count_what_they_drop_by_reason():
@@ -134,7 +149,7 @@ def test_a_label_makes_positives_and_negatives_of_the_rows_of_a_group():
         labels={"entailment": "document", "contradiction": "negatives"},
     )
     assert result == [{"query": "p", "document": "yes", "negatives": ["no"]}]
-    assert counts.rows == {"used": 3, tasks.UNUSED: 1}
+    assert counts.rows == {"used": 3, tasks.UNUSED: 1} and counts.cut == {tasks.UNMAPPED: 1}
 
 
 def test_held_out_examples_and_the_others_are_all_examples_and_groups_stay_together():
@@ -162,6 +177,20 @@ def test_reading_ends_at_the_limits():
     assert len(made("text", *rows, read={"limit": 3})[0]) == 3
     result, counts = made("text", *rows, read={"characters": 12})
     assert len(result) == 3 and counts.rows_read == 3
+    rows = [{"text": f"{i % 100:05}"} for i in range(300)]
+    result, counts = made("text", *rows, read={"characters": 12}, group_by="text")
+    assert len(result) == 3 and counts.rows == {"used": 9, tasks.UNREAD: 291}
+
+
+def test_the_rate_of_bad_rows_ends_reading_once_it_is_more_than_chance():
+    task, counts = Task(Rows(({"text": 3},) + ({"text": "good"},) * 30_000), "text", max_bad=0.001), Counts()
+    assert sum(1 for _ in task.examples(Shard(""), counts)) == 30_000
+    for group_by in ("", "text"):
+        task, counts = Task(Rows(({"text": 3},) * 30_000), "text", group_by=group_by), Counts()
+        if group_by:
+            task = dataclasses.replace(task, source=Rows(({"other": 3},) * 30_000))
+        with pytest.raises(tasks.BadRowsError, match="10,000 of 10,000 rows are bad"):
+            list(task.examples(Shard(""), counts))
 
 
 def test_a_map_makes_rows_of_a_row():
@@ -184,6 +213,7 @@ def words_of(row):
         (dict(kind="pair", columns={"text": "t"}), "'text' is no column of a pair task: document, query"),
         (dict(kind="pair", keep="("), "task.keep='\\(' is no regular expression"),
         (dict(kind="pair", held_out=1.5), "task.held_out=1.5 must be between 0 and 1"),
+        (dict(kind="pair", weights={1: 0}), "task.weights: 0 repetitions must be at least 1"),
         (dict(kind="pair", label="l"), "task.label needs task.group_by"),
     ],
 )
@@ -228,6 +258,9 @@ def test_the_tokens_of_a_document_hold_its_chunks_and_queries():
     assert cut == {"chunks": 1, "queries": 0, examples.PARTS: 0} and not dropped
     assert examples.tokenize(task, [{**example, "queries": []}], Words(), cut, dropped) == []
     assert dropped == {examples.NO_QUERY: 1}
+    example = {"chunks": ["a", " "], "queries": [("q", 0), ("", 0), ("r", 1)], "headers": [[]] * 2}
+    ((_, only),) = examples.tokenize(task, [example], Words(), cut := Counter(), dropped)
+    assert only["queries"].tolist() == [1] and cut[examples.NO_QUERY_TOKENS] == 2
 
 
 def test_a_text_is_split_into_chunks_and_offsets_become_chunks():

@@ -152,7 +152,11 @@ def dataset_part(
             raise SourceError(f"{path} is not a folder")
         names = list(paths.files(folder))
         card = folder / "README.md"
-        configs = read_card(card.read_text(encoding="utf-8")).get("configs") or [] if "README.md" in names else []
+        configs = (
+            read_card(card.read_text(encoding="utf-8", errors="replace")).get("configs") or []
+            if "README.md" in names
+            else []
+        )
     source, listed = id or path, [f"{config.get('config_name')}" for config in configs]
     if config := next((name for name in patterns if name in listed), ""):
         there = config_splits(source, names, configs, config)
