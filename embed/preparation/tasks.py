@@ -107,7 +107,7 @@ class Task:
     max_total_characters: int = 0  # of all examples; each shard gives its share. 0 = no limit
     held_out: float = 0.0  # fraction of the examples that is kept for an evaluation set
     held_out_by: str = ""  # examples with the same value of this field are held out together; "" = the whole row
-    max_bad: float = 0.001  # fraction of bad rows that is tolerated
+    max_bad: float = 0.001  # fraction of the task's rows that may be bad
     buckets: int = 0  # parts of the store; 0 = from the size of the source
 
     def __post_init__(self):
@@ -360,7 +360,7 @@ class Task:
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the rows and examples of a shard: read = bad + unused + used, made = kept + dropped by reason."""
+    """What became of the rows and examples of a shard: read = bad + unused + unread + used, made = kept + dropped by reason."""
 
     rows_read: int = 0
     rows: Counter = dataclasses.field(default_factory=Counter)  # {what became of them: number}

@@ -387,6 +387,7 @@ def test_processes_continue_an_interrupted_preparation_in_a_bucket(sources, data
     assert killed([14], folder, sources) == ["file"]  # some shards are tokenized
     assert len(paths.entries(f"{folder}/scratch/texts")) > 1
     assert files(run(sources, folder, processes=2)) == files(data)
+    assert not paths.entries(f"{folder}/scratch")
 
 
 def test_workers_that_do_not_reach_the_folder_are_an_error(sources, tmp_path, monkeypatch):
@@ -397,7 +398,7 @@ def test_workers_that_do_not_reach_the_folder_are_an_error(sources, tmp_path, mo
         local(jobs, dataclasses.replace(work, scratch=str(tmp_path / "other" / "scratch")), *rest)
 
     monkeypatch.setattr(runners, "run_locally", elsewhere)
-    with pytest.raises(ValueError, match=r"6 of 6 units of work left no .*\.json or .*: the workers may not reach"):
+    with pytest.raises(ValueError, match=r"6 of 6 units of work left no marker, such as .*\.json: the workers may not"):
         run(sources, tmp_path / "data")
 
 

@@ -151,12 +151,8 @@ def dataset_part(
         if not folder.is_dir():
             raise SourceError(f"{path} is not a folder")
         names = list(paths.files(folder))
-        card = folder / "README.md"
-        configs = (
-            read_card(card.read_text(encoding="utf-8", errors="replace")).get("configs") or []
-            if "README.md" in names
-            else []
-        )
+        card = (folder / "README.md").read_bytes() if "README.md" in names else b""
+        configs = read_card(card.decode("utf-8", "replace")).get("configs") or []
     source, listed = id or path, [f"{config.get('config_name')}" for config in configs]
     if config := next((name for name in patterns if name in listed), ""):
         there = config_splits(source, names, configs, config)
