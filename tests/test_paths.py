@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore
 
 from embed import paths
 
@@ -302,3 +303,14 @@ def test_the_parents_of_a_path_end_at_the_root_or_the_bucket(tmp_path):
     assert list(map(str, paths.parents(tmp_path / "link" / "c"))) == ["/a/b", "/a", "/"]
     assert list(map(str, paths.parents("gs://b/x/y"))) == ["gs://b/x", "gs://b"]
     assert list(map(str, paths.parents("s3://b/x"))) == ["s3://b"] and paths.parents("gs://b") == []
+
+
+@pytest.mark.parametrize("kind", ["bucket", "s3"])
+def test_entries_are_those_of_other_processes_too(kind, request):
+    folder = paths.path(f"{request.getfixturevalue(kind)}/entries")
+    assert paths.entries(folder) == []
+    other = tensorstore.KvStore.open(paths.kvstore(folder)).result()  # with no cache in common
+    for names in (["a"], ["a", "b"]):
+        other.write(names[-1], b"text").result()
+        assert sorted(entry.name for entry in paths.entries(folder)) == names
+        assert (folder / names[-1]).read_text() == "text"

@@ -325,8 +325,8 @@ class _Preparation:
             maps = {(job.function, job.arguments[0]) for job in jobs}
             if missing := [file for name, task in sorted(maps) for file in stream.missing(work, name, task).values()]:
                 raise ValueError(
-                    f"{len(missing):,} of {len(jobs):,} units of work left no marker, such as {missing[0]}: the workers "
-                    "may not reach this folder, which must be in a bucket or on a disk that all share"
+                    f"{len(missing):,} of {len(jobs):,} units of work left no marker, such as {missing[0]}: the "
+                    "workers may not reach this folder, which must be in a bucket or on a disk that all share"
                 )
 
     def _counts(self, work: Work, name: str) -> Counts:

@@ -360,7 +360,10 @@ class Task:
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the rows and examples of a shard: read = bad + unused + unread + used, made = kept + dropped by reason."""
+    """What became of the rows and examples of a shard.
+
+    read = bad + without an example + beyond max_total_characters + used; made = kept + dropped by reason.
+    """
 
     rows_read: int = 0
     rows: Counter = dataclasses.field(default_factory=Counter)  # {what became of them: number}
