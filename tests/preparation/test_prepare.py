@@ -267,13 +267,13 @@ def test_a_task_whose_examples_are_all_near_duplicates_is_refused(sources, tmp_p
 
 
 def test_the_closing_table_names_what_examples_lack(sources, tmp_path, capsys):
-    row = {"text": "parse file", "queries": ["open", "index", ""], "answers": ["file", "absent", "parse"]}
-    (tmp_path / "asked.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"queries": ["a", "b", "read"]}))
+    row = {"text": "parse file", "queries": ["open", "index"], "answers": ["file", "absent"]}
+    (tmp_path / "asked.jsonl").write_text(json.dumps(row))
     names = [f'texts/files.paths = "{tmp_path}/asked.jsonl"', "texts/task.kind = 'contextual'"]
     columns = {"text": "text", "queries": "queries", "answers": "answers"}
     run(sources, tmp_path / "data", *names, f"texts/task.columns = {columns}", "texts/task.buckets = 1")
     shown = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
-    assert " 1 queries without their answer in the text" in shown and " -1 empty texts" in shown
+    assert " 1 queries without their answer in the text" in shown
 
 
 def test_what_an_interruption_at_the_end_left_is_removed(sources, data, tmp_path):
