@@ -33,7 +33,7 @@ class Hub(FileReader):
     id: "owner/name".
     config, split: as in the card's list of configs; without a list, splits are told by the files' paths. An empty
         config is the default one or the only one, an empty split is all of them.
-    revision: a branch, tag or commit; it is resolved to a commit, which `identity` records.
+    revision: a branch, tag or commit; it is resolved to a commit, which `identity` records and `pinned` reads again.
     files: globs of files to read, relative to the repository (`*` does not match a slash, `**` does); with them,
         config and split are not used.
     streaming: read from the hub, and not by way of the local cache.
@@ -110,17 +110,28 @@ class Hub(FileReader):
 
         if revision in self._snapshots:
             return self._snapshots[revision]
+        commit = self._commits.get(revision, revision)
         huggingface_hub.utils.disable_progress_bars()
-        with self._one_sentence(revision):
+        with self._one_sentence(commit):
             # It also stores the list of files, and without a network it returns what an earlier call stored.
             folder = huggingface_hub.snapshot_download(
                 self.id,
                 repo_type="dataset",
-                revision=revision,
+                revision=commit,
                 allow_patterns=["README.md", ".gitattributes"],
-                local_files_only=not _can_be_reached(self.id, revision),
+                local_files_only=not _can_be_reached(self.id, commit),
             )
         return self._snapshots.setdefault(revision, Path(folder))
+
+    def pinned(self, identity: dict) -> "Hub":
+        result = dataclasses.replace(self)
+        result.__dict__["_commits"] = dict(identity.get("commits", {}))
+        return result
+
+    @functools.cached_property
+    def _commits(self) -> dict[str, str]:
+        """{revision: the commit to read for it}, of `pinned`."""
+        return {}
 
     @functools.cached_property
     def _snapshots(self) -> dict[str, Path]:
@@ -172,7 +183,7 @@ class Hub(FileReader):
         if self.streaming or constants.HF_HUB_OFFLINE:
             return self
         result = dataclasses.replace(self, streaming=True)
-        result.__dict__.update(listing=self.listing, card=self.card, _inputs=self._inputs)
+        result.__dict__.update(listing=self.listing, card=self.card, _inputs=self._inputs, _snapshots=self._snapshots)
         return result
 
     def describe(self) -> dict:
@@ -181,7 +192,9 @@ class Hub(FileReader):
         return {**described, "license": ", ".join(named) if isinstance(named, list) else named}
 
     def identity(self) -> dict:
-        return {"id": self.id, "commit": self._inputs[0].version, "files": [[f.name, f.size] for f in self._inputs]}
+        files = [[file.name, file.size] for file in self._inputs]
+        commits = {revision: folder.name for revision, folder in sorted(self._snapshots.items())}
+        return {"id": self.id, "commit": self._inputs[0].version, "commits": commits, "files": files}
 
 
 _asking = threading.Lock()

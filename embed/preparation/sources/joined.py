@@ -38,7 +38,17 @@ class Joined(Source):
 
     @cached
     def _parts(self) -> dict[str, Source]:
-        return self.parts()
+        return {name: part.pinned(self._identity.get(name, {})) for name, part in self.parts().items()}
+
+    def pinned(self, identity: dict) -> "Joined":
+        result = dataclasses.replace(self)
+        result.__dict__["_identity"] = identity
+        return result
+
+    @cached
+    def _identity(self) -> dict:
+        """The identity of each part to read, of `pinned`."""
+        return {}
 
     def build(self, scratch: str | os.PathLike) -> None:
         """Writes the rows to `scratch`: part-00000.jsonl … and, last, index.json with the shards."""

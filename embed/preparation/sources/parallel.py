@@ -62,7 +62,7 @@ class Parallel(Joined):
             super().build(scratch)
 
     def shards(self) -> list[Shard]:
-        return self.source.shards() if self.source else super().shards()
+        return self._parts["source"].shards() if self.source else super().shards()
 
     def read(self, shard: Shard) -> Iterator[Row]:
         if not self.source:
@@ -149,9 +149,8 @@ class Parallel(Joined):
             if document is None or row is None:
                 lines = number - (document is None) + sum(1 for _ in documents)
                 sentences = number - (row is None) + sum(1 for _ in rows)
-                raise SourceError(
-                    f"{self.documents} has {lines:,} lines, but {self.members or self.paths} has {sentences:,} sentences"
-                )
+                text = self.members or self.paths
+                raise SourceError(f"{self.documents} has {lines:,} lines, but {text} has {sentences:,} sentences")
             yield document, row
 
     def _lines(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:

@@ -21,10 +21,11 @@ class _Dataset(Joined):
     revision: str = ""
     streaming: bool = False
 
-    def part(self, explicit, patterns: dict[str, str], *splits: str) -> Source:
-        """A table of the dataset; see `dataset_part`."""
-        where = (f"{self.path}", self.id, self.revision, self.streaming)
-        return dataset_part(*where, explicit=explicit, patterns=patterns, splits=splits)
+    def part(self, name: str, patterns: dict[str, str], *splits: str) -> Source:
+        """The table that the field `name` describes; see `dataset_part`."""
+        revision = self._identity.get(name, {}).get("commit", self.revision)
+        dataset = (f"{self.path}", self.id, revision, self.streaming)
+        return dataset_part(*dataset, explicit=getattr(self, name), patterns=patterns, splits=splits)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Retrieval(_Dataset):
             "": rf"{start}qrels\.(jsonl|tsv|parquet){COMPRESSED}",
         }
         return {
-            "corpus": self.part(self.corpus, patterns("corpus"), self.split, "corpus", ""),
-            "queries": self.part(self.queries, patterns("queries"), self.split, "queries", ""),
-            "qrels": self.part(self.qrels, qrels, self.split),
+            "corpus": self.part("corpus", patterns("corpus"), self.split, "corpus", ""),
+            "queries": self.part("queries", patterns("queries"), self.split, "queries", ""),
+            "qrels": self.part("qrels", qrels, self.split),
         }
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
@@ -234,8 +235,8 @@ class Conteb(_Dataset):
             return {name: rf"{name}(/{{split}}[./-].*|\.(jsonl|parquet){COMPRESSED})"}
 
         return {
-            "documents": self.part(self.documents, patterns("documents"), self.split),
-            "queries": self.part(self.queries, patterns("queries"), self.split),
+            "documents": self.part("documents", patterns("documents"), self.split),
+            "queries": self.part("queries", patterns("queries"), self.split),
         }
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
