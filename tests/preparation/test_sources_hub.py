@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import close_session
 
-from embed.preparation.sources import Files, Hub, Parallel, Retrieval, SourceError
+from embed.preparation.sources import Files, Hub, Parallel, Retrieval, SourceError, UnreachableError
 from embed.preparation.sources.hub import choose, read_card
 
 CARD = """---
@@ -119,6 +119,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
         if path not in files:
             return self.answer(404, X_Error_Code="EntryNotFound")
+        if self.command == "GET" and self.server.failures:
+            self.server.failures -= 1
+            return self.answer(503)
         content, headers = files[path], {"ETag": f'"{commit(path, "")}"', "X_Repo_Commit": sha}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(match[1]), int(match[2] or len(content) - 1) + 1
@@ -136,7 +139,7 @@ def commit(name: str, revision: str) -> str:
 @pytest.fixture(scope="module")
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.requests = []
+    server.requests, server.failures = [], 0  # the next GETs of files that fail
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -269,6 +272,28 @@ def test_without_a_network_the_cache_is_read(hub, monkeypatch):
     assert rows(Hub("org/plain")) == expected
     with pytest.raises(SourceError, match="^org/text is not in the local cache, and http://127.0.0.1:9/.* cannot be"):
         Hub("org/text").shards()
+
+
+def test_errors_of_the_connection_and_of_the_server_are_told_apart(hub, server, monkeypatch):
+    monkeypatch.setattr("embed.preparation.sources.hub.BACKOFF", 0.0)  # no waiting between attempts
+    source = Hub("org/text", config="rus_Cyrl")
+    first, second = source.shards()
+    monkeypatch.setattr(server, "failures", 3)
+    assert len(list(source.read(first))) == 5 and server.failures == 0
+    monkeypatch.setattr(server, "failures", 9)
+    with pytest.raises(UnreachableError, match="1.parquet: org/text cannot be read from .*503"):
+        list(source.read(second))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    close_session()
+    with pytest.raises(
+        UnreachableError, match="^org/plain is not in the local cache, and http://127.0.0.1:9/.* cannot"
+    ):
+        Hub("org/plain").shards()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for wrong in (Hub("org/plain"), Hub("org/text", config="rus")):
+        with pytest.raises(SourceError) as raised:
+            wrong.shards()
+        assert raised.type is SourceError
 
 
 def test_a_retrieval_set_of_the_hub_is_joined(hub, tmp_path):

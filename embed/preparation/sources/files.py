@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from embed import paths
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached, first_line
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached, first_line, source_error
 
 COUNTED = 64  # at most this many Parquet files are opened to count their rows
 THREADS = 16  # that open remote files at once
@@ -44,7 +44,7 @@ def find(pattern: str | os.PathLike) -> list[Input]:
             fixed = itertools.takewhile(lambda part: not glob.has_magic(part), inside.split("/")[:-1])
             root, found = "/".join(fixed), system.glob(inside, detail=True)
     except Exception as error:  # each file system has its own
-        raise SourceError(f"{pattern} cannot be reached: {first_line(error)}") from error
+        raise source_error(f"{pattern} cannot be reached: {first_line(error)}", error) from error
     result = []
     for path, info in sorted(found.items()):
         name = path[len(root) :].lstrip("/")
@@ -148,9 +148,9 @@ class FileReader(Source):
             with self.open(path) as opened:
                 return function(opened if hasattr(opened, "peek") else io.BufferedReader(opened, formats.BUFFER))
         except SourceError as error:
-            raise SourceError(f"{self.location(path)}: {error}") from None
+            raise type(error)(f"{self.location(path)}: {error}") from None
         except Exception as error:  # each library has its own
-            raise SourceError(f"{self.location(path)} cannot be read: {first_line(error)}") from error
+            raise source_error(f"{self.location(path)} cannot be read: {first_line(error)}", error) from error
 
     def rows(self, limit: int | None = None) -> Iterator[Row]:
         if limit is None:
@@ -168,9 +168,9 @@ class FileReader(Source):
                         row.value.setdefault("_file", shard.name)
                     yield row
         except SourceError as error:
-            raise SourceError(f"{location}: {error}") from None
+            raise type(error)(f"{location}: {error}") from None
         except Exception as error:  # each library has its own
-            raise SourceError(f"{location} cannot be read{last}: {first_line(error)}") from error
+            raise source_error(f"{location} cannot be read{last}: {first_line(error)}", error) from error
 
     def describe(self) -> dict:
         rows, columns = 0, []

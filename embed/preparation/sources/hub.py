@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import SourceError, cached, first_line
+from embed.preparation.sources.base import (
+    SourceError,
+    UnreachableError,
+    cached,
+    first_line,
+    is_unreachable,
+    source_error,
+)
 from embed.preparation.sources.files import FileReader, Input, open_file
 
 TIMEOUT = 10.0  # seconds for the first answer of the hub, for which its library would wait forever
 FORGOTTEN = 60.0  # seconds after which a hub that could not be reached is tried again
+ATTEMPTS, BACKOFF = 5, 1.0  # to download a file that the server fails to send, and seconds after the first
 CONVERTED = "refs/convert/parquet"  # branch with the Parquet files that the hub makes of a dataset
 # Words in a path that tell its split, in a repository without a list of its configs; as in the library `datasets`.
 SPLITS = {
@@ -153,12 +161,15 @@ class Hub(FileReader):
         except errors.RevisionNotFoundError as error:
             raise SourceError(f"{self.id} has no revision {revision!r}") from error
         except errors.IncompleteSnapshotError as error:
-            raise SourceError(f"{self.id} is not complete in the local cache, and the hub cannot be reached") from error
+            kind = SourceError if constants.HF_HUB_OFFLINE else UnreachableError
+            raise kind(f"{self.id} is not complete in the local cache, and the hub cannot be reached") from error
         except errors.LocalEntryNotFoundError as error:
-            reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{url} cannot be reached"
-            raise SourceError(f"{subject or self.id} is not in the local cache, and {reason}") from error
+            missing = f"{subject or self.id} is not in the local cache"
+            if constants.HF_HUB_OFFLINE:
+                raise SourceError(f"{missing}, and HF_HUB_OFFLINE is set") from error
+            raise UnreachableError(f"{missing}, and {url} cannot be reached") from error
         except Exception as error:  # of the network, the disk, the server
-            raise SourceError(f"{self.id} cannot be read from {url}: {first_line(error)}") from error
+            raise source_error(f"{self.id} cannot be read from {url}: {first_line(error)}", error) from error
 
     def can_split(self) -> bool:
         return self.streaming
@@ -174,7 +185,19 @@ class Hub(FileReader):
             if self.streaming:
                 return open_file(path)
             huggingface_hub.utils.disable_progress_bars()
-            return open_file(huggingface_hub.hf_hub_download(self.id, name, repo_type="dataset", revision=commit))
+            return open_file(self._download(name, commit))
+
+    def _download(self, name: str, commit: str) -> str:
+        """The path of a file in the cache. The hub's library tries again after all errors but those of the server."""
+        from huggingface_hub import errors, hf_hub_download
+
+        for attempt in range(ATTEMPTS):
+            try:
+                return hf_hub_download(self.id, name, repo_type="dataset", revision=commit)
+            except errors.HfHubHTTPError as error:
+                if not is_unreachable(error) or attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(BACKOFF * 2**attempt)
 
     def preview(self) -> "Hub":
         """The same files, streamed: a few rows are no reason to download a whole file. Offline, this source."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import Row, Shard, Source, SourceError
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line, source_error
 from embed.preparation.sources.files import Files, open_file
 from embed.preparation.sources.joined import Joined
 
@@ -224,4 +224,4 @@ class Parallel(Joined):
                         with open(folder / name, "wb") as out:
                             shutil.copyfileobj(members.extractfile(member), out, formats.BUFFER)
         except Exception as error:  # each library has its own
-            raise SourceError(f"{archive} cannot be read: {error}") from error
+            raise source_error(f"{archive} cannot be read: {first_line(error)}", error) from error
