@@ -69,7 +69,7 @@ def write_pairs(folder):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7), ("docs/data.md", 3)])
+@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7), ("docs/data.md", 4)])
 def test_every_command_of_a_page_runs_as_written(page, blocks, hub, workdir, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "runs").mkdir()
