@@ -16,7 +16,7 @@ class UnreachableError(SourceError):
 
 
 # Classes of errors, or their bases, of a connection, in the standard library, httpx, aiohttp, requests, botocore and
-# google.auth. Each file system has its own, so that they are told by name.
+# google.auth. Each file system raises those of its library, so they are told by name.
 CONNECTION_ERRORS = {
     "ClientConnectionError",
     "ClientPayloadError",

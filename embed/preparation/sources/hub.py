@@ -305,8 +305,8 @@ def config_splits(source: str, names: Iterable[str], configs: Sequence[Mapping],
     splits = {}
     for part in data:
         patterns = [part["path"]] if isinstance(part["path"], str) else part["path"]
-        found = [name for name, inner in below.items() if any(_matches(inner, pattern) for pattern in patterns)]
-        splits.setdefault(f"{part.get('split', 'train')}", []).extend(found)
+        matches = [name for name, inner in below.items() if any(_matches(inner, pattern) for pattern in patterns)]
+        splits.setdefault(f"{part.get('split', 'train')}", []).extend(matches)
     return splits
 
 
@@ -330,12 +330,12 @@ def _converted(names: Iterable[str]) -> list[dict]:
 
     The hub converts only the first gigabytes of a large split, and calls that part partial-SPLIT: so it is named here.
     """
-    found: dict[str, dict[str, list[str]]] = {}
+    configs: dict[str, dict[str, list[str]]] = {}
     for name in names:
         if name.endswith(".parquet") and name.count("/") == 2:
             config, split, _ = name.split("/")
-            found.setdefault(config, {}).setdefault(split, []).append(name)
-    return [{"config_name": config, "data_files": splits} for config, splits in found.items()]
+            configs.setdefault(config, {}).setdefault(split, []).append(name)
+    return [{"config_name": config, "data_files": splits} for config, splits in configs.items()]
 
 
 def _matches(name: str, pattern: str) -> bool:

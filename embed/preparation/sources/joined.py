@@ -165,12 +165,12 @@ def dataset_part(
         configs = read_card(card.read_text(encoding="utf-8")).get("configs") or [] if "README.md" in names else []
     source, listed = id or path, [f"{config.get('config_name')}" for config in configs]
     if config := next((name for name in patterns if name in listed), ""):
-        there = config_splits(source, names, configs, config)
-        split = next((split for split in splits if not split or split in there), splits[0])
+        available = config_splits(source, names, configs, config)
+        split = next((split for split in splits if not split or split in available), splits[0])
         chosen = choose(source, names, configs, config, split)
     else:
-        found = ((split, pattern) for split in splits for pattern in patterns.values())
-        filled = (pattern.replace("{split}", split or r"[\w.-]+") for split, pattern in found)
+        combinations = ((split, pattern) for split in splits for pattern in patterns.values())
+        filled = (pattern.replace("{split}", split or r"[\w.-]+") for split, pattern in combinations)
         lists = ([name for name in names if re.fullmatch(pattern, name)] for pattern in filled)
         chosen = next((files for files in lists if files), None)
         if not chosen:

@@ -215,7 +215,7 @@ class Conteb(_Dataset):
 
     The layout of ConTEB: documents have chunk_id, which is document, "_" and number, and chunk; queries have query and
     chunk_id or chunk_ids. Chunks are sorted by number; the chunk of a query is an index of chunks. A query for several
-    chunks is there once for each.
+    chunks occurs once for each.
 
     documents, queries: a source of each, or globs relative to the dataset. By default: the configs of these names of
         a card, else files or folders of these names.
@@ -252,7 +252,7 @@ class Conteb(_Dataset):
                     db.execute("INSERT OR IGNORE INTO documents VALUES (?, ?)", (values[0], row.location))
                     if db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", values).rowcount:
                         continue
-                    row = Row(row.location, None, f"the chunk {values[0]}_{values[1]} is there twice")
+                    row = Row(row.location, None, f"the chunk {values[0]}_{values[1]} occurs twice")
                 yield row
             for row in self._queries(limit):
                 if row.error:

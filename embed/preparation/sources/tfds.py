@@ -15,7 +15,7 @@ SHARD_BYTES = 1 << 26
 class Tfds(Source):
     """A split of a prepared dataset. It is not downloaded or prepared here.
 
-    name: as in tfds.builder, with a config and version if wanted. data_dir: the folder of datasets, local or gs://.
+    name: as in tfds.builder, optionally with a config and version. data_dir: the folder of datasets, local or gs://.
     Nested features get names with slashes: {"a": {"b": 1}} is "a/b". Sequences are lists, bytes are text.
 
     A shard is a range of examples, along the shards of the dataset.
