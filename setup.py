@@ -16,7 +16,7 @@ setup(
     # configs/ is at the top of a clone and inside the installed package (embed/config.py, `shipped`).
     packages=[*find_packages(include=["embed", "embed.*"]), "embed.configs"],
     package_dir={"embed.configs": "configs"},
-    package_data={"embed.configs": ["**/*.py", "**/*.gin"], "embed.preparation": ["*.txt"]},
+    package_data={"embed.configs": ["**/*.py", "**/*.gin"], "embed.preparation.synthesis": ["*.txt"]},
     entry_points={"console_scripts": ["embed = embed.cli:entry"]},
     install_requires=[
         "absl-py",

@@ -45,7 +45,7 @@ def test_the_wheel_contains_one_package_with_every_config_and_gin_file(installed
             str(file.relative_to(installed / "embed" / "configs"))
             for file in (installed / "embed" / "configs").rglob(f"*.{kind}")
         }
-    assert (installed / "embed" / "preparation" / "personas.txt").is_file()
+    assert (installed / "embed" / "preparation" / "synthesis" / "personas.txt").is_file()
     assert "embed = embed.cli:entry" in (installed / "embed-0.1.0.dist-info" / "entry_points.txt").read_text()
 
 

@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     from embed import paths
     from embed.console import make_console, print_table
     from embed.inference.index import read_corpus
-    from embed.preparation import synthesize
-    from embed.preparation.prompts import Settings, read_personas
+    from embed.preparation import synthesis
+    from embed.preparation.synthesis.prompts import Settings, read_personas
 
     args = _parse(argv)
     settings = Settings(
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         query_characters=args.max_query_characters,
         request=args.request,
     )
-    report = synthesize.Report()
-    endpoint = synthesize.Endpoint(
+    report = synthesis.Report()
+    endpoint = synthesis.Endpoint(
         args.base_url,
         os.environ.get(args.api_key_variable or "OPENAI_API_KEY"),
         args.model,
@@ -50,13 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         timeout=args.timeout,
         retries=args.retries,
     )
-    with common.output(args, inputs=[args.corpus, args.personas], is_our_file=synthesize.is_output, continues=True):
+    with common.output(args, inputs=[args.corpus, args.personas], is_our_file=synthesis.is_output, continues=True):
         corpus = read_corpus(args.corpus)
-        documents = [synthesize.Document(*row) for row in zip(corpus.ids, corpus.texts, strict=True)]
-        output = synthesize.Output(args.output and paths.resolve(args.output), args.model, settings)
-        synthesize.check_texts(output, documents)
+        documents = [synthesis.Document(*row) for row in zip(corpus.ids, corpus.texts, strict=True)]
+        output = synthesis.Output(args.output and paths.resolve(args.output), args.model, settings)
+        synthesis.check_texts(output, documents)
         documents = documents[: 1 if args.check else args.limit]
-        synthesis = synthesize.Synthesis(
+        work = synthesis.Synthesis(
             endpoint,
             output,
             report,
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
         try:
             with common.keeps_work(), progress:
-                stop = asyncio.run(synthesis.run(documents, advance))
+                stop = asyncio.run(work.run(documents, advance))
         finally:
             print_table(report.table(args.price_in, args.price_out))
     if args.output:

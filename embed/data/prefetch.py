@@ -118,8 +118,7 @@ class _Process:
         theirs.close()
         # Sent by the thread, because the process reads only once it has started.
         content, self._last = pickle.dumps((loader, steps)), len(steps)
-        arguments = content, str(loader), depth
-        threading.Thread(target=self._receive, args=arguments, name="prefetch", daemon=True).start()
+        threading.Thread(target=self._receive, args=(content, depth), name="prefetch", daemon=True).start()
 
     def allow(self) -> None:
         with contextlib.suppress(OSError):  # it has died; `ready` will say so
@@ -129,7 +128,7 @@ class _Process:
         self._process.kill()
         self._process.wait()
 
-    def _receive(self, content: bytes, name: str, depth: int) -> None:
+    def _receive(self, content: bytes, depth: int) -> None:
         with contextlib.suppress(OSError):
             self._connection.send_bytes(content)
         for _ in range(depth):

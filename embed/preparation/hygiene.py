@@ -1,10 +1,7 @@
-"""What a task drops beside exact duplicates, and deduplication and decontamination of code by normalized content.
+"""What a task drops besides exact duplicates.
 
-`Hygiene` says what is dropped of a task: examples that have a text of an evaluation set (`contamination`), that are in
+`Hygiene` says which examples are dropped: those that have a text of an evaluation set (`contamination`), that are in
 another language than stated (`languages`), and near duplicates (`near_duplicates`).
-
-Of code, two texts are the same if they are equal without white space, so re-indented and re-wrapped copies of a
-function count as copies.
 """
 
 import dataclasses
@@ -13,19 +10,16 @@ import hashlib
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from embed import paths
 from embed.preparation import contamination, languages, near_duplicates
+from embed.preparation.copies import digest  # noqa: F401 (evaluation_sets.py reads it from here)
 from embed.preparation.sources import Retrieval, Source
 from embed.preparation.tasks import Counts, Task, all_texts
-from embed.preparation.windows import Hashes
 
-Item = TypeVar("Item")
-WINDOW = 32  # characters; `contained` accepts no shorter needle
 CONTAMINATED, OTHER_LANGUAGE = "with a text of an evaluation set", "identified as another language"
 LIBRARIES = {"near_duplicates": ("rensa",), "language": ("langcodes", "py3langid")}
 MAX_HITS = 20  # of a shard, whose locations the report may name
@@ -180,85 +174,3 @@ def screen(
             if known:
                 example["bands"] = values
     return examples
-
-
-def normalize(text: str) -> str:
-    """The text without any white space."""
-    return "".join(text.split())
-
-
-def digest(text: str) -> str:
-    """128 bits of BLAKE2b over the normalized text, in hex."""
-    return hashlib.blake2b(normalize(text).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def deduplicate(items: Iterable[Item], key: Callable[[Item], str]) -> tuple[list[Item], int]:
-    """(the first item of each key in order, number of items dropped)."""
-    kept = {}
-    count = 0
-    for item in items:
-        count += 1
-        kept.setdefault(key(item), item)
-    return list(kept.values()), count - len(kept)
-
-
-def decontaminate(
-    items: Iterable[Item], keys: Callable[[Item], Iterable[str]], held_out: Collection[str]
-) -> tuple[list[Item], int]:
-    """(the items without a held-out key in order, number of items dropped)."""
-    kept = []
-    count = 0
-    for item in items:
-        count += 1
-        if not any(key in held_out for key in keys(item)):
-            kept.append(item)
-    return kept, count - len(kept)
-
-
-def contained(needles: Sequence[str], texts: Iterable[str], window: int = WINDOW) -> set[int]:
-    """Indices of the needles that occur, up to white space, inside one of the texts.
-
-    A rolling hash of `window` characters finds candidates (Rabin and Karp, 1987). An exact comparison confirms them.
-    A needle shorter than `window` normalized characters raises ValueError: it would match everywhere.
-    """
-    by_hash: dict[int, list[tuple[int, str]]] = {}
-    for index, needle in enumerate(map(normalize, needles)):
-        if len(needle) < window:
-            raise ValueError(
-                f"needle {index} has {len(needle)} characters without white space; it must have at least {window}"
-            )
-        by_hash.setdefault(int(_hashes(needle[:window]).windows(window)[0]), []).append((index, needle))
-    if not by_hash:
-        return set()
-    hashes = np.array(sorted(by_hash), np.uint64)
-    possible = np.zeros(1 << 16, bool)  # indexed by the top 16 bits: rejects nearly all offsets at once
-    possible[hashes >> np.uint64(48)] = True
-
-    block = 1 << 20
-    matches: set[int] = set()
-    for text in _joined(texts, block):
-        for start in range(0, max(len(text) - window + 1, 0), block - window):
-            rolling = _hashes(text[start : start + block]).windows(window)
-            offsets = np.flatnonzero(possible[rolling >> np.uint64(48)])
-            for offset in offsets[np.isin(rolling[offsets], hashes)]:
-                for index, needle in by_hash[int(rolling[offset])]:
-                    if text.startswith(needle, start + int(offset)):
-                        matches.add(index)
-    return matches
-
-
-def _hashes(text: str) -> Hashes:
-    return Hashes(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32) + np.uint32(1))
-
-
-def _joined(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Strings of at least `size` characters: normalized texts joined by null characters, which no source contains."""
-    pending: list[str] = []
-    length = 0
-    for text in texts:
-        pending.append(normalize(text))
-        length += len(pending[-1]) + 1
-        if length >= size:
-            yield "\0".join(pending)
-            pending, length = [], 0
-    yield "\0".join(pending)

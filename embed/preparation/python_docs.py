@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Set
 
 from embed import paths
-from embed.preparation import hygiene
+from embed.preparation import copies
 from embed.preparation.python_sources import PACKAGES, SPLITS, Packages, Reading
 from embed.preparation.sources import Files, Row, Shard, Source
 
@@ -56,21 +56,21 @@ def clean(modules: dict[str, list[dict]], limit: int | None = None) -> Corpus:
         unique = modules[split]
         if not unique:
             raise ValueError(f"split {split!r} of python_docs is empty: none of its packages is installed")
-        unique, dropped[f"{split}: duplicate modules"] = hygiene.deduplicate(unique, lambda m: m["digest"])
+        unique, dropped[f"{split}: duplicate modules"] = copies.deduplicate(unique, lambda m: m["digest"])
         functions = [{"module": m["module"], **function} for m in unique for function in m["functions"]]
         documented = [f for f in functions if len(f["summary"].split()) >= MIN_SUMMARY_WORDS]
         dropped[f"{split}: functions without a summary"] = len(functions) - len(documented)
         functions = documented
         if split == "train":
-            unique, dropped["train: modules with held-out text"] = hygiene.decontaminate(
+            unique, dropped["train: modules with held-out text"] = copies.decontaminate(
                 unique, lambda m: m["digests"], held_out
             )
-            functions, dropped["train: held-out functions"] = hygiene.decontaminate(
+            functions, dropped["train: held-out functions"] = copies.decontaminate(
                 functions, lambda f: [f["digest"]], held_out
             )
-        functions, dropped[f"{split}: duplicate functions"] = hygiene.deduplicate(functions, lambda f: f["digest"])
+        functions, dropped[f"{split}: duplicate functions"] = copies.deduplicate(functions, lambda f: f["digest"])
         if split != "train":
-            functions, dropped[f"{split}: functions of the other held-out split"] = hygiene.decontaminate(
+            functions, dropped[f"{split}: functions of the other held-out split"] = copies.decontaminate(
                 functions, lambda f: [f["digest"]], seen_functions
             )
             seen_functions |= {f["digest"] for f in functions}
@@ -86,9 +86,9 @@ def _drop_contained(corpus: Corpus) -> None:
     training = {f["digest"]: f["code"] for module in corpus.modules["train"] for f in module["functions"]}
     training |= {f["digest"]: f["code"] for f in corpus.functions["train"]}
     held_out = [f for split in ("test", "development") for f in corpus.functions[split]]
-    short = {f["digest"] for f in held_out if len(hygiene.normalize(f["code"])) < hygiene.WINDOW}
+    short = {f["digest"] for f in held_out if len(copies.normalize(f["code"])) < copies.WINDOW}
     rest = [f for f in held_out if f["digest"] not in short]
-    inside = {rest[i]["digest"] for i in hygiene.contained([f["code"] for f in rest], training.values())}
+    inside = {rest[i]["digest"] for i in copies.contained([f["code"] for f in rest], training.values())}
     corpus.contaminated |= short | inside
     corpus.dropped["held-out functions too short to tell whether training has them"] = len(short)
     corpus.dropped["held-out functions found inside training text"] = len(inside)
@@ -124,9 +124,6 @@ def module_record(record: dict, contaminated: Set[str] = frozenset()) -> dict:
         "text": record["text"][:MAX_MODULE_CHARACTERS],
         "members": members,
     }
-
-
-_MEMBER = ("owner", "name", "arguments", "summary", "code", "body")
 
 
 @dataclasses.dataclass(frozen=True)

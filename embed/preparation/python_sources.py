@@ -136,7 +136,7 @@ def description(docstring: str) -> str:
 
 
 def digest(text: str) -> str:
-    """Equals `hygiene.digest`, which a worker process does not import."""
+    """Equals `copies.digest`, which a worker process does not import."""
     return hashlib.blake2b("".join(text.split()).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -1,9 +1,11 @@
-"""Runs the commands and programs of README.md and docs/checkpoints.md in order, each page in its own folder.
+"""Runs the commands and programs of README.md, docs/checkpoints.md and docs/data.md in order, each in its own folder.
 
-Small random models replace those of the hub, and a tiny run replaces the quickstart.
+Small random models replace those of the hub, tiny runs replace the quickstart and the one on the user's own pairs.
 """
 
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -56,11 +58,23 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7)])
+def write_pairs(folder):
+    """A folder of JSON lines of queries and documents, as docs/data.md shows them."""
+    rng = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(2000)]
+    documents = [rng.choices(words, k=40) for _ in range(400)]
+    pairs = [{"query": " ".join(rng.sample(words, 4)), "document": " ".join(words)} for words in documents]
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7), ("docs/data.md", 4)])
 def test_every_command_of_a_page_runs_as_written(page, blocks, hub, workdir, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(workdir)
+    write_pairs(tmp_path / "my_pairs")
     environment = {
         **os.environ,
         "HF_HUB_CACHE": str(hub),
@@ -71,7 +85,7 @@ def test_every_command_of_a_page_runs_as_written(page, blocks, hub, workdir, tmp
     matches = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert len(matches) >= blocks
     for language, program in matches:
-        program = program.replace("configs/quickstart.py", "configs/quickstart.py:runlocal")  # as in the run above
+        program = re.sub(r"configs/(quickstart|pairs)\.py", r"\g<0>:runlocal", program)  # as in the run above
         command = [sys.executable, "-c", program] if language == "python" else ["bash", "-e", "-c", program]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{program}\n{done.stderr[-3000:]}"

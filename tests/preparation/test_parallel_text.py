@@ -60,6 +60,39 @@ def test_a_missing_list_of_documents_is_named(text, tmp_path):
             Parallel(**text | {"documents": "other.tsv"}).build(tmp_path / "scratch")
 
 
+def test_pairs_do_not_depend_on_the_folder_of_the_data(tmp_path):
+    drawn = []
+    for folder in (tmp_path / "a", tmp_path / "b" / "c"):
+        folder.mkdir(parents=True)
+        for language in ("de", "en", "fr", "it"):
+            (folder / f"t.{language}.txt").write_text("".join(f"{language} {i}\n" for i in range(20)))
+        drawn.append(rows(Parallel(paths=f"{folder}/t.{{language}}.txt", pairs=3), folder / "scratch"))
+    assert drawn[0] == drawn[1]
+    assert len({(row["query_language"], row["document_language"]) for row in drawn[0]}) == 12
+
+
+@pytest.mark.parametrize("ids, count", [("a\na\n", 2), ("a\na\nb\nc\nc\n", 5)])
+def test_other_numbers_of_document_ids_and_sentences_are_an_error(ids, count, tmp_path):
+    for name, content in {f"t.{name}.txt": content for name, content in TEXTS.items()}.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "ids").write_text(ids)
+    source = Parallel(paths=f"{tmp_path}/t.{{language}}.txt", documents=f"{tmp_path}/ids")
+    with pytest.raises(SourceError, match=f"ids has {count} lines, but .*txt has 3 sentences$"):
+        source.build(tmp_path / "scratch")
+
+
+def test_every_bad_sentence_of_a_document_is_named(tmp_path):
+    (tmp_path / "t.de.txt").write_bytes(b"eins\n\xff\ndrei\n\xfe\n")
+    (tmp_path / "t.en.txt").write_bytes(b"\xff\ntwo\nthree\nfour\n")
+    (tmp_path / "ids").write_text("a\na\nb\nc\n")
+    source = Parallel(paths=f"{tmp_path}/t.{{language}}.txt", documents=f"{tmp_path}/ids")
+    source.build(tmp_path / "scratch")
+    read = [row for shard in source.shards() for row in source.read(shard)]
+    assert [row.location.rsplit(":", 1)[1] for row in read if row.error] == ["1", "2", "4"]
+    assert [row.value for row in read if not row.error] == [{"de": "drei", "en": "three"}]
+    assert len(source.sample(2)) == 2  # of the documents, too, only the first lines
+
+
 def test_pairs_are_drawn_from_the_columns_of_a_source(tmp_path):
     (tmp_path / "t.jsonl").write_text(
         json.dumps({"de": "eins", "en": "one"}) + "\n" + json.dumps({"de": "x", "en": ""})

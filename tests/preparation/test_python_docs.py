@@ -10,7 +10,7 @@ import pytest
 
 from embed import tokenizers
 from embed.data.store import Store
-from embed.preparation import hygiene
+from embed.preparation import copies
 from embed.preparation.prepare import prepare
 from embed.preparation.python_sources import Packages, Reading
 
@@ -101,7 +101,7 @@ def test_every_task_of_the_mixtures_is_a_store_with_tokens(data):
 def test_training_has_no_text_of_a_held_out_function(data):
     tokenizer = tokenizers.load(data / "tokenizer")
     text = Store(data / "tasks" / "python_docs.text")
-    training = hygiene.normalize(tokenizer.decode(text.window(0, text.num_values())[0]))
+    training = copies.normalize(tokenizer.decode(text.window(0, text.num_values())[0]))
     corpus = [
         row["text"]
         for split in ("development", "test")
@@ -110,10 +110,10 @@ def test_training_has_no_text_of_a_held_out_function(data):
     assert len(corpus) > 50
     for code in corpus:
         seen = tokenizer.decode(tokenizer.encode([code])[0])
-        assert hygiene.normalize(seen) not in training
+        assert copies.normalize(seen) not in training
     # The check can match: it finds a training function.
     known = tokenizer.decode(tokenizer.encode(["records = open(path).readlines()[: limit * 10]"])[0])
-    assert hygiene.normalize(known) in training
+    assert copies.normalize(known) in training
 
 
 def test_dropped_items_are_counted_by_reason(data):

@@ -8,16 +8,22 @@ import json
 import lzma
 import pickle
 import re
+import socket
 import tarfile
 
+import aiohttp
+import botocore.exceptions
+import gcsfs
 import gin
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import embed.preparation.settings  # noqa: F401 (it registers the names of sources)
 from embed import paths
 from embed.preparation.sources import (
     Conteb,
@@ -28,9 +34,10 @@ from embed.preparation.sources import (
     Shard,
     SourceError,
     Tfds,
+    UnreachableError,
     formats,
 )
-from embed.preparation.sources.base import Source
+from embed.preparation.sources.base import Source, is_unreachable
 
 COMPRESS = {"": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd.compress}
 ROWS = [{"text": "naïve 日本\u2028語", "n": "1"}, {"text": "", "n": "2"}, {"text": 'a "b"\tc', "n": "3"}]
@@ -375,3 +382,39 @@ def test_files_in_a_bucket_are_read_as_on_a_disk(kind, request, tmp_path):
         Files(f"{url}/none/*.txt").shards()
     with pytest.raises(SourceError, match="no-such-bucket"):
         Files(f"{url.partition('://')[0]}://no-such-bucket/x.txt").shards()
+
+
+def test_a_bucket_that_cannot_be_reached_is_told_from_one_without_the_file(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(UnreachableError, match="^s3://data/x.txt cannot be reached: "):
+        Files("s3://data/x.txt").shards()
+    with pytest.raises(UnreachableError, match="^s3://data/x.txt cannot be read: "):
+        list(Files("s3://data/x.txt").read(Shard("s3://data/x.txt", 0, None)))
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (socket.gaierror(), True),
+        (aiohttp.ServerDisconnectedError(), True),
+        (gcsfs.retry.HttpError({"code": 503}), True),
+        (gcsfs.retry.HttpError({"code": 404}), False),
+        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 500}}, "GetObject"), True),
+        (botocore.exceptions.ClientError({"ResponseMetadata": {"HTTPStatusCode": 403}}, "GetObject"), False),
+        (EOFError(), False),
+        (FileNotFoundError(), False),
+        (PermissionError(), False),
+    ],
+)
+def test_errors_of_connections_are_known(error, expected):
+    assert is_unreachable(error) is expected
+    outer = OSError()
+    outer.__cause__ = error
+    assert is_unreachable(outer) is expected

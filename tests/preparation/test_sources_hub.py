@@ -1,5 +1,6 @@
 """Datasets of the hub, by the hub's own library against a server on loopback."""
 
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import close_session
 
-from embed.preparation.sources import Files, Hub, Retrieval, SourceError
+from embed.preparation.sources import Files, Hub, Parallel, Retrieval, SourceError, UnreachableError
 from embed.preparation.sources.hub import choose, read_card
 
 CARD = """---
@@ -71,6 +72,9 @@ REPOSITORIES = {
 }
 
 
+BRANCHES: dict[tuple[str, str], str] = {}  # {(repository, branch): its new name, after a push}
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     """The few answers of the hub that reading needs."""
 
@@ -98,7 +102,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         if not any(name == other for other, _ in REPOSITORIES):
             return self.answer(401, X_Error_Code="RepoNotFound")
         commits = {commit(*key): files for key, files in REPOSITORIES.items() if key[0] == name}
-        sha = revision if revision in commits else commit(name, revision)
+        sha = revision if revision in commits else commit(name, BRANCHES.get((name, revision), revision))
         if sha not in commits:
             return self.answer(404, X_Error_Code="RevisionNotFound")
         files, path = commits[sha], "/".join(path)
@@ -115,6 +119,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps(found).encode(), Content_Type="application/json")
         if path not in files:
             return self.answer(404, X_Error_Code="EntryNotFound")
+        if self.command == "GET" and self.server.failures:
+            self.server.failures -= 1
+            return self.answer(503)
         content, headers = files[path], {"ETag": f'"{commit(path, "")}"', "X_Repo_Commit": sha}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, stop = int(match[1]), int(match[2] or len(content) - 1) + 1
@@ -132,7 +139,7 @@ def commit(name: str, revision: str) -> str:
 @pytest.fixture(scope="module")
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.requests = []
+    server.requests, server.failures = [], 0  # the next GETs of files that fail
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -267,12 +274,77 @@ def test_without_a_network_the_cache_is_read(hub, monkeypatch):
         Hub("org/text").shards()
 
 
+def test_errors_of_the_connection_and_of_the_server_are_told_apart(hub, server, monkeypatch):
+    monkeypatch.setattr("embed.preparation.sources.hub.BACKOFF", 0.0)  # no waiting between attempts
+    source = Hub("org/text", config="rus_Cyrl")
+    first, second = source.shards()
+    monkeypatch.setattr(server, "failures", 3)
+    assert len(list(source.read(first))) == 5 and server.failures == 0
+    monkeypatch.setattr(server, "failures", 9)
+    with pytest.raises(UnreachableError, match="1.parquet: org/text cannot be read from .*503"):
+        list(source.read(second))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    close_session()
+    with pytest.raises(
+        UnreachableError, match="^org/plain is not in the local cache, and http://127.0.0.1:9/.* cannot"
+    ):
+        Hub("org/plain").shards()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for wrong in (Hub("org/plain"), Hub("org/text", config="rus")):
+        with pytest.raises(SourceError) as raised:
+            wrong.shards()
+        assert raised.type is SourceError
+
+
 def test_a_retrieval_set_of_the_hub_is_joined(hub, tmp_path):
     source = Retrieval(id="org/set", split="test")
     source.build(tmp_path / "scratch")
     (row,) = rows(source)
     assert (row.value["query"], row.value["title"], row.value["document"]) == ("Q", "T", "T D")
     assert source.identity()["corpus"]["commit"] == commit("org/set", "main")
+
+
+def test_a_pinned_source_keeps_its_commit_when_the_dataset_changes(hub, tmp_path, monkeypatch):
+    for source in (
+        Hub("org/moved", revision="branch"),
+        Hub("org/moved", revision="branch", files=["*.jsonl"], streaming=True),
+        Parallel(source=Hub("org/moved", revision="branch"), languages=["text"]),
+    ):
+        monkeypatch.setitem(BRANCHES, ("org/moved", "branch"), "one")
+        monkeypatch.setitem(REPOSITORIES, ("org/moved", "one"), {"first.jsonl": jsonl([{"text": "first"}])})
+        identity, shards = json.loads(json.dumps(source.identity())), source.shards()
+        monkeypatch.setitem(REPOSITORIES, ("org/moved", "two"), {"second.jsonl": jsonl([{"text": "second"}])})
+        monkeypatch.setitem(BRANCHES, ("org/moved", "branch"), "two")
+        again = dataclasses.replace(source)
+        assert again.identity() != identity and column(again) == ["second"]
+        pinned = again.pinned(identity)
+        assert pinned.identity() == identity and pinned.shards() == shards and column(pinned) == ["first"]
+
+
+def test_a_pinned_source_keeps_the_commits_of_the_card_and_of_the_converted_files(hub, monkeypatch):
+    identity = Hub("org/script", config="en").identity()
+    assert identity["commit"] == identity["commits"]["refs/convert/parquet"]
+    monkeypatch.setitem(BRANCHES, ("org/script", "main"), "new")
+    monkeypatch.setitem(BRANCHES, ("org/script", "refs/convert/parquet"), "new")
+    monkeypatch.setitem(REPOSITORIES, ("org/script", "new"), {"train.jsonl": jsonl([{"n": 9}])})
+    pinned = Hub("org/script", config="en").pinned(identity)
+    assert pinned.identity() == identity and column(pinned, "n") == [1]
+    with pytest.raises(SourceError, match="org/script has no list of configs"):
+        Hub("org/script", config="en").identity()
+
+
+def test_a_pinned_retrieval_set_is_joined_once(hub, tmp_path, monkeypatch):
+    source = Retrieval(id="org/set", split="test")
+    source.build(tmp_path)
+    monkeypatch.setitem(BRANCHES, ("org/set", "main"), "new")
+    files = REPOSITORIES["org/set", "main"]
+    monkeypatch.setitem(REPOSITORIES, ("org/set", "new"), {"README.md": b"# new", **files})
+    other, pinned = Retrieval(id="org/set", split="test"), Retrieval(id="org/set", split="test")
+    assert other.identity() != source.identity()
+    pinned = pinned.pinned(source.identity())
+    pinned.build(tmp_path)
+    assert pinned.identity() == source.identity() and pinned.shards() == source.shards()
+    assert len(list(tmp_path.glob("retrieval-*"))) == 1
 
 
 def test_splits_of_a_config_are_those_of_its_folder():

@@ -279,7 +279,7 @@ def test_a_bad_chunk_or_query_has_its_reason(tmp_path):
     rows, bad = built(Conteb(path=write(tmp_path / "set", files)), tmp_path / "scratch")
     assert len(rows) == 2 and sorted(bad) == [
         ("documents.jsonl:10", "the chunk d0_7 is empty"),
-        ("documents.jsonl:8", "the chunk d0_9 is there twice"),
+        ("documents.jsonl:8", "the chunk d0_9 occurs twice"),
         ("documents.jsonl:9", "the chunk_id 'd0' is not a document, an underscore and a number"),
         ("queries.jsonl:1", "the chunk d0_8 is missing"),
         ("queries.jsonl:2", "the chunk d7_0 is missing"),

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from embed import cli
-from embed.preparation import prompts
-from embed.preparation.synthesize import KEYS
+from embed.preparation.synthesis import prompts
+from embed.preparation.synthesis.output import KEYS
 
 ROOT = Path(__file__).parents[2]
 KEY = "key-of-the-tests"
@@ -137,7 +137,7 @@ def stub():
 def environment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("embed.preparation.synthesize.MAX_WAIT", 0.0)  # no waiting between attempts
+    monkeypatch.setattr("embed.preparation.synthesis.endpoint.MAX_WAIT", 0.0)  # no waiting between attempts
     write_corpus(6)
 
 
@@ -677,7 +677,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence(stub, monkeypatch, capsys):
     def append(self, file, some):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("embed.preparation.synthesize.Output._append", append)
+    monkeypatch.setattr("embed.preparation.synthesis.Output._append", append)
     assert run(stub) == 1
     assert capsys.readouterr().err == "embed: error: [Errno 28] No space left on device\n"
 

@@ -11,6 +11,26 @@ class SourceError(ValueError):
     """A source cannot be reached, is empty or is damaged. The message is one sentence."""
 
 
+class UnreachableError(SourceError):
+    """The connection to a source failed, or its server did: another attempt may succeed."""
+
+
+# Classes of errors, or their bases, of a connection, in the standard library, httpx, aiohttp, requests, botocore and
+# google.auth. Each file system raises those of its library, so they are told by name.
+CONNECTION_ERRORS = {
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ConnectionError",
+    "HTTPClientError",
+    "IncompleteRead",
+    "Timeout",
+    "TimeoutError",
+    "TransportError",
+    "gaierror",
+}
+BUSY = (408, 429)  # status of a server that asks for another attempt; 500 and more are its errors
+
+
 class Shard(NamedTuple):
     """A part of a source. `start` and `stop` mean what the source says; `bytes` is its size, to balance work."""
 
@@ -58,6 +78,10 @@ class Source:
         """What changes when the content of the source changes: files with sizes and versions, or a commit. JSON."""
         raise NotImplementedError
 
+    def pinned(self, identity: dict) -> "Source":
+        """This source with the content that it had when `identity` was recorded, if it can tell versions apart."""
+        return self
+
     def rows(self, limit: int | None = None) -> Iterator[Row]:
         """The rows of all shards, or the first `limit`."""
         return itertools.islice(itertools.chain.from_iterable(map(self.read, self.shards())), limit)
@@ -82,6 +106,29 @@ class cached:
             return self
         value = instance.__dict__[self.function.__name__] = self.function(instance)
         return value
+
+
+def source_error(message: str, error: BaseException) -> SourceError:
+    """A SourceError of another error: an UnreachableError if the connection or the server is at fault."""
+    return (UnreachableError if is_unreachable(error) else SourceError)(message)
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is of a connection or of a server."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):  # of botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            holder = error if response is None else response
+            names = ("status_code", "status", "code")
+            status = next((getattr(holder, name) for name in names if hasattr(holder, name)), None)
+        if f"{status}".isdecimal() and (int(status) in BUSY or int(status) >= 500):
+            return True
+        if CONNECTION_ERRORS & {kind.__name__ for kind in type(error).__mro__}:
+            return True
+        error = error.__cause__
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 from embed import paths
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached, first_line
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached, first_line, source_error
 
 COUNTED = 64  # at most this many Parquet files are opened to count their rows
 THREADS = 16  # that open remote files at once
@@ -37,16 +37,16 @@ def find(pattern: str | os.PathLike) -> list[Input]:
         system, inside = fsspec.url_to_fs(text)
         system.invalidate_cache()
         if system.isfile(inside):
-            root, found = os.path.dirname(inside), {inside: system.info(inside)}
+            root, matches = os.path.dirname(inside), {inside: system.info(inside)}
         elif system.isdir(inside):
-            root, found = inside.rstrip("/"), system.find(inside, detail=True)
+            root, matches = inside.rstrip("/"), system.find(inside, detail=True)
         else:
             fixed = itertools.takewhile(lambda part: not glob.has_magic(part), inside.split("/")[:-1])
-            root, found = "/".join(fixed), system.glob(inside, detail=True)
+            root, matches = "/".join(fixed), system.glob(inside, detail=True)
     except Exception as error:  # each file system has its own
-        raise SourceError(f"{pattern} cannot be reached: {first_line(error)}") from error
+        raise source_error(f"{pattern} cannot be reached: {first_line(error)}", error) from error
     result = []
-    for path, info in sorted(found.items()):
+    for path, info in sorted(matches.items()):
         name = path[len(root) :].lstrip("/")
         if info["type"] == "file" and not any(paths.IGNORED.fullmatch(part) for part in name.split("/")):
             keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified")
@@ -111,12 +111,12 @@ class FileReader(Source):
 
     @cached
     def _inputs(self) -> list[Input]:
-        found = self.inputs()
-        for file in found:
+        files = self.inputs()
+        for file in files:
             formats.known(file.path, self.options)
-        if not any(file.size for file in found):
-            raise SourceError(f"{found[0].path} is empty, and so is every other of {len(found):,} files")
-        return found
+        if not any(file.size for file in files):
+            raise SourceError(f"{files[0].path} is empty, and so is every other of {len(files):,} files")
+        return files
 
     def shards(self) -> list[Shard]:
         large = [file for file in self._inputs if self.can_split() and file.size > self.shard_bytes]
@@ -130,13 +130,13 @@ class FileReader(Source):
 
     def _split(self, file: Input) -> list[Shard] | None:
         """Shards of a large file; None if it cannot be split."""
-        found = formats.known(file.path, self.options)
-        if found.compression or found.format in ("tar", "document") or (found.format == "csv" and self.multiline):
+        kind = formats.known(file.path, self.options)
+        if kind.compression or kind.format in ("tar", "document") or (kind.format == "csv" and self.multiline):
             return None
-        if found.format == "parquet":
+        if kind.format == "parquet":
             groups = self._guard(file.path, lambda f: _groups(f, self.shard_bytes))
             return [Shard(file.path, *group, file.name) for group in groups]
-        if found.format == "json" and self._guard(file.path, formats.is_array):
+        if kind.format == "json" and self._guard(file.path, formats.is_array):
             return None
         count = math.ceil(file.size / self.shard_bytes)
         limits = [file.size * i // count for i in range(count + 1)]
@@ -148,9 +148,9 @@ class FileReader(Source):
             with self.open(path) as opened:
                 return function(opened if hasattr(opened, "peek") else io.BufferedReader(opened, formats.BUFFER))
         except SourceError as error:
-            raise SourceError(f"{self.location(path)}: {error}") from None
+            raise type(error)(f"{self.location(path)}: {error}") from None
         except Exception as error:  # each library has its own
-            raise SourceError(f"{self.location(path)} cannot be read: {first_line(error)}") from error
+            raise source_error(f"{self.location(path)} cannot be read: {first_line(error)}", error) from error
 
     def rows(self, limit: int | None = None) -> Iterator[Row]:
         if limit is None:
@@ -168,9 +168,9 @@ class FileReader(Source):
                         row.value.setdefault("_file", shard.name)
                     yield row
         except SourceError as error:
-            raise SourceError(f"{location}: {error}") from None
+            raise type(error)(f"{location}: {error}") from None
         except Exception as error:  # each library has its own
-            raise SourceError(f"{location} cannot be read{last}: {first_line(error)}") from error
+            raise source_error(f"{location} cannot be read{last}: {first_line(error)}", error) from error
 
     def describe(self) -> dict:
         rows, columns = 0, []
@@ -222,8 +222,8 @@ class Files(FileReader):
         patterns = [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
         if not patterns:
             raise SourceError("files.paths is empty: expected a path, a glob or a list of them")
-        found: dict[str, Input] = {}
+        files: dict[str, Input] = {}
         for pattern in patterns:
             for file in find(pattern):
-                found.setdefault(file.path, file)
-        return list(found.values())
+                files.setdefault(file.path, file)
+        return list(files.values())

@@ -77,21 +77,21 @@ def kind(name: str) -> Kind:
 
 def known(name: str, options: Options = Options()) -> Kind:  # noqa: B008
     """The kind of a file with `options.format`; SourceError if it is unknown."""
-    found = kind(name)
-    if found.format == "tar":
-        return found
+    result = kind(name)
+    if result.format == "tar":
+        return result
     if options.format != "auto":
         if options.format not in {*FORMATS.values(), "jsonl"}:
             raise SourceError(
                 f"the format {options.format!r} is unknown: expected auto, {', '.join(sorted(set(FORMATS.values())))}"
             )
-        return Kind(FORMATS.get(options.format, options.format), found.compression)
-    if found.format is None:
+        return Kind(FORMATS.get(options.format, options.format), result.compression)
+    if result.format is None:
         raise SourceError(
             f"the format of {name} is unknown: name it (format = json, csv, tsv, parquet, text or document), "
             "or choose files by a pattern"
         )
-    return found
+    return result
 
 
 def rows(
@@ -101,22 +101,24 @@ def rows(
 
     `start` and `stop` count row groups of Parquet and otherwise bytes.
     """
-    found = known(name, options)
-    with decompressed(stream, found.compression) as content:
-        if found.format == "tar":
+    file_kind = known(name, options)
+    with decompressed(stream, file_kind.compression) as content:
+        if file_kind.format == "tar":
             yield from _tar(content, location, options)
-        elif found.format == "parquet":
-            with contextlib.nullcontext(content) if seekable and not found.compression else _copied(content) as file:
+        elif file_kind.format == "parquet":
+            with (
+                contextlib.nullcontext(content) if seekable and not file_kind.compression else _copied(content) as file
+            ):
                 yield from _parquet(file, location, options, start, stop)
-        elif found.format == "document":
+        elif file_kind.format == "document":
             yield from _document(content, location, options)
-        elif found.format == "text":
+        elif file_kind.format == "text":
             for at, line in _located(content, location, start, stop):
                 yield _decoded(at, line, lambda text: {options.text_column: text})
-        elif found.format == "json":
+        elif file_kind.format == "json":
             yield from _json(content, location, start, stop)
         else:
-            yield from _csv(content, location, found.format, options, start, stop)
+            yield from _csv(content, location, file_kind.format, options, start, stop)
 
 
 def lines(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
@@ -269,18 +271,18 @@ def _csv(stream, location: str, format: str, options: Options, start: int, stop:
     text = (line.decode("utf-8", "surrogateescape") for line in content)
     if format == "tsv" or not options.multiline:
         for number, line in enumerate(text, first):
-            if found := row(number, lambda line=line: next(csv.reader([line], **dialect), [])):
-                yield found
+            if result := row(number, lambda line=line: next(csv.reader([line], **dialect), [])):
+                yield result
         return
     reader = csv.reader((f"{line}\n" for line in text), **dialect)
     while True:
         number = first + reader.line_num
         try:
-            found = row(number, reader.__next__)
+            result = row(number, reader.__next__)
         except StopIteration:
             return
-        if found:
-            yield found
+        if result:
+            yield result
 
 
 def _parquet(stream: BinaryIO, location: str, options: Options, start: int, stop: int | None) -> Iterator[Row]:

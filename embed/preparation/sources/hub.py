@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import SourceError, cached, first_line
+from embed.preparation.sources.base import (
+    SourceError,
+    UnreachableError,
+    cached,
+    first_line,
+    is_unreachable,
+    source_error,
+)
 from embed.preparation.sources.files import FileReader, Input, open_file
 
 TIMEOUT = 10.0  # seconds for the first answer of the hub, for which its library would wait forever
 FORGOTTEN = 60.0  # seconds after which a hub that could not be reached is tried again
+ATTEMPTS, BACKOFF = 5, 1.0  # to download a file that the server fails to send, and seconds after the first
 CONVERTED = "refs/convert/parquet"  # branch with the Parquet files that the hub makes of a dataset
 # Words in a path that tell its split, in a repository without a list of its configs; as in the library `datasets`.
 SPLITS = {
@@ -33,7 +41,7 @@ class Hub(FileReader):
     id: "owner/name".
     config, split: as in the card's list of configs; without a list, splits are told by the files' paths. An empty
         config is the default one or the only one, an empty split is all of them.
-    revision: a branch, tag or commit; it is resolved to a commit, which `identity` records.
+    revision: a branch, tag or commit; it is resolved to a commit, which `identity` records and `pinned` reads again.
     files: globs of files to read, relative to the repository (`*` does not match a slash, `**` does); with them,
         config and split are not used.
     streaming: read from the hub, and not by way of the local cache.
@@ -110,17 +118,28 @@ class Hub(FileReader):
 
         if revision in self._snapshots:
             return self._snapshots[revision]
+        commit = self._commits.get(revision, revision)
         huggingface_hub.utils.disable_progress_bars()
-        with self._one_sentence(revision):
+        with self._one_sentence(commit):
             # It also stores the list of files, and without a network it returns what an earlier call stored.
             folder = huggingface_hub.snapshot_download(
                 self.id,
                 repo_type="dataset",
-                revision=revision,
+                revision=commit,
                 allow_patterns=["README.md", ".gitattributes"],
-                local_files_only=not _can_be_reached(self.id, revision),
+                local_files_only=not _can_be_reached(self.id, commit),
             )
         return self._snapshots.setdefault(revision, Path(folder))
+
+    def pinned(self, identity: dict) -> "Hub":
+        result = dataclasses.replace(self)
+        result.__dict__["_commits"] = dict(identity.get("commits", {}))
+        return result
+
+    @functools.cached_property
+    def _commits(self) -> dict[str, str]:
+        """{revision: the commit to read for it}, of `pinned`."""
+        return {}
 
     @functools.cached_property
     def _snapshots(self) -> dict[str, Path]:
@@ -142,12 +161,15 @@ class Hub(FileReader):
         except errors.RevisionNotFoundError as error:
             raise SourceError(f"{self.id} has no revision {revision!r}") from error
         except errors.IncompleteSnapshotError as error:
-            raise SourceError(f"{self.id} is not complete in the local cache, and the hub cannot be reached") from error
+            kind = SourceError if constants.HF_HUB_OFFLINE else UnreachableError
+            raise kind(f"{self.id} is not complete in the local cache, and the hub cannot be reached") from error
         except errors.LocalEntryNotFoundError as error:
-            reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{url} cannot be reached"
-            raise SourceError(f"{subject or self.id} is not in the local cache, and {reason}") from error
+            missing = f"{subject or self.id} is not in the local cache"
+            if constants.HF_HUB_OFFLINE:
+                raise SourceError(f"{missing}, and HF_HUB_OFFLINE is set") from error
+            raise UnreachableError(f"{missing}, and {url} cannot be reached") from error
         except Exception as error:  # of the network, the disk, the server
-            raise SourceError(f"{self.id} cannot be read from {url}: {first_line(error)}") from error
+            raise source_error(f"{self.id} cannot be read from {url}: {first_line(error)}", error) from error
 
     def can_split(self) -> bool:
         return self.streaming
@@ -163,7 +185,19 @@ class Hub(FileReader):
             if self.streaming:
                 return open_file(path)
             huggingface_hub.utils.disable_progress_bars()
-            return open_file(huggingface_hub.hf_hub_download(self.id, name, repo_type="dataset", revision=commit))
+            return open_file(self._download(name, commit))
+
+    def _download(self, name: str, commit: str) -> str:
+        """The path of a file in the cache. The hub's library tries again after all errors but those of the server."""
+        from huggingface_hub import errors, hf_hub_download
+
+        for attempt in range(ATTEMPTS):
+            try:
+                return hf_hub_download(self.id, name, repo_type="dataset", revision=commit)
+            except errors.HfHubHTTPError as error:
+                if not is_unreachable(error) or attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(BACKOFF * 2**attempt)
 
     def preview(self) -> "Hub":
         """The same files, streamed: a few rows are no reason to download a whole file. Offline, this source."""
@@ -172,7 +206,7 @@ class Hub(FileReader):
         if self.streaming or constants.HF_HUB_OFFLINE:
             return self
         result = dataclasses.replace(self, streaming=True)
-        result.__dict__.update(listing=self.listing, card=self.card, _inputs=self._inputs)
+        result.__dict__.update(listing=self.listing, card=self.card, _inputs=self._inputs, _snapshots=self._snapshots)
         return result
 
     def describe(self) -> dict:
@@ -181,7 +215,9 @@ class Hub(FileReader):
         return {**described, "license": ", ".join(named) if isinstance(named, list) else named}
 
     def identity(self) -> dict:
-        return {"id": self.id, "commit": self._inputs[0].version, "files": [[f.name, f.size] for f in self._inputs]}
+        files = [[file.name, file.size] for file in self._inputs]
+        commits = {revision: folder.name for revision, folder in sorted(self._snapshots.items())}
+        return {"id": self.id, "commit": self._inputs[0].version, "commits": commits, "files": files}
 
 
 _asking = threading.Lock()
@@ -269,8 +305,8 @@ def config_splits(source: str, names: Iterable[str], configs: Sequence[Mapping],
     splits = {}
     for part in data:
         patterns = [part["path"]] if isinstance(part["path"], str) else part["path"]
-        found = [name for name, inner in below.items() if any(_matches(inner, pattern) for pattern in patterns)]
-        splits.setdefault(f"{part.get('split', 'train')}", []).extend(found)
+        matches = [name for name, inner in below.items() if any(_matches(inner, pattern) for pattern in patterns)]
+        splits.setdefault(f"{part.get('split', 'train')}", []).extend(matches)
     return splits
 
 
@@ -294,12 +330,12 @@ def _converted(names: Iterable[str]) -> list[dict]:
 
     The hub converts only the first gigabytes of a large split, and calls that part partial-SPLIT: so it is named here.
     """
-    found: dict[str, dict[str, list[str]]] = {}
+    configs: dict[str, dict[str, list[str]]] = {}
     for name in names:
         if name.endswith(".parquet") and name.count("/") == 2:
             config, split, _ = name.split("/")
-            found.setdefault(config, {}).setdefault(split, []).append(name)
-    return [{"config_name": config, "data_files": splits} for config, splits in found.items()]
+            configs.setdefault(config, {}).setdefault(split, []).append(name)
+    return [{"config_name": config, "data_files": splits} for config, splits in configs.items()]
 
 
 def _matches(name: str, pattern: str) -> bool:

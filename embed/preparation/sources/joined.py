@@ -38,7 +38,17 @@ class Joined(Source):
 
     @cached
     def _parts(self) -> dict[str, Source]:
-        return self.parts()
+        return {name: part.pinned(self._identity.get(name, {})) for name, part in self.parts().items()}
+
+    def pinned(self, identity: dict) -> "Joined":
+        result = dataclasses.replace(self)
+        result.__dict__["_identity"] = identity
+        return result
+
+    @cached
+    def _identity(self) -> dict:
+        """The identity of each part to read, of `pinned`."""
+        return {}
 
     def build(self, scratch: str | os.PathLike) -> None:
         """Writes the rows to `scratch`: part-00000.jsonl … and, last, index.json with the shards."""
@@ -155,12 +165,12 @@ def dataset_part(
         configs = read_card(card.decode("utf-8", "replace")).get("configs") or []
     source, listed = id or path, [f"{config.get('config_name')}" for config in configs]
     if config := next((name for name in patterns if name in listed), ""):
-        there = config_splits(source, names, configs, config)
-        split = next((split for split in splits if not split or split in there), splits[0])
+        available = config_splits(source, names, configs, config)
+        split = next((split for split in splits if not split or split in available), splits[0])
         chosen = choose(source, names, configs, config, split)
     else:
-        found = ((split, pattern) for split in splits for pattern in patterns.values())
-        filled = (pattern.replace("{split}", split or r"[\w.-]+") for split, pattern in found)
+        combinations = ((split, pattern) for split in splits for pattern in patterns.values())
+        filled = (pattern.replace("{split}", split or r"[\w.-]+") for split, pattern in combinations)
         lists = ([name for name in names if re.fullmatch(pattern, name)] for pattern in filled)
         chosen = next((files for files in lists if files), None)
         if not chosen:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embed.preparation.sources import formats
-from embed.preparation.sources.base import Row, Shard, Source, SourceError
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line, source_error
 from embed.preparation.sources.files import Files, open_file
 from embed.preparation.sources.joined import Joined
 
@@ -34,7 +34,7 @@ class Parallel(Joined):
     documents: of paths, a file or member whose line k names the document of sentence k. The sentences of a document
         are adjacent; in the row they are the lines of one text.
     pairs: if not 0, the rows are this many pairs of texts per sentence instead: query, document, query_language,
-        document_language. Each has two different languages, drawn by a hash of the row.
+        document_language. Each has two different languages, drawn by a hash of the sentence's texts.
     rates: {language: how often it is drawn}, relative to the 1 of the others.
     """
 
@@ -62,7 +62,7 @@ class Parallel(Joined):
             super().build(scratch)
 
     def shards(self) -> list[Shard]:
-        return self.source.shards() if self.source else super().shards()
+        return self._parts["source"].shards() if self.source else super().shards()
 
     def read(self, shard: Shard) -> Iterator[Row]:
         if not self.source:
@@ -85,20 +85,20 @@ class Parallel(Joined):
     def _columns(self, row: Row) -> Row:
         value = row.value
         if self.columns:
-            found = {}
+            texts = {}
             for language, column in self.columns.items():
                 text = value
                 for name in column.split("."):
                     text = text.get(name) if isinstance(text, dict) else None
-                found[language] = text
+                texts[language] = text
         else:
-            found = value["translation"] if isinstance(value.get("translation"), dict) else value
-            found = {name: text for name, text in found.items() if isinstance(text, str) and name != "_file"}
-        found = {name: text for name, text in found.items() if not self.languages or name in self.languages}
-        missing = [name for name in self.languages or found if not isinstance(found.get(name), str)]
-        if missing or not found:
+            texts = value["translation"] if isinstance(value.get("translation"), dict) else value
+            texts = {name: text for name, text in texts.items() if isinstance(text, str) and name != "_file"}
+        texts = {name: text for name, text in texts.items() if not self.languages or name in self.languages}
+        missing = [name for name in self.languages or texts if not isinstance(texts.get(name), str)]
+        if missing or not texts:
             return Row(row.location, None, f"no text in {', '.join(missing) or 'any column'}")
-        return Row(row.location, found)
+        return Row(row.location, texts)
 
     def _drawn(self, row: Row) -> Iterator[Row]:
         """The row, or `pairs` pairs of its languages."""
@@ -110,7 +110,7 @@ class Parallel(Joined):
             yield Row(row.location, None, f"a text in {', '.join(languages) or 'no language'}, of two that pairs need")
             return
         rates = [(self.rates or {}).get(name, 1.0) for name in languages]
-        rng = random.Random(row.location)
+        rng = random.Random(f"{row.value}")  # not its location, which differs between copies of the data
         for _ in range(self.pairs):
             i = rng.choices(range(len(languages)), rates)[0]
             others = languages[:i] + languages[i + 1 :]
@@ -120,11 +120,11 @@ class Parallel(Joined):
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
         rows = self._lines(temporary, limit)
-        for row in self._joined(temporary, rows) if self.documents else rows:
+        for row in self._joined(temporary, rows, limit) if self.documents else rows:
             yield from self._drawn(row)
 
-    def _joined(self, temporary: Path, rows: Iterator[Row]) -> Iterator[Row]:
-        """Rows of documents from rows of sentences."""
+    def _joined(self, temporary: Path, rows: Iterator[Row], limit: int | None) -> Iterator[Row]:
+        """Rows of documents from rows of sentences; of a document with bad sentences, every bad one."""
         first = next(rows, None)  # now the archive is extracted
         if first is None:
             return
@@ -132,15 +132,26 @@ class Parallel(Joined):
         if self.members and not path.exists():
             raise SourceError(f"{self.paths} has no member {self.documents}")
         with open_file(os.fspath(path)) as names:
-            named = zip(map(bytes.strip, formats.lines(names)), itertools.chain([first], rows))
+            documents = map(bytes.strip, itertools.islice(formats.lines(names), limit))
+            named = self._named(documents, itertools.chain([first], rows))
             for _, group in itertools.groupby(named, operator.itemgetter(0)):
                 sentences = [row for _, row in group]
                 errors = [row for row in sentences if row.error]
                 if errors:
-                    yield errors[0]
+                    yield from errors
                     continue
                 value = {name: "\n".join(row.value[name] for row in sentences) for name in sentences[0].value}
                 yield Row(sentences[0].location, value)
+
+    def _named(self, documents: Iterator[bytes], rows: Iterator[Row]) -> Iterator[tuple[bytes, Row]]:
+        """(document, sentence) of each line. SourceError if there are not as many of one as of the other."""
+        for number, (document, row) in enumerate(itertools.zip_longest(documents, rows), 1):
+            if document is None or row is None:
+                lines = number - (document is None) + sum(1 for _ in documents)
+                sentences = number - (row is None) + sum(1 for _ in rows)
+                text = self.members or self.paths
+                raise SourceError(f"{self.documents} has {lines:,} lines, but {text} has {sentences:,} sentences")
+            yield document, row
 
     def _lines(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
         """Rows {language: text} of the lines."""
@@ -149,7 +160,7 @@ class Parallel(Joined):
                 name: itertools.islice(formats.lines(stream), limit)
                 for name, stream in self._open(temporary, stack).items()
             }
-            where = self.members or self.paths
+            location = self.members or self.paths
             for number, lines in enumerate(itertools.zip_longest(*streams.values()), 1):
                 if None in lines:
                     counts = {
@@ -157,33 +168,34 @@ class Parallel(Joined):
                         for (name, lines_left), line in zip(streams.items(), lines)
                     }
                     lengths = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-                    raise SourceError(f"the files of {where} have different numbers of lines: {lengths}")
+                    raise SourceError(f"the files of {location} have different numbers of lines: {lengths}")
                 value, error = {}, None
                 for name, line in zip(streams, lines):
                     try:
                         value[name] = line.decode("utf-8")
                     except UnicodeDecodeError:
                         error = f"the line in {name} is not UTF-8"
-                yield Row(f"{where}:{number}", None if error else value, error)
+                yield Row(f"{location}:{number}", None if error else value, error)
 
     def _open(self, temporary: Path, stack: contextlib.ExitStack) -> dict[str, formats.BinaryIO]:
         """{language: open file}, sorted."""
         name = self.members or os.path.basename(f"{self.paths}")
         pattern = "(.+)".join(re.escape(part) for part in name.split(LANGUAGE, 1)).replace(re.escape(LANGUAGE), r"\1")
-        opened, there = {}, set()
+        opened, languages = {}, set()
 
-        def wanted(path: str) -> str | None:
+        def copy_name(path: str) -> str | None:
+            """The language of a file or member, or DOCUMENTS; None for one that is not read."""
             if path == self.documents:
                 return DOCUMENTS
             if not (match := re.fullmatch(pattern, path)):
                 return None
-            there.add(match[1])
+            languages.add(match[1])
             return match[1] if not self.languages or match[1] in self.languages else None
 
         for file in self._parts["files"]._inputs:
             if self.members:
-                self._extract(file.path, temporary, wanted)
-            elif language := wanted(os.path.basename(file.path)):
+                self._extract(file.path, temporary, copy_name)
+            elif language := copy_name(os.path.basename(file.path)):
                 compression = formats.kind(file.path).compression
                 stream = stack.enter_context(open_file(file.path))
                 opened[language] = stack.enter_context(formats.decompressed(stream, compression))
@@ -191,14 +203,14 @@ class Parallel(Joined):
             opened[copy.stem] = stack.enter_context(open(copy, "rb", buffering=formats.BUFFER))
         missing = [language for language in self.languages if language not in opened]
         if missing or not opened:
-            some = ", ".join(sorted(there)[:20]) or "none"
+            some = ", ".join(sorted(languages)[:20]) or "none"
             raise SourceError(
                 f"{self.members or self.paths} has no {', '.join(missing) or 'language'}: there are {some}"
             )
         return dict(sorted(opened.items()))
 
     @staticmethod
-    def _extract(archive: str, folder: Path, wanted) -> None:
+    def _extract(archive: str, folder: Path, copy_name) -> None:
         """Copies the members of an archive, since they are read side by side."""
         try:
             with (
@@ -207,9 +219,9 @@ class Parallel(Joined):
                 tarfile.open(fileobj=content, mode="r|") as members,
             ):
                 for member in members:
-                    if member.isfile() and (language := wanted(member.name.removeprefix("./"))):
+                    if member.isfile() and (language := copy_name(member.name.removeprefix("./"))):
                         name = language if language == DOCUMENTS else f"{language.replace('/', '%')}.text"
                         with open(folder / name, "wb") as out:
                             shutil.copyfileobj(members.extractfile(member), out, formats.BUFFER)
         except Exception as error:  # each library has its own
-            raise SourceError(f"{archive} cannot be read: {error}") from error
+            raise source_error(f"{archive} cannot be read: {first_line(error)}", error) from error

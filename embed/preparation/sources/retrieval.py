@@ -21,10 +21,11 @@ class _Dataset(Joined):
     revision: str = ""
     streaming: bool = False
 
-    def part(self, explicit, patterns: dict[str, str], *splits: str) -> Source:
-        """A table of the dataset; see `dataset_part`."""
-        where = (f"{self.path}", self.id, self.revision, self.streaming)
-        return dataset_part(*where, explicit=explicit, patterns=patterns, splits=splits)
+    def part(self, name: str, patterns: dict[str, str], *splits: str) -> Source:
+        """The table that the field `name` describes; see `dataset_part`."""
+        revision = self._identity.get(name, {}).get("commit", self.revision)
+        dataset = (f"{self.path}", self.id, revision, self.streaming)
+        return dataset_part(*dataset, explicit=getattr(self, name), patterns=patterns, splits=splits)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ class Retrieval(_Dataset):
             "": rf"{start}qrels\.(jsonl|tsv|parquet){COMPRESSED}",
         }
         return {
-            "corpus": self.part(self.corpus, patterns("corpus"), self.split, "corpus", ""),
-            "queries": self.part(self.queries, patterns("queries"), self.split, "queries", ""),
-            "qrels": self.part(self.qrels, qrels, self.split),
+            "corpus": self.part("corpus", patterns("corpus"), self.split, "corpus", ""),
+            "queries": self.part("queries", patterns("queries"), self.split, "queries", ""),
+            "qrels": self.part("qrels", qrels, self.split),
         }
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
@@ -214,7 +215,7 @@ class Conteb(_Dataset):
 
     The layout of ConTEB: documents have chunk_id, which is document, "_" and number, and chunk; queries have query and
     chunk_id or chunk_ids. Chunks are sorted by number; the chunk of a query is an index of chunks. A query for several
-    chunks is there once for each.
+    chunks occurs once for each.
 
     documents, queries: a source of each, or globs relative to the dataset. By default: the configs of these names of
         a card, else files or folders of these names.
@@ -234,8 +235,8 @@ class Conteb(_Dataset):
             return {name: rf"{name}(/{{split}}[./-].*|\.(jsonl|parquet){COMPRESSED})"}
 
         return {
-            "documents": self.part(self.documents, patterns("documents"), self.split),
-            "queries": self.part(self.queries, patterns("queries"), self.split),
+            "documents": self.part("documents", patterns("documents"), self.split),
+            "queries": self.part("queries", patterns("queries"), self.split),
         }
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
@@ -251,7 +252,7 @@ class Conteb(_Dataset):
                     db.execute("INSERT OR IGNORE INTO documents VALUES (?, ?)", (values[0], row.location))
                     if db.execute("INSERT OR IGNORE INTO chunks VALUES (?, ?, ?)", values).rowcount:
                         continue
-                    row = Row(row.location, None, f"the chunk {values[0]}_{values[1]} is there twice")
+                    row = Row(row.location, None, f"the chunk {values[0]}_{values[1]} occurs twice")
                 yield row
             for row in self._queries(limit):
                 if row.error:

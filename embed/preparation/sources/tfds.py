@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line
+from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line, source_error
 
 SHARD_BYTES = 1 << 26
 
@@ -15,7 +15,7 @@ SHARD_BYTES = 1 << 26
 class Tfds(Source):
     """A split of a prepared dataset. It is not downloaded or prepared here.
 
-    name: as in tfds.builder, with a config and version if wanted. data_dir: the folder of datasets, local or gs://.
+    name: as in tfds.builder, optionally with a config and version. data_dir: the folder of datasets, local or gs://.
     Nested features get names with slashes: {"a": {"b": 1}} is "a/b". Sequences are lists, bytes are text.
 
     A shard is a range of examples, along the shards of the dataset.
@@ -31,7 +31,7 @@ class Tfds(Source):
         try:
             return tfds.builder(self.name, data_dir=self.data_dir, try_gcs=False)
         except Exception as error:  # of TFDS, of the file system
-            raise SourceError(f"tfds.name {self.name!r} cannot be opened: {first_line(error)}") from error
+            raise source_error(f"tfds.name {self.name!r} cannot be opened: {first_line(error)}", error) from error
 
     def _info(self):
         """(builder, info of the split)."""
@@ -64,7 +64,7 @@ class Tfds(Source):
                 last = f" after {row.location}"
                 yield row
         except Exception as error:  # of TensorFlow
-            raise SourceError(f"{shard.path} cannot be read{last}: {first_line(error)}") from error
+            raise source_error(f"{shard.path} cannot be read{last}: {first_line(error)}", error) from error
 
     def _examples(self, shard: Shard) -> Iterator[dict]:
         import tensorflow_datasets as tfds

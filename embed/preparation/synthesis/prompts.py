@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from embed.preparation.hygiene import normalize
+from embed.preparation.copies import normalize
 
 PERSONAS = Path(__file__).with_name("personas.txt")
 
