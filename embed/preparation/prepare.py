@@ -139,7 +139,7 @@ class _Preparation:
         with self.clock.part("mixtures"):
             counts = {name: self._close(work, name, counts[name]) for name in work.tasks}
             _import_seqio().register(work, self.tokenizer)
-            mixtures = _import_seqio().register_mixtures(_rates(self.bound, counts))
+            mixtures = _import_seqio().register_mixtures(_rates(self.bound, work, counts))
         paths.write_json(self.directory / "mixtures.json", mixtures)
         hygiene_report.write(self.directory, work, counts)
         info = {
@@ -356,9 +356,16 @@ def _import_seqio():
     return seqio_tasks
 
 
-def _rates(bound: Settings, counts: Mapping[str, dict]) -> dict[str, dict[str, float]]:
-    """{mixture: {task or mixture: relative rate in examples}}, with size^α and rates in tokens worked out."""
+def _rates(bound: Settings, work: Work, counts: Mapping[str, dict]) -> dict[str, dict[str, float]]:
+    """{mixture: {task or mixture: relative rate of the loader}}, with size^α and rates in tokens worked out.
+
+    The loader draws examples, but in diffusion rows of tokens, whose rates are in tokens already.
+    """
     mixtures = bound.mixtures
+
+    def is_diffusion(name: str) -> bool:
+        members = mixtures.rates.get(name)
+        return is_diffusion(next(iter(members))) if members else work.stage(name) == "diffusion"
 
     def size(name: str) -> float:
         if name in mixtures.rates:
@@ -375,7 +382,7 @@ def _rates(bound: Settings, counts: Mapping[str, dict]) -> dict[str, dict[str, f
     def _with_alpha(name: str) -> dict[str, float]:
         alpha = mixtures.alpha.get(name)
         rates = {m: r * (size(m) ** alpha if alpha is not None else 1) for m, r in mixtures.rates[name].items()}
-        if mixtures.unit == "tokens":
+        if mixtures.unit == "tokens" and not is_diffusion(name):
             rates = {member: rate / tokens_per_example(member) for member, rate in rates.items()}
         return rates
 

@@ -31,8 +31,10 @@ class Mixtures:
     """The mixtures of tasks, and of other mixtures. Tasks outside all mixtures and evaluation sets are not prepared.
 
     rates: {mixture: {task or mixture: relative rate}}. alpha: {mixture: α}: the rates of a mixture are multiplied by
-    size^α. A size, and with unit="tokens" also a rate, is in tokens instead of examples. modules: Python modules that
-    register seqio tasks, whose names `rates` may use.
+    size^α. modules: Python modules that register seqio tasks, whose names `rates` may use.
+
+    unit: "examples" or "tokens", of sizes and of rates. Rates of texts are shares of tokens with either unit, since
+    diffusion draws rows of tokens; only the sizes of their tasks are then in examples or in tokens.
     """
 
     rates: Mapping[str, Mapping[str, float]]

@@ -242,6 +242,28 @@ def test_rates_by_size_and_in_tokens_follow_from_what_was_counted(sources, tmp_p
     assert mixtures["both"] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+def test_rates_of_texts_are_shares_of_tokens_with_either_unit_and_only_sizes_follow_it(unit, sources, tmp_path):
+    (tmp_path / "long.jsonl").write_text('{"text": "%s"}\n' % " ".join(small.sentences(40, seed=5)))
+    bound = (
+        "mixtures.rates = {'plain': {'texts': 3.0, 'long': 1.0}, 'sized': {'texts': 1.0, 'long': 1.0},"
+        " 'outer': {'sized': 1.0, 'texts': 1.0}}",
+        "mixtures.alpha = {'sized': 0.5}",
+        f"mixtures.unit = '{unit}'",
+        "evaluation.sets = {}",
+        "long/task.source = @files()",
+        f"long/files.paths = '{tmp_path}/long.jsonl'",
+        "long/task.kind = 'text'",
+    )
+    mixtures, counts = rates(sources, tmp_path, *bound)
+    count = {name: counts[name] for name in ("texts", "long")}
+    size = {n: c["examples"] if unit == "examples" else c["tokens"]["tokens"] for n, c in count.items()}
+    assert mixtures["plain"] == {"texts": 3.0, "long": 1.0}
+    assert mixtures["sized"] == pytest.approx({name: size[name] ** 0.5 for name in size}, rel=1e-12)
+    share = size["long"] ** 0.5 / sum(n**0.5 for n in size.values())
+    assert mixtures["outer"] == pytest.approx({"texts": 2 - share, "long": share}, rel=1e-12)
+
+
 def test_registered_seqio_tasks_give_the_examples_of_the_store(sources, data, tmp_path):
     import seqio
 
