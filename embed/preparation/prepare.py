@@ -167,15 +167,14 @@ class _Preparation:
         with self.clock.part("list sources"):
             for name in sorted({*tasks, *bound.evaluation.sets.values(), *bound.vocabulary.tasks}):
                 task = tasks.get(name) or bound.tasks[name]
-                if isinstance(task, Task):
-                    with _named(name):
-                        task.source.build(self.scratch)
-                        identity[name] = task.source.identity()
-                        if report := getattr(task.source, "report", dict)():
-                            reports[name] = report
-                        shards[name] = task.source.shards() if task.kind != "retrieval" else []
-                else:
-                    shards[name] = task.shards()
+                source = task.source if isinstance(task, Task) else task
+                with _named(name):
+                    if isinstance(task, Task):
+                        source.build(self.scratch)
+                    identity[name] = source.identity()
+                    if report := getattr(source, "report", dict)():
+                        reports[name] = report
+                    shards[name] = source.shards() if task.kind != "retrieval" else []
         buckets = {name: stream.num_buckets(tasks[name], shards[name]) for name in tasks}
         plan = {
             "arguments": self.arguments,

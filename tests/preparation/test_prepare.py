@@ -308,6 +308,49 @@ def test_a_users_own_seqio_task_is_used_by_the_name_of_its_module(sources, tmp_p
         run(sources, tmp_path / "other", bound[0], "mixtures.rates = {'both': {'others': 1.0}}", bound[2])
 
 
+FILES = """
+import seqio
+import tensorflow as tf
+
+seqio.TaskRegistry.add(
+    "file_texts",
+    source=seqio.TextLineDataSource({"train": %r}),
+    preprocessors=[lambda lines: lines.map(lambda line: {"text": line})],
+    output_features={"text": seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.string, rank=0)},
+)
+"""
+
+
+def test_the_shards_of_a_seqio_task_have_the_sizes_of_its_files_and_their_changes_are_noticed(
+    sources, tmp_path, monkeypatch
+):
+    (tmp_path / "a.txt").write_text("parse file\n" * 3)
+    (tmp_path / "b.txt").write_text("open index\n")
+    (tmp_path / "file_tasks.py").write_text(FILES % [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"])
+    (tmp_path / "own_tasks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    from embed.preparation import seqio_tasks
+
+    task = seqio_tasks.adapt("file_texts", ("file_tasks",))
+    assert [shard.bytes for shard in task.shards()] == [33, 11] and stream.num_buckets(task, task.shards()) == 1
+    before = task.identity()
+    assert [shard[:2] for shard in before["shards"]] == [[f"{tmp_path}/a.txt", 33], [f"{tmp_path}/b.txt", 11]]
+    (tmp_path / "b.txt").write_text("read lists\n")
+    os.utime(tmp_path / "b.txt", (1, 1))
+    assert task.identity() != before
+    # A function has no files.
+    own = seqio_tasks.adapt("own_pairs", ("own_tasks",))
+    assert [shard.bytes for shard in own.shards()] == [stream.BUCKET_BYTES] and own.identity() == {"shards": [["train"]]}
+    bound = (
+        "mixtures.modules = ('file_tasks',)",
+        "mixtures.rates = {'all': {'file_texts': 1.0}}",
+        "evaluation.sets = {}",
+        "vocabulary.tasks = ('texts',)",
+    )
+    folder = run(sources, tmp_path / "data", *bound)
+    assert json.loads((folder / "info.json").read_text())["sources"]["identity"]["file_texts"] == task.identity()
+
+
 def test_a_vocabulary_is_trained_on_the_texts_of_all_tasks(sources, tmp_path):
     folder = run(sources, tmp_path / "data", tokenizer=None, vocab_size=300, split_identifiers=False)
     tokenizer = tokenizers.load(folder / "tokenizer")

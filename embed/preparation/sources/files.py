@@ -49,12 +49,33 @@ def find(pattern: str | os.PathLike) -> list[Input]:
     for path, info in sorted(found.items()):
         name = path[len(root) :].lstrip("/")
         if info["type"] == "file" and not any(paths.IGNORED.fullmatch(part) for part in name.split("/")):
-            keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified")
-            version = os.stat(path).st_mtime_ns if not scheme else next((info[k] for k in keys if k in info), "")
-            result.append(Input(scheme + path, name, info["size"], f"{version}"))
+            result.append(Input(scheme + path, name, info["size"], _version(scheme + path, info)))
     if not result:
         raise SourceError(f"no file matches {pattern}")
     return result
+
+
+def find_files(names: Sequence[str]) -> list[Input | None]:
+    """The file of each path, local or in a bucket; None for a name that is not the path of a file."""
+    import fsspec
+
+    def one(name: str) -> Input | None:
+        try:
+            system, inside = fsspec.url_to_fs(name)
+            info = system.info(inside)
+        except Exception:  # each file system has its own
+            return None
+        return Input(name, name, info["size"], _version(name, info)) if info["type"] == "file" else None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(one, names))
+
+
+def _version(path: str, info: dict) -> str:
+    """What changes with the content of a file; `info` is that of its file system."""
+    keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified")
+    version = next((info[k] for k in keys if k in info), "") if paths.is_bucket(path) else os.stat(path).st_mtime_ns
+    return f"{version}"
 
 
 def open_file(path: str) -> BinaryIO:
