@@ -118,14 +118,19 @@ def _texts(hygiene: Hygiene, sets: Mapping[str, object], scratch) -> Iterator[tu
         yield from contamination.set_texts(name, corpus, queries, hygiene.evaluation_texts)
 
 
-def evaluation_sources(hygiene: Hygiene, sets: Mapping[str, object]) -> dict[str, Source]:
-    """{name: source} of the evaluation sets. ValueError for what is neither a set of `sets`, a folder nor a source."""
+def evaluation_sources(
+    hygiene: Hygiene, sets: Mapping[str, object], *, missing_ok: bool = False
+) -> dict[str, Source]:
+    """{name: source} of the evaluation sets. ValueError for what is neither a set of `sets`, a folder nor a source.
+
+    missing_ok: folders need not be there.
+    """
     result: dict[str, Source] = {}
     for item in hygiene.evaluation_sets:
         if isinstance(item, str):
             if names := fnmatch.filter(sets, item):
                 result |= {name: Retrieval(path=os.fspath(sets[name])) for name in names}
-            elif paths.path(item).is_dir():
+            elif missing_ok or paths.path(item).is_dir():
                 result[item] = Retrieval(path=item)
             else:
                 raise ValueError(

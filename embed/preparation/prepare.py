@@ -31,7 +31,7 @@ from embed.console import make_console, print_table, quiet
 from embed.preparation import evaluation_sets, hygiene, hygiene_report, runners, settings, stream, vocabulary
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
-from embed.preparation.sources import Shard
+from embed.preparation.sources import Shard, Source
 from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts, Task, all_texts
 
@@ -85,6 +85,7 @@ def prepare(
             raise ValueError(
                 f"{directory} was prepared with other arguments: {differing}; choose another directory or remove it"
             )
+        _check_sources(directory, bound)
         console.print(f"data: {directory} is complete")
         return
     if (directory / PLAN).exists():
@@ -105,6 +106,41 @@ def prepare(
     with _Bar(console) as bar:
         info = _Preparation(directory, bound, arguments, bar, tokenizer, processes, runner, runner_options).run()
     _print(console, info)
+
+
+def _check_sources(directory, bound: Settings) -> None:
+    """ValueError if sources on a disk are not those that complete data were made of. Others are not asked.
+
+    Data outlive their sources: those that are not there any more are not compared.
+    """
+    recorded, now = paths.read_json(directory / INFO)["sources"]["identity"], {}
+    for name, source in _sources(directory, bound, missing_ok=True).items():
+        if name in recorded:
+            with contextlib.suppress(ValueError, OSError):
+                if source.is_local():
+                    now[name] = source.identity()
+    if changed := _changed({name: recorded[name] for name in now}, now):
+        raise ValueError(
+            f"the sources of {', '.join(changed)} are not those that {directory} was prepared from: choose another directory, "
+            "remove it, or restore them"
+        )
+
+
+def _sources(directory, bound: Settings, *, missing_ok: bool = False) -> dict[str, Source]:
+    """{name in `identity`: source} of the tasks of a gin file, and of evaluation sets that only hygiene names."""
+    result = {name: task.source for name, task in bound.tasks.items()}
+    for about in bound.hygiene.values():
+        sets = {name: directory / "evaluation" / name for name in bound.evaluation.sets}
+        for name, source in hygiene.evaluation_sources(about, sets, missing_ok=missing_ok).items():
+            if name not in sets:
+                result[f"hygiene.evaluation_sets {name}"] = source
+    return result
+
+
+def _changed(recorded: Mapping, now: Mapping) -> list[str]:
+    """The names whose value is not the recorded one, sorted."""
+    now = json.loads(json.dumps(now))
+    return sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
 
 
 def _differing(file, arguments: Mapping) -> str:
@@ -163,18 +199,22 @@ class _Preparation:
         if not (self.directory / PLAN).exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             paths.write_json(self.directory / PLAN, {"arguments": self.arguments})
-        shards, identity, reports = {}, {}, {}
+        sources = _sources(self.directory, bound)
+        shards, reports = {}, {}
         with self.clock.part("list sources"):
             for name in sorted({*tasks, *bound.evaluation.sets.values(), *bound.vocabulary.tasks}):
                 task = tasks.get(name) or bound.tasks[name]
-                source = task.source if isinstance(task, Task) else task
+                source = sources.setdefault(name, task)
                 with _named(name):
                     if isinstance(task, Task):
                         source.build(self.scratch)
-                    identity[name] = source.identity()
                     if report := getattr(source, "report", dict)():
                         reports[name] = report
                     shards[name] = source.shards() if task.kind != "retrieval" else []
+            identity = {}
+            for name, source in sources.items():
+                with _named(name) if name in {*tasks, *bound.tasks} else contextlib.nullcontext():
+                    identity[name] = source.identity()
         buckets = {name: stream.num_buckets(tasks[name], shards[name]) for name in tasks}
         plan = {
             "arguments": self.arguments,
@@ -185,10 +225,10 @@ class _Preparation:
         plan = json.loads(json.dumps(plan))
         recorded = paths.read_json(self.directory / PLAN)
         if "identity" in recorded and recorded != plan:
-            changed = ", ".join(sorted({key.split(".")[1] for key, _, _ in differences(recorded, plan) if "." in key}))
+            changed = {name for what in plan if what != "arguments" for name in _changed(recorded[what], plan[what])}
             raise ValueError(
-                f"the sources of {changed} have changed since this preparation began: remove {self.directory}, or "
-                "restore them"
+                f"the sources of {', '.join(sorted(changed))} have changed since this preparation began: remove "
+                f"{self.directory}, or restore them"
             )
         paths.write_json(self.directory / PLAN, plan)
         work = Work(

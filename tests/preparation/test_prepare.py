@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,14 +189,52 @@ def test_other_arguments_are_refused_by_name_when_data_are_there_or_half_there(s
 
 
 def test_sources_that_change_between_two_starts_are_refused_by_name(sources, tmp_path):
-    import shutil
-
     shutil.copytree(sources, tmp_path / "sources")
     assert killed_at(8, tmp_path / "data", tmp_path / "sources").returncode < 0
     with open(tmp_path / "sources" / "more.csv", "a") as out:
         out.write("one,two\n")
     with pytest.raises(ValueError, match="the sources of more have changed since this preparation began"):
         run(tmp_path / "sources", tmp_path / "data")
+
+
+def test_complete_data_of_other_files_are_refused_by_task_and_are_used_without_their_files(sources, tmp_path, capfd):
+    shutil.copytree(sources, tmp_path / "sources")
+    folder = run(tmp_path / "sources", tmp_path / "data")
+    shutil.copytree(sources, tmp_path / "other", copy_function=shutil.copy)  # other times
+    with pytest.raises(ValueError, match=f"the sources of more, pairs, texts are not those that {folder} was prepared"):
+        run(tmp_path / "other", folder)
+    (tmp_path / "sources").rename(tmp_path / "moved")
+    run(tmp_path / "moved", folder)  # the same files
+    with open(tmp_path / "moved" / "more.csv", "a") as out:
+        out.write("one,two\n")
+    (tmp_path / "moved" / "pairs.jsonl").unlink()
+    with pytest.raises(ValueError, match="the sources of more are not those"):
+        run(tmp_path / "moved", folder)
+    shutil.rmtree(tmp_path / "moved" / "texts")
+    (tmp_path / "moved" / "more.csv").unlink()
+    capfd.readouterr()
+    run(tmp_path / "moved", folder)
+    assert "is complete" in capfd.readouterr().err
+
+
+def test_an_external_evaluation_set_that_changes_is_noticed(sources, tmp_path):
+    external = tmp_path / "set"
+    external.mkdir()
+    rows = {"corpus": {"_id": "d", "text": "one"}, "queries": {"_id": "q", "text": "two"}}
+    for name, row in (rows | {"qrels": {"query-id": "q", "corpus-id": "d", "score": 1}}).items():
+        (external / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    bound = f"hygiene.evaluation_sets = ('*', '{external}')"
+    folder = run(sources, tmp_path / "data", bound)
+    identity = json.loads((folder / "info.json").read_text())["sources"]["identity"]
+    assert set(identity) == {"texts", "pairs", "more", f"hygiene.evaluation_sets {external}"}
+    run(sources, folder, bound)
+    (external / "corpus.jsonl").write_text('{"_id": "d", "text": "three"}\n')
+    with pytest.raises(ValueError, match=f"the sources of hygiene.evaluation_sets {external} are not those"):
+        run(sources, folder, bound)
+    shutil.rmtree(external)
+    run(sources, folder, bound)
+    with pytest.raises(ValueError, match="is neither a folder nor one of more/test"):
+        run(sources, tmp_path / "new", bound)
 
 
 def test_bad_rows_are_tolerated_up_to_a_rate_and_named(sources, tmp_path):

@@ -58,6 +58,10 @@ class Source:
         """What changes when the content of the source changes: files with sizes and versions, or a commit. JSON."""
         raise NotImplementedError
 
+    def is_local(self) -> bool:
+        """Whether `identity` asks nothing but a disk."""
+        return False
+
     def rows(self, limit: int | None = None) -> Iterator[Row]:
         """The rows of all shards, or the first `limit`."""
         return itertools.islice(itertools.chain.from_iterable(map(self.read, self.shards())), limit)

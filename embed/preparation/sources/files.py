@@ -207,7 +207,7 @@ class FileReader(Source):
         return {"rows": rows, "columns": columns, "license": None, "files": len(self._inputs), "bytes": size}
 
     def identity(self) -> dict:
-        return {"files": [[file.path, file.size, file.version] for file in self._inputs]}
+        return {"files": [[file.name, file.size, file.version] for file in self._inputs]}
 
 
 def _metadata(stream: BinaryIO):
@@ -239,8 +239,15 @@ class Files(FileReader):
 
     paths: str | Sequence[str] = ()
 
+    def is_local(self) -> bool:
+        return not any(map(paths.is_bucket, self._patterns))
+
+    @property
+    def _patterns(self) -> Sequence[str]:
+        return [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
+
     def inputs(self) -> list[Input]:
-        patterns = [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
+        patterns = self._patterns
         if not patterns:
             raise SourceError("files.paths is empty: expected a path, a glob or a list of them")
         found: dict[str, Input] = {}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embed import paths
 from embed.preparation.sources.base import Row, Source, SourceError
 from embed.preparation.sources.joined import Joined, database, dataset_part, field
 
@@ -20,6 +21,9 @@ class _Dataset(Joined):
     id: str = ""
     revision: str = ""
     streaming: bool = False
+
+    def is_local(self) -> bool:
+        return not self.id and not paths.is_bucket(self.path) and super().is_local()
 
     def part(self, explicit, patterns: dict[str, str], *splits: str) -> Source:
         """A table of the dataset; see `dataset_part`."""
