@@ -19,7 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from embed import paths
-from embed.preparation import contamination, languages, near_duplicates
+from embed.preparation import contamination, languages, near_duplicates, numbers
 from embed.preparation.sources import Retrieval, Source
 from embed.preparation.tasks import Counts, Task, all_texts
 from embed.preparation.windows import Hashes
@@ -53,9 +53,7 @@ class Hygiene:
     language: bool = False
 
     def __post_init__(self):
-        for name in ("near_duplicates", "overlap"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"hygiene.{name}={getattr(self, name)!r} must be between 0 and 1")
+        numbers.check(self, "hygiene", {}, ("near_duplicates", "overlap"))
         for name, modules in LIBRARIES.items():
             missing = [module for module in modules if getattr(self, name) and not importlib.util.find_spec(module)]
             if missing:
@@ -118,9 +116,7 @@ def _texts(hygiene: Hygiene, sets: Mapping[str, object], scratch) -> Iterator[tu
         yield from contamination.set_texts(name, corpus, queries, hygiene.evaluation_texts)
 
 
-def evaluation_sources(
-    hygiene: Hygiene, sets: Mapping[str, object], *, missing_ok: bool = False
-) -> dict[str, Source]:
+def evaluation_sources(hygiene: Hygiene, sets: Mapping[str, object], *, missing_ok: bool = False) -> dict[str, Source]:
     """{name: source} of the evaluation sets. ValueError for what is neither a set of `sets`, a folder nor a source.
 
     missing_ok: folders need not be there.

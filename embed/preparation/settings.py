@@ -151,12 +151,21 @@ def bind(
             if cleaned.is_on and name in trained:
                 hygiene[name] = cleaned
         for module in mixtures.modules:
-            importlib.import_module(module)
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(f"{gin_file}: mixtures.modules: {module!r} cannot be imported: {error}") from None
         if registered and not mixtures.modules:
             raise ValueError(
                 f"{gin_file}: no task {registered[0]!r}: bind {registered[0].replace('.', '/')}/task.source and "
                 f"task.kind, or name the module that registers it in mixtures.modules{nearest(registered[0], tasks)}"
             )
+        for field, used in (("evaluation.sets", evaluation.sets.values()), ("vocabulary.tasks", vocabulary.tasks)):
+            if unusable := [name for name in registered if name in used]:
+                raise ValueError(
+                    f"{gin_file}: {field}: {unusable[0]!r} must be a task of the gin file, since tasks that only seqio "
+                    f"knows are for training only{nearest(unusable[0], tasks)}"
+                )
         _check_used(bound, gin_file, valid)
         _check_kinds(mixtures, tasks, gin_file)
     finally:
@@ -215,6 +224,8 @@ def _check_rates(mixtures: Mixtures, gin_file) -> None:
             raise ValueError(f"{gin_file}: mixtures.alpha of {mixture!r} must be between 0 and 1, got {alpha!r}")
     if mixtures.unit not in ("examples", "tokens"):
         raise ValueError(f"{gin_file}: mixtures.unit={mixtures.unit!r} must be examples or tokens")
+    if isinstance(mixtures.modules, str) or not all(isinstance(name, str) and name for name in mixtures.modules):
+        raise ValueError(f"{gin_file}: mixtures.modules must be a list of names of modules, got {mixtures.modules!r}")
     for mixture in rates:
         _check_cycles(mixture, rates, (), gin_file)
 

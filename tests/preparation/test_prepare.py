@@ -283,7 +283,7 @@ def test_rates_by_size_and_in_tokens_follow_from_what_was_counted(sources, tmp_p
 
 @pytest.mark.parametrize("unit", ["examples", "tokens"])
 def test_rates_of_texts_are_shares_of_tokens_with_either_unit_and_only_sizes_follow_it(unit, sources, tmp_path):
-    (tmp_path / "long.jsonl").write_text('{"text": "%s"}\n' % " ".join(small.sentences(40, seed=5)))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": " ".join(small.sentences(40, seed=5))}) + "\n")
     bound = (
         "mixtures.rates = {'plain': {'texts': 3.0, 'long': 1.0}, 'sized': {'texts': 1.0, 'long': 1.0},"
         " 'outer': {'sized': 1.0, 'texts': 1.0}}",
@@ -379,7 +379,9 @@ def test_the_shards_of_a_seqio_task_have_the_sizes_of_its_files_and_their_change
     assert task.identity() != before
     # A function has no files.
     own = seqio_tasks.adapt("own_pairs", ("own_tasks",))
-    assert [shard.bytes for shard in own.shards()] == [stream.BUCKET_BYTES] and own.identity() == {"shards": [["train"]]}
+    assert [shard.bytes for shard in own.shards()] == [stream.BUCKET_BYTES] and own.identity() == {
+        "shards": [["train"]]
+    }
     bound = (
         "mixtures.modules = ('file_tasks',)",
         "mixtures.rates = {'all': {'file_texts': 1.0}}",
@@ -424,6 +426,11 @@ def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
         ("mixtures.rates = {'a': {'b': 1.0}, 'b': {'a': 1.0}}", "the mixture 'a' contains itself: a → b → a"),
         ("mixtures.rates = {'both': {'pairs': 1.0, 'texts': 1.0}}", "kinds: 'pairs' (pair) and 'texts' (text)"),
         ("mixtures.alpha = {'pear': 0.5}", "no mixture 'pear'"),
+        ("mixtures.modules = ('no_such_module',)", "mixtures.modules: 'no_such_module' cannot be imported: No module"),
+        ("mixtures.modules = 'json'", "mixtures.modules must be a list of names of modules, got 'json'"),
+        ("pairs/files.shard_bytes = 0", "task 'pairs': files.shard_bytes=0 must be a whole number of at least 1"),
+        ("task.min_characters = 'x'", "task.min_characters='x' must be a whole number of at least 0"),
+        ("hygiene.overlap = 'x'", "hygiene.overlap='x' must be between 0 and 1"),
         ("mixtures.unit = 'bytes'", "mixtures.unit='bytes' must be examples or tokens"),
         ("vocabulary.characters = 0", "vocabulary.characters must be a whole number of at least 1, got 0"),
     ],
@@ -431,6 +438,18 @@ def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
 def test_wrong_gin_bindings_are_refused_by_name(binding, message, sources):
     with pytest.raises(ValueError, match=re.escape(message)):
         bind(sources / "data.gin", [binding], data_root=str(sources))
+
+
+@pytest.mark.parametrize(
+    "binding, field",
+    [
+        ("evaluation.sets = {'own/test': 'own_pairs'}", "evaluation.sets"),
+        ("vocabulary.tasks = ('own_pairs',)", "vocabulary.tasks"),
+    ],
+)
+def test_a_task_that_only_seqio_knows_is_refused_where_texts_are_needed(binding, field, sources):
+    with pytest.raises(ValueError, match=f"{field}: 'own_pairs' must be a task of the gin file, since tasks that only"):
+        bind(sources / "data.gin", ["mixtures.modules = ('json',)", binding], data_root=str(sources))
 
 
 def test_a_gin_file_that_needs_a_data_root_says_so(sources):

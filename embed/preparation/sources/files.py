@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from embed import paths
+from embed.preparation import numbers
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached, first_line
 
@@ -108,6 +109,9 @@ class FileReader(Source):
     columns: Sequence[str] = ()
     multiline: bool = True
     shard_bytes: int = 1 << 26
+
+    def __post_init__(self):
+        numbers.check(self, type(self).__name__.lower(), {"shard_bytes": 1})
 
     def inputs(self) -> list[Input]:
         """The files, in a fixed order."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embed import paths
+from embed.preparation import numbers
 from embed.preparation.sources.base import Row, Source, SourceError
 from embed.preparation.sources.joined import Joined, database, dataset_part, field
 
@@ -56,6 +57,9 @@ class Retrieval(_Dataset):
     document_id: str = ""
     separator: str = "-"
     max_chunks: int = 0
+
+    def __post_init__(self):
+        numbers.check(self, "retrieval", {"max_chunks": 0})
 
     names = ("query", "document", "title", "score", "negatives", "query_id", "document_id")
 
