@@ -14,6 +14,7 @@ Until info.json is there, directory/plan.json says what is being prepared and di
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from embed.console import make_console, print_table, quiet
 from embed.preparation import evaluation_sets, hygiene, hygiene_report, runners, settings, stream, vocabulary
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
-from embed.preparation.sources import Shard, Source
+from embed.preparation.sources import Retrieval, Shard, Source
 from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts, Task, all_texts
 
@@ -121,8 +122,8 @@ def _check_sources(directory, bound: Settings) -> None:
                     now[name] = source.identity()
     if changed := _changed({name: recorded[name] for name in now}, now):
         raise ValueError(
-            f"the sources of {', '.join(changed)} are not those that {directory} was prepared from: choose another directory, "
-            "remove it, or restore them"
+            f"the sources of {', '.join(changed)} are not those that {directory} was prepared from: choose another "
+            "directory, remove it, or restore them"
         )
 
 
@@ -164,8 +165,10 @@ class _Preparation:
         work, identity, reports = self._plan()
         with self.clock.part("tokenizer"):
             self._make_tokenizer(work)
-        with self.clock.part("evaluation sets"):
-            sets = self._evaluation_sets(work)
+        self._map(work, "evaluation sets", self._evaluation_jobs(work, identity))
+        names = self.bound.evaluation.sets
+        sets = {f"evaluation/{name}": paths.read_json(evaluation_sets.marker(work, name)) for name in names}
+        with self.clock.part("index evaluation sets"):
             self._index_evaluation_sets(work)
         self._map(work, "read and tokenize", self._shard_jobs(work), meanwhile=_import_seqio)
         counts = {name: self._counts(work, name) for name in work.tasks}
@@ -206,7 +209,7 @@ class _Preparation:
                 task = tasks.get(name) or bound.tasks[name]
                 source = sources.setdefault(name, task)
                 with _named(name):
-                    if isinstance(task, Task):
+                    if isinstance(task, Task) and task.kind != "retrieval":
                         source.build(self.scratch)
                     if report := getattr(source, "report", dict)():
                         reports[name] = report
@@ -271,39 +274,20 @@ class _Preparation:
                 share = wanted.characters // (len(names) * len(chosen))
                 yield from _windows(task, shards[index], share, self.arguments["limit"] or 0, rng)
 
-    def _evaluation_sets(self, work: Work) -> dict:
-        """Writes the evaluation sets, and returns their counts."""
-        evaluation, counts = self.bound.evaluation, {}
-        for name, task_name in evaluation.sets.items():
-            marker, target = self.scratch / "evaluation" / f"{name}.json", self.directory / "evaluation" / name
-            if not marker.exists():
-                task, read = self.bound.tasks[task_name], Counts()
-                with _named(task_name):
-                    made = evaluation_sets.make(
-                        task,
-                        work.shards[task_name],
-                        self.tokenizer,
-                        evaluation.max_queries,
-                        self.arguments["limit"] or 0,
-                        read,
-                    )
-                    read.check(task.max_bad)
-                corpus, queries, qrels = made
-                if not queries:
-                    raise ValueError(f"evaluation set {name} has no query: the task {task_name!r} gives none")
-                evaluation_sets.write(target, corpus, queries, qrels)
-                paths.write_json(
-                    marker,
-                    {
-                        "corpus": len(corpus),
-                        "queries": len(queries),
-                        "relevant": len(qrels),
-                        "documents": len({row.get("document", row["_id"]) for row in corpus}),
-                        "read": read.to_json(),
-                    },
-                )
-            counts[f"evaluation/{name}"] = paths.read_json(marker)
-        return counts
+    def _evaluation_jobs(self, work: Work, identity: Mapping) -> list[Job]:
+        jobs = []
+        for name, task_name in self.bound.evaluation.sets.items():
+            if evaluation_sets.marker(work, name).exists():
+                continue
+            task, size = self.bound.tasks[task_name], sum(shard.bytes for shard in work.shards[task_name])
+            if task.kind == "retrieval":
+                size = _bytes(identity[task_name])
+                if isinstance(task.source, Retrieval):
+                    task = dataclasses.replace(task, source=task.source.pinned())
+            target = os.fspath(self.directory / "evaluation" / name)
+            arguments = (name, self.bound.evaluation.max_queries, task_name, task, target, size)
+            jobs.append(Job("write_set", arguments, size, "evaluation_sets"))
+        return jobs
 
     def _index_evaluation_sets(self, work: Work) -> None:
         """Writes the indexes that training examples are compared with."""
@@ -426,6 +410,12 @@ def _rates(bound: Settings, work: Work, counts: Mapping[str, dict]) -> dict[str,
         return rates
 
     return {name: _with_alpha(name) for name in mixtures.rates}
+
+
+def _bytes(identity: Mapping) -> int:
+    """The size of the files that the identity of a source lists."""
+    parts = [part for part in identity.values() if isinstance(part, Mapping)]
+    return sum(size for _, size, *_ in identity.get("files", ())) + sum(map(_bytes, parts))
 
 
 def _windows(task: Task, shard: Shard, characters: int, limit: int, rng: random.Random) -> Iterator[str]:

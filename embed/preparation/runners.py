@@ -1,6 +1,7 @@
-"""Runs the units of work of `embed.preparation.stream`: in this process, in local processes or on Apache Beam."""
+"""Runs the units of work of `stream` and `evaluation_sets`: in this process, in local processes or on Apache Beam."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import threading
@@ -20,14 +21,16 @@ REFRESH = 0.5  # seconds between updates of the progress bar
 
 
 class Job(NamedTuple):
-    """A unit of work: `function` of `stream`, its arguments after `Work`, and the bytes of source that it reads."""
+    """A unit of work: `function` of `module`, its arguments after `Work`, and the bytes of source that it reads."""
 
     function: str
     arguments: tuple
     bytes: int
+    module: str = "stream"
 
     def run(self, work: Work, progress: stream.Progress = lambda tokens, size: None) -> None:
-        getattr(stream, self.function)(work, *self.arguments, progress)
+        module = importlib.import_module(f"embed.preparation.{self.module}")
+        getattr(module, self.function)(work, *self.arguments, progress)
 
 
 def run_locally(
@@ -140,7 +143,7 @@ def _do_fn(beam):
             try:
                 job.run(work, lambda more, _: tokens.inc(more))
             except ValueError as error:  # about the data: trying again, as Beam would, does not help
-                name = "-".join(str(part) for part in job.arguments[:2])
+                name = "-".join(str(part).replace("/", "-") for part in job.arguments[:2])
                 paths.write(paths.path(errors) / f"{job.function}-{name}.txt", str(error))
             return ()
 

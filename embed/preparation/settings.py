@@ -53,7 +53,10 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """sets: {"SET/SPLIT": task}. A set has the examples that the task holds out, or all. max_queries: per set."""
+    """sets: {"SET/SPLIT": task}. A set has the examples that the task holds out, or all, or it is a retrieval set.
+
+    max_queries: per set; those with the smallest digests stay.
+    """
 
     sets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     max_queries: int = 3000

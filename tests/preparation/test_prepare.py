@@ -16,7 +16,7 @@ import small
 
 from embed import paths, tokenizers
 from embed.data.store import Store
-from embed.preparation import runners, settings, stream
+from embed.preparation import hygiene, runners, settings, stream
 from embed.preparation.prepare import prepare
 from embed.preparation.settings import bind
 from embed.preparation.tasks import Counts
@@ -111,6 +111,93 @@ def test_held_out_examples_are_an_evaluation_set_and_not_in_training(data):
     assert len(corpus) == info["more"]["read"]["dropped"]["held out"] > 3
     training = decoded(Store(data / "tasks" / "more"), "document")
     assert not set(corpus) & set(training) and len(training) + len(corpus) == 50
+
+
+RETRIEVAL = """
+mixtures.rates = {"diffusion": {"texts": 1.0}}
+texts/task.source = @files()
+texts/files.paths = "{data_root}/texts/*.jsonl"
+texts/task.kind = "text"
+whole/task.source = @retrieval()
+chunks/task.source = @retrieval()
+chunks/retrieval.document_id = "prefix"
+retrieval.path = "{data_root}/set"
+whole/task.kind = "retrieval"
+chunks/task.kind = "retrieval"
+evaluation.sets = {"whole/test": "whole", "chunks/test": "chunks"}
+"""
+
+
+@pytest.fixture
+def retrieval_set(sources, tmp_path):
+    """Nine documents of two chunks; each has a query for its second chunk."""
+    write = {
+        "corpus": [{"_id": f"{d}-{c}", "text": f"text {d} {c}"} for d in range(9) for c in range(2)],
+        "queries": [{"_id": f"q{d}", "text": f"which is {d}?"} for d in range(9)],
+        "qrels": [{"query-id": f"q{d}", "corpus-id": f"{d}-1", "score": 1} for d in range(9)],
+    }
+    shutil.copytree(sources / "texts", tmp_path / "sources" / "texts")
+    (tmp_path / "sources" / "set").mkdir()
+    for name, rows in write.items():
+        (tmp_path / "sources" / "set" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sources" / "data.gin").write_text(RETRIEVAL)
+    return tmp_path / "sources"
+
+
+def read_set(folder, name):
+    lines = {n: (folder / "evaluation" / name / f"{n}.jsonl").read_text() for n in ("corpus", "queries", "qrels")}
+    corpus, queries, qrels = ([json.loads(line) for line in text.splitlines()] for text in lines.values())
+    counts = json.loads((folder / "info.json").read_text())["counts"][f"evaluation/{name}"]["read"]
+    return [r["_id"] for r in corpus], [r["_id"] for r in queries], [r["corpus-id"] for r in qrels], counts
+
+
+def test_a_retrieval_set_has_max_queries_of_the_smallest_digests_and_counts_its_rows(retrieval_set, tmp_path):
+    folder = run(retrieval_set, tmp_path / "data", "evaluation.max_queries = 4")
+    corpus, queries, relevant, counts = read_set(folder, "whole/test")
+    chosen = sorted(range(9), key=lambda d: hygiene.digest(f"which is {d}?"))[:4]
+    assert queries == [f"q{d}" for d in sorted(chosen)] and relevant == [f"{d}-1" for d in sorted(chosen)]
+    assert len(corpus) == 18 and counts["rows_read"] == 18 + 9 + 9 == sum(counts["rows"].values())
+    assert counts["rows"]["used"] == 18 + 4 + 4
+
+
+def test_a_limit_gives_a_retrieval_set_its_first_queries_their_texts_and_a_few_others(retrieval_set, tmp_path):
+    folder = run(retrieval_set, tmp_path / "data", limit=3)
+    corpus, queries, relevant, _ = read_set(folder, "whole/test")
+    assert queries == ["q0", "q1", "q2"] and relevant == ["0-1", "1-1", "2-1"]
+    assert corpus == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
+    corpus, *_ = read_set(folder, "chunks/test")  # documents stay whole
+    assert corpus == [f"{d}-{c}" for d in range(5) for c in range(2)]
+
+
+def test_evaluation_sets_are_made_by_several_processes_and_only_once(retrieval_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "SMALL", 0)
+    one = run(retrieval_set, tmp_path / "one")
+    local, jobs = runners.run_locally, []
+
+    def recorded(some, *rest):
+        jobs.append([job.function for job in some])
+        if len(jobs) == 2:
+            raise KeyboardInterrupt
+        local(some, *rest)
+
+    monkeypatch.setattr(runners, "run_locally", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        run(retrieval_set, tmp_path / "two", processes=2)
+    assert jobs == [["write_set"] * 2, ["map_shard"] * 4]
+    two = run(retrieval_set, tmp_path / "two", processes=2)
+    assert jobs[2] == [] and files(two) == files(one)
+
+
+def test_an_evaluation_set_without_a_query_is_refused_in_one_sentence(retrieval_set, tmp_path):
+    (retrieval_set / "set" / "qrels.jsonl").write_text('{"query-id": "q0", "corpus-id": "0-1", "score": 0}\n')
+    with pytest.raises(
+        ValueError, match="evaluation set (whole|chunks)/test has no query: the task '(whole|chunks)' g"
+    ):
+        run(retrieval_set, tmp_path / "data")
+    (retrieval_set / "set" / "corpus.jsonl").write_text("{\n")
+    (retrieval_set / "set" / "qrels.jsonl").write_text('{"query-id": "q0", "corpus-id": "0-1", "score": 1}\n')
+    with pytest.raises(ValueError, match="task '(whole|chunks)': .*corpus.jsonl:1: not JSON"):
+        run(retrieval_set, tmp_path / "new")
 
 
 def test_lengths_are_cut_and_counted(data):

@@ -1,5 +1,6 @@
 """`retrieval`: queries with relevant texts, as in BEIR and MTEB. `conteb`: documents of chunks with queries."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -82,6 +83,10 @@ class Retrieval(_Dataset):
             "queries": self.part(self.queries, patterns("queries"), self.split, "queries", ""),
             "qrels": self.part(self.qrels, qrels, self.split),
         }
+
+    def pinned(self) -> "Retrieval":
+        """The same tables, of the hub with their commits, for other processes."""
+        return dataclasses.replace(self, **self._parts)
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
         schema = """
