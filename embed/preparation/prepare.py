@@ -62,10 +62,11 @@ def prepare(
     `tokenizer`, no vocabulary is trained. `processes`: local worker processes (None: one per core). `runner`: a runner
     of Apache Beam, with its options, instead of local processes.
 
-    Raises ValueError for a directory with other arguments (names them), for unknown and unused gin bindings (names the
-    nearest valid key), for empty tasks and sets, for too many bad rows, and for a `vocab_size` that the texts do not
-    allow.
+    Raises ValueError for a directory with other arguments or sources (names them), for unknown and unused gin bindings
+    (names the nearest valid key), for empty tasks and sets, for too many bad rows, and for a `vocab_size` that the texts
+    do not allow.
     """
+    runners.check(runner)
     directory = paths.path(directory)
     bound = settings.bind(gin_file, gin_bindings, data_root=data_root, limit=limit)
     if tokenizer:

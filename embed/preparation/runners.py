@@ -1,7 +1,7 @@
 """Runs the units of work of `stream` and `evaluation_sets`: in this process, in local processes or on Apache Beam."""
 
 import contextlib
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import threading
@@ -109,17 +109,26 @@ def _run(job: Job) -> None:
     job.run(_work, _progress)
 
 
+def check(runner: str) -> None:
+    """ValueError for a runner of Beam that cannot be used."""
+    if runner.rpartition(".")[2].lower() == "directrunner":
+        raise ValueError(
+            "--runner=DirectRunner would download another runner first: use --runner=FnApiRunner, which also runs on "
+            "this machine"
+        )
+    if runner and not importlib.util.find_spec("apache_beam"):
+        raise ValueError("--runner needs Apache Beam: pip install -e '.[beam,data]'")
+
+
 def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[str]) -> None:
     """Runs the jobs as a Beam pipeline, whose workers must reach the folders of `work`.
 
     `runner` is a name that Beam knows, such as FnApiRunner, DataflowRunner, FlinkRunner or SparkRunner. An error about
     the data is raised here as one sentence, once the other jobs have ended.
     """
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
-    except ImportError:
-        raise ValueError("--runner needs Apache Beam: pip install -e '.[data,beam]'") from None
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
+
     parsed = PipelineOptions([f"--runner={runner}", *options])
     parsed.view_as(SetupOptions).save_main_session = False
     errors = paths.path(work.scratch) / "errors"

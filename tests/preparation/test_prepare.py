@@ -570,6 +570,12 @@ def test_a_missing_gin_file_is_named():
         bind("configs/data/none.gin")
 
 
+def test_a_runner_that_cannot_be_used_is_refused_before_any_work(sources, tmp_path):
+    with pytest.raises(ValueError, match="--runner=DirectRunner would download another runner .* --runner=FnApiRunner"):
+        run(sources, tmp_path / "data", runner="DirectRunner")
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_worker_that_is_killed_is_an_error_not_a_wait(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(runners, "SMALL", 0)
     monkeypatch.setattr(runners, "_run", _die)
