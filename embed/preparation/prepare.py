@@ -63,8 +63,8 @@ def prepare(
     of Apache Beam, with its options, instead of local processes.
 
     Raises ValueError for a directory with other arguments or sources (names them), for unknown and unused gin bindings
-    (names the nearest valid key), for empty tasks and sets, for too many bad rows, and for a `vocab_size` that the texts
-    do not allow.
+    (names the nearest valid key), for empty tasks and sets, for too many bad rows, and for a `vocab_size` that the
+    texts do not allow.
     """
     runners.check(runner)
     directory = paths.path(directory)

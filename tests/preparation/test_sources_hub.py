@@ -273,6 +273,9 @@ def test_a_retrieval_set_of_the_hub_is_joined(hub, tmp_path):
     (row,) = rows(source)
     assert (row.value["query"], row.value["title"], row.value["document"]) == ("Q", "T", "T D")
     assert source.identity()["corpus"]["commit"] == commit("org/set", "main")
+    pinned = source.pinned()
+    assert {part.revision for part in pinned.parts().values()} == {commit("org/set", "main")}
+    assert [list(rows) for rows in pinned.evaluation_set()] == [list(rows) for rows in source.evaluation_set()]
 
 
 def test_splits_of_a_config_are_those_of_its_folder():
