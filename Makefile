@@ -46,7 +46,7 @@ $(VENV)/installed: setup.py
 
 $(VENV)-beam/installed: setup.py
 	$(PYTHON) -m venv $(VENV)-beam
-	$(VENV)-beam/bin/pip install --quiet --editable '.[beam,data,quickstart]'
+	$(VENV)-beam/bin/pip install --quiet --editable '.[beam,data,hygiene,quickstart]'
 	touch $@
 
 $(VENV)-tpu/installed: setup.py

@@ -43,8 +43,8 @@ setup(
         "tokenizers",
     ],
     extras_require={
-        # embed prepare --runner=…; holds back protobuf, for which sentencepiece 0.2.3 is too new.
-        "beam": ["apache-beam>=2.77,<3", "sentencepiece<0.2.3"],
+        # embed prepare --runner=…, also on Dataflow; holds back protobuf, for which sentencepiece 0.2.3 is too new.
+        "beam": ["apache-beam[gcp]>=2.77,<3", "sentencepiece<0.2.3"],
         # Only `embed prepare` imports them.
         "data": [
             "backports.zstd",

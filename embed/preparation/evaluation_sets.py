@@ -8,20 +8,60 @@
 Equal queries become one query with several relevant texts.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 
 from embed import paths
-from embed.preparation import examples, hygiene
-from embed.preparation.sources import Shard
-from embed.preparation.tasks import Counts, Task
+from embed.preparation import copies, examples
+from embed.preparation.sources import Retrieval, Shard
+from embed.preparation.stream import Progress, Work, load_tokenizer
+from embed.preparation.tasks import UNUSED, Counts, Task
 from embed.tokenizers import Tokenizer
 
 
+def write_set(
+    work: Work, name: str, max_queries: int, task_name: str, task: Task, target: str, size: int, progress: Progress
+) -> None:
+    """Writes the evaluation set `name` of a task to the folder `target`, and its counts to its marker, last.
+
+    The set is in memory until it is written. size: the bytes that are read, for `progress`.
+    """
+    counts = Counts()
+    try:
+        if task.kind == "retrieval" and not isinstance(task.source, Retrieval):  # which is read without
+            task.source.build(work.scratch)
+        tokenizer = load_tokenizer(work.tokenizer)
+        corpus, queries, qrels = make(task, work.shards[task_name], tokenizer, max_queries, work.limit, counts)
+        counts.check(task.max_bad)
+    except ValueError as error:
+        raise type(error)(f"task {task_name!r}: {error}") from error
+    if not queries:
+        raise ValueError(f"evaluation set {name} has no query: the task {task_name!r} gives none")
+    write(target, corpus, queries, qrels)
+    about = {
+        "corpus": len(corpus),
+        "queries": len(queries),
+        "relevant": len(qrels),
+        "documents": len({row.get("document", row["_id"]) for row in corpus}),
+        "read": counts.to_json(),
+    }
+    paths.write_json(marker(work, name), about)
+    progress(0, size)
+
+
+def marker(work: Work, name: str):
+    """The file with the counts of a set that is written."""
+    return paths.path(work.scratch) / "evaluation" / f"{name}.json"
+
+
 def make(task: Task, shards: Sequence[Shard], tokenizer: Tokenizer, max_queries: int, limit: int, counts: Counts):
-    """(corpus, queries, qrels) of a task: of the examples that it holds out, or of all if it holds none out."""
+    """(corpus, queries, qrels) of a task: of the examples that it holds out, or of all if it holds none out.
+
+    limit: of rows that are read; of a retrieval set, see `retrieval`.
+    """
     if task.kind == "retrieval":
-        return tuple(map(list, task.source.evaluation_set()))
+        return retrieval(task.source.evaluation_set(), max_queries, limit, counts)
     if task.kind not in ("pair", "contextual"):
         raise ValueError(f"an evaluation set needs a pair, contextual or retrieval task, got kind {task.kind!r}")
 
@@ -33,6 +73,36 @@ def make(task: Task, shards: Sequence[Shard], tokenizer: Tokenizer, max_queries:
 
     made = examples_of_all()
     return pairs(made, max_queries) if task.kind == "pair" else contextual(made, task, tokenizer, max_queries)
+
+
+def retrieval(
+    made: tuple[Iterable[dict], Iterable[dict], Iterable[dict]], max_queries: int, limit: int, counts: Counts
+) -> tuple[list, list, list]:
+    """A set of a source: its whole corpus, and of more than `max_queries` queries those with the smallest digests.
+
+    With `limit`, only the first `limit` queries, their texts and `limit` other texts; documents stay whole. The rows of
+    all three tables count as read.
+    """
+    every, judgments = list(made[1]), list(made[2])
+    kept = sorted(every[:limit] if limit else every, key=lambda row: copies.digest(row["text"]))[:max_queries]
+    names = {row["_id"] for row in kept}
+    queries = [row for row in every if row["_id"] in names]
+    qrels = [row for row in judgments if row["query-id"] in names]
+    relevant = {row["corpus-id"] for row in qrels}
+    corpus, others, read = [], 0, 0
+    for _, document in itertools.groupby(made[0], lambda row: row.get("document", row["_id"])):
+        document = list(document)
+        read += len(document)
+        if limit and not any(row["_id"] in relevant for row in document):
+            if others >= limit:
+                continue
+            others += len(document)
+        corpus += document
+    used = len(corpus) + len(queries) + len(qrels)
+    counts.rows_read += read + len(every) + len(judgments)
+    counts.rows["used"] += used
+    counts.rows[UNUSED] += read + len(every) + len(judgments) - used
+    return corpus, queries, qrels
 
 
 def pairs(made: Iterable[dict], max_queries: int) -> tuple[list, list, list]:
@@ -88,7 +158,7 @@ def _queries(labeled: Iterable[tuple[str, str]], max_queries: int) -> tuple[list
     for query, corpus_id in labeled:
         if corpus_id not in (ids := relevant.setdefault(query, [])):
             ids.append(corpus_id)
-    kept = set(sorted(relevant, key=hygiene.digest)[:max_queries])
+    kept = set(sorted(relevant, key=copies.digest)[:max_queries])
     queries, qrels = [], []
     for query in relevant:
         if query in kept:

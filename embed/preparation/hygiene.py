@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from embed import paths
-from embed.preparation import contamination, languages, near_duplicates
-from embed.preparation.copies import digest  # noqa: F401 (evaluation_sets.py reads it from here)
+from embed.preparation import contamination, languages, near_duplicates, numbers
 from embed.preparation.sources import Retrieval, Source
 from embed.preparation.tasks import Counts, Task, all_texts
 
@@ -47,9 +46,7 @@ class Hygiene:
     language: bool = False
 
     def __post_init__(self):
-        for name in ("near_duplicates", "overlap"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"hygiene.{name}={getattr(self, name)!r} must be between 0 and 1")
+        numbers.check(self, "hygiene", {}, ("near_duplicates", "overlap"))
         for name, modules in LIBRARIES.items():
             missing = [module for module in modules if getattr(self, name) and not importlib.util.find_spec(module)]
             if missing:
@@ -112,14 +109,17 @@ def _texts(hygiene: Hygiene, sets: Mapping[str, object], scratch) -> Iterator[tu
         yield from contamination.set_texts(name, corpus, queries, hygiene.evaluation_texts)
 
 
-def evaluation_sources(hygiene: Hygiene, sets: Mapping[str, object]) -> dict[str, Source]:
-    """{name: source} of the evaluation sets. ValueError for what is neither a set of `sets`, a folder nor a source."""
+def evaluation_sources(hygiene: Hygiene, sets: Mapping[str, object], *, missing_ok: bool = False) -> dict[str, Source]:
+    """{name: source} of the evaluation sets. ValueError for what is neither a set of `sets`, a folder nor a source.
+
+    missing_ok: folders need not be there.
+    """
     result: dict[str, Source] = {}
     for item in hygiene.evaluation_sets:
         if isinstance(item, str):
             if names := fnmatch.filter(sets, item):
                 result |= {name: Retrieval(path=os.fspath(sets[name])) for name in names}
-            elif paths.path(item).is_dir():
+            elif missing_ok or paths.path(item).is_dir():
                 result[item] = Retrieval(path=item)
             else:
                 raise ValueError(

@@ -14,6 +14,7 @@ Until info.json is there, directory/plan.json says what is being prepared and di
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from embed.console import make_console, print_table, quiet
 from embed.preparation import evaluation_sets, hygiene, hygiene_report, runners, settings, stream, vocabulary
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
-from embed.preparation.sources import Shard
+from embed.preparation.sources import Retrieval, Shard, Source
 from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts, Task, all_texts, named
 
@@ -61,10 +62,11 @@ def prepare(
     `tokenizer`, no vocabulary is trained. `processes`: local worker processes (None: one per core). `runner`: a runner
     of Apache Beam, with its options, instead of local processes.
 
-    Raises ValueError for a directory with other arguments (names them), for unknown and unused gin bindings (names the
-    nearest valid key), for empty tasks and sets, for too many bad rows, and for a `vocab_size` that the texts do not
-    allow.
+    Raises ValueError for a directory with other arguments or sources (names them), for unknown and unused gin bindings
+    (names the nearest valid key), for empty tasks and sets, for too many bad rows, and for a `vocab_size` that the
+    texts do not allow.
     """
+    runners.check(runner)
     directory = paths.path(directory)
     bound = settings.bind(gin_file, gin_bindings, data_root=data_root, limit=limit)
     if tokenizer:
@@ -86,6 +88,7 @@ def prepare(
                 f"{directory} was prepared with other arguments: {differing}; choose another directory or remove it"
             )
         _remove_scratch(directory)  # unless a run that was interrupted at its end did so
+        _check_sources(directory, bound)
         console.print(f"data: {directory} is complete")
         return
     if (directory / PLAN).exists():
@@ -106,6 +109,41 @@ def prepare(
     with _Bar(console) as bar:
         info = _Preparation(directory, bound, arguments, bar, tokenizer, processes, runner, runner_options).run()
     _print(console, info)
+
+
+def _check_sources(directory, bound: Settings) -> None:
+    """ValueError if sources on a disk are not those that complete data were made of. Others are not asked.
+
+    Data outlive their sources: those that are not there any more are not compared.
+    """
+    recorded, now = paths.read_json(directory / INFO)["sources"]["identity"], {}
+    for name, source in _sources(directory, bound, missing_ok=True).items():
+        if name in recorded:
+            with contextlib.suppress(ValueError, OSError):
+                if source.is_local():
+                    now[name] = source.identity()
+    if changed := _changed({name: recorded[name] for name in now}, now):
+        raise ValueError(
+            f"the sources of {', '.join(changed)} are not those that {directory} was prepared from: choose another "
+            "directory, remove it, or restore them"
+        )
+
+
+def _sources(directory, bound: Settings, *, missing_ok: bool = False) -> dict[str, Source]:
+    """{name in `identity`: source} of the tasks of a gin file, and of evaluation sets that only hygiene names."""
+    result = {name: task.source for name, task in bound.tasks.items()}
+    for about in bound.hygiene.values():
+        sets = {name: directory / "evaluation" / name for name in bound.evaluation.sets}
+        for name, source in hygiene.evaluation_sources(about, sets, missing_ok=missing_ok).items():
+            if name not in sets:
+                result[f"hygiene.evaluation_sets {name}"] = source
+    return result
+
+
+def _changed(recorded: Mapping, now: Mapping) -> list[str]:
+    """The names whose value is not the recorded one, sorted."""
+    now = json.loads(json.dumps(now))
+    return sorted(name for name in {*recorded, *now} if recorded.get(name) != now.get(name))
 
 
 def _differing(file, arguments: Mapping) -> str:
@@ -142,8 +180,10 @@ class _Preparation:
         work, identity, reports = self._plan()
         with self.clock.part("tokenizer"):
             self._make_tokenizer(work)
-        with self.clock.part("evaluation sets"):
-            sets = self._evaluation_sets(work)
+        self._map(work, "evaluation sets", self._evaluation_jobs(work, identity))
+        names = self.bound.evaluation.sets
+        sets = {f"evaluation/{name}": paths.read_json(evaluation_sets.marker(work, name)) for name in names}
+        with self.clock.part("index evaluation sets"):
             self._index_evaluation_sets(work)
         self._map(work, "read and tokenize", self._shard_jobs(work), meanwhile=_import_seqio)
         counts = {name: self._counts(work, name) for name in work.tasks}
@@ -153,7 +193,7 @@ class _Preparation:
         with self.clock.part("mixtures"):
             counts = {name: self._close(work, name, counts[name]) for name in work.tasks}
             _import_seqio().register(work, self.tokenizer)
-            mixtures = _import_seqio().register_mixtures(_rates(self.bound, counts))
+            mixtures = _import_seqio().register_mixtures(_rates(self.bound, work, counts))
         paths.write_json(self.directory / "mixtures.json", mixtures)
         hygiene_report.write(self.directory, work, counts)
         info = {
@@ -176,19 +216,22 @@ class _Preparation:
         if not (self.directory / PLAN).exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             paths.write_json(self.directory / PLAN, {"arguments": self.arguments})
-        shards, identity, reports = {}, {}, {}
+        sources = _sources(self.directory, bound)
+        shards, reports = {}, {}
         with self.clock.part("list sources"):
             for name in sorted({*tasks, *bound.evaluation.sets.values(), *bound.vocabulary.tasks}):
                 task = tasks.get(name) or bound.tasks[name]
-                if isinstance(task, Task):
-                    with named(name):
-                        task.source.build(self.scratch)
-                        identity[name] = task.source.identity()
-                        if report := getattr(task.source, "report", dict)():
-                            reports[name] = report
-                        shards[name] = task.source.shards() if task.kind != "retrieval" else []
-                else:
-                    shards[name] = task.shards()
+                source = sources.setdefault(name, task)
+                with named(name):
+                    if isinstance(task, Task) and task.kind != "retrieval":
+                        source.build(self.scratch)
+                    if report := getattr(source, "report", dict)():
+                        reports[name] = report
+                    shards[name] = source.shards() if task.kind != "retrieval" else []
+            identity = {}
+            for name, source in sources.items():
+                with named(name) if name in {*tasks, *bound.tasks} else contextlib.nullcontext():
+                    identity[name] = source.identity()
         buckets = {name: stream.num_buckets(tasks[name], shards[name]) for name in tasks}
         plan = {
             "arguments": self.arguments,
@@ -199,10 +242,10 @@ class _Preparation:
         plan = json.loads(json.dumps(plan))
         recorded = paths.read_json(self.directory / PLAN)
         if "identity" in recorded and recorded != plan:
-            changed = ", ".join(sorted({key.split(".")[1] for key, _, _ in differences(recorded, plan) if "." in key}))
+            changed = {name for what in plan if what != "arguments" for name in _changed(recorded[what], plan[what])}
             raise ValueError(
-                f"the sources of {changed} have changed since this preparation began: remove {self.directory}, or "
-                "restore them"
+                f"the sources of {', '.join(sorted(changed))} have changed since this preparation began: remove "
+                f"{self.directory}, or restore them"
             )
         paths.write_json(self.directory / PLAN, plan)
         work = Work(
@@ -245,39 +288,20 @@ class _Preparation:
                 share = wanted.characters // (len(names) * len(chosen))
                 yield from _windows(task, shards[index], share, self.arguments["limit"] or 0, rng)
 
-    def _evaluation_sets(self, work: Work) -> dict:
-        """Writes the evaluation sets, and returns their counts."""
-        evaluation, counts = self.bound.evaluation, {}
-        for name, task_name in evaluation.sets.items():
-            marker, target = self.scratch / "evaluation" / f"{name}.json", self.directory / "evaluation" / name
-            if not marker.exists():
-                task, read = self.bound.tasks[task_name], Counts()
-                with named(task_name):
-                    made = evaluation_sets.make(
-                        task,
-                        work.shards[task_name],
-                        self.tokenizer,
-                        evaluation.max_queries,
-                        self.arguments["limit"] or 0,
-                        read,
-                    )
-                    read.check(task.max_bad)
-                corpus, queries, qrels = made
-                if not queries:
-                    raise ValueError(f"evaluation set {name} has no query: the task {task_name!r} gives none")
-                evaluation_sets.write(target, corpus, queries, qrels)
-                paths.write_json(
-                    marker,
-                    {
-                        "corpus": len(corpus),
-                        "queries": len(queries),
-                        "relevant": len(qrels),
-                        "documents": len({row.get("document", row["_id"]) for row in corpus}),
-                        "read": read.to_json(),
-                    },
-                )
-            counts[f"evaluation/{name}"] = paths.read_json(marker)
-        return counts
+    def _evaluation_jobs(self, work: Work, identity: Mapping) -> list[Job]:
+        jobs = []
+        for name, task_name in self.bound.evaluation.sets.items():
+            if evaluation_sets.marker(work, name).exists():
+                continue
+            task, size = self.bound.tasks[task_name], sum(shard.bytes for shard in work.shards[task_name])
+            if task.kind == "retrieval":
+                size = _bytes(identity[task_name])
+                if isinstance(task.source, Retrieval):
+                    task = dataclasses.replace(task, source=task.source.with_parts())
+            target = os.fspath(self.directory / "evaluation" / name)
+            arguments = (name, self.bound.evaluation.max_queries, task_name, task, target, size)
+            jobs.append(Job("write_set", arguments, size, "evaluation_sets"))
+        return jobs
 
     def _index_evaluation_sets(self, work: Work) -> None:
         """Writes the indexes that training examples are compared with."""
@@ -322,8 +346,8 @@ class _Preparation:
             else:
                 self.bar.total(sum(job.bytes for job in jobs))
                 runners.run_locally(jobs, work, self.processes, self.bar.advance, meanwhile)
-            maps = {(job.function, job.arguments[0]) for job in jobs}
-            if missing := [file for name, task in sorted(maps) for file in stream.missing(work, name, task).values()]:
+            units = sorted({(job.function, job.arguments[0]) for job in jobs})
+            if missing := [file for function, name in units for file in _unmarked(work, function, name)]:
                 raise ValueError(
                     f"{len(missing):,} of {len(jobs):,} units of work left no marker, such as {missing[0]}: the "
                     "workers may not reach this folder, which must be in a bucket or on a disk that all share"
@@ -367,6 +391,14 @@ class _Preparation:
         return result
 
 
+def _unmarked(work: Work, function: str, name: str) -> list:
+    """The markers that units of a function did not leave, for a task, a group of tasks or an evaluation set."""
+    if function != "write_set":
+        return list(stream.missing(work, function, name).values())
+    marker = evaluation_sets.marker(work, name)
+    return [] if marker.name in [entry.name for entry in paths.entries(marker.parent)] else [marker]
+
+
 def _import_seqio():
     """The module of seqio tasks. Hides warnings about missing GPUs, which do not matter here."""
     verbose = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "0"  # jax sets level 1; 0 is the user's choice
@@ -376,9 +408,16 @@ def _import_seqio():
     return seqio_tasks
 
 
-def _rates(bound: Settings, counts: Mapping[str, dict]) -> dict[str, dict[str, float]]:
-    """{mixture: {task or mixture: relative rate in examples}}, with size^α and rates in tokens worked out."""
+def _rates(bound: Settings, work: Work, counts: Mapping[str, dict]) -> dict[str, dict[str, float]]:
+    """{mixture: {task or mixture: relative rate of the loader}}, with size^α and rates in tokens worked out.
+
+    The loader draws examples, but in diffusion rows of tokens, whose rates are in tokens already.
+    """
     mixtures = bound.mixtures
+
+    def is_diffusion(name: str) -> bool:
+        members = mixtures.rates.get(name)
+        return is_diffusion(next(iter(members))) if members else work.stage(name) == "diffusion"
 
     def size(name: str) -> float:
         if name in mixtures.rates:
@@ -395,11 +434,17 @@ def _rates(bound: Settings, counts: Mapping[str, dict]) -> dict[str, dict[str, f
     def _with_alpha(name: str) -> dict[str, float]:
         alpha = mixtures.alpha.get(name)
         rates = {m: r * (size(m) ** alpha if alpha is not None else 1) for m, r in mixtures.rates[name].items()}
-        if mixtures.unit == "tokens":
+        if mixtures.unit == "tokens" and not is_diffusion(name):
             rates = {member: rate / tokens_per_example(member) for member, rate in rates.items()}
         return rates
 
     return {name: _with_alpha(name) for name in mixtures.rates}
+
+
+def _bytes(identity: Mapping) -> int:
+    """The size of the files that the identity of a source lists."""
+    parts = [part for part in identity.values() if isinstance(part, Mapping)]
+    return sum(size for _, size, *_ in identity.get("files", ())) + sum(map(_bytes, parts))
 
 
 def _windows(task: Task, shard: Shard, characters: int, limit: int, rng: random.Random) -> Iterator[str]:

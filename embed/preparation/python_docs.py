@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Set
 
 from embed import paths
-from embed.preparation import copies
+from embed.preparation import copies, numbers
 from embed.preparation.python_sources import PACKAGES, SPLITS, Packages, Reading
 from embed.preparation.sources import Files, Row, Shard, Source
 
@@ -139,6 +139,7 @@ class PythonDocs(Source):
     limit: int = 0  # files per split, and records of a kind; 0 = all
 
     def __post_init__(self):
+        numbers.check(self, "python_docs", {"limit": 0})
         for name, value, allowed in (("records", self.records, RECORDS), ("split", self.split, SPLITS)):
             if value not in allowed:
                 raise ValueError(f"python_docs.{name}={value!r} must be one of {', '.join(allowed)}")

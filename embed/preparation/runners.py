@@ -1,6 +1,7 @@
-"""Runs the units of work of `embed.preparation.stream`: in this process, in local processes or on Apache Beam."""
+"""Runs the units of work of `stream` and `evaluation_sets`: in this process, in local processes or on Apache Beam."""
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import threading
@@ -20,14 +21,16 @@ REFRESH = 0.5  # seconds between updates of the progress bar
 
 
 class Job(NamedTuple):
-    """A unit of work: `function` of `stream`, its arguments after `Work`, and the bytes of source that it reads."""
+    """A unit of work: `function` of `module`, its arguments after `Work`, and the bytes of source that it reads."""
 
     function: str
     arguments: tuple
     bytes: int
+    module: str = "stream"
 
     def run(self, work: Work, progress: stream.Progress = lambda tokens, size: None) -> None:
-        getattr(stream, self.function)(work, *self.arguments, progress)
+        module = importlib.import_module(f"embed.preparation.{self.module}")
+        getattr(module, self.function)(work, *self.arguments, progress)
 
 
 def run_locally(
@@ -106,17 +109,26 @@ def _run(job: Job) -> None:
     job.run(_work, _progress)
 
 
+def check(runner: str) -> None:
+    """ValueError for a runner of Beam that cannot be used."""
+    if runner.rpartition(".")[2].lower() == "directrunner":
+        raise ValueError(
+            "--runner=DirectRunner would download another runner first: use --runner=FnApiRunner, which also runs on "
+            "this machine"
+        )
+    if runner and not importlib.util.find_spec("apache_beam"):
+        raise ValueError("--runner needs Apache Beam: pip install -e '.[beam,data]'")
+
+
 def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[str]) -> None:
     """Runs the jobs as a Beam pipeline, whose workers must reach the folders of `work`.
 
     `runner` is a name that Beam knows, such as FnApiRunner, DataflowRunner, FlinkRunner or SparkRunner. An error about
     the data is raised here as one sentence, once the other jobs have ended.
     """
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
-    except ImportError:
-        raise ValueError("--runner needs Apache Beam: pip install -e '.[data,beam]'") from None
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
+
     parsed = PipelineOptions([f"--runner={runner}", *options])
     parsed.view_as(SetupOptions).save_main_session = False
     errors = paths.path(work.scratch) / "errors"
@@ -140,7 +152,7 @@ def _do_fn(beam):
             try:
                 job.run(work, lambda more, _: tokens.inc(more))
             except ValueError as error:  # about the data: trying again, as Beam would, does not help
-                name = "-".join(str(part) for part in job.arguments[:2])
+                name = "-".join(str(part).replace("/", "-") for part in job.arguments[:2])
                 paths.write(paths.path(errors) / f"{job.function}-{name}.txt", str(error))
             return ()
 

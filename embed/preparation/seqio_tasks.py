@@ -6,6 +6,7 @@ tokens (tf.int32), named as the columns of a store and made with `TokenizerVocab
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,7 +16,8 @@ import tensorflow as tf
 from embed.data.loader import COLUMNS
 from embed.preparation import examples, tasks
 from embed.preparation.sources import Shard
-from embed.preparation.stream import Work, token_batches
+from embed.preparation.sources.files import Input, find_files
+from embed.preparation.stream import BUCKET_BYTES, Work, token_batches
 from embed.preparation.tasks import Counts
 from embed.tokenizers import Tokenizer
 
@@ -129,7 +131,20 @@ class SeqioTask:
     buckets: int = 0
 
     def shards(self) -> list[Shard]:
-        return [Shard(name, i) for i, name in enumerate(self._task().source.list_shards("train"))]
+        """Those of seqio. The size of one that is not a file is not known: it counts as a bucket."""
+        return [
+            Shard(name, i, bytes=file.size if file else BUCKET_BYTES)
+            for i, (name, file) in enumerate(zip(*self._listed()))
+        ]
+
+    def identity(self) -> dict:
+        names, files = self._listed()
+        return {"shards": [[name, file.size, file.version] if file else [name] for name, file in zip(names, files)]}
+
+    def _listed(self) -> tuple[list[str], list[Input | None]]:
+        """(the names of the shards, those that are files)."""
+        names = [os.fspath(name) for name in self._task().source.list_shards("train")]
+        return names, find_files(names)
 
     def _task(self) -> seqio.Task:
         return find(self.name, self.modules)

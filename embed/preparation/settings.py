@@ -31,8 +31,10 @@ class Mixtures:
     """The mixtures of tasks, and of other mixtures. Tasks outside all mixtures and evaluation sets are not prepared.
 
     rates: {mixture: {task or mixture: relative rate}}. alpha: {mixture: α}: the rates of a mixture are multiplied by
-    size^α. A size, and with unit="tokens" also a rate, is in tokens instead of examples. modules: Python modules that
-    register seqio tasks, whose names `rates` may use.
+    size^α. modules: Python modules that register seqio tasks, whose names `rates` may use.
+
+    unit: "examples" or "tokens", of sizes and of rates. Rates of texts are shares of tokens with either unit, since
+    diffusion draws rows of tokens; only the sizes of their tasks are then in examples or in tokens.
     """
 
     rates: Mapping[str, Mapping[str, float]]
@@ -51,7 +53,10 @@ class Vocabulary:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """sets: {"SET/SPLIT": task}. A set has the examples that the task holds out, or all. max_queries: per set."""
+    """sets: {"SET/SPLIT": task}. A set has the examples that the task holds out, or all, or it is a retrieval set.
+
+    max_queries: per set; those with the smallest digests stay.
+    """
 
     sets: Mapping[str, str] = dataclasses.field(default_factory=dict)
     max_queries: int = 3000
@@ -149,12 +154,21 @@ def bind(
             if cleaned.is_on and name in trained:
                 hygiene[name] = cleaned
         for module in mixtures.modules:
-            importlib.import_module(module)
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(f"{gin_file}: mixtures.modules: {module!r} cannot be imported: {error}") from None
         if registered and not mixtures.modules:
             raise ValueError(
                 f"{gin_file}: no task {registered[0]!r}: bind {registered[0].replace('.', '/')}/task.source and "
                 f"task.kind, or name the module that registers it in mixtures.modules{nearest(registered[0], tasks)}"
             )
+        for field, used in (("evaluation.sets", evaluation.sets.values()), ("vocabulary.tasks", vocabulary.tasks)):
+            if unusable := [name for name in registered if name in used]:
+                raise ValueError(
+                    f"{gin_file}: {field}: {unusable[0]!r} must be a task of the gin file, since tasks that only seqio "
+                    f"knows are for training only{nearest(unusable[0], tasks)}"
+                )
         _check_used(bound, gin_file, valid)
         _check_kinds(mixtures, tasks, gin_file)
     finally:
@@ -213,6 +227,8 @@ def _check_rates(mixtures: Mixtures, gin_file) -> None:
             raise ValueError(f"{gin_file}: mixtures.alpha of {mixture!r} must be between 0 and 1, got {alpha!r}")
     if mixtures.unit not in ("examples", "tokens"):
         raise ValueError(f"{gin_file}: mixtures.unit={mixtures.unit!r} must be examples or tokens")
+    if isinstance(mixtures.modules, str) or not all(isinstance(name, str) and name for name in mixtures.modules):
+        raise ValueError(f"{gin_file}: mixtures.modules must be a list of names of modules, got {mixtures.modules!r}")
     for mixture in rates:
         _check_cycles(mixture, rates, (), gin_file)
 

@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from embed.preparation import numbers
 from embed.preparation.sources import Row, Shard, Source, SourceError
 
 KINDS = ("text", "pair", "triplet", "contextual", "retrieval")
@@ -37,6 +38,20 @@ NO_ANSWER, SEVERAL = "queries without their answer in the text", "queries of sev
 EQUAL, UNMAPPED = "pairs with equal sides", "rows with a label that is not mapped"
 EARLY = 10_000  # rows of a shard after which too many bad ones end the run; before, the rate may be chance
 MAX_EXAMPLES_OF_ERRORS = 10  # bad rows that a report names
+
+
+# {field: least value} of whole numbers; 0 = no limit.
+LEAST = {
+    "min_characters": 0,
+    "max_characters": 1,
+    "query_length": 0,
+    "document_length": 0,
+    "chunk_length": 1,
+    "max_chunks": 1,
+    "max_context": 1,
+    "max_total_characters": 0,
+    "buckets": 0,
+}
 
 
 class BadRowsError(ValueError):
@@ -95,9 +110,9 @@ class Task:
     keep: str = ""  # a regular expression that must occur in the first text of an example
     drop: str = ""  # one that must not occur in any
 
-    # In tokens; a longer text is cut, and counted. 0 = no limit.
-    query_length: int = 64
-    document_length: int = 512
+    # In tokens; a longer text is cut, and counted.
+    query_length: int = 64  # 0 = no limit
+    document_length: int = 512  # 0 = no limit
     chunk_length: int = 256
     max_chunks: int = 16  # a document with more is divided
     max_context: int = 4096  # tokens of a document with its separators; a longer one is divided
@@ -127,15 +142,20 @@ class Task:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"task.{name}={pattern!r} is no regular expression: {error}") from None
-        for name in ("held_out", "max_bad"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"task.{name}={getattr(self, name)!r} must be between 0 and 1")
+        numbers.check(self, "task", LEAST, ("held_out", "max_bad"))
+        if not numbers.is_number(self.min_score):
+            raise ValueError(f"task.min_score={self.min_score!r} must be a number")
+        if not isinstance(self.weights, Mapping) or not all(
+            numbers.is_number(least) and numbers.is_whole(times, 1) for least, times in self.weights.items()
+        ):
+            raise ValueError(
+                f"task.weights={self.weights!r} must be {{least value: repetitions}}, numbers and whole numbers of at "
+                "least 1"
+            )
         find_function(self.map) if self.map else None
-        if bad := [times for times in self.weights.values() if times < 1]:
-            raise ValueError(f"task.weights: {bad[0]!r} repetitions must be at least 1")
         if "answers" in self.columns and "text" not in self.columns:
             raise ValueError("task.columns: 'answers' needs the column 'text'")
-        if self.group_sizes and (self.group_by or self.kind != "contextual" or min(self.group_sizes) < 1):
+        if self.group_sizes and (self.group_by or self.kind != "contextual" or not _are_sizes(self.group_sizes)):
             raise ValueError(
                 f"task.group_sizes={self.group_sizes!r} must be at least 1 each, in a contextual task without group_by"
             )
@@ -410,6 +430,10 @@ def find_function(name: str) -> Callable:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"task.map={name!r} must be package.module:function: {error}") from None
+
+
+def _are_sizes(values) -> bool:
+    return isinstance(values, Sequence) and all(numbers.is_whole(value, 1) for value in values)
 
 
 def pick(row: Mapping, field: str):

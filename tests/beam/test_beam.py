@@ -1,20 +1,32 @@
 """`prepare` on Apache Beam gives what local processes give. `make test-beam` runs this in an environment of its own."""
 
 import json
+import random
+import string
 from pathlib import Path
 
 import pytest
 import small
 
 from embed import cli
+from embed.preparation import stream
 from embed.preparation.prepare import prepare
 
+LETTERS = string.ascii_lowercase + " "
+
 GIN = """
-mixtures.rates = {"diffusion": {"texts": 1.0}}
+mixtures.rates = {"diffusion": {"texts": 1.0}, "both": {"pairs": 1.0}}
 texts/task.source = @files()
-texts/files.paths = "{data_root}/*.jsonl"
+texts/files.paths = "{data_root}/?.jsonl"
 texts/task.kind = "text"
 texts/task.buckets = 2
+pairs/task.source = @files()
+pairs/files.paths = "{data_root}/pairs-*.jsonl"
+pairs/task.kind = "pair"
+pairs/task.buckets = 2
+pairs/task.held_out = 0.2
+pairs/hygiene.near_duplicates = 0.75
+evaluation.sets = {"pairs/test": "pairs"}
 """
 
 
@@ -24,6 +36,10 @@ def sources(tmp_path_factory):
     for part in range(3):
         lines = [json.dumps({"text": text}) for text in small.sentences(30, seed=part)]
         (root / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    texts = ["".join(random.Random(i).choices(LETTERS, k=200)) for i in range(40)]
+    for part in range(2):  # the second file has nearly the pairs of the first
+        rows = [{"query": f"{text[:90]}{'.' * part}", "document": text + " more" * part} for text in texts]
+        (root / f"pairs-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "data.gin").write_text(GIN)
     return root
 
@@ -42,7 +58,11 @@ def test_beam_writes_the_bytes_that_local_processes_write(options, sources, tmp_
     common = dict(gin_file=sources / "data.gin", data_root=str(sources), tokenizer=small.tokenizer())
     prepare(tmp_path / "local", **common, processes=1)
     prepare(tmp_path / "beam", **common, runner="FnApiRunner", runner_options=options)
-    assert files(tmp_path / "beam") == files(tmp_path / "local")
+    beam, local = files(tmp_path / "beam"), files(tmp_path / "local")
+    assert beam == local
+    pairs = beam["info.json"]["counts"]["pairs"]
+    assert pairs["after"][stream.NEAR] > 20 and pairs["examples"] + pairs["after"][stream.NEAR] > 50
+    assert beam["info.json"]["counts"]["evaluation/pairs/test"]["queries"] > 5
 
 
 def test_bad_rows_end_a_beam_pipeline_in_one_sentence(sources, tmp_path, capfd):

@@ -18,7 +18,7 @@ import small
 
 from embed import paths, tokenizers
 from embed.data.store import Store
-from embed.preparation import runners, settings, stream
+from embed.preparation import hygiene, runners, settings, stream
 from embed.preparation.prepare import prepare
 from embed.preparation.settings import bind
 from embed.preparation.tasks import Counts
@@ -113,6 +113,93 @@ def test_held_out_examples_are_an_evaluation_set_and_not_in_training(data):
     assert len(corpus) == info["more"]["read"]["dropped"]["held out"] > 3
     training = decoded(Store(data / "tasks" / "more"), "document")
     assert not set(corpus) & set(training) and len(training) + len(corpus) == 50
+
+
+RETRIEVAL = """
+mixtures.rates = {"diffusion": {"texts": 1.0}}
+texts/task.source = @files()
+texts/files.paths = "{data_root}/texts/*.jsonl"
+texts/task.kind = "text"
+whole/task.source = @retrieval()
+chunks/task.source = @retrieval()
+chunks/retrieval.document_id = "prefix"
+retrieval.path = "{data_root}/set"
+whole/task.kind = "retrieval"
+chunks/task.kind = "retrieval"
+evaluation.sets = {"whole/test": "whole", "chunks/test": "chunks"}
+"""
+
+
+@pytest.fixture
+def retrieval_set(sources, tmp_path):
+    """Nine documents of two chunks; each has a query for its second chunk."""
+    write = {
+        "corpus": [{"_id": f"{d}-{c}", "text": f"text {d} {c}"} for d in range(9) for c in range(2)],
+        "queries": [{"_id": f"q{d}", "text": f"which is {d}?"} for d in range(9)],
+        "qrels": [{"query-id": f"q{d}", "corpus-id": f"{d}-1", "score": 1} for d in range(9)],
+    }
+    shutil.copytree(sources / "texts", tmp_path / "sources" / "texts")
+    (tmp_path / "sources" / "set").mkdir()
+    for name, rows in write.items():
+        (tmp_path / "sources" / "set" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sources" / "data.gin").write_text(RETRIEVAL)
+    return tmp_path / "sources"
+
+
+def read_set(folder, name):
+    lines = {n: (folder / "evaluation" / name / f"{n}.jsonl").read_text() for n in ("corpus", "queries", "qrels")}
+    corpus, queries, qrels = ([json.loads(line) for line in text.splitlines()] for text in lines.values())
+    counts = json.loads((folder / "info.json").read_text())["counts"][f"evaluation/{name}"]["read"]
+    return [r["_id"] for r in corpus], [r["_id"] for r in queries], [r["corpus-id"] for r in qrels], counts
+
+
+def test_a_retrieval_set_has_max_queries_of_the_smallest_digests_and_counts_its_rows(retrieval_set, tmp_path):
+    folder = run(retrieval_set, tmp_path / "data", "evaluation.max_queries = 4")
+    corpus, queries, relevant, counts = read_set(folder, "whole/test")
+    chosen = sorted(range(9), key=lambda d: hygiene.digest(f"which is {d}?"))[:4]
+    assert queries == [f"q{d}" for d in sorted(chosen)] and relevant == [f"{d}-1" for d in sorted(chosen)]
+    assert len(corpus) == 18 and counts["rows_read"] == 18 + 9 + 9 == sum(counts["rows"].values())
+    assert counts["rows"]["used"] == 18 + 4 + 4
+
+
+def test_a_limit_gives_a_retrieval_set_its_first_queries_their_texts_and_a_few_others(retrieval_set, tmp_path):
+    folder = run(retrieval_set, tmp_path / "data", limit=3)
+    corpus, queries, relevant, _ = read_set(folder, "whole/test")
+    assert queries == ["q0", "q1", "q2"] and relevant == ["0-1", "1-1", "2-1"]
+    assert corpus == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
+    corpus, *_ = read_set(folder, "chunks/test")  # documents stay whole
+    assert corpus == [f"{d}-{c}" for d in range(5) for c in range(2)]
+
+
+def test_evaluation_sets_are_made_by_several_processes_and_only_once(retrieval_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(runners, "SMALL", 0)
+    one = run(retrieval_set, tmp_path / "one")
+    local, jobs = runners.run_locally, []
+
+    def recorded(some, *rest):
+        jobs.append([job.function for job in some])
+        if len(jobs) == 2:
+            raise KeyboardInterrupt
+        local(some, *rest)
+
+    monkeypatch.setattr(runners, "run_locally", recorded)
+    with pytest.raises(KeyboardInterrupt):
+        run(retrieval_set, tmp_path / "two", processes=2)
+    assert jobs == [["write_set"] * 2, ["map_shard"] * 4]
+    two = run(retrieval_set, tmp_path / "two", processes=2)
+    assert jobs[2] == [] and files(two) == files(one)
+
+
+def test_an_evaluation_set_without_a_query_is_refused_in_one_sentence(retrieval_set, tmp_path):
+    (retrieval_set / "set" / "qrels.jsonl").write_text('{"query-id": "q0", "corpus-id": "0-1", "score": 0}\n')
+    with pytest.raises(
+        ValueError, match="evaluation set (whole|chunks)/test has no query: the task '(whole|chunks)' g"
+    ):
+        run(retrieval_set, tmp_path / "data")
+    (retrieval_set / "set" / "corpus.jsonl").write_text("{\n")
+    (retrieval_set / "set" / "qrels.jsonl").write_text('{"query-id": "q0", "corpus-id": "0-1", "score": 1}\n')
+    with pytest.raises(ValueError, match="task '(whole|chunks)': .*corpus.jsonl:1: not JSON"):
+        run(retrieval_set, tmp_path / "new")
 
 
 def test_lengths_are_cut_and_counted(data):
@@ -229,6 +316,46 @@ def test_sources_that_change_between_two_starts_are_refused_by_name(sources, tmp
         run(tmp_path / "sources", tmp_path / "data")
 
 
+def test_complete_data_of_other_files_are_refused_by_task_and_are_used_without_their_files(sources, tmp_path, capfd):
+    shutil.copytree(sources, tmp_path / "sources")
+    folder = run(tmp_path / "sources", tmp_path / "data")
+    shutil.copytree(sources, tmp_path / "other", copy_function=shutil.copy)  # other times
+    with pytest.raises(ValueError, match=f"the sources of more, pairs, texts are not those that {folder} was prepared"):
+        run(tmp_path / "other", folder)
+    (tmp_path / "sources").rename(tmp_path / "moved")
+    run(tmp_path / "moved", folder)  # the same files
+    with open(tmp_path / "moved" / "more.csv", "a") as out:
+        out.write("one,two\n")
+    (tmp_path / "moved" / "pairs.jsonl").unlink()
+    with pytest.raises(ValueError, match="the sources of more are not those"):
+        run(tmp_path / "moved", folder)
+    shutil.rmtree(tmp_path / "moved" / "texts")
+    (tmp_path / "moved" / "more.csv").unlink()
+    capfd.readouterr()
+    run(tmp_path / "moved", folder)
+    assert "is complete" in capfd.readouterr().err
+
+
+def test_an_external_evaluation_set_that_changes_is_noticed(sources, tmp_path):
+    external = tmp_path / "set"
+    external.mkdir()
+    rows = {"corpus": {"_id": "d", "text": "one"}, "queries": {"_id": "q", "text": "two"}}
+    for name, row in (rows | {"qrels": {"query-id": "q", "corpus-id": "d", "score": 1}}).items():
+        (external / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    bound = f"hygiene.evaluation_sets = ('*', '{external}')"
+    folder = run(sources, tmp_path / "data", bound)
+    identity = json.loads((folder / "info.json").read_text())["sources"]["identity"]
+    assert set(identity) == {"texts", "pairs", "more", f"hygiene.evaluation_sets {external}"}
+    run(sources, folder, bound)
+    (external / "corpus.jsonl").write_text('{"_id": "d", "text": "three"}\n')
+    with pytest.raises(ValueError, match=f"the sources of hygiene.evaluation_sets {external} are not those"):
+        run(sources, folder, bound)
+    shutil.rmtree(external)
+    run(sources, folder, bound)
+    with pytest.raises(ValueError, match="is neither a folder nor one of more/test"):
+        run(sources, tmp_path / "new", bound)
+
+
 def test_bad_rows_are_tolerated_up_to_a_rate_and_named(sources, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"query": "parse", "document": "file"}\n' * 8 + '{"query": 3}\n{"que\n')
     names = [f'pairs/files.paths = "{tmp_path}/bad.jsonl"']
@@ -332,6 +459,28 @@ def test_rates_by_size_and_in_tokens_follow_from_what_was_counted(sources, tmp_p
     assert mixtures["both"] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+def test_rates_of_texts_are_shares_of_tokens_with_either_unit_and_only_sizes_follow_it(unit, sources, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": " ".join(small.sentences(40, seed=5))}) + "\n")
+    bound = (
+        "mixtures.rates = {'plain': {'texts': 3.0, 'long': 1.0}, 'sized': {'texts': 1.0, 'long': 1.0},"
+        " 'outer': {'sized': 1.0, 'texts': 1.0}}",
+        "mixtures.alpha = {'sized': 0.5}",
+        f"mixtures.unit = '{unit}'",
+        "evaluation.sets = {}",
+        "long/task.source = @files()",
+        f"long/files.paths = '{tmp_path}/long.jsonl'",
+        "long/task.kind = 'text'",
+    )
+    mixtures, counts = rates(sources, tmp_path, *bound)
+    count = {name: counts[name] for name in ("texts", "long")}
+    size = {n: c["examples"] if unit == "examples" else c["tokens"]["tokens"] for n, c in count.items()}
+    assert mixtures["plain"] == {"texts": 3.0, "long": 1.0}
+    assert mixtures["sized"] == pytest.approx({name: size[name] ** 0.5 for name in size}, rel=1e-12)
+    share = size["long"] ** 0.5 / sum(n**0.5 for n in size.values())
+    assert mixtures["outer"] == pytest.approx({"texts": 2 - share, "long": share}, rel=1e-12)
+
+
 def test_registered_seqio_tasks_give_the_examples_of_the_store(sources, data, tmp_path):
     import seqio
 
@@ -374,6 +523,51 @@ def test_a_users_own_seqio_task_is_used_by_the_name_of_its_module(sources, tmp_p
     assert decoded(Store(folder / "tasks" / "own_pairs"), "query") == ["open index", "parse file"]
     with pytest.raises(ValueError, match="no task 'others' in the gin file and none registered by own_tasks"):
         run(sources, tmp_path / "other", bound[0], "mixtures.rates = {'both': {'others': 1.0}}", bound[2])
+
+
+FILES = """
+import seqio
+import tensorflow as tf
+
+seqio.TaskRegistry.add(
+    "file_texts",
+    source=seqio.TextLineDataSource({"train": %r}),
+    preprocessors=[lambda lines: lines.map(lambda line: {"text": line})],
+    output_features={"text": seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.string, rank=0)},
+)
+"""
+
+
+def test_the_shards_of_a_seqio_task_have_the_sizes_of_its_files_and_their_changes_are_noticed(
+    sources, tmp_path, monkeypatch
+):
+    (tmp_path / "a.txt").write_text("parse file\n" * 3)
+    (tmp_path / "b.txt").write_text("open index\n")
+    (tmp_path / "file_tasks.py").write_text(FILES % [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"])
+    (tmp_path / "own_tasks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    from embed.preparation import seqio_tasks
+
+    task = seqio_tasks.adapt("file_texts", ("file_tasks",))
+    assert [shard.bytes for shard in task.shards()] == [33, 11] and stream.num_buckets(task, task.shards()) == 1
+    before = task.identity()
+    assert [shard[:2] for shard in before["shards"]] == [[f"{tmp_path}/a.txt", 33], [f"{tmp_path}/b.txt", 11]]
+    (tmp_path / "b.txt").write_text("read lists\n")
+    os.utime(tmp_path / "b.txt", (1, 1))
+    assert task.identity() != before
+    # A function has no files.
+    own = seqio_tasks.adapt("own_pairs", ("own_tasks",))
+    assert [shard.bytes for shard in own.shards()] == [stream.BUCKET_BYTES] and own.identity() == {
+        "shards": [["train"]]
+    }
+    bound = (
+        "mixtures.modules = ('file_tasks',)",
+        "mixtures.rates = {'all': {'file_texts': 1.0}}",
+        "evaluation.sets = {}",
+        "vocabulary.tasks = ('texts',)",
+    )
+    folder = run(sources, tmp_path / "data", *bound)
+    assert json.loads((folder / "info.json").read_text())["sources"]["identity"]["file_texts"] == task.identity()
 
 
 def test_a_vocabulary_is_trained_on_the_texts_of_all_tasks(sources, tmp_path):
@@ -440,6 +634,11 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("mixtures.rates = {'a': {'b': 1.0}, 'b': {'a': 1.0}}", "the mixture 'a' contains itself: a → b → a"),
         ("mixtures.rates = {'both': {'pairs': 1.0, 'texts': 1.0}}", "kinds: 'pairs' (pair) and 'texts' (text)"),
         ("mixtures.alpha = {'pear': 0.5}", "no mixture 'pear'"),
+        ("mixtures.modules = ('no_such_module',)", "mixtures.modules: 'no_such_module' cannot be imported: No module"),
+        ("mixtures.modules = 'json'", "mixtures.modules must be a list of names of modules, got 'json'"),
+        ("pairs/files.shard_bytes = 0", "task 'pairs': files.shard_bytes=0 must be a whole number of at least 1"),
+        ("task.min_characters = 'x'", "task.min_characters='x' must be a whole number of at least 0"),
+        ("hygiene.overlap = 'x'", "hygiene.overlap='x' must be between 0 and 1"),
         ("mixtures.unit = 'bytes'", "mixtures.unit='bytes' must be examples or tokens"),
         ("vocabulary.characters = 0", "vocabulary.characters must be a whole number of at least 1, got 0"),
     ],
@@ -447,6 +646,18 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
 def test_wrong_gin_bindings_are_refused_by_name(binding, message, sources):
     with pytest.raises(ValueError, match=re.escape(message)):
         bind(sources / "data.gin", [binding], data_root=str(sources))
+
+
+@pytest.mark.parametrize(
+    "binding, field",
+    [
+        ("evaluation.sets = {'own/test': 'own_pairs'}", "evaluation.sets"),
+        ("vocabulary.tasks = ('own_pairs',)", "vocabulary.tasks"),
+    ],
+)
+def test_a_task_that_only_seqio_knows_is_refused_where_texts_are_needed(binding, field, sources):
+    with pytest.raises(ValueError, match=f"{field}: 'own_pairs' must be a task of the gin file, since tasks that only"):
+        bind(sources / "data.gin", ["mixtures.modules = ('json',)", binding], data_root=str(sources))
 
 
 def test_a_gin_file_that_needs_a_data_root_says_so(sources):
@@ -478,6 +689,12 @@ web/rus_Cyrl/hub.split = "test"
 def test_a_missing_gin_file_is_named():
     with pytest.raises(FileNotFoundError, match="no gin file configs/data/none.gin"):
         bind("configs/data/none.gin")
+
+
+def test_a_runner_that_cannot_be_used_is_refused_before_any_work(sources, tmp_path):
+    with pytest.raises(ValueError, match="--runner=DirectRunner would download another runner .* --runner=FnApiRunner"):
+        run(sources, tmp_path / "data", runner="DirectRunner")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_worker_that_is_killed_is_an_error_not_a_wait(sources, tmp_path, monkeypatch):

@@ -302,6 +302,9 @@ def test_a_retrieval_set_of_the_hub_is_joined(hub, tmp_path):
     (row,) = rows(source)
     assert (row.value["query"], row.value["title"], row.value["document"]) == ("Q", "T", "T D")
     assert source.identity()["corpus"]["commit"] == commit("org/set", "main")
+    pinned = source.with_parts()
+    assert {part.revision for part in pinned.parts().values()} == {commit("org/set", "main")}
+    assert [list(rows) for rows in pinned.evaluation_set()] == [list(rows) for rows in source.evaluation_set()]
 
 
 def test_a_pinned_source_keeps_its_commit_when_the_dataset_changes(hub, tmp_path, monkeypatch):

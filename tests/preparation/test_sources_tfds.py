@@ -1,5 +1,7 @@
 """Datasets that TensorFlow Datasets has prepared."""
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -78,6 +80,20 @@ def test_shards_along_the_files_give_every_example_once_and_in_order(data_dir, m
     shards = source.shards()
     assert [shard.stop - shard.start for shard in shards] == source.identity()["shards"] and len(shards) == 4
     assert rows(source) == whole
+
+
+def test_a_split_without_a_recorded_size_has_that_of_its_files(data_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(data_dir, tmp_path / "copy")
+    (recorded,) = (tmp_path / "copy").rglob("dataset_info.json")
+    about = json.loads(recorded.read_text())
+    del about["splits"][0]["numBytes"]
+    recorded.write_text(json.dumps(about))
+    source = Tfds("tiny", data_dir=str(tmp_path / "copy"))
+    assert not source.identity()["bytes"]
+    files = [f for f in recorded.parent.iterdir() if "-of-" in f.name]
+    assert len(files) == 4 and sum(s.bytes for s in source.shards()) == sum(f.stat().st_size for f in files)
 
 
 def test_a_dataset_that_is_not_there_is_one_sentence(data_dir):

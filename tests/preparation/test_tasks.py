@@ -7,7 +7,7 @@ from types import MappingProxyType
 import pytest
 
 from embed.preparation import examples, tasks
-from embed.preparation.sources import Row, Shard, Source, SourceError
+from embed.preparation.sources import Files, Hub, Parallel, Retrieval, Row, Shard, Source, SourceError
 from embed.preparation.tasks import Counts, Task
 
 
@@ -213,13 +213,63 @@ def words_of(row):
         (dict(kind="pair", columns={"text": "t"}), "'text' is no column of a pair task: document, query"),
         (dict(kind="pair", keep="("), "task.keep='\\(' is no regular expression"),
         (dict(kind="pair", held_out=1.5), "task.held_out=1.5 must be between 0 and 1"),
-        (dict(kind="pair", weights={1: 0}), "task.weights: 0 repetitions must be at least 1"),
+        (dict(kind="pair", weights={1: 0}), "task.weights={1: 0} must be"),
         (dict(kind="pair", label="l"), "task.label needs task.group_by"),
     ],
 )
 def test_a_task_that_makes_no_sense_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Task(Rows(()), **fields)
+
+
+@pytest.mark.parametrize(
+    "field, allowed",
+    [
+        *((name, "a whole number of at least 1") for name in ("max_characters", "chunk_length", "max_chunks")),
+        ("max_context", "a whole number of at least 1"),
+        *((name, "a whole number of at least 0") for name in ("min_characters", "query_length", "document_length")),
+        *((name, "a whole number of at least 0") for name in ("max_total_characters", "buckets")),
+        *((name, "between 0 and 1") for name in ("held_out", "max_bad")),
+        ("min_score", "a number"),
+    ],
+)
+def test_a_number_of_a_task_out_of_its_range_or_of_another_type_is_refused(field, allowed):
+    wrong = ["x", None, True, float("nan")]
+    wrong += [] if field == "min_score" else [-1]
+    wrong += [0, 1.5] if allowed.endswith("at least 1") else [1.5] if field != "min_score" else []
+    for value in wrong:
+        with pytest.raises(ValueError) as raised:
+            Task(Rows(()), "pair", **{field: value})
+        assert str(raised.value) == f"task.{field}={value!r} must be {allowed}"
+    Task(Rows(()), "pair", **{field: 1})
+
+
+@pytest.mark.parametrize("value", [{1: 0}, {1: 1.5}, {"x": 1}, [1], {1: True}])
+def test_weights_are_whole_numbers_of_at_least_1(value):
+    with pytest.raises(ValueError, match=r"^task.weights=.* must be \{least value: repetitions\}"):
+        Task(Rows(()), "pair", weights=value)
+
+
+@pytest.mark.parametrize("value", [(0,), ("x",), (1.5,), 3])
+def test_group_sizes_are_whole_numbers_of_at_least_1(value):
+    with pytest.raises(ValueError, match="task.group_sizes=.* must be at least 1 each"):
+        Task(Rows(()), "contextual", group_sizes=value)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Files("x", shard_bytes=0), "files.shard_bytes=0 must be a whole number of at least 1"),
+        (lambda: Hub(shard_bytes="x"), "hub.shard_bytes='x' must be a whole number of at least 1"),
+        (lambda: Retrieval(max_chunks=-1), "retrieval.max_chunks=-1 must be a whole number of at least 0"),
+        (lambda: Parallel(pairs=1.5), "parallel.pairs=1.5 must be a whole number of at least 0"),
+        (lambda: Parallel(rates={"de": 0}), "parallel.rates: the rate 0 of 'de' must be positive"),
+    ],
+)
+def test_a_number_of_a_source_out_of_its_range_is_refused(make, message):
+    with pytest.raises(ValueError) as raised:
+        make()
+    assert str(raised.value) == message
 
 
 class Words:

@@ -82,6 +82,10 @@ class Source:
         """This source with the content that it had when `identity` was recorded, if it can tell versions apart."""
         return self
 
+    def is_local(self) -> bool:
+        """Whether `identity` asks nothing but a disk."""
+        return False
+
     def rows(self, limit: int | None = None) -> Iterator[Row]:
         """The rows of all shards, or the first `limit`."""
         return itertools.islice(itertools.chain.from_iterable(map(self.read, self.shards())), limit)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from embed import paths
+from embed.preparation import numbers
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached, first_line, source_error
 
@@ -49,12 +50,33 @@ def find(pattern: str | os.PathLike) -> list[Input]:
     for path, info in sorted(matches.items()):
         name = path[len(root) :].lstrip("/")
         if info["type"] == "file" and not any(paths.IGNORED.fullmatch(part) for part in name.split("/")):
-            keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified")
-            version = os.stat(path).st_mtime_ns if not scheme else next((info[k] for k in keys if k in info), "")
-            result.append(Input(scheme + path, name, info["size"], f"{version}"))
+            result.append(Input(scheme + path, name, info["size"], _version(scheme + path, info)))
     if not result:
         raise SourceError(f"no file matches {pattern}")
     return result
+
+
+def find_files(names: Sequence[str]) -> list[Input | None]:
+    """The file of each path, local or in a bucket; None for a name that is not the path of a file."""
+    import fsspec
+
+    def one(name: str) -> Input | None:
+        try:
+            system, inside = fsspec.url_to_fs(name)
+            info = system.info(inside)
+        except Exception:  # each file system has its own
+            return None
+        return Input(name, name, info["size"], _version(name, info)) if info["type"] == "file" else None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(one, names))
+
+
+def _version(path: str, info: dict) -> str:
+    """What changes with the content of a file; `info` is that of its file system."""
+    keys = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified")
+    version = next((info[k] for k in keys if k in info), "") if paths.is_bucket(path) else os.stat(path).st_mtime_ns
+    return f"{version}"
 
 
 def open_file(path: str) -> BinaryIO:
@@ -87,6 +109,9 @@ class FileReader(Source):
     columns: Sequence[str] = ()
     multiline: bool = True
     shard_bytes: int = 1 << 26
+
+    def __post_init__(self):
+        numbers.check(self, type(self).__name__.lower(), {"shard_bytes": 1})
 
     def inputs(self) -> list[Input]:
         """The files, in a fixed order."""
@@ -186,7 +211,7 @@ class FileReader(Source):
         return {"rows": rows, "columns": columns, "license": None, "files": len(self._inputs), "bytes": size}
 
     def identity(self) -> dict:
-        return {"files": [[file.path, file.size, file.version] for file in self._inputs]}
+        return {"files": [[file.name, file.size, file.version] for file in self._inputs]}
 
 
 def _metadata(stream: BinaryIO):
@@ -218,8 +243,15 @@ class Files(FileReader):
 
     paths: str | Sequence[str] = ()
 
+    def is_local(self) -> bool:
+        return not any(map(paths.is_bucket, self._patterns))
+
+    @property
+    def _patterns(self) -> Sequence[str]:
+        return [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
+
     def inputs(self) -> list[Input]:
-        patterns = [self.paths] if isinstance(self.paths, (str, os.PathLike)) else self.paths
+        patterns = self._patterns
         if not patterns:
             raise SourceError("files.paths is empty: expected a path, a glob or a list of them")
         files: dict[str, Input] = {}

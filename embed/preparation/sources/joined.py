@@ -102,6 +102,9 @@ class Joined(Source):
             "bytes": sum(d["bytes"] for d in described),
         }
 
+    def is_local(self) -> bool:
+        return all(part.is_local() for part in self._parts.values())
+
     def identity(self) -> dict:
         return {name: part.identity() for name, part in self._parts.items()}
 

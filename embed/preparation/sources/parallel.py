@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embed.preparation import numbers
 from embed.preparation.sources import formats
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line, source_error
 from embed.preparation.sources.files import Files, open_file
@@ -46,6 +47,12 @@ class Parallel(Joined):
     documents: str = ""
     pairs: int = 0
     rates: Mapping[str, float] | None = None
+
+    def __post_init__(self):
+        numbers.check(self, "parallel", {"pairs": 0})
+        for language, rate in (self.rates or {}).items():
+            if not numbers.is_number(rate, 0) or not rate:
+                raise ValueError(f"parallel.rates: the rate {rate!r} of {language!r} must be positive")
 
     def parts(self) -> dict[str, Source]:
         if self.source:

@@ -1,11 +1,14 @@
 """`retrieval`: queries with relevant texts, as in BEIR and MTEB. `conteb`: documents of chunks with queries."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from embed import paths
+from embed.preparation import numbers
 from embed.preparation.sources.base import Row, Source, SourceError
 from embed.preparation.sources.joined import Joined, database, dataset_part, field
 
@@ -20,6 +23,9 @@ class _Dataset(Joined):
     id: str = ""
     revision: str = ""
     streaming: bool = False
+
+    def is_local(self) -> bool:
+        return not self.id and not paths.is_bucket(self.path) and super().is_local()
 
     def part(self, name: str, patterns: dict[str, str], *splits: str) -> Source:
         """The table that the field `name` describes; see `dataset_part`."""
@@ -54,6 +60,9 @@ class Retrieval(_Dataset):
     separator: str = "-"
     max_chunks: int = 0
 
+    def __post_init__(self):
+        numbers.check(self, "retrieval", {"max_chunks": 0})
+
     names = ("query", "document", "title", "score", "negatives", "query_id", "document_id")
 
     def parts(self) -> dict[str, Source]:
@@ -75,6 +84,10 @@ class Retrieval(_Dataset):
             "queries": self.part("queries", patterns("queries"), self.split, "queries", ""),
             "qrels": self.part("qrels", qrels, self.split),
         }
+
+    def with_parts(self) -> "Retrieval":
+        """The same tables, of the hub with their commits, for other processes."""
+        return dataclasses.replace(self, **self._parts)
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
         schema = """

@@ -1,12 +1,14 @@
 """`tfds`: a dataset that TensorFlow Datasets has prepared."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line, source_error
+from embed.preparation.sources.files import find_files
 
 SHARD_BYTES = 1 << 26
 
@@ -48,13 +50,19 @@ class Tfds(Source):
     def shards(self) -> list[Shard]:
         _, info = self._info()
         result, start, count = [], 0, 0
-        per_example = (info.num_bytes or 0) / info.num_examples
+        per_example = (info.num_bytes or self._file_bytes(info)) / info.num_examples
         for length in info.shard_lengths:
             count += length
             if count and (count * per_example >= SHARD_BYTES or start + count == info.num_examples):
                 result.append(Shard(f"{self.name}/{self.split}", start, start + count, round(count * per_example)))
                 start, count = start + count, 0
         return result
+
+    @staticmethod
+    def _file_bytes(info) -> int:
+        """The size of the files of a split whose size is not recorded; SHARD_BYTES for one that cannot be found."""
+        files = find_files([os.fspath(path) for path in info.filepaths])
+        return sum(file.size if file else SHARD_BYTES for file in files)
 
     def read(self, shard: Shard) -> Iterator[Row]:
         last = ""
