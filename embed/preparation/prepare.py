@@ -210,6 +210,11 @@ class _Preparation:
     def _plan(self) -> tuple[Work, dict, dict]:
         """The work to do, what identifies its sources, and the reports of sources that were built."""
         bound = self.bound
+        plan = self.directory / PLAN
+        recorded = paths.read_json(plan).get("identity", {}) if plan.exists() else {}
+        for name in bound.tasks.keys() & recorded.keys():  # the content that was read until then
+            source = bound.tasks[name].source.pinned(recorded[name])
+            bound.tasks[name] = dataclasses.replace(bound.tasks[name], source=source)
         tasks: dict[str, object] = {name: bound.tasks[name] for name in bound.trained() if name in bound.tasks}
         for name in bound.registered:
             tasks[name] = _import_seqio().adapt(name, bound.mixtures.modules)

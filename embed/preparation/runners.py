@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from embed import paths
 from embed.preparation import stream
+from embed.preparation.sources.base import UnreachableError
 from embed.preparation.stream import Work
 
 SMALL = 4 << 20  # bytes of source below which starting processes takes longer than the work
@@ -151,6 +152,8 @@ def _do_fn(beam):
             tokens = beam.metrics.Metrics.counter("embed", "tokens")
             try:
                 job.run(work, lambda more, _: tokens.inc(more))
+            except UnreachableError:
+                raise  # Beam tries again
             except ValueError as error:  # about the data: trying again, as Beam would, does not help
                 name = "-".join(str(part).replace("/", "-") for part in job.arguments[:2])
                 paths.write(paths.path(errors) / f"{job.function}-{name}.txt", str(error))
