@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
         batch=rows | dict(group_size=128),
         **common,
     )
-    # Half of the documents have unrelated chunks, which teach a model to keep its chunks apart (docs/experiments.md).
+    # Half of the documents have unrelated chunks, which teach a model to keep its chunks apart.
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",

@@ -16,7 +16,7 @@ from embed import paths
 from embed.preparation import copies, examples
 from embed.preparation.sources import Retrieval, Shard
 from embed.preparation.stream import Progress, Work, load_tokenizer
-from embed.preparation.tasks import UNUSED, Counts, Task
+from embed.preparation.tasks import UNUSED, Counts, Task, named
 from embed.tokenizers import Tokenizer
 
 
@@ -28,14 +28,12 @@ def write_set(
     The set is in memory until it is written. size: the bytes that are read, for `progress`.
     """
     counts = Counts()
-    try:
+    with named(task_name):
         if task.kind == "retrieval" and not isinstance(task.source, Retrieval):  # which is read without
             task.source.build(work.scratch)
         tokenizer = load_tokenizer(work.tokenizer)
         corpus, queries, qrels = make(task, work.shards[task_name], tokenizer, max_queries, work.limit, counts)
         counts.check(task.max_bad)
-    except ValueError as error:
-        raise type(error)(f"task {task_name!r}: {error}") from error
     if not queries:
         raise ValueError(f"evaluation set {name} has no query: the task {task_name!r} gives none")
     write(target, corpus, queries, qrels)
@@ -165,9 +163,3 @@ def _queries(labeled: Iterable[tuple[str, str]], max_queries: int) -> tuple[list
             queries.append({"_id": f"q{len(queries)}", "text": query})
             qrels += [{"query-id": queries[-1]["_id"], "corpus-id": n, "score": 1} for n in relevant[query]]
     return queries, qrels
-
-
-def texts(corpus: Iterable[dict], queries: Iterable[dict]) -> Iterator[tuple[str, str]]:
-    """(id, text) of every query and text of a set."""
-    for row in (*queries, *corpus):
-        yield row["_id"], row["text"]

@@ -228,11 +228,12 @@ class _Preparation:
                 task = tasks.get(name) or bound.tasks[name]
                 source = sources.setdefault(name, task)
                 with named(name):
-                    if isinstance(task, Task) and task.kind != "retrieval":
+                    shards[name] = []
+                    if task.kind != "retrieval":
                         source.build(self.scratch)
-                    if report := getattr(source, "report", dict)():
+                        shards[name] = source.shards()
+                    if report := source.report():
                         reports[name] = report
-                    shards[name] = source.shards() if task.kind != "retrieval" else []
             identity = {}
             for name, source in sources.items():
                 with named(name) if name in {*tasks, *bound.tasks} else contextlib.nullcontext():
@@ -282,22 +283,20 @@ class _Preparation:
 
     def _vocabulary_texts(self, work: Work) -> Iterator[str]:
         """Windows of the texts that the vocabulary is trained on, the same number of characters from each task."""
-        wanted = self.bound.vocabulary
+        about = self.bound.vocabulary
         ours = [name for name, task in work.tasks.items() if isinstance(task, Task)]
-        names = list(wanted.tasks) or [name for name in ours if work.tasks[name].kind == "text"] or ours
+        names = list(about.tasks) or [name for name in ours if work.tasks[name].kind == "text"] or ours
         for name in names:
             task, shards = self.bound.tasks[name], work.shards[name]
             rng = random.Random(f"{self.arguments['seed']} vocabulary {name}")
             chosen = sorted(rng.sample(range(len(shards)), min(len(shards), 32)))
             for index in chosen:
-                share = wanted.characters // (len(names) * len(chosen))
+                share = about.characters // (len(names) * len(chosen))
                 yield from _windows(task, shards[index], share, self.arguments["limit"] or 0, rng)
 
     def _evaluation_jobs(self, work: Work, identity: Mapping) -> list[Job]:
         jobs = []
         for name, task_name in self.bound.evaluation.sets.items():
-            if evaluation_sets.marker(work, name).exists():
-                continue
             task, size = self.bound.tasks[task_name], sum(shard.bytes for shard in work.shards[task_name])
             if task.kind == "retrieval":
                 size = _bytes(identity[task_name])
@@ -305,7 +304,8 @@ class _Preparation:
                     task = dataclasses.replace(task, source=task.source.with_parts())
             target = os.fspath(self.directory / "evaluation" / name)
             arguments = (name, self.bound.evaluation.max_queries, task_name, task, target, size)
-            jobs.append(Job("write_set", arguments, size, "evaluation_sets"))
+            marker = os.fspath(evaluation_sets.marker(work, name))
+            jobs.append(Job(evaluation_sets.write_set, arguments, size, marker))
         return jobs
 
     def _index_evaluation_sets(self, work: Work) -> None:
@@ -317,9 +317,9 @@ class _Preparation:
 
     def _shard_jobs(self, work: Work) -> list[Job]:
         return [
-            Job("map_shard", (name, index), work.shards[name][index].bytes)
+            Job(stream.map_shard, (name, index), shard.bytes, os.fspath(work.marker(name, index)))
             for name in work.tasks
-            for index in stream.missing(work, "map_shard", name)
+            for index, shard in enumerate(work.shards[name])
         ]
 
     def _near_jobs(self, work: Work) -> list[Job]:
@@ -327,8 +327,10 @@ class _Preparation:
         for group, tasks in work.near_groups().items():
             parts = {name: self._parts(work, name) for name in tasks}
             size = sum(shard.bytes for name in tasks for shard in work.shards[name]) // work.near_buckets(group)
-            missing = stream.missing(work, "map_near", group)
-            jobs += [Job("map_near", (group, bucket, parts), size) for bucket in missing]
+            jobs += [
+                Job(stream.map_near, (group, bucket, parts), size, os.fspath(work.near_marker(group, bucket)))
+                for bucket in range(work.near_buckets(group))
+            ]
         return jobs
 
     def _bucket_jobs(self, work: Work) -> list[Job]:
@@ -336,8 +338,10 @@ class _Preparation:
         for name in work.tasks:
             parts = self._parts(work, name)
             size = sum(shard.bytes for shard in work.shards[name]) // work.buckets[name]
-            missing = stream.missing(work, "map_bucket", name)
-            jobs += [Job("map_bucket", (name, bucket, parts), size) for bucket in missing]
+            jobs += [
+                Job(stream.map_bucket, (name, bucket, parts), size, os.fspath(work.bucket_marker(name, bucket)))
+                for bucket in range(work.buckets[name])
+            ]
         return jobs
 
     def _parts(self, work: Work, name: str) -> list[int]:
@@ -346,15 +350,15 @@ class _Preparation:
 
     def _map(self, work: Work, part: str, jobs: list[Job], meanwhile=lambda: None) -> None:
         with self.clock.part(part):
+            jobs = runners.unfinished(jobs)
             if self.runner:
                 runners.run_on_beam(jobs, work, self.runner, self.runner_options)
             else:
                 self.bar.total(sum(job.bytes for job in jobs))
                 runners.run_locally(jobs, work, self.processes, self.bar.advance, meanwhile)
-            units = sorted({(job.function, job.arguments[0]) for job in jobs})
-            if missing := [file for function, name in units for file in _unmarked(work, function, name)]:
+            if missing := runners.unfinished(jobs):
                 raise ValueError(
-                    f"{len(missing):,} of {len(jobs):,} units of work left no marker, such as {missing[0]}: the "
+                    f"{len(missing):,} of {len(jobs):,} units of work left no marker, such as {missing[0].marker}: the "
                     "workers may not reach this folder, which must be in a bucket or on a disk that all share"
                 )
 
@@ -394,14 +398,6 @@ class _Preparation:
         about = {"task": name, "stage": work.stage(name), "vocabulary": self.tokenizer.digest, **result}
         stream.close(work, name, about)
         return result
-
-
-def _unmarked(work: Work, function: str, name: str) -> list:
-    """The markers that units of a function did not leave, for a task, a group of tasks or an evaluation set."""
-    if function != "write_set":
-        return list(stream.missing(work, function, name).values())
-    marker = evaluation_sets.marker(work, name)
-    return [] if marker.name in [entry.name for entry in paths.entries(marker.parent)] else [marker]
 
 
 def _import_seqio():

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
@@ -22,16 +22,22 @@ REFRESH = 0.5  # seconds between updates of the progress bar
 
 
 class Job(NamedTuple):
-    """A unit of work: `function` of `module`, its arguments after `Work`, and the bytes of source that it reads."""
+    """A unit of work: function(work, *arguments, progress) writes `marker` last; `bytes` of source are read."""
 
-    function: str
+    function: Callable
     arguments: tuple
     bytes: int
-    module: str = "stream"
+    marker: str
 
     def run(self, work: Work, progress: stream.Progress = lambda tokens, size: None) -> None:
-        module = importlib.import_module(f"embed.preparation.{self.module}")
-        getattr(module, self.function)(work, *self.arguments, progress)
+        self.function(work, *self.arguments, progress)
+
+
+def unfinished(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs that have left no marker."""
+    files = [(job, paths.path(job.marker)) for job in jobs]
+    done = {folder: {entry.name for entry in paths.entries(folder)} for folder in {file.parent for _, file in files}}
+    return [job for job, file in files if file.name not in done[file.parent]]
 
 
 def run_locally(
@@ -156,7 +162,7 @@ def _do_fn(beam):
                 raise  # Beam tries again
             except ValueError as error:  # about the data: trying again, as Beam would, does not help
                 name = "-".join(str(part).replace("/", "-") for part in job.arguments[:2])
-                paths.write(paths.path(errors) / f"{job.function}-{name}.txt", str(error))
+                paths.write(paths.path(errors) / f"{job.function.__name__}-{name}.txt", str(error))
             return ()
 
     return Run()

@@ -6,6 +6,7 @@ tokens (tf.int32), named as the columns of a store and made with `TokenizerVocab
 """
 
 import dataclasses
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -15,7 +16,7 @@ import tensorflow as tf
 
 from embed.data.loader import COLUMNS
 from embed.preparation import examples, tasks
-from embed.preparation.sources import Shard
+from embed.preparation.sources import Shard, Source
 from embed.preparation.sources.files import Input, find_files
 from embed.preparation.stream import BUCKET_BYTES, Work, token_batches
 from embed.preparation.tasks import Counts
@@ -121,7 +122,7 @@ def register_mixtures(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dic
 
 
 @dataclasses.dataclass(frozen=True)
-class SeqioTask:
+class SeqioTask(Source):
     """A task that a module has registered with seqio, read through seqio. `modules` are imported by each process."""
 
     name: str
@@ -152,6 +153,12 @@ class SeqioTask:
     def token_batches(self, shard: Shard, tokenizer: Tokenizer, counts: Counts) -> Iterator[list]:
         """Batches of ({"weight"}, tokens) of the examples of a shard."""
         task = self._task()
+        for column, feature in task.output_features.items() if _is_tokens(task) else ():
+            if feature.vocabulary != TokenizerVocabulary(tokenizer):
+                raise ValueError(
+                    f"its feature {column!r} has the vocabulary {feature.vocabulary}: tokens must be made by "
+                    "TokenizerVocabulary with the tokenizer of these data; a feature of texts needs no vocabulary"
+                )
         dataset = task.get_dataset(
             sequence_length=None,
             split="train",
@@ -186,8 +193,6 @@ class SeqioTask:
 
 def find(name: str, modules: Sequence[str]) -> seqio.Task:
     """A registered task. ValueError if there is none."""
-    import importlib
-
     for module in modules:
         importlib.import_module(module)
     if name not in seqio.TaskRegistry.names():
@@ -195,7 +200,7 @@ def find(name: str, modules: Sequence[str]) -> seqio.Task:
     return seqio.TaskRegistry.get(name)
 
 
-def adapt(name: str, modules: Sequence[str], tokenizer: Tokenizer | None = None) -> SeqioTask:
+def adapt(name: str, modules: Sequence[str]) -> SeqioTask:
     """The task `name` of seqio, with the kind that its output features say."""
     task = find(name, modules)
     features = task.output_features

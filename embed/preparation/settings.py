@@ -148,8 +148,8 @@ def bind(
                     raise ValueError(f"task.source={task.source!r:.60} must be a source, such as @files()")
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{gin_file}: task {name!r}: {_first(error)}") from None
-            if limit and hasattr(task.source, "limited"):
-                task = dataclasses.replace(task, source=task.source.limited(limit))
+            source = task.source.limited(limit) if limit else task.source
+            task = dataclasses.replace(task, source=source.undivided() if task.groups else source)
             tasks[name] = task
             if cleaned.is_on and name in trained:
                 hygiene[name] = cleaned
@@ -296,11 +296,10 @@ def _check_used(bound: Sequence[tuple[str, str, str]], gin_file, valid: Sequence
     """
     used = list(_bindings(gin.operative_config_str(), "operative config"))
     prepared = {scope for scope, name, _ in used if name == "task"}
-    defined = {scope for scope, _, key in bound if key == "task.source" and scope}
+    defined = {scope for scope, _, key in bound if key in ("task.kind", "task.source") and scope}
+    outside = [scope for scope in defined if not any(_within(task, scope) for task in prepared)]
     for scope, name, key in bound:
-        if not any(_within(task, scope) for task in prepared) and any(
-            _within(scope, other) or _within(other, scope) for other in defined
-        ):
+        if key and any(_within(scope, task) or _within(task, scope) for task in outside):
             continue
         for other, used_name, used_key in used:
             if (name, key) == (used_name, used_key) and _within(other, scope):

@@ -427,14 +427,6 @@ MAPS = {
 }
 
 
-def missing(work: Work, name: str, task: str) -> dict[int, object]:
-    """{unit: its marker} of the units of a map that are not done."""
-    count, marker = MAPS[name]
-    files = {unit: marker(work, task, unit) for unit in range(count(work, task))}
-    done = {entry.name for folder in {file.parent for file in files.values()} for entry in paths.entries(folder)}
-    return {unit: file for unit, file in files.items() if file.name not in done}
-
-
 def markers(work: Work, name: str, task: str) -> list[dict]:
     """The markers of all units of a map, which is done."""
     count, marker = MAPS[name]

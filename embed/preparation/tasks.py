@@ -153,6 +153,9 @@ class Task:
                 "least 1"
             )
         find_function(self.map) if self.map else None
+        for name, field in (("min_score", "score_field"), ("weights", "weight_field")):
+            if getattr(self, name) and not getattr(self, field):
+                raise ValueError(f"task.{name} needs task.{field}")
         if "answers" in self.columns and "text" not in self.columns:
             raise ValueError("task.columns: 'answers' needs the column 'text'")
         if self.group_sizes and (self.group_by or self.kind != "contextual" or not _are_sizes(self.group_sizes)):
@@ -367,7 +370,10 @@ class Task:
         return None
 
     def _is_held_out(self, row: dict) -> bool:
-        value = pick(row, self.held_out_by) if self.held_out_by else {k: v for k, v in row.items() if k[:1] != "_"}
+        try:
+            value = pick(row, self.held_out_by) if self.held_out_by else {k: v for k, v in row.items() if k[:1] != "_"}
+        except KeyError as error:
+            raise KeyError(f"task.held_out_by: {error.args[0]}") from None
         return int.from_bytes(_digest(("held out", value)), "little") < self.held_out * 2.0**64
 
     def _weight(self, row: dict) -> int:

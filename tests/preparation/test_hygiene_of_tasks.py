@@ -295,17 +295,17 @@ def run(folder, tokenizer, tasks, about, *, shards=1, seed=0, buckets=2, sets=No
         for job in [*jobs, *(job for job in jobs if rng.random() < again)]:
             job.run(work)
 
-    do([Job("map_shard", (name, i), 0) for name in made for i in range(len(work.shards[name]))])
+    do([Job(stream.map_shard, (name, i), 0, "") for name in made for i in range(len(work.shards[name]))])
     parts = {name: [marker["parts"] for marker in stream.markers(work, "map_shard", name)] for name in made}
     groups = work.near_groups()
     do(
         [
-            Job("map_near", (group, i, {n: parts[n] for n in names}), 0)
+            Job(stream.map_near, (group, i, {n: parts[n] for n in names}), 0, "")
             for group, names in groups.items()
             for i in range(work.near_buckets(group))
         ]
     )
-    do([Job("map_bucket", (name, i, parts[name]), 0) for name in made for i in range(buckets)])
+    do([Job(stream.map_bucket, (name, i, parts[name]), 0, "") for name in made for i in range(buckets)])
     for name in made:
         stream.close(work, name, {})
     return work

@@ -185,7 +185,7 @@ def test_evaluation_sets_are_made_by_several_processes_and_only_once(retrieval_s
     monkeypatch.setattr(runners, "run_locally", recorded)
     with pytest.raises(KeyboardInterrupt):
         run(retrieval_set, tmp_path / "two", processes=2)
-    assert jobs == [["write_set"] * 2, ["map_shard"] * 4]
+    assert [[f.__name__ for f in some] for some in jobs] == [["write_set"] * 2, ["map_shard"] * 4]
     two = run(retrieval_set, tmp_path / "two", processes=2)
     assert jobs[2] == [] and files(two) == files(one)
 
@@ -626,6 +626,7 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("pairs/files.path = 'x'", "unknown gin binding 'files.path'; the nearest valid one is 'files.paths'"),
         ("a_scope/task.query_length = 8", "unused gin binding 'a_scope/task.query_length'"),
         ("pairs/hub.id = 'x'", "unused gin binding 'pairs/hub.id'"),
+        ("pairs/deeper/task.query_length = 8", "unused gin binding 'pairs/deeper/task.query_length'"),
         ("A_MACRO = 8", "unused gin binding 'A_MACRO'"),
         ("pairs/task.query_length = %A_MACRO", "task 'pairs': the macro %A_MACRO is not defined"),
         ("pairs/task.kind = 'pear'", "task 'pairs': task.kind='pear' must be one of text, pair"),
@@ -684,6 +685,44 @@ web/rus_Cyrl/hub.split = "test"
         ("fra_Latn", "fra_Latn", "train"),
         ("rus_Cyrl", "rus_Cyrl", "test"),
     ]
+
+
+def test_a_task_outside_all_mixtures_is_no_error(sources):
+    outside = ("other/task.source = @hub()", "other/hub.id = 'x'", "other/task.kind = 'text'")
+    assert "other" not in bind(sources / "data.gin", outside, data_root=str(sources)).tasks
+
+
+def test_files_of_tasks_with_groups_are_not_divided(sources):
+    grouped = ("pairs/task.group_by = 'query'", "pairs/files.shard_bytes = 10")
+    tasks = bind(sources / "data.gin", grouped, data_root=str(sources)).tasks
+    assert len(tasks["pairs"].source.shards()) == 1
+    tasks = bind(sources / "data.gin", grouped[1:], data_root=str(sources)).tasks
+    assert len(tasks["pairs"].source.shards()) > 1
+
+
+TOKENS = """
+import seqio
+import tensorflow as tf
+
+def source(split, shuffle_files, seed=None):
+    return tf.data.Dataset.from_tensor_slices({"tokens": [[1, 2], [3, 4]]})
+
+feature = seqio.Feature(seqio.PassThroughVocabulary(10), add_eos=False, dtype=tf.int32)
+seqio.TaskRegistry.add(
+    "foreign_tokens",
+    source=seqio.FunctionDataSource(source, splits=["train"]),
+    preprocessors=[],
+    output_features={"tokens": feature},
+)
+"""
+
+
+def test_tokens_of_another_vocabulary_are_refused(sources, tmp_path, monkeypatch):
+    (tmp_path / "token_tasks.py").write_text(TOKENS)
+    monkeypatch.syspath_prepend(tmp_path)
+    rates = "mixtures.rates = {'diffusion': {'foreign_tokens': 1.0}}"
+    with pytest.raises(ValueError, match="task 'foreign_tokens': its feature 'tokens' has the vocabulary .* must be"):
+        run(sources, tmp_path / "data", "mixtures.modules = ('token_tasks',)", rates, "evaluation.sets = {}")
 
 
 def test_a_missing_gin_file_is_named():

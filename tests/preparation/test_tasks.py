@@ -215,6 +215,8 @@ def words_of(row):
         (dict(kind="pair", held_out=1.5), "task.held_out=1.5 must be between 0 and 1"),
         (dict(kind="pair", weights={1: 0}), "task.weights={1: 0} must be"),
         (dict(kind="pair", label="l"), "task.label needs task.group_by"),
+        (dict(kind="pair", min_score=0.5), "task.min_score needs task.score_field"),
+        (dict(kind="pair", weights={1: 2}), "task.weights needs task.weight_field"),
     ],
 )
 def test_a_task_that_makes_no_sense_is_refused(fields, message):
@@ -241,7 +243,7 @@ def test_a_number_of_a_task_out_of_its_range_or_of_another_type_is_refused(field
         with pytest.raises(ValueError) as raised:
             Task(Rows(()), "pair", **{field: value})
         assert str(raised.value) == f"task.{field}={value!r} must be {allowed}"
-    Task(Rows(()), "pair", **{field: 1})
+    Task(Rows(()), "pair", score_field="score", **{field: 1})
 
 
 @pytest.mark.parametrize("value", [{1: 0}, {1: 1.5}, {"x": 1}, [1], {1: True}])

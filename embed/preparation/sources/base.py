@@ -82,6 +82,18 @@ class Source:
         """This source with the content that it had when `identity` was recorded, if it can tell versions apart."""
         return self
 
+    def limited(self, limit: int) -> "Source":
+        """A source that need not find more than `limit` rows of a kind, for trials."""
+        return self
+
+    def undivided(self) -> "Source":
+        """A source whose shards are whole files, for rows that belong together."""
+        return self
+
+    def report(self) -> dict:
+        """What `build` found, for info.json."""
+        return {}
+
     def is_local(self) -> bool:
         """Whether `identity` asks nothing but a disk."""
         return False

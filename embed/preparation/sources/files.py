@@ -1,5 +1,6 @@
 """`files`: rows of files on a disk or in a bucket."""
 
+import dataclasses
 import glob
 import io
 import itertools
@@ -124,6 +125,9 @@ class FileReader(Source):
     def location(self, path: str) -> str:
         """How locations of rows name a file."""
         return path
+
+    def undivided(self) -> "FileReader":
+        return dataclasses.replace(self, shard_bytes=1 << 62)
 
     def can_split(self) -> bool:
         """Whether files can be opened before they are read."""
