@@ -18,18 +18,24 @@ import dataclasses
 import json
 import os
 import random
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import rich.progress
-import rich.table
-
 from embed import paths, tokenizers
 from embed.config import differences
-from embed.console import make_console, print_table, quiet
-from embed.preparation import evaluation_sets, hygiene, hygiene_report, runners, settings, stream, vocabulary
+from embed.console import make_console, quiet
+from embed.preparation import (
+    evaluation_sets,
+    hygiene,
+    hygiene_report,
+    rates,
+    runners,
+    settings,
+    stream,
+    summary,
+    vocabulary,
+)
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
 from embed.preparation.sources import Retrieval, Shard, Source
@@ -37,7 +43,6 @@ from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts, Task, all_texts, named
 
 _WINDOW = 600  # characters per training text of the vocabulary
-REFRESH = 0.1  # seconds between updates of the progress bar
 PLAN, INFO, SCRATCH = "plan.json", "info.json", "scratch"
 
 
@@ -106,9 +111,9 @@ def prepare(
             (directory / PLAN).unlink()
     elif not paths.is_empty(directory):
         raise ValueError(f"{directory} exists and has no prepared data (no {INFO}); choose another directory")
-    with _Bar(console) as bar:
+    with summary.Bar(console) as bar:
         info = _Preparation(directory, bound, arguments, bar, tokenizer, processes, runner, runner_options).run()
-    _print(console, info)
+    summary.show(console, info)
 
 
 def _check_sources(directory, bound: Settings) -> None:
@@ -193,7 +198,7 @@ class _Preparation:
         with self.clock.part("mixtures"):
             counts = {name: self._close(work, name, counts[name]) for name in work.tasks}
             _import_seqio().register(work, self.tokenizer)
-            mixtures = _import_seqio().register_mixtures(_rates(self.bound, work, counts))
+            mixtures = _import_seqio().register_mixtures(rates.of_mixtures(self.bound.mixtures, work, counts))
         paths.write_json(self.directory / "mixtures.json", mixtures)
         hygiene_report.write(self.directory, work, counts)
         info = {
@@ -409,39 +414,6 @@ def _import_seqio():
     return seqio_tasks
 
 
-def _rates(bound: Settings, work: Work, counts: Mapping[str, dict]) -> dict[str, dict[str, float]]:
-    """{mixture: {task or mixture: relative rate of the loader}}, with size^α and rates in tokens worked out.
-
-    The loader draws examples, but in diffusion rows of tokens, whose rates are in tokens already.
-    """
-    mixtures = bound.mixtures
-
-    def is_diffusion(name: str) -> bool:
-        members = mixtures.rates.get(name)
-        return is_diffusion(next(iter(members))) if members else work.stage(name) == "diffusion"
-
-    def size(name: str) -> float:
-        if name in mixtures.rates:
-            return sum(size(member) for member in mixtures.rates[name])
-        count = counts[name]
-        return sum(count["tokens"].values()) if mixtures.unit == "tokens" else count["examples"]
-
-    def tokens_per_example(name: str) -> float:
-        if name in mixtures.rates:  # of its examples, drawn at its rates
-            rates = _with_alpha(name)
-            return sum(r * tokens_per_example(m) for m, r in rates.items()) / sum(rates.values())
-        return sum(counts[name]["tokens"].values()) / counts[name]["examples"]
-
-    def _with_alpha(name: str) -> dict[str, float]:
-        alpha = mixtures.alpha.get(name)
-        rates = {m: r * (size(m) ** alpha if alpha is not None else 1) for m, r in mixtures.rates[name].items()}
-        if mixtures.unit == "tokens" and not is_diffusion(name):
-            rates = {member: rate / tokens_per_example(member) for member, rate in rates.items()}
-        return rates
-
-    return {name: _with_alpha(name) for name in mixtures.rates}
-
-
 def _bytes(identity: Mapping) -> int:
     """The size of the files that the identity of a source lists."""
     parts = [part for part in identity.values() if isinstance(part, Mapping)]
@@ -458,81 +430,3 @@ def _windows(task: Task, shard: Shard, characters: int, limit: int, rng: random.
                     return
                 yield text[start : start + _WINDOW]
                 characters -= _WINDOW
-
-
-# --- reporting --------------------------------------------------------------------------------------------------------
-
-
-class _Bar:
-    """Which part of the work is being done, how much of it, tokens per second and the time left."""
-
-    def __init__(self, console):
-        self._progress = rich.progress.Progress(
-            rich.progress.SpinnerColumn(),
-            "data: {task.description}",
-            rich.progress.BarColumn(),
-            rich.progress.TaskProgressColumn(),
-            "{task.fields[tokens]}",
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            auto_refresh=False,  # a thread that imports breaks on the import hook of tensorflow_datasets
-        )
-        self._task, self._tokens, self._shown = self._progress.add_task("", total=None, tokens=""), 0, 0.0
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._progress.stop()
-
-    def start(self, part: str) -> None:
-        self._tokens = 0
-        self._progress.reset(self._task, description=part, total=None, tokens="")
-        self._progress.refresh()
-
-    def total(self, size: int) -> None:
-        self._progress.update(self._task, total=size)
-
-    def advance(self, tokens: int, size: int) -> None:
-        self._tokens += tokens
-        seconds = self._progress.tasks[0].elapsed or 1e-9
-        rate = f"{self._tokens / 1e6:.1f}M tokens, {self._tokens / seconds / 1e3:,.0f}k/s"
-        self._progress.update(self._task, advance=size, tokens=rate)
-        if (now := time.monotonic()) > self._shown + REFRESH:
-            self._shown = now
-            self._progress.refresh()
-
-
-def _print(console, info: Mapping) -> None:
-    table = rich.table.Table(title="Prepared data", title_justify="left")
-    for column in ("", "rows", "examples", "tokens", ""):
-        table.add_column(column, justify="right" if column else "left")
-    for name, count in info["counts"].items():
-        if "examples" not in count:
-            table.add_row(name, "", f"{count['queries']:,} queries", "", f"{count['corpus']:,} texts")
-            continue
-        read, after = Counts.from_json(count["read"]), count["after"]
-        tokens = f"{sum(count['tokens'].values()):,}"
-        table.add_row(name, f"{read.rows_read:,}", f"{count['examples']:,}", tokens, "", style="bold")
-        for what, number in read.rows.items():
-            if what != "used" and number:
-                table.add_row("", f"-{number:,}", "", "", what)
-        for reason, number in (*read.dropped.items(), *after.items()):
-            if number:
-                sign = "+" if reason == stream.REPEATED else "-"
-                table.add_row("", "", f"{sign}{number:,}", "", reason)
-        for column, number in read.cut.items():
-            if number:
-                table.add_row("", "", f"{number:,}", "", column if " " in column else f"with a cut {column}")
-    table.add_section()
-    for name, seconds in info["seconds"].items():
-        table.add_row(name, "", "", f"{seconds:.1f} s", "")
-    print_table(table, stderr=True)
-    for name, count in info["counts"].items():
-        for error in count.get("read", {}).get("errors", ()):
-            console.print(f"bad row of {name}: {error}", markup=False, highlight=False)
-    for name, report in info["sources"]["reports"].items():
-        if missing := report.get("packages not installed"):
-            console.print(f"packages of {name} that are not installed: {', '.join(missing)}")
-            break

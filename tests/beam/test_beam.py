@@ -85,4 +85,4 @@ def get_config(arg=""):
     bindings = f'--config.data.gin_bindings=(\'texts/files.paths=("{sources}/0.jsonl", "{tmp_path}/bad.jsonl")\',)'
     assert cli.main([*arguments, bindings, "--runner=FnApiRunner", "--runner_options", "direct_running_mode=in_memory"])
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("embed: error: task 'texts': 1 of 1 rows are bad") and "bad.jsonl:1" in last
+    assert last.startswith("embed: error: task 'texts': 1 of 31 rows are bad") and "bad.jsonl:1" in last
