@@ -8,8 +8,9 @@ import itertools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from typing import NamedTuple
 from urllib.parse import quote
 
 import jax
@@ -51,6 +52,8 @@ def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_
         )
     described = _described_data(run, needs_libraries=not done)
     run.check_sources()
+    if not done:
+        _check_described(run, described)
     from embed.preparation.prepare import prepare as prepare_data
 
     with contextlib.nullcontext() if done else distributed.hold(run.data):
@@ -71,6 +74,7 @@ def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_
 def check_preparation(run: Run) -> bool:
     """Read a few rows of every source and print what `prepare` would make of them; whether all could be read."""
     described = _described_data(run)
+    _check_described(run, described)
     from embed.preparation.check import check
 
     try:
@@ -95,6 +99,23 @@ def _described_data(run: Run, needs_libraries: bool = True) -> dict:
         "data_root": data.root,
         "limit": data.limit or None,
     }
+
+
+def _check_described(run: Run, described: Mapping) -> None:
+    """ValueError if the config names mixtures, tasks or sets that its gin file does not describe."""
+    from embed.preparation import settings
+
+    bound = settings.bind(**described)
+    columns = {name: COLUMNS["diffusion" if task.kind == "text" else task.kind] for name, task in bound.tasks.items()}
+    data = _Data(
+        mixtures={name: dict.fromkeys(bound.members(name), 1.0) for name in bound.mixtures.rates},
+        # Those of a task that only seqio knows are read when it is prepared.
+        columns={name: columns.get(name, list(itertools.chain(*COLUMNS.values()))) for name in bound.trained()}.get,
+        has_set=bound.evaluation.sets.__contains__,
+        described=f"the evaluation.sets of {described['gin_file']}",
+    )
+    check_data(run, run.config.stages, data)
+    check_sets(run, data)
 
 
 def _given_tokenizer(run: Run) -> tokenizers.Tokenizer | None:
@@ -520,41 +541,65 @@ def check_columns(field: str, task: str, kind: str, columns: Iterable[str]) -> N
         )
 
 
-def check_data(run: Run, names: Iterable[str]) -> None:
-    """ValueError if stages name mixtures, tasks or sets that the data do not have, or tasks of another kind."""
-    config, tasks = run.config, sorted({task for rates in run.mixtures.values() for task in rates})
+class _Data(NamedTuple):
+    """What a config may name of data: those that are prepared, or those that its gin file describes."""
+
+    mixtures: Mapping[str, Mapping[str, float]]
+    columns: Callable[[str], Sequence[str] | None]  # of a task; None if there is no such task
+    has_set: Callable[[str], bool]
+    described: str  # where the sets are
+
+
+def _prepared_data(run: Run) -> _Data:
+    def columns(task: str) -> Sequence[str] | None:
+        folder = run.store_path(task)
+        return read_header(folder)["columns"] if (folder / "info.json").exists() else None
+
+    sets = run.data / "evaluation"
+    return _Data(run.mixtures, columns, lambda name: (sets / name / "corpus.jsonl").exists(), f"{sets}")
+
+
+def check_data(run: Run, names: Iterable[str], data: _Data | None = None) -> None:
+    """ValueError if stages name mixtures, tasks or sets that the data do not have, or tasks of another kind.
+
+    `data`: by default the prepared data.
+    """
+    config, data = run.config, data or _prepared_data(run)
+    tasks = sorted({task for rates in data.mixtures.values() for task in rates})
 
     def check(field: str, task: str, kind: str) -> None:
-        if not (run.store_path(task) / "info.json").exists():
+        if (columns := data.columns(task)) is None:
             raise ValueError(f"config.{field}={task!r} must be one of {', '.join(tasks)}")
-        check_columns(field, task, kind, read_header(run.store_path(task))["columns"])
+        check_columns(field, task, kind, columns)
 
     check_mined(config, names)
     for name in names:
         for task in sorted(
-            {task for _, rates in run.phases(name) for task, rate in rates.items() if rate} - set(config.mining)
+            {task for _, rates in run.phases(name, data.mixtures) for task, rate in rates.items() if rate}
+            - set(config.mining)
         ):
             check(f"stages.{name}.curriculum", task, config.stages[name].kind)
         for entry in mined_tasks(config, name):
-            if entry in run.mixtures:
+            if entry in data.mixtures:
                 raise ValueError(f"config.mining.{entry}: a mixture of the data has the same name")
             for task in config.mining[entry].tasks:
                 check(f"mining.{entry}.tasks", task, "pair")
         if config.stages[name].execution.evaluate_every:
-            _check_set(run, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
+            _check_set(data, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
 
 
-def _check_set(run: Run, field: str, name: str) -> None:
-    if not name or not (run.data / "evaluation" / name / "corpus.jsonl").exists():
-        raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT in {run.data / 'evaluation'}")
+def _check_set(data: _Data, field: str, name: str) -> None:
+    if not name or not data.has_set(name):
+        raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT in {data.described}")
 
 
-def check_sets(run: Run) -> None:
-    """ValueError if evaluations, sweeps or the report name sets that the prepared data do not have."""
+def check_sets(run: Run, data: _Data | None = None) -> None:
+    """ValueError if evaluations, sweeps or the report name sets that the data do not have."""
+    data = data or _prepared_data(run)
     for name, entry in run.config.evaluations.items():
-        _check_set(run, f"evaluations.{name}.data", entry.data)
+        _check_set(data, f"evaluations.{name}.data", entry.data)
     for name, entry in run.config.merges.items():
         for data in entry.sweep_on if entry.sweep else ():
-            _check_set(run, f"merges.{name}.sweep_on", data)
+            _check_set(data, f"merges.{name}.sweep_on", data)
     if run.config.report.denoise or run.config.report.search:
-        _check_set(run, "report.texts", run.config.report.texts)
+        _check_set(data, "report.texts", run.config.report.texts)

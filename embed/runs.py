@@ -164,16 +164,16 @@ class Run:
         """The prepared or mined examples of a task."""
         return Store(self.store_path(task), self.config.execution.cache_bytes)
 
-    def phases(self, stage: str) -> list[tuple[int, dict[str, float]]]:
-        """[(steps, {task: rate}), …] of a stage's curriculum."""
-        phases = []
+    def phases(self, stage: str, mixtures: Mapping[str, Mapping] | None = None) -> list[tuple[int, dict[str, float]]]:
+        """[(steps, {task: rate}), …] of a stage's curriculum; by default with the mixtures of the prepared data."""
+        phases, mixtures = [], self.mixtures if mixtures is None else mixtures
         for steps, mixture in self.config.stages[stage].curriculum:
             if isinstance(mixture, str):
-                rates = {mixture: 1.0} if mixture in self.config.mining else self.mixtures.get(mixture)
+                rates = {mixture: 1.0} if mixture in self.config.mining else mixtures.get(mixture)
             else:
                 rates = dict(mixture)
             if not rates:
-                known = ", ".join([*self.mixtures, *self.config.mining])
+                known = ", ".join([*mixtures, *self.config.mining])
                 raise ValueError(f"stage {stage}: mixture {mixture!r} must be one of {known}")
             phases.append((int(steps), rates))
         return phases

@@ -623,6 +623,21 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
     assert not (tmp_path / "run" / "diffusion").exists()
 
 
+@pytest.mark.parametrize("verb", ["prepare", "prepare --check", "pipeline"])
+def test_names_that_the_gin_file_does_not_have_are_refused_before_data_are_prepared(verb, tmp_path, capsys):
+    for override, sentence in (
+        ("stages.triplet.curriculum=((2, 'hard'),)", "stage triplet: mixture 'hard' must be one of "),
+        ("stages.triplet.curriculum=((2, 'pairs'),)", "but triplet batches need also negatives"),
+        ("mining.hard_negatives.tasks=('summaries',)", "config.mining.hard_negatives.tasks='summaries' must be one of"),
+        ("evaluations.functions.data=functions/tset", "config.evaluations.functions.data='functions/tset' must be a"),
+    ):
+        command, *flags = verb.split()
+        run = [command, f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", *flags, f"--config.{override}"]
+        assert cli.main(run) == 2
+        assert sentence in said(capsys)
+    assert not (tmp_path / "run" / "data").exists()
+
+
 @pytest.fixture(scope="module")
 def small_graph(tmp_path_factory):
     """(config file, --config.data.directory=…) of the small graph."""

@@ -13,11 +13,11 @@ from embed.console import make_console, print_table
 from embed.preparation import settings
 from embed.preparation.sources import Row, Shard, Source
 from embed.preparation.sources.joined import Joined
-from embed.preparation.tasks import Counts, Task, all_texts
+from embed.preparation.tasks import BAD, Counts, Task, all_texts
 from embed.tokenizers import Tokenizer
 
 ROWS = 10  # of each source
-ROWS_OF_GROUPS = 10_000  # at most, if fewer rows make no group
+MORE_ROWS = 10_000  # at most, if those make no example
 THREADS = 16  # sources that are read at the same time
 PATIENCE = 30.0  # seconds without an answer of any source, after which those that are left are given up
 SHOWN = 60  # characters of an example
@@ -32,7 +32,9 @@ def check(
     limit: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> bool:
-    """Prints a table with a row per task, and a line per task whose source gives no examples; whether there is none.
+    """Prints a table with a row per task, and lines about bad rows and about tasks that give no examples.
+
+    Returns whether all tasks give some.
 
     Lengths are in tokens of `tokenizer`, or in characters without one.
     """
@@ -44,15 +46,18 @@ def check(
     for column in ("task", "kind", "rows", "columns", "language", "license", length, "an example"):
         table.add_column(column, justify="right" if column in ("rows", length) else "left")
     results = _in_threads(lambda name: _row(bound.tasks[name], tokenizer), names)
+    notes: list[str] = []
     problems = [f"{name}: {result}" for name, result in zip(names, results) if isinstance(result, str)]
     for name, result in zip(names, results):
         if not isinstance(result, str):
-            table.add_row(name, *result)
+            table.add_row(name, *result[0])
+            if result[1]:
+                notes.append(f"{name}: {result[1]}")
     if table.row_count:
         print_table(table)
     console = make_console()
-    for problem in problems:
-        console.print(problem, markup=False, highlight=False)
+    for line in notes + problems:
+        console.print(line, markup=False, highlight=False)
     for name in bound.registered:
         console.print(f"{name}: a task of seqio, which is not read here", markup=False, highlight=False)
     console.print(f"{len(names) - len(problems)} of {len(names)} tasks can be read", highlight=False)
@@ -90,24 +95,24 @@ def _in_threads(function: Callable, names: Sequence[str]) -> list:
     return [results.get(name, f"no answer, as from any other source, for {PATIENCE:g} seconds") for name in names]
 
 
-def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
-    """The cells of a task's row, or what is wrong with its source."""
+def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[tuple[str, ...], str] | str:
+    """(the cells of a task's row, a remark about it or ""), or what is wrong with its source."""
     try:
         rows, about = task.source.sample(ROWS), task.source.describe()
         made, counts = _examples(task, rows)
-        if not made and task.groups:
-            made, counts = _examples(task, task.source.sample(ROWS_OF_GROUPS))
+        if not made and counts.rows[BAD] < counts.rows_read:  # those that make a group or pass the filters may follow
+            made, counts = _examples(task, task.source.sample(MORE_ROWS))
+        # Of tables that are joined, such as queries and a large corpus, the first rows may not belong together.
+        apart = isinstance(task.source, Joined) and not rows
+        if not apart:
+            counts.check_made()
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
-    # Of tables that are joined, such as queries and a large corpus, the first rows may not belong together.
-    apart = isinstance(task.source, Joined) and not rows
-    if not made and not apart:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in (counts.rows + counts.dropped).items() if count)
-        return f"the first {counts.rows_read} rows give no example ({reasons}) {'; '.join(counts.errors[:1])}".strip()
     texts = [text for example in made for text in all_texts(example)]
     lengths = [len(tokens) for tokens in tokenizer.encode(texts)] if tokenizer else list(map(len, texts))
     shown = " → ".join(" ".join(text.split())[:SHOWN] for text in texts[: 1 if task.kind == "text" else 2])
-    return (
+    bad = f"{counts.rows[BAD]:,} of {counts.rows_read:,} rows are bad: {counts.errors[0]}" if counts.rows[BAD] else ""
+    cells = (
         task.kind,
         "?" if about.get("rows") is None else f"{about['rows']:,}",
         _listed(about.get("columns") or ()),
@@ -116,6 +121,7 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[str, ...] | str:
         f"{sum(lengths) / len(made):,.0f}" if made else "?",
         "none in the first rows" if apart else shown,
     )
+    return cells, bad
 
 
 def _examples(task: Task, rows: Sequence[Row]) -> tuple[list[dict], Counts]:

@@ -21,7 +21,7 @@ from embed.preparation.tasks import Counts, Task, all_texts
 
 CONTAMINATED, OTHER_LANGUAGE = "with a text of an evaluation set", "identified as another language"
 LIBRARIES = {"near_duplicates": ("rensa",), "language": ("langcodes", "py3langid")}
-MAX_HITS = 20  # of a shard, whose locations the report may name
+MAX_LOCATED = 1000  # evaluation texts of a shard, of which the report may name a location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Findings:
     languages: Counter = dataclasses.field(default_factory=Counter)  # {code: examples}
     other: Counter = dataclasses.field(default_factory=Counter)  # of these, those dropped
     hits: Counter = dataclasses.field(default_factory=Counter)  # {number of an evaluation text: examples}
-    locations: list = dataclasses.field(default_factory=list)  # [number of an evaluation text, location], the first
+    locations: list = dataclasses.field(default_factory=list)  # [number of an evaluation text, its first location]
 
     def add(self, other: "Findings") -> None:
         for name in ("languages", "other", "hits"):
@@ -150,9 +150,9 @@ def screen(
         texts = [(text, i) for i, example in enumerate(examples) for text in all_texts(example)]
         found = index.find([text for text, _ in texts], np.array([i for _, i in texts]), hygiene.overlap)
         for i, owner in found:
-            findings.hits[owner] += 1
-            if len(findings.locations) < MAX_HITS:
+            if owner not in findings.hits and len(findings.locations) < MAX_LOCATED:
                 findings.locations.append([owner, examples[i]["location"]])
+            findings.hits[owner] += 1
         dropped = {i for i, _ in found}
         counts.dropped[CONTAMINATED] += len(dropped)
         examples = [example for i, example in enumerate(examples) if i not in dropped]

@@ -66,7 +66,8 @@ def _hits(work: Work, name: str, findings: Findings) -> dict:
     sets = {of: {"texts": Counter(), "found": Counter(), "examples of": []} for of, _, _ in texts}
     for of, part, _ in texts:
         sets[of]["texts"][part] += 1
-    for owner, examples in sorted(findings.hits.items()):
+    # Those with a location first.
+    for owner, examples in sorted(findings.hits.items(), key=lambda hit: (hit[0] not in located, hit[0])):
         of, part, text = texts[owner]
         sets[of]["found"][part] += 1
         if len(named := sets[of]["examples of"]) < MAX_TEXTS:
@@ -130,7 +131,10 @@ def _markdown(report: Mapping) -> Iterator[str]:
     for about in report["near duplicates"].values():
         tasks = ", ".join(about["tasks"])
         number = sum(report["tasks"][name]["examples"].get(stream.NEAR, 0) for name in about["tasks"])
-        yield from (f"{number:,} examples of {tasks} were dropped. Some groups; the first example of each stayed:", "")
+        yield from (
+            f"{number:,} examples of {tasks} were dropped. Some groups, first the one that the others repeat:",
+            "",
+        )
         for members in about["groups"]:
             yield "- " + "; ".join(f"{member['task']} {member['location']}" for member in members)
         yield ""

@@ -295,9 +295,12 @@ class _Preparation:
             task, shards = self.bound.tasks[name], work.shards[name]
             rng = random.Random(f"{self.arguments['seed']} vocabulary {name}")
             chosen = sorted(rng.sample(range(len(shards)), min(len(shards), 32)))
+            counts = Counts()
             for index in chosen:
                 share = about.characters // (len(names) * len(chosen))
-                yield from _windows(task, shards[index], share, self.arguments["limit"] or 0, rng)
+                yield from _windows(task, shards[index], counts, share, self.arguments["limit"] or 0, rng)
+            with named(name):
+                counts.check_made()
 
     def _evaluation_jobs(self, work: Work, identity: Mapping) -> list[Job]:
         jobs = []
@@ -420,9 +423,11 @@ def _bytes(identity: Mapping) -> int:
     return sum(size for _, size, *_ in identity.get("files", ())) + sum(map(_bytes, parts))
 
 
-def _windows(task: Task, shard: Shard, characters: int, limit: int, rng: random.Random) -> Iterator[str]:
-    """Windows of the texts of a shard, up to two of each, about `characters` in total."""
-    for example in task.examples(shard, Counts(), limit=limit):
+def _windows(
+    task: Task, shard: Shard, counts: Counts, characters: int, limit: int, rng: random.Random
+) -> Iterator[str]:
+    """Windows of the texts of a shard, up to two of each, about `characters` in total; `counts` is updated."""
+    for example in task.examples(shard, counts, limit=limit):
         for text in all_texts(example):
             starts = range(0, len(text), _WINDOW)
             for start in rng.sample(starts, min(2, len(starts))):

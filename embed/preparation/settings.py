@@ -72,10 +72,13 @@ class Settings(NamedTuple):
     registered: tuple[str, ...]  # names that must be seqio tasks
     hygiene: dict[str, Hygiene] = {}  # of the tasks in mixtures that drop or count something
 
+    def members(self, mixture: str) -> list[str]:
+        """The names of the tasks of a mixture and of those that it contains, sorted."""
+        return sorted(set(_members(self.mixtures.rates, mixture)))
+
     def trained(self) -> list[str]:
         """The names of the tasks in mixtures, sorted."""
-        rates = self.mixtures.rates
-        return sorted({name for members in rates.values() for name in members if name not in rates})
+        return sorted({name for mixture in self.mixtures.rates for name in self.members(mixture)})
 
 
 CONFIGURABLES = {
@@ -130,6 +133,7 @@ def bind(
         except (RuntimeError, TypeError, ValueError, ImportError) as error:
             raise ValueError(f"{gin_file}: {_first(error)}") from None
         _check_rates(mixtures, gin_file)
+        _check_sets(vocabulary, evaluation, gin_file)
         names = {name for members in mixtures.rates.values() for name in members} - set(mixtures.rates)
         names |= {*evaluation.sets.values(), *vocabulary.tasks}
         defined = {scope for scope, name, _ in bound if scope and name.partition(".")[0] == "task"}
@@ -141,6 +145,10 @@ def bind(
         for name in [name for name in scopes if name not in registered]:
             try:
                 _fill(values, scopes[name], data_root)
+                for field in ("kind", "source"):
+                    if not any(key == f"task.{field}" and _within(scopes[name], bound) for bound, key in values):
+                        others = {scope.replace("/", ".") for scope in defined}
+                        raise ValueError(f"bind {scopes[name]}/task.{field}{nearest(name, others)}")
                 with gin.config_scope(scopes[name]):
                     task = gin.get_configurable("task")()
                     cleaned = gin.get_configurable("hygiene")()
@@ -173,6 +181,12 @@ def bind(
         _check_kinds(mixtures, tasks, gin_file)
     finally:
         gin.clear_config()
+    for set_name, name in evaluation.sets.items():
+        if name in trained and not tasks[name].held_out:
+            raise ValueError(
+                f"{gin_file}: evaluation.sets: {set_name!r} would have the training examples of {name!r}, which holds "
+                "none out: bind its task.held_out, or name another task"
+            )
     for name, kind, field in (("vocabulary", vocabulary, "characters"), ("evaluation", evaluation, "max_queries")):
         if not isinstance(value := getattr(kind, field), int) or value < 1:
             raise ValueError(f"{gin_file}: {name}.{field} must be a whole number of at least 1, got {value!r}")
@@ -227,10 +241,25 @@ def _check_rates(mixtures: Mixtures, gin_file) -> None:
             raise ValueError(f"{gin_file}: mixtures.alpha of {mixture!r} must be between 0 and 1, got {alpha!r}")
     if mixtures.unit not in ("examples", "tokens"):
         raise ValueError(f"{gin_file}: mixtures.unit={mixtures.unit!r} must be examples or tokens")
-    if isinstance(mixtures.modules, str) or not all(isinstance(name, str) and name for name in mixtures.modules):
+    if not _are_names(mixtures.modules):
         raise ValueError(f"{gin_file}: mixtures.modules must be a list of names of modules, got {mixtures.modules!r}")
     for mixture in rates:
         _check_cycles(mixture, rates, (), gin_file)
+
+
+def _check_sets(vocabulary: Vocabulary, evaluation: Evaluation, gin_file) -> None:
+    if not _are_names(vocabulary.tasks):
+        raise ValueError(f"{gin_file}: vocabulary.tasks must be a list of names of tasks, got {vocabulary.tasks!r}")
+    sets = evaluation.sets
+    if not isinstance(sets, dict) or not _are_names([*sets, *sets.values()]):
+        raise ValueError(f'{gin_file}: evaluation.sets must be {{"SET/SPLIT": task}}, got {sets!r}')
+    for name in sets:
+        if not re.fullmatch(r"[^/\s]+/[^/\s]+", name) or ".." in name:
+            raise ValueError(f"{gin_file}: evaluation.sets: {name!r} must be SET/SPLIT, such as 'own/test'")
+
+
+def _are_names(values) -> bool:
+    return isinstance(values, (list, tuple)) and all(isinstance(value, str) and value for value in values)
 
 
 def _check_hygiene(hygiene: Mapping[str, Hygiene], tasks: Mapping[str, Task], gin_file) -> None:
@@ -263,16 +292,16 @@ def _check_cycles(mixture: str, rates: Mapping, above: tuple, gin_file) -> None:
 
 def _check_kinds(mixtures: Mixtures, tasks: Mapping[str, Task], gin_file) -> None:
     """ValueError if a mixture has tasks of several kinds, whose examples have other columns."""
-
-    def members(mixture: str) -> Iterator[str]:
-        for member in mixtures.rates[mixture]:
-            yield from members(member) if member in mixtures.rates else [member]
-
     for mixture in mixtures.rates:
-        kinds = {tasks[name].kind: name for name in members(mixture) if name in tasks}
+        kinds = {tasks[name].kind: name for name in _members(mixtures.rates, mixture) if name in tasks}
         if len(kinds) > 1:
             named = " and ".join(f"{name!r} ({kind})" for kind, name in sorted(kinds.items()))
             raise ValueError(f"{gin_file}: the mixture {mixture!r} has tasks of several kinds: {named}")
+
+
+def _members(rates: Mapping[str, Mapping], mixture: str) -> Iterator[str]:
+    for member in rates[mixture]:
+        yield from _members(rates, member) if member in rates else [member]
 
 
 def _bindings(text: str, source) -> Iterator[tuple[str, str, str]]:

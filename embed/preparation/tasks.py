@@ -200,7 +200,7 @@ class Task:
                 kept_out = bool(self.held_out) and self._is_held_out(rows[0])
                 reason, weight = self._reason(rows[0]), self._weight(rows[0])
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                counts.bad(location, f"{type(error).__name__}: {error.args[0] if error.args else error}", len(rows))
+                counts.bad(location, _reason_of(error), len(rows))
                 continue
             counts.rows["used" if made else UNUSED] += len(rows)
             counts.cut.update(cut)
@@ -241,7 +241,7 @@ class Task:
                     names = (self.group_by,) if isinstance(self.group_by, str) else self.group_by
                     key = str([pick(row.value, name) for name in names])
                 except (KeyError, TypeError, IndexError, ValueError) as error:
-                    counts.bad(row.location, f"{type(error).__name__}: {error.args[0] if error.args else error}")
+                    counts.bad(row.location, _reason_of(error))
                     continue
                 groups.setdefault(key, (row.location, []))[1].append(row.value)
         yield from groups.values()
@@ -413,6 +413,12 @@ class Counts:
                 + "; ".join(self.errors[:3])
             )
 
+    def check_made(self) -> None:
+        """ValueError if the rows gave no example, which says why."""
+        if not self.made - self.dropped.total():
+            reasons = ", ".join(f"{reason} {n:,}" for reason, n in (self.rows + self.dropped).items() if n)
+            raise ValueError("; ".join([f"{self.rows_read:,} rows give no example ({reasons})", *self.errors[:1]]))
+
     def add(self, other: "Counts") -> None:
         self.rows_read += other.rows_read
         self.made += other.made
@@ -427,6 +433,12 @@ class Counts:
     @classmethod
     def from_json(cls, value: Mapping) -> "Counts":
         return cls(**{**value, **{name: Counter(value[name]) for name in ("rows", "dropped", "cut")}})
+
+
+def _reason_of(error: Exception) -> str:
+    """What an error says, with its class where it says only a name, as those of a user's function may."""
+    message = str(error.args[0] if error.args else "")
+    return message if " " in message else f"{type(error).__name__}: {message}"
 
 
 def find_function(name: str) -> Callable:
@@ -455,6 +467,10 @@ def pick(row: Mapping, field: str):
             value = value.values() if isinstance(value, Mapping) else value
             return [pick({"": item}, f".{rest}" if rest else "") for item in value]
         if isinstance(value, (list, tuple)):
+            if not name.isdecimal():
+                raise TypeError(f"field {field!r}: {name!r} is looked up in a list; '*' means each of its items")
+            if int(name) >= len(value):
+                raise IndexError(f"field {field!r}: the list has {len(value)} items")
             value = value[int(name)]
         elif isinstance(value, Mapping):
             if name not in value:

@@ -107,6 +107,19 @@ def test_a_source_that_works_is_a_row_with_its_columns_and_an_example(folder, ca
     assert result and "1 of 1 tasks can be read" in printed
 
 
+def test_bad_rows_of_a_source_that_works_are_named(folder, capsys):
+    write(folder / "good.jsonl", ["nonsense\n", {"query": "query 0", "document": "document"}])
+    result, printed = run(folder, capsys, ["works"])
+    assert "works: 1 of 2 rows are bad: " in printed and "good.jsonl:1: not JSON" in printed
+    assert result and "│ works" in printed
+
+
+def test_rows_are_read_until_one_passes_the_filters(folder, capsys):
+    write(folder / "good.jsonl", [{"query": f"query {i}", "document": "in" if i > 50 else "out"} for i in range(60)])
+    printed = run(folder, capsys, ["works"], gin_bindings=("task.drop = 'out'",))[1]
+    assert "query 51 → in" in printed
+
+
 def test_every_source_that_gives_nothing_is_one_line_with_its_reason(folder, capsys, endpoint, closed_port):
     endpoint(f"http://127.0.0.1:{closed_port}")
     result, printed = run(folder, capsys, ["works", "column", "bad", "missing", "remote/text"])

@@ -576,6 +576,11 @@ def test_a_vocabulary_is_trained_on_the_texts_of_all_tasks(sources, tmp_path):
     assert tokenizer.vocab_size == 300 and len(tokenizer.encode(["parse"])[0]) < 5
 
 
+def test_texts_that_cannot_be_read_are_the_error_of_the_vocabulary_too(sources, tmp_path):
+    with pytest.raises(ValueError, match=r"task 'texts': .*rows give no example \(bad rows .*no field 'body'; there are"):
+        run(sources, tmp_path / "data", "texts/task.columns = {'text': 'body'}", tokenizer=None, vocab_size=300)
+
+
 def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
     folder = f"{bucket}/prepared/data"
     run(sources, folder)
@@ -641,6 +646,16 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("task.min_characters = 'x'", "task.min_characters='x' must be a whole number of at least 0"),
         ("hygiene.overlap = 'x'", "hygiene.overlap='x' must be between 0 and 1"),
         ("mixtures.unit = 'bytes'", "mixtures.unit='bytes' must be examples or tokens"),
+        ("vocabulary.tasks = ('texts')", "vocabulary.tasks must be a list of names of tasks, got 'texts'"),
+        ("evaluation.sets = {'more': 'more'}", "evaluation.sets: 'more' must be SET/SPLIT"),
+        ("evaluation.sets = {'../test': 'more'}", "evaluation.sets: '../test' must be SET/SPLIT"),
+        ("evaluation.sets = {'own/test': 'pairs'}", "'own/test' would have the training examples of 'pairs', which"),
+        ("more/deep/task.min_characters = 2\nmixtures.rates = {'both': {'more.dep': 1.0}}", "'more/deep/task.min_char"),
+        ("own/pairs/task.kind = 'pair'\nmixtures.rates = {'both': {'own.pairs': 1.0}}", "bind own/pairs/task.source"),
+        (
+            "own/task.source = @files()\nown/pairs/task.kind = 'pair'\nmixtures.rates = {'both': {'own.pair': 1.0}}",
+            "task 'own.pair': bind own/pair/task.kind; the nearest valid one is 'own.pairs'",
+        ),
         ("vocabulary.characters = 0", "vocabulary.characters must be a whole number of at least 1, got 0"),
     ],
 )
