@@ -192,8 +192,12 @@ class _Preparation:
             self._index_evaluation_sets(work)
         self._map(work, "read and tokenize", self._shard_jobs(work), meanwhile=_import_seqio)
         counts = {name: self._counts(work, name) for name in work.tasks}
+        for name in work.tasks:
+            stream.list_parts(work, "map_shard", name)
         if work.near_groups():
             self._map(work, "near duplicates", self._near_jobs(work))
+            for group in work.near_groups():
+                stream.list_parts(work, "map_near", group)
         self._map(work, "write stores", self._bucket_jobs(work))
         with self.clock.part("mixtures"):
             counts = {name: self._close(work, name, counts[name]) for name in work.tasks}
@@ -333,10 +337,9 @@ class _Preparation:
     def _near_jobs(self, work: Work) -> list[Job]:
         jobs = []
         for group, tasks in work.near_groups().items():
-            parts = {name: self._parts(work, name) for name in tasks}
             size = sum(shard.bytes for name in tasks for shard in work.shards[name]) // work.near_buckets(group)
             jobs += [
-                Job(stream.map_near, (group, bucket, parts), size, os.fspath(work.near_marker(group, bucket)))
+                Job(stream.map_near, (group, bucket), size, os.fspath(work.near_marker(group, bucket)))
                 for bucket in range(work.near_buckets(group))
             ]
         return jobs
@@ -344,17 +347,12 @@ class _Preparation:
     def _bucket_jobs(self, work: Work) -> list[Job]:
         jobs = []
         for name in work.tasks:
-            parts = self._parts(work, name)
             size = sum(shard.bytes for shard in work.shards[name]) // work.buckets[name]
             jobs += [
-                Job(stream.map_bucket, (name, bucket, parts), size, os.fspath(work.bucket_marker(name, bucket)))
+                Job(stream.map_bucket, (name, bucket), size, os.fspath(work.bucket_marker(name, bucket)))
                 for bucket in range(work.buckets[name])
             ]
         return jobs
-
-    def _parts(self, work: Work, name: str) -> list[int]:
-        """How many files each shard of a task has."""
-        return [marker["parts"] for marker in stream.markers(work, "map_shard", name)]
 
     def _map(self, work: Work, part: str, jobs: list[Job], meanwhile=lambda: None) -> None:
         with self.clock.part(part):

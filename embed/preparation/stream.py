@@ -11,11 +11,13 @@ Every unit of work writes a marker when it is done, so that a run that was inter
 neither on the order of the work nor on interruptions: the order of a bucket is that of the keyed hashes.
 
     SCRATCH/TASK/00012.000.tokens   examples of input shard 12, first part: one section per bucket
-    SCRATCH/TASK/00012.json         its counts, last: the marker
+    SCRATCH/TASK/00012.json         its counts and the sizes of its parts, last: the marker
+    SCRATCH/TASK/parts.json         the sizes of all parts, once the map is done
     SCRATCH/TASK/00012.000.bands    bands of its examples: one section per bucket of bands
     SCRATCH/TASK/00012.000.located  ids and locations of its examples, for the report
-    SCRATCH/near-duplicates/GROUP/00003.drop    ids to drop: one section per task of the group and bucket of its store
-    SCRATCH/near-duplicates/GROUP/00003.json    groups of near duplicates, for the report: the marker
+    SCRATCH/near-duplicates/GROUP/00003.000.drop    ids to drop: a section per task and bucket of its store
+    SCRATCH/near-duplicates/GROUP/00003.json        groups of near duplicates, for the report: the marker
+    SCRATCH/near-duplicates/GROUP/parts.json        the sizes of all lists, once the map is done
     SCRATCH/TASK/bucket-00007.json  of the part of the store: the summary of `store.write_bucket` and counts
 """
 
@@ -26,6 +28,8 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
@@ -37,13 +41,15 @@ from embed.data.curriculum import make_key, random_bits
 from embed.data.loader import COLUMNS
 from embed.preparation import contamination, examples, hygiene, near_duplicates
 from embed.preparation.hygiene import Findings, Hygiene
-from embed.preparation.sources import Shard
+from embed.preparation.sources import Shard, formats
 from embed.preparation.tasks import Counts, Task, all_texts, named
 
 BATCH_CHARACTERS = 1 << 20  # texts that are tokenized together
 PART_VALUES = 1 << 25  # int32 values of a shard that are held before a part is written
 EXAMPLE_VALUES = 150  # values that take the memory of the Python objects of an example, about
 BUCKET_BYTES = 1 << 28  # of source text, about, in a bucket
+EXPANSION = 4  # size of text over that of its compressed file, about
+THREADS = 32  # small files of a bucket that are read at the same time
 NEAR_BYTES = 1 << 27  # of source text, about, whose bands are compared together
 NEAR_GROUPS, NEAR_MEMBERS = 20, 5  # groups of near duplicates of a bucket that the report may name, and members
 NEAR_ROWS = 1000  # of a group, in which these members are looked for
@@ -93,12 +99,10 @@ class Work:
 
     def location(self, task: str, shard: int, number: int) -> str:
         """The location of the example with an id, in a task whose near duplicates are searched."""
-        part = 0
-        while (file := self.part(task, shard, part, "located")).exists():
-            table = read_section(file, 0, 1)
+        parts = [part for part in parts_of(self, "map_shard", task, "located") if part.unit == shard]
+        for _, table in read_sections(parts, 0, 1):
             if len(rows := np.flatnonzero(table[ID].to_numpy() == np.uint64(number))):
                 return table["location"][int(rows[0])].as_py()
-            part += 1
         raise KeyError(number)
 
     def columns(self, task: str) -> tuple[str, ...]:
@@ -114,13 +118,13 @@ class Work:
         return paths.path(self.scratch) / task / f"bucket-{bucket:05d}.json"
 
     def near_marker(self, group: str, bucket: int):
-        return self.near(group, bucket, "json")
+        return paths.path(self.scratch) / "near-duplicates" / group / f"{bucket:05d}.json"
 
     def part(self, task: str, shard: int, part: int, what: str = "tokens"):
         return paths.path(self.scratch) / task / f"{shard:05d}.{part:03d}.{what}"
 
-    def near(self, group: str, bucket: int, what: str):
-        return paths.path(self.scratch) / "near-duplicates" / group / f"{bucket:05d}.{what}"
+    def near(self, group: str, bucket: int, part: int, what: str):
+        return paths.path(self.scratch) / "near-duplicates" / group / f"{bucket:05d}.{part:03d}.{what}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -131,7 +135,8 @@ def load_tokenizer(folder: str) -> tokenizers.Tokenizer:
 
 def num_buckets(task: Task, shards: Sequence[Shard]) -> int:
     """The number of parts of a task's store: `task.buckets`, or one for each BUCKET_BYTES of its source."""
-    return task.buckets or max(1, -(-sum(shard.bytes for shard in shards) // BUCKET_BYTES))
+    size = sum(shard.bytes * (EXPANSION if formats.kind(shard.path).compression else 1) for shard in shards)
+    return task.buckets or max(1, -(-size // BUCKET_BYTES))
 
 
 # --- map 1 ------------------------------------------------------------------------------------------------------------
@@ -139,23 +144,23 @@ def num_buckets(task: Task, shards: Sequence[Shard]) -> int:
 
 def map_shard(work: Work, task: str, shard: int, progress: Progress = lambda tokens, size: None) -> None:
     """Tokenizes an input shard of a task and sorts its examples into buckets. BadRowsError if much of it is bad."""
-    counts, findings, part, total, seen = Counts(), Findings(), 0, 0, 0
+    counts, findings, parts, total, seen = Counts(), Findings(), [], 0, 0
     size = work.shards[task][shard].bytes
     pending = _Pending(work, task)
     with named(task):
         for batch in token_batches(work, task, shard, counts, findings):
-            for _, parts in itertools.groupby(batch, lambda made: id(made[0])):
-                pending.add(list(parts))
+            for _, divided in itertools.groupby(batch, lambda made: id(made[0])):
+                pending.add(list(divided))
             made = sum(len(array) for _, columns in batch for array in columns.values())
             total += made
             progress(made, min(4 * total, size) - seen)  # bytes of source: an estimate until the end
             seen = min(4 * total, size)
             if pending.values >= PART_VALUES:
-                pending.write(shard, part)
-                pending, part = _Pending(work, task), part + 1
-    pending.write(shard, part)
+                parts.append(pending.write(shard, len(parts)))
+                pending = _Pending(work, task)
+    parts.append(pending.write(shard, len(parts)))
     progress(0, size - seen)
-    marker = {"parts": part + 1, "counts": counts.to_json()}
+    marker = {"parts": parts, "counts": counts.to_json()}
     if task in work.hygiene:
         marker["hygiene"] = findings.to_json()
     paths.write_json(work.marker(task, shard), marker)
@@ -221,16 +226,19 @@ class _Pending:
                 self.near.append((example["bands"], number, bucket))
                 self.locations[number] = example["location"]
 
-    def write(self, shard: int, part: int) -> None:
-        tables = (self._table(bucket) if bucket else None for bucket in self.examples)
-        write_sections(self.work.part(self.task, shard, part), tables)
+    def write(self, shard: int, part: int) -> dict[str, int]:
+        """Writes the files of a part; returns {what: size in bytes}."""
+        tables = {"tokens": (self._table(bucket) if bucket else None for bucket in self.examples)}
         if self.group:
-            write_sections(self.work.part(self.task, shard, part, "bands"), self._bands())
             located = {
                 ID: pa.array(self.locations.keys(), pa.uint64()),
                 "location": pa.array(self.locations.values(), pa.string()),
             }
-            write_sections(self.work.part(self.task, shard, part, "located"), [pa.table(located)])
+            tables |= {"bands": self._bands(), "located": [pa.table(located)]}
+        return {
+            what: write_sections(self.work.part(self.task, shard, part, what), of_part)
+            for what, of_part in tables.items()
+        }
 
     def _table(self, bucket: list) -> pa.Table:
         arrays = {
@@ -264,8 +272,42 @@ class _Pending:
             yield pa.table(arrays) if len(rows) else None
 
 
-def write_sections(file, tables: Iterable[pa.Table | None]) -> None:
-    """Write a file of one Arrow stream per bucket, then uint64 offsets of all of them; it appears whole."""
+class Part(NamedTuple):
+    """A file of sections that a unit of work wrote."""
+
+    file: os.PathLike
+    size: int
+    unit: int
+
+
+def list_parts(work: Work, name: str, task: str) -> None:
+    """Writes the list of the files of a map that is done, so that those who read them need not open every marker."""
+    paths.write_json(_parts_file(work, name, task), [marker["parts"] for marker in markers(work, name, task)])
+
+
+def parts_of(work: Work, name: str, task: str, what: str) -> list[Part]:
+    """The files of a map of a task or of a group, by unit of work and part."""
+    file = _parts_file(work, name, task)
+    of_unit = work.part if name == "map_shard" else work.near
+    return [
+        Part(of_unit(task, unit, part, what), sizes[what], unit)
+        for unit, parts in enumerate(_read_parts(os.fspath(file), file.stat().mtime))
+        for part, sizes in enumerate(parts)
+    ]
+
+
+def _parts_file(work: Work, name: str, task: str):
+    return MAPS[name][1](work, task, 0).parent / "parts.json"
+
+
+@functools.lru_cache(maxsize=4)
+def _read_parts(file: str, time: float) -> list[list[dict[str, int]]]:
+    """[[{what: size} of each part] of each unit of work], read once per process."""
+    return paths.read_json(file)
+
+
+def write_sections(file, tables: Iterable[pa.Table | None]) -> int:
+    """Write a file of one Arrow stream per bucket, then uint64 offsets of all of them; it appears whole. Its size."""
     sink, offsets = pa.BufferOutputStream(), [0]
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     for table in tables:
@@ -274,39 +316,40 @@ def write_sections(file, tables: Iterable[pa.Table | None]) -> None:
                 writer.write_table(table)
         offsets.append(sink.tell())
     sink.write(np.array(offsets, "<u8").tobytes())
-    paths.write(file, sink.getvalue().to_pybytes())
+    content = sink.getvalue().to_pybytes()
+    paths.write(file, content)
+    return len(content)
 
 
-def read_section(file, bucket: int, buckets: int) -> pa.Table | None:
-    """The section of a bucket, by two small reads; None if it is empty."""
-    system, name = fsspec.core.url_to_fs(os.fspath(file))
-    end = system.size(name)
-    at = end - 8 * (buckets + 1 - bucket)
-    start, stop = np.frombuffer(system.cat_file(name, at, at + 16), "<u8").tolist()
-    if start == stop:
-        return None
-    with pa.ipc.open_stream(system.cat_file(name, start, stop)) as reader:
-        return reader.read_all()
+def read_sections(parts: Sequence[Part], section: int, sections: int) -> list[tuple[int, pa.Table]]:
+    """(unit of work, table) of a section of each file that has it, by two small reads each."""
+
+    def read(part: Part) -> pa.Table | None:
+        system, name = fsspec.core.url_to_fs(os.fspath(part.file))
+        at = part.size - 8 * (sections + 1 - section)
+        start, stop = np.frombuffer(system.cat_file(name, at, at + 16), "<u8").tolist()
+        if start == stop:
+            return None
+        with pa.ipc.open_stream(system.cat_file(name, start, stop)) as reader:
+            return reader.read_all()
+
+    tables = _several(read, parts, parts[0].file) if parts else []
+    return [(part.unit, table) for part, table in zip(parts, tables) if table is not None]
 
 
 # --- between the maps -------------------------------------------------------------------------------------------------
 
 
-def map_near(
-    work: Work, group: str, bucket: int, parts: Mapping[str, Sequence[int]], progress: Progress = lambda *_: None
-) -> None:
-    """Lists the near duplicates that share a band of this bucket; `parts`: how many files each shard of a task has."""
+def map_near(work: Work, group: str, bucket: int, progress: Progress = lambda *_: None) -> None:
+    """Lists the near duplicates that share a band of this bucket."""
     tasks, buckets = work.near_groups()[group], work.near_buckets(group)
     rows = {name: [] for name in ("band", ID, "bucket", "task", "shard")}
     for number, task in enumerate(tasks):
-        for shard, count in enumerate(parts[task]):
-            for part in range(count):
-                table = read_section(work.part(task, shard, part, "bands"), bucket, buckets)
-                if table is not None:
-                    for name in table.column_names:
-                        rows[name].append(table[name].to_numpy())
-                    rows["task"].append(np.full(len(table), number, np.uint32))
-                    rows["shard"].append(np.full(len(table), shard, np.uint32))
+        for shard, table in read_sections(parts_of(work, "map_shard", task, "bands"), bucket, buckets):
+            for name in table.column_names:
+                rows[name].append(table[name].to_numpy())
+            rows["task"].append(np.full(len(table), number, np.uint32))
+            rows["shard"].append(np.full(len(table), shard, np.uint32))
     empty = {"band": np.uint64, ID: np.uint64}
     rows = {k: np.concatenate([np.zeros(0, empty.get(k, np.uint32)), *arrays]) for k, arrays in rows.items()}
     drop, groups = near_duplicates.find(rows["band"], rows[ID], rows["task"])
@@ -316,7 +359,7 @@ def map_near(
     dropped = np.unique(np.stack([section.astype(np.uint64), rows[ID][drop]], 1), axis=0)
     limits = np.searchsorted(dropped[:, 0], np.arange(starts[-1] + 1))
     tables = (pa.table({ID: dropped[a:b, 1]}) if b > a else None for a, b in itertools.pairwise(limits))
-    write_sections(work.near(group, bucket, "drop"), tables)
+    size = write_sections(work.near(group, bucket, 0, "drop"), tables)
     named: dict[tuple, list] = {}  # by the first: two examples have many bands in common
     for members in groups:
         unique: dict[tuple, list] = {}
@@ -326,7 +369,7 @@ def map_near(
         named.setdefault(next(iter(unique)), list(unique.values())[:NEAR_MEMBERS])
         if len(named) == NEAR_GROUPS:
             break
-    paths.write_json(work.near_marker(group, bucket), {"groups": list(named.values())})
+    paths.write_json(work.near_marker(group, bucket), {"parts": [{"drop": size}], "groups": list(named.values())})
     progress(0, sum(shard.bytes for task in tasks for shard in work.shards[task]) // buckets)
 
 
@@ -338,18 +381,17 @@ def _near_ids(work: Work, task: str, bucket: int) -> np.ndarray:
     tasks = work.near_groups()[group]
     before = sum(work.buckets[other] for other in tasks[: tasks.index(task)])
     total = sum(work.buckets[other] for other in tasks)
-    files = [work.near(group, near, "drop") for near in range(work.near_buckets(group))]
-    tables = [t for file in files if (t := read_section(file, before + bucket, total)) is not None]
-    return np.concatenate([np.zeros(0, np.uint64), *(table[ID].to_numpy() for table in tables)])
+    sections = read_sections(parts_of(work, "map_near", group, "drop"), before + bucket, total)
+    return np.concatenate([np.zeros(0, np.uint64), *(table[ID].to_numpy() for _, table in sections)])
 
 
 # --- map 2 ------------------------------------------------------------------------------------------------------------
 
 
-def map_bucket(work: Work, task: str, bucket: int, parts: Sequence[int], progress: Progress = lambda *_: None) -> None:
-    """Writes a part of a task's store from the sections of all input shards; `parts`: how many files each has."""
-    files = [work.part(task, shard, part) for shard, count in enumerate(parts) for part in range(count)]
-    tables = [t for file in files if (t := read_section(file, bucket, work.buckets[task])) is not None]
+def map_bucket(work: Work, task: str, bucket: int, progress: Progress = lambda *_: None) -> None:
+    """Writes a part of a task's store from the sections of all input shards."""
+    sections = read_sections(parts_of(work, "map_shard", task, "tokens"), bucket, work.buckets[task])
+    tables = [table for _, table in sections]
     columns, counts = work.columns(task), Counter()
     if tables:
         table = pa.concat_tables(tables).combine_chunks()
@@ -430,7 +472,15 @@ MAPS = {
 def markers(work: Work, name: str, task: str) -> list[dict]:
     """The markers of all units of a map, which is done."""
     count, marker = MAPS[name]
-    return [paths.read_json(marker(work, task, unit)) for unit in range(count(work, task))]
+    return _several(paths.read_json, [marker(work, task, unit) for unit in range(count(work, task))], work.scratch)
+
+
+def _several(function: Callable, items: Sequence, folder) -> list:
+    """`function` of each item, several at once if the files that it reads are in a bucket."""
+    if not paths.is_bucket(folder):
+        return list(map(function, items))
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(function, items))
 
 
 def close(work: Work, task: str, info: Mapping) -> None:

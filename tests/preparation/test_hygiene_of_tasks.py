@@ -296,16 +296,13 @@ def run(folder, tokenizer, tasks, about, *, shards=1, seed=0, buckets=2, sets=No
             job.run(work)
 
     do([Job(stream.map_shard, (name, i), 0, "") for name in made for i in range(len(work.shards[name]))])
-    parts = {name: [marker["parts"] for marker in stream.markers(work, "map_shard", name)] for name in made}
+    for name in made:
+        stream.list_parts(work, "map_shard", name)
     groups = work.near_groups()
-    do(
-        [
-            Job(stream.map_near, (group, i, {n: parts[n] for n in names}), 0, "")
-            for group, names in groups.items()
-            for i in range(work.near_buckets(group))
-        ]
-    )
-    do([Job(stream.map_bucket, (name, i, parts[name]), 0, "") for name in made for i in range(buckets)])
+    do([Job(stream.map_near, (group, i), 0, "") for group in groups for i in range(work.near_buckets(group))])
+    for group in groups:
+        stream.list_parts(work, "map_near", group)
+    do([Job(stream.map_bucket, (name, i), 0, "") for name in made for i in range(buckets)])
     for name in made:
         stream.close(work, name, {})
     return work
