@@ -90,6 +90,8 @@ def _described_data(run: Run, needs_libraries: bool = True) -> dict:
     data = run.config.data
     if not data.gin_file:
         raise ValueError("config.data.gin_file is empty: name the file that binds the mixtures of this config")
+    if needs_libraries and data.root and not paths.is_bucket(data.root) and not paths.path(data.root).is_dir():
+        raise ValueError(f"--data_root={data.root} is not a folder")
     missing = [name for name in ("tensorflow", "tensorflow_datasets", "seqio", "pyarrow") if not find_spec(name)]
     if missing and needs_libraries:
         raise ValueError(f"preparing data needs {', '.join(missing)}: pip install -e '.[data]'")

@@ -294,6 +294,11 @@ class Store:
     def __len__(self) -> int:
         return int(self._examples[-1])
 
+    @property
+    def bounds(self) -> np.ndarray:
+        """The first example of each bucket, then the number of all: int64[buckets + 1]."""
+        return self._examples
+
     def lengths(self, column: str) -> Lengths:
         """The lengths of a column's examples, from the header."""
         return self._lengths[column]

@@ -41,7 +41,7 @@ def check(
     bound = settings.bind(gin_file, gin_bindings, data_root=data_root, limit=limit)
     names = sorted({*bound.trained(), *bound.evaluation.sets.values()})
     names = [name for name in names if name in bound.tasks]
-    table = rich.table.Table(title=f"{len(names)} tasks of {gin_file}", title_justify="left")
+    table = rich.table.Table(title=f"Tasks of {gin_file}", title_justify="left")
     length = "tokens" if tokenizer else "characters"
     for column in ("task", "kind", "rows", "columns", "language", "license", length, "an example"):
         table.add_column(column, justify="right" if column in ("rows", length) else "left")

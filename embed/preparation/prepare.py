@@ -201,7 +201,8 @@ class _Preparation:
         self._map(work, "write stores", self._bucket_jobs(work))
         with self.clock.part("mixtures"):
             counts = {name: self._close(work, name, counts[name]) for name in work.tasks}
-            _import_seqio().register(work, self.tokenizer)
+            ours = [name for name, task in work.tasks.items() if isinstance(task, Task)]
+            _import_seqio().register_tasks(self.directory, ours)
             mixtures = _import_seqio().register_mixtures(rates.of_mixtures(self.bound.mixtures, work, counts))
         paths.write_json(self.directory / "mixtures.json", mixtures)
         hygiene_report.write(self.directory, work, counts)

@@ -1,4 +1,6 @@
-"""Tasks and mixtures of a gin file as those of seqio, and a user's own seqio tasks in a gin file.
+"""Prepared tasks and mixtures as those of seqio, and a user's own seqio tasks in a gin file.
+
+`prepare` registers what it has prepared; in another program, `register("runs/x/data")` does.
 
 A task that only seqio knows is registered by a module of mixtures.modules. Its output features are either texts
 (dtype tf.string), named as the columns of a kind (`embed.preparation.tasks.COLUMNS`) and tokenized as any other, or
@@ -14,15 +16,17 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from embed import paths, tokenizers
 from embed.data.loader import COLUMNS
+from embed.data.store import Store
 from embed.preparation import examples, tasks
 from embed.preparation.sources import Shard, Source
 from embed.preparation.sources.files import Input, find_files
-from embed.preparation.stream import BUCKET_BYTES, Work, token_batches
+from embed.preparation.stream import BUCKET_BYTES
 from embed.preparation.tasks import Counts
 from embed.tokenizers import Tokenizer
 
-BATCH = 256  # examples that are tokenized together
+BATCH = 256  # examples that are read or tokenized together
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -63,16 +67,16 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 
 class _Source(seqio.DataSource):
-    """The tokens of a task's examples, shard by shard, before duplicates are dropped."""
+    """The examples of a store; its buckets are the shards."""
 
-    def __init__(self, work: Work, task: str):
-        super().__init__(splits=("train",))
-        self._work, self._task = work, task
+    def __init__(self, store: Store):
+        super().__init__(splits=("train",), num_input_examples={"train": len(store)})
+        self._store = store
 
     supports_arbitrary_sharding = False
 
     def list_shards(self, split: str) -> Sequence[str]:
-        return [f"{i}" for i in range(len(self._work.shards[self._task]))]
+        return [f"{i}" for i in range(len(self._store.bounds) - 1)]
 
     def get_dataset(self, split="train", shuffle=True, seed=None, shard_info=None, **_) -> tf.data.Dataset:
         shards = np.arange(len(self.list_shards(split)))
@@ -83,23 +87,31 @@ class _Source(seqio.DataSource):
 
         def generate():
             for shard in shards:
-                for batch in token_batches(self._work, self._task, int(shard), Counts()):
-                    yield from (columns for _, columns in batch)
+                first, last = self._store.bounds[shard : shard + 2]
+                for start in range(first, last, BATCH):
+                    yield from self._store.read(np.arange(start, min(start + BATCH, last)))
 
-        signature = {name: tf.TensorSpec([None], tf.int32) for name in self._work.columns(self._task)}
+        signature = {name: tf.TensorSpec([None], tf.int32) for name in self._store.columns}
         return tf.data.Dataset.from_generator(generate, output_signature=signature)
 
 
-def register(work: Work, tokenizer: Tokenizer) -> None:
-    """Registers (anew) every task that is ours with seqio."""
-    vocabulary = TokenizerVocabulary(tokenizer)
-    for name, task in work.tasks.items():
-        if isinstance(task, tasks.Task):
-            features = {
-                column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in work.columns(name)
-            }
-            seqio.TaskRegistry.remove(name)
-            seqio.TaskRegistry.add(name, source=_Source(work, name), preprocessors=[], output_features=features)
+def register(directory) -> None:
+    """Registers (anew) the tasks and mixtures of prepared data with seqio, under their names."""
+    directory = paths.path(directory)
+    mixtures = paths.read_json(directory / "mixtures.json")
+    register_tasks(directory, {name for rates in mixtures.values() for name in rates})
+    register_mixtures(mixtures)
+
+
+def register_tasks(directory, names: Iterable[str]) -> None:
+    """Registers (anew) these tasks of prepared data."""
+    vocabulary = TokenizerVocabulary(tokenizers.load(directory / "tokenizer"))
+    for name in sorted(names):
+        source = _Source(Store(directory / "tasks" / name))
+        columns = source._store.columns
+        features = {column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in columns}
+        seqio.TaskRegistry.remove(name)
+        seqio.TaskRegistry.add(name, source=source, preprocessors=[], output_features=features)
 
 
 def register_mixtures(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

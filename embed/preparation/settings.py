@@ -351,6 +351,9 @@ def nearest(name: str, valid) -> str:
 
 def _first(error: Exception) -> str:
     """An error of gin in one line."""
+    if unknown := re.match(r"No configurable matching reference '@(?:[\w/.]*/)?(\w+)", str(error)):
+        known = [name for name, kind in CONFIGURABLES.items() if issubclass(kind, sources.Source)]
+        return f"no source @{unknown[1]}(): one of {', '.join(f'@{name}()' for name in known)}"
     if undefined := re.search(r"macro\(\) missing .* in scope '([\w/]+)'", str(error), re.S):
         return f"the macro %{undefined[1].rpartition('/')[2]} is not defined"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

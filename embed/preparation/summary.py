@@ -78,7 +78,7 @@ def show(console, info: Mapping) -> None:
                 table.add_row("", "", f"{sign}{number:,}", "", reason)
         for column, number in read.cut.items():
             if number:
-                table.add_row("", "", f"{number:,}", "", column if " " in column else f"with a cut {column}")
+                table.add_row("", "", f"{number:,}", "", column if " " in column else f"texts cut in {column}")
     table.add_section()
     for name, seconds in info["seconds"].items():
         table.add_row(name, "", "", f"{seconds:.1f} s", "")

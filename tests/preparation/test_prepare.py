@@ -481,13 +481,25 @@ def test_rates_of_texts_are_shares_of_tokens_with_either_unit_and_only_sizes_fol
     assert mixtures["outer"] == pytest.approx({"texts": 2 - share, "long": share}, rel=1e-12)
 
 
-def test_registered_seqio_tasks_give_the_examples_of_the_store(sources, data, tmp_path):
+def test_registered_seqio_tasks_give_the_examples_of_the_store(data):
     import seqio
 
-    run(sources, tmp_path / "data", "texts/task.buckets = 1")
-    task, tokenizer = seqio.TaskRegistry.get("pairs"), small.tokenizer()
+    from embed.preparation import seqio_tasks
+
+    seqio_tasks.register(data)
+    task, tokenizer = seqio.TaskRegistry.get("texts"), small.tokenizer()
     rows = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
-    assert sorted(tokenizer.decode(r["query"]) for r in rows) == decoded(Store(data / "tasks" / "pairs"), "query")
+    store = Store(data / "tasks" / "texts")
+    expected = store.read(np.arange(len(store)))
+    assert [row["tokens"].tolist() for row in rows] == [example["tokens"].tolist() for example in expected]
+    parts = [
+        list(task.get_dataset(None, "train", shuffle=False, shard_info=seqio.ShardInfo(i, 2)).as_numpy_iterator())
+        for i in range(2)
+    ]
+    assert all(parts) and sorted(row["tokens"].tolist() for part in parts for row in part) == sorted(
+        row["tokens"].tolist() for row in rows
+    )
+    task = seqio.TaskRegistry.get("pairs")
     assert task.output_features["query"].vocabulary.encode("parse file") == tokenizer.encode(["parse file"])[0].tolist()
     assert seqio.MixtureRegistry.get("both").get_rate(task) == 3.0
 
@@ -634,6 +646,10 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("pairs/deeper/task.query_length = 8", "unused gin binding 'pairs/deeper/task.query_length'"),
         ("A_MACRO = 8", "unused gin binding 'A_MACRO'"),
         ("pairs/task.query_length = %A_MACRO", "task 'pairs': the macro %A_MACRO is not defined"),
+        (
+            "pairs/task.source = @fils()",
+            "no source @fils(): one of @files(), @hub(), @tfds(), @retrieval(), @conteb(), ",
+        ),
         ("pairs/task.kind = 'pear'", "task 'pairs': task.kind='pear' must be one of text, pair"),
         ("mixtures.rates = {'both': {'pairs': -1.0}}", "must be positive, got -1.0"),
         ("mixtures.rates = {'both': {'pears': 1.0}}", "no task 'pears': bind pears/task.source"),
