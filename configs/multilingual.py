@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     optimizer = dict(warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=dict(checkpoint_every=100))
     # The number of rows is chosen from the lengths of the data: 96% of their tokens are text.
-    rows = dict(length=512, spans=64, segments=64, groups=2, rows_per_group=0)
+    rows = dict(length=256, spans=32, segments=32, groups=2, rows_per_group=0)
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((100, "diffusion"),),
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.pair = base.stage(
         "pair",
         init="diffusion",
-        curriculum=((1200, "pairs"),),
+        curriculum=((400, "pairs"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         batch=rows | dict(group_size=128),
         **common,
@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((500, "contextual"),),
+        curriculum=((250, "contextual"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         alpha=0.4,
         beta=(0.1, 0.1),
@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.triplet = base.stage(
         "triplet",
         init="pair",
-        curriculum=((100, parts),),
+        curriculum=((60, parts),),
         optimizer=optimizer | dict(learning_rate=1e-3),
         batch=rows | dict(group_size=32, num_negatives=2),
         **common,
@@ -88,13 +88,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.merges.merged = base.merge(of=("contextual", "triplet"), ratio=0.5)
     config.exports["embed"] = base.export(checkpoint="merged", max_length=0)
     config.exports["embed-context"] = base.export(checkpoint="contextual", contextual=True, max_length=0)
-    models = ("pair", "contextual", "triplet", "merged")
+    models = ("pair", "merged")
     for name in DENSE:
         config.evaluations[name] = base.evaluation(data=f"{name}/test", alone=True, checkpoints=models)
     for name in ("articles", "chunks_2", "chunks_4", "chunks_8"):
         config.evaluations[f"squad_{name}"] = base.evaluation(
             data=f"squad/{name}", checkpoints=("contextual", "merged")
         )
+    models = ("pair", "contextual", "merged")
     config.evaluations.squad_alone = base.evaluation(data="squad/chunks_1", alone=True, checkpoints=models)
     for name in ("medquad", "jsquad"):
         config.evaluations[name] = base.evaluation(data=f"{name}/test", checkpoints=("contextual", "merged"))

@@ -53,7 +53,7 @@ def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_
     described = _described_data(run, needs_libraries=not done)
     run.check_sources()
     if not done:
-        _check_described(run, described)
+        check_described(run, described)
     from embed.preparation.prepare import prepare as prepare_data
 
     with contextlib.nullcontext() if done else distributed.hold(run.data):
@@ -74,7 +74,7 @@ def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_
 def check_preparation(run: Run) -> bool:
     """Read a few rows of every source and print what `prepare` would make of them; whether all could be read."""
     described = _described_data(run)
-    _check_described(run, described)
+    check_described(run, described)
     from embed.preparation.check import check
 
     try:
@@ -103,12 +103,13 @@ def _described_data(run: Run, needs_libraries: bool = True) -> dict:
     }
 
 
-def _check_described(run: Run, described: Mapping) -> None:
+def check_described(run: Run, described: Mapping) -> None:
     """ValueError if the config names mixtures, tasks or sets that its gin file does not describe."""
     from embed.preparation import settings
+    from embed.preparation.examples import STAGES
 
     bound = settings.bind(**described)
-    columns = {name: COLUMNS["diffusion" if task.kind == "text" else task.kind] for name, task in bound.tasks.items()}
+    columns = {name: COLUMNS[STAGES[task.kind]] for name, task in bound.tasks.items() if task.kind in STAGES}
     data = _Data(
         mixtures={name: dict.fromkeys(bound.members(name), 1.0) for name in bound.mixtures.rates},
         # Those of a task that only seqio knows are read when it is prepared.
@@ -601,7 +602,7 @@ def check_sets(run: Run, data: _Data | None = None) -> None:
     for name, entry in run.config.evaluations.items():
         _check_set(data, f"evaluations.{name}.data", entry.data)
     for name, entry in run.config.merges.items():
-        for data in entry.sweep_on if entry.sweep else ():
-            _check_set(data, f"merges.{name}.sweep_on", data)
+        for tried in entry.sweep_on if entry.sweep else ():
+            _check_set(data, f"merges.{name}.sweep_on", tried)
     if run.config.report.denoise or run.config.report.search:
         _check_set(data, "report.texts", run.config.report.texts)

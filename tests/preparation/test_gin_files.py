@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from embed import nodes
 from embed.preparation import settings
+from embed.runs import Run
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.name for path in ROOT.glob("configs/data/*.gin"))
@@ -45,24 +47,13 @@ def test_tasks_say_their_language(name):
     assert set(untold) <= {"java_cs.pairs"}  # code in two languages
 
 
+@pytest.mark.parametrize("argument", ["", "runlocal"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_everything_that_a_config_names_is_in_its_gin_file(name):
-    config = importlib.import_module(f"configs.{name}").get_config("")
-    made = bound(Path(config.data.gin_file).name)
-    trained = set(made.trained())
-    for entry in config.mining.values():
-        assert set(entry.tasks) <= trained
-        assert {made.tasks[task].kind for task in entry.tasks} == {"pair"}
-    kinds = {"diffusion": "text"}
-    for stage in config.stages.values():
-        for _, mixture in stage.curriculum:
-            members = [mixture] if isinstance(mixture, str) else list(mixture)
-            for member in [member for member in members if member not in config.mining]:
-                tasks = flat(made.mixtures.rates, member) if member in made.mixtures.rates else {member: 1.0}
-                assert set(tasks) <= trained
-                assert {made.tasks[task].kind for task in tasks} == {kinds.get(stage.kind, stage.kind)}
-    for evaluation in config.evaluations.values():
-        assert evaluation.data in made.evaluation.sets
+def test_everything_that_a_config_names_is_in_its_gin_file(name, argument, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config(argument)
+    config.data.root = str(tmp_path)
+    described = {"gin_file": ROOT / config.data.gin_file, "data_root": str(tmp_path)}
+    nodes.check_described(Run(config, tmp_path / "run"), described)
 
 
 def test_multilingual_has_the_languages_and_holds_out_by_what_rows_share():
