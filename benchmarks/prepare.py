@@ -212,8 +212,13 @@ def speed(arguments, scratch: Path) -> None:
         ]
         command += [f"--output_cache_dir={scratch}/seqio", f"--pipeline_options={options}"]
         rows.append(("seqio cache_tasks", int(tokens), *measured(command, PYTHONPATH=str(scratch))))
-        (scratch / "datatrove.py").write_text(DATATROVE, encoding="utf-8")
-        command = [sys.executable, str(scratch / "datatrove.py"), str(text), f"{arguments.tokenizer}/tokenizer.json"]
+        (scratch / "run_datatrove.py").write_text(DATATROVE, encoding="utf-8")
+        command = [
+            sys.executable,
+            str(scratch / "run_datatrove.py"),
+            str(text),
+            f"{arguments.tokenizer}/tokenizer.json",
+        ]
         rows.append(("datatrove", int(tokens), *measured([*command, f"{scratch}/trove", cores])))
     print(header("tokenizers") + "\n")
     print(f"{arguments.megabytes[0]:g} MB of text, {count:,} documents, {int(tokens):,} tokens, {cores} cores\n")

@@ -11,6 +11,7 @@ import rich.table
 
 from embed.console import make_console, print_table
 from embed.preparation import settings
+from embed.preparation.hygiene import evaluation_sources
 from embed.preparation.sources import Row, Shard, Source
 from embed.preparation.sources.joined import Joined
 from embed.preparation.tasks import BAD, Counts, Task, all_texts
@@ -39,13 +40,18 @@ def check(
     Lengths are in tokens of `tokenizer`, or in characters without one.
     """
     bound = settings.bind(gin_file, gin_bindings, data_root=data_root, limit=limit)
-    names = sorted({*bound.trained(), *bound.evaluation.sets.values()})
-    names = [name for name in names if name in bound.tasks]
+    tasks = dict(bound.tasks)
+    for about in bound.hygiene.values():
+        others = evaluation_sources(about, {name: name for name in bound.evaluation.sets}, missing_ok=True)
+        for name, source in others.items():
+            if name not in bound.evaluation.sets:
+                tasks[f"hygiene.evaluation_sets {name}"] = Task(source, "retrieval")
+    names = sorted(tasks)
     table = rich.table.Table(title=f"Tasks of {gin_file}", title_justify="left")
     length = "tokens" if tokenizer else "characters"
     for column in ("task", "kind", "rows", "columns", "language", "license", length, "an example"):
         table.add_column(column, justify="right" if column in ("rows", length) else "left")
-    results = _in_threads(lambda name: _row(bound.tasks[name], tokenizer), names)
+    results = _in_threads(lambda name: _row(tasks[name], tokenizer), names)
     notes: list[str] = []
     problems = [f"{name}: {result}" for name, result in zip(names, results) if isinstance(result, str)]
     for name, result in zip(names, results):

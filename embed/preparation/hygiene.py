@@ -21,7 +21,7 @@ from embed.preparation.tasks import Counts, Task, all_texts
 
 CONTAMINATED, OTHER_LANGUAGE = "with a text of an evaluation set", "identified as another language"
 LIBRARIES = {"near_duplicates": ("rensa",), "language": ("langcodes", "py3langid")}
-MAX_LOCATED = 1000  # evaluation texts of a shard, of which the report may name a location
+MAX_LOCATED, MAX_LOCATIONS = 200, 3  # evaluation texts of a shard that are located, and locations of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +74,13 @@ class Findings:
     languages: Counter = dataclasses.field(default_factory=Counter)  # {code: examples}
     other: Counter = dataclasses.field(default_factory=Counter)  # of these, those dropped
     hits: Counter = dataclasses.field(default_factory=Counter)  # {number of an evaluation text: examples}
-    locations: list = dataclasses.field(default_factory=list)  # [number of an evaluation text, its first location]
+    locations: dict = dataclasses.field(default_factory=dict)  # {number of an evaluation text: [its first locations]}
 
     def add(self, other: "Findings") -> None:
         for name in ("languages", "other", "hits"):
             getattr(self, name).update(getattr(other, name))
-        self.locations += other.locations
+        for owner, located in other.locations.items():
+            self.locations[owner] = (self.locations.get(owner, []) + located)[:MAX_LOCATIONS]
 
     def to_json(self) -> dict:
         counters = {name: dict(getattr(self, name)) for name in ("languages", "other", "hits")}
@@ -91,7 +92,7 @@ class Findings:
             Counter(value["languages"]),
             Counter(value["other"]),
             Counter({int(number): count for number, count in value["hits"].items()}),
-            value["locations"],
+            {int(number): located for number, located in value["locations"].items()},
         )
 
 
@@ -150,9 +151,10 @@ def screen(
         texts = [(text, i) for i, example in enumerate(examples) for text in all_texts(example)]
         found = index.find([text for text, _ in texts], np.array([i for _, i in texts]), hygiene.overlap)
         for i, owner in found:
-            if owner not in findings.hits and len(findings.locations) < MAX_LOCATED:
-                findings.locations.append([owner, examples[i]["location"]])
             findings.hits[owner] += 1
+            if owner in findings.locations or len(findings.locations) < MAX_LOCATED:
+                located = findings.locations.setdefault(owner, [])
+                located.extend([examples[i]["location"]] if len(located) < MAX_LOCATIONS else ())
         dropped = {i for i, _ in found}
         counts.dropped[CONTAMINATED] += len(dropped)
         examples = [example for i, example in enumerate(examples) if i not in dropped]

@@ -15,7 +15,6 @@ from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts
 
 MAX_TEXTS = 50  # evaluation texts of a set and a task that are named
-MAX_LOCATIONS = 3  # of each
 MAX_GROUPS = 20  # of near duplicates
 MAX_LANGUAGES = 12  # of a task, in the tables
 
@@ -60,9 +59,7 @@ def _task(work: Work, name: str, count: Mapping) -> dict:
 def _hits(work: Work, name: str, findings: Findings) -> dict:
     """{set: what was found of it} of a task."""
     texts = paths.read_json(paths.path(work.index(name)) / "texts.json")
-    located: dict[int, list[str]] = {}
-    for owner, location in findings.locations:
-        located.setdefault(owner, []).append(location)
+    located = findings.locations
     sets = {of: {"texts": Counter(), "found": Counter(), "examples of": []} for of, _, _ in texts}
     for of, part, _ in texts:
         sets[of]["texts"][part] += 1
@@ -71,8 +68,7 @@ def _hits(work: Work, name: str, findings: Findings) -> dict:
         of, part, text = texts[owner]
         sets[of]["found"][part] += 1
         if len(named := sets[of]["examples of"]) < MAX_TEXTS:
-            locations = located.get(owner, [])[:MAX_LOCATIONS]
-            named.append({"part": part, "id": text, "examples": examples, "locations": locations})
+            named.append({"part": part, "id": text, "examples": examples, "locations": located.get(owner, [])})
     return {of: {**about, "texts": dict(about["texts"]), "found": dict(about["found"])} for of, about in sets.items()}
 
 

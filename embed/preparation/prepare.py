@@ -38,7 +38,7 @@ from embed.preparation import (
 )
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
-from embed.preparation.sources import Retrieval, Shard, Source
+from embed.preparation.sources import Conteb, Retrieval, Shard, Source
 from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts, Task, all_texts, named
 
@@ -231,7 +231,7 @@ class _Preparation:
         if not (self.directory / PLAN).exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             paths.write_json(self.directory / PLAN, {"arguments": self.arguments})
-        sources = _sources(self.directory, bound)
+        sources = {n: source.pinned(recorded.get(n, {})) for n, source in _sources(self.directory, bound).items()}
         shards, reports = {}, {}
         with self.clock.part("list sources"):
             for name in sorted({*tasks, *bound.evaluation.sets.values(), *bound.vocabulary.tasks}):
@@ -313,7 +313,7 @@ class _Preparation:
             task, size = self.bound.tasks[task_name], sum(shard.bytes for shard in work.shards[task_name])
             if task.kind == "retrieval":
                 size = _bytes(identity[task_name])
-                if isinstance(task.source, Retrieval):
+                if isinstance(task.source, (Conteb, Retrieval)):
                     task = dataclasses.replace(task, source=task.source.with_parts())
             target = os.fspath(self.directory / "evaluation" / name)
             arguments = (name, self.bound.evaluation.max_queries, task_name, task, target, size)
@@ -358,6 +358,8 @@ class _Preparation:
     def _map(self, work: Work, part: str, jobs: list[Job], meanwhile=lambda: None) -> None:
         with self.clock.part(part):
             jobs = runners.unfinished(jobs)
+            if not jobs:
+                return
             if self.runner:
                 runners.run_on_beam(jobs, work, self.runner, self.runner_options)
             else:
@@ -380,12 +382,11 @@ class _Preparation:
 
     def _close(self, work: Work, name: str, counts: Counts) -> dict:
         """Makes a store of its parts, and returns what is known of it."""
-        done = stream.markers(work, "map_bucket", name)
-        tokens, after = Counter(), Counter()
-        for marker in done:
+        tokens, after, stored = Counter(), Counter(), 0
+        for marker in stream.markers(work, "map_bucket", name):
             tokens.update(marker["tokens"])
             after.update(marker["counts"])
-        stored = sum(marker["examples"] for marker in done)
+            stored += marker["examples"]
         expected = counts.examples - after[stream.DUPLICATES] - after[stream.NEAR] + after[stream.REPEATED]
         if stored != expected:
             raise ValueError(

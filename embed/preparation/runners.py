@@ -1,11 +1,14 @@
 """Runs the units of work of `stream` and `evaluation_sets`: in this process, in local processes or on Apache Beam."""
 
 import contextlib
+import functools
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -141,21 +144,32 @@ def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[
     errors = paths.path(work.scratch) / "errors"
     if paths.entries(errors):
         errors.rmtree()
+    # Workers read what to do from a file: services limit the size of a pipeline, which has only indices.
+    file = paths.path(work.scratch) / f"jobs-{uuid.uuid4().hex[:8]}.pickle"
+    paths.write(file, pickle.dumps((work, list(jobs))))
     with beam.Pipeline(options=parsed) as pipeline:
         (
             pipeline
-            | "jobs" >> beam.Create(list(jobs))
+            | "jobs" >> beam.Create(range(len(jobs)))
             | beam.Reshuffle()  # or one worker would run them all
-            | "run" >> beam.ParDo(_do_fn(beam), work, os.fspath(errors))
+            | "run" >> beam.ParDo(_do_fn(beam), os.fspath(file), os.fspath(errors))
         )
+    file.unlink()
     if files := paths.entries(errors):
         raise ValueError(min(file.read_text(encoding="utf-8") for file in files))
 
 
+@functools.lru_cache(maxsize=1)
+def _read_jobs(file: str) -> tuple[Work, list[Job]]:
+    return pickle.loads(paths.path(file).read_bytes())
+
+
 def _do_fn(beam):
     class Run(beam.DoFn):
-        def process(self, job: Job, work: Work, errors: str):
+        def process(self, index: int, file: str, errors: str):
             tokens = beam.metrics.Metrics.counter("embed", "tokens")
+            work, jobs = _read_jobs(file)
+            job = jobs[index]
             try:
                 job.run(work, lambda more, _: tokens.inc(more))
             except UnreachableError:

@@ -69,9 +69,12 @@ class TokenizerVocabulary(seqio.Vocabulary):
 class _Source(seqio.DataSource):
     """The examples of a store; its buckets are the shards."""
 
-    def __init__(self, store: Store):
+    def __init__(self, path):
+        store = Store(path)
         super().__init__(splits=("train",), num_input_examples={"train": len(store)})
-        self._store = store
+        self._store, self.path = store, path
+
+        self.columns = store.columns
 
     supports_arbitrary_sharding = False
 
@@ -107,9 +110,8 @@ def register_tasks(directory, names: Iterable[str]) -> None:
     """Registers (anew) these tasks of prepared data."""
     vocabulary = TokenizerVocabulary(tokenizers.load(directory / "tokenizer"))
     for name in sorted(names):
-        source = _Source(Store(directory / "tasks" / name))
-        columns = source._store.columns
-        features = {column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in columns}
+        source = _Source(directory / "tasks" / name)
+        features = {column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in source.columns}
         seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(name, source=source, preprocessors=[], output_features=features)
 
@@ -162,8 +164,8 @@ class SeqioTask(Source):
     def _task(self) -> seqio.Task:
         return find(self.name, self.modules)
 
-    def token_batches(self, shard: Shard, tokenizer: Tokenizer, counts: Counts) -> Iterator[list]:
-        """Batches of ({"weight"}, tokens) of the examples of a shard."""
+    def token_batches(self, shard: Shard, tokenizer: Tokenizer, counts: Counts, limit: int = 0) -> Iterator[list]:
+        """Batches of ({"weight"}, tokens) of the examples of a shard, or with `limit` of so many."""
         task = self._task()
         for column, feature in task.output_features.items() if _is_tokens(task) else ():
             if feature.vocabulary != TokenizerVocabulary(tokenizer):
@@ -180,7 +182,7 @@ class SeqioTask(Source):
         )
         plain = tasks.Task(source=None, kind=self.kind)
         batch = []
-        for row in dataset.as_numpy_iterator():
+        for row in (dataset.take(limit) if limit else dataset).as_numpy_iterator():
             counts.rows_read += 1
             counts.rows["used"] += 1
             counts.made += 1
@@ -209,7 +211,13 @@ def find(name: str, modules: Sequence[str]) -> seqio.Task:
         importlib.import_module(module)
     if name not in seqio.TaskRegistry.names():
         raise ValueError(f"no task {name!r} in the gin file and none registered by {', '.join(modules)}")
-    return seqio.TaskRegistry.get(name)
+    task = seqio.TaskRegistry.get(name)
+    if isinstance(task.source, _Source):
+        raise ValueError(
+            f"the seqio task {name!r} is that of prepared data ({task.source.path}), which were registered in this "
+            f"process: prepare in one that has only imported {', '.join(modules)}"
+        )
+    return task
 
 
 def adapt(name: str, modules: Sequence[str]) -> SeqioTask:

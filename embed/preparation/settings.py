@@ -139,6 +139,8 @@ def bind(
         defined = {scope for scope, name, _ in bound if scope and name.partition(".")[0] == "task"}
         scopes = {name: name.replace(".", "/") for name in sorted(names)}
         registered = [name for name, scope in scopes.items() if not any(_within(scope, other) for other in defined)]
+        for scope in sorted(_referred(list(values.values()))):
+            _fill(values, scope, data_root)
         tasks: dict[str, Task] = {}
         hygiene: dict[str, Hygiene] = {}
         trained = {name for members in mixtures.rates.values() for name in members}
@@ -154,11 +156,10 @@ def bind(
                     cleaned = gin.get_configurable("hygiene")()
                 if not isinstance(task.source, sources.Source):
                     raise ValueError(f"task.source={task.source!r:.60} must be a source, such as @files()")
+                source = task.source.limited(limit) if limit else task.source
+                tasks[name] = dataclasses.replace(task, source=source.undivided() if task.groups else source)
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(f"{gin_file}: task {name!r}: {_first(error)}") from None
-            source = task.source.limited(limit) if limit else task.source
-            task = dataclasses.replace(task, source=source.undivided() if task.groups else source)
-            tasks[name] = task
             if cleaned.is_on and name in trained:
                 hygiene[name] = cleaned
         for module in mixtures.modules:
@@ -213,6 +214,15 @@ def _fill(values: Mapping[tuple[str, str], object], scope: str, data_root: str) 
     for key, value in {key: value for (bound, key), value in values.items() if _within(scope, bound)}.items():
         if "{name}" in repr(value) or "{data_root}" in repr(value):
             gin.bind_parameter(f"{scope}/{key}", replaced(value))
+
+
+def _referred(value) -> Iterator[str]:
+    """The scopes of references in a value, such as a/b of @a/b/retrieval()."""
+    if isinstance(value, gin.config.ConfigurableReference):
+        yield from filter(None, ["/".join(value.scopes)])
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _referred(item)
 
 
 def _values(text: str) -> dict[tuple[str, str], object]:

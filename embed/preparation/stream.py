@@ -48,7 +48,7 @@ BATCH_CHARACTERS = 1 << 20  # texts that are tokenized together
 PART_VALUES = 1 << 25  # int32 values of a shard that are held before a part is written
 EXAMPLE_VALUES = 150  # values that take the memory of the Python objects of an example, about
 BUCKET_BYTES = 1 << 28  # of source text, about, in a bucket
-EXPANSION = 4  # size of text over that of its compressed file, about
+EXPANSION = 4  # size of text over that of its compressed file, about; Parquet is compressed inside
 THREADS = 32  # small files of a bucket that are read at the same time
 NEAR_BYTES = 1 << 27  # of source text, about, whose bands are compared together
 NEAR_GROUPS, NEAR_MEMBERS = 20, 5  # groups of near duplicates of a bucket that the report may name, and members
@@ -90,8 +90,7 @@ class Work:
 
     def near_buckets(self, group: str) -> int:
         """The number of buckets of bands of a group."""
-        size = sum(shard.bytes for task in self.near_groups()[group] for shard in self.shards[task])
-        return max(1, -(-size // NEAR_BYTES))
+        return max(1, -(-sum(text_bytes(self.shards[task]) for task in self.near_groups()[group]) // NEAR_BYTES))
 
     def index(self, task: str) -> str:
         """The folder of the index of the task's evaluation sets."""
@@ -135,8 +134,12 @@ def load_tokenizer(folder: str) -> tokenizers.Tokenizer:
 
 def num_buckets(task: Task, shards: Sequence[Shard]) -> int:
     """The number of parts of a task's store: `task.buckets`, or one for each BUCKET_BYTES of its source."""
-    size = sum(shard.bytes * (EXPANSION if formats.kind(shard.path).compression else 1) for shard in shards)
-    return task.buckets or max(1, -(-size // BUCKET_BYTES))
+    return task.buckets or max(1, -(-text_bytes(shards) // BUCKET_BYTES))
+
+
+def text_bytes(shards: Sequence[Shard]) -> int:
+    """About the size of the text in shards."""
+    return sum(shard.bytes * (EXPANSION if formats.is_compressed(shard.path) else 1) for shard in shards)
 
 
 # --- map 1 ------------------------------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ def token_batches(
     task, shards = work.tasks[name], work.shards[name]
     tokenizer = load_tokenizer(work.tokenizer)
     if not isinstance(task, Task):
-        yield from task.token_batches(shards[shard], tokenizer, counts)
+        yield from task.token_batches(shards[shard], tokenizer, counts, -(-work.limit // len(shards)))
         return
     limits = {
         "limit": -(-work.limit // len(shards)),
@@ -333,7 +336,7 @@ def read_sections(parts: Sequence[Part], section: int, sections: int) -> list[tu
         with pa.ipc.open_stream(system.cat_file(name, start, stop)) as reader:
             return reader.read_all()
 
-    tables = _several(read, parts, parts[0].file) if parts else []
+    tables = _several(read, parts, parts[0].file) if parts else ()
     return [(part.unit, table) for part, table in zip(parts, tables) if table is not None]
 
 
@@ -469,18 +472,20 @@ MAPS = {
 }
 
 
-def markers(work: Work, name: str, task: str) -> list[dict]:
-    """The markers of all units of a map, which is done."""
+def markers(work: Work, name: str, task: str) -> Iterator[dict]:
+    """The markers of all units of a map, which is done, one by one."""
     count, marker = MAPS[name]
     return _several(paths.read_json, [marker(work, task, unit) for unit in range(count(work, task))], work.scratch)
 
 
-def _several(function: Callable, items: Sequence, folder) -> list:
+def _several(function: Callable, items: Sequence, folder) -> Iterator:
     """`function` of each item, several at once if the files that it reads are in a bucket."""
     if not paths.is_bucket(folder):
-        return list(map(function, items))
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(function, items))
+        for start in range(0, len(items), 8 * THREADS):  # not all at once: none waits in memory for long
+            yield from pool.map(function, items[start : start + 8 * THREADS])
 
 
 def close(work: Work, task: str, info: Mapping) -> None:

@@ -36,7 +36,8 @@ LANGUAGE, SCORE, HELD_OUT, NOT_HELD_OUT = "other languages", "score below min_sc
 UNUSED, UNREAD = "rows without an example", "beyond max_total_characters"
 NO_ANSWER, SEVERAL = "queries without their answer in the text", "queries of several chunks"
 EQUAL, UNMAPPED = "pairs with equal sides", "rows with a label that is not mapped"
-EARLY = 10_000  # rows of a shard after which too many bad ones end the run; before, the rate may be chance
+EARLY = 10_000  # rows after which a shard of which more than MOST_BAD is bad ends the run, and not only its task
+MOST_BAD = 0.5
 MAX_EXAMPLES_OF_ERRORS = 10  # bad rows that a report names
 
 
@@ -122,7 +123,8 @@ class Task:
     max_total_characters: int = 0  # of all examples; each shard gives its share. 0 = no limit
     held_out: float = 0.0  # fraction of the examples that is kept for an evaluation set
     held_out_by: str = ""  # examples with the same value of this field are held out together; "" = the whole row
-    max_bad: float = 0.001  # fraction of the task's rows that may be bad
+    # Fraction of the task's rows that may be bad, once all are read; a shard of mostly bad rows ends the run earlier.
+    max_bad: float = 0.001
     buckets: int = 0  # parts of the store; 0 = from the size of the source
 
     def __post_init__(self):
@@ -227,7 +229,7 @@ class Task:
             if limit and counts.rows_read >= limit:
                 break
             if counts.rows_read and counts.rows_read % EARLY == 0:
-                counts.check(self.max_bad)
+                counts.check(max(self.max_bad, MOST_BAD))
             counts.rows_read += 1
             if row.error:
                 counts.bad(row.location, row.error)
@@ -273,13 +275,17 @@ class Task:
             text, answers = text_of(row, self._field("text")), texts_of(row, self._field("answers"))
             if len(answers) != len(queries):
                 raise ValueError(f"{len(queries)} queries have {len(answers)} answers")
-            offsets = [(_query_text(query), text.find(answer)) for query, answer in zip(queries, answers)]
+            # An empty answer, as unanswerable questions may have, is in no chunk.
+            offsets = [(_query_text(q), text.find(answer) if answer else -1) for q, answer in zip(queries, answers)]
             found = [(query, offset) for query, offset in offsets if offset >= 0]
             cut[NO_ANSWER] += len(offsets) - len(found)
             return {"text": text, "queries": found}
         if "text" in self.columns:
+            text = text_of(row, self._field("text"))
             pairs = [(_query_text(query), int(query["offset"])) for query in queries]
-            return {"text": text_of(row, self._field("text")), "queries": pairs}
+            if bad := [offset for _, offset in pairs if not 0 <= offset < len(text)]:
+                raise ValueError(f"a query has the offset {bad[0]} in a text of {len(text)} characters")
+            return {"text": text, "queries": pairs}
         chunks = texts_of(row, self._field("chunks"))
         pairs = [(_query_text(query), int(query["chunk"])) for query in queries]
         if bad := [index for _, index in pairs if not 0 <= index < len(chunks)]:

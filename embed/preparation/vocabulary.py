@@ -10,6 +10,8 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from embed import paths
+
 MAX_TEXT_BYTES = 8192  # longer training texts are truncated
 THREADS = 2  # fixed, because the last bits of EM's sums depend on it
 
@@ -26,8 +28,6 @@ def train_sentencepiece(
     and keeps case. The same texts in the same order give the same model. Raises ValueError if the texts do not allow
     `vocab_size` pieces.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     options = {"byte_fallback": True, "normalization_rule_name": "nmt_nfkc"}
     with tempfile.TemporaryDirectory() as scratch:
         if split_identifiers:
@@ -77,7 +77,7 @@ def train_sentencepiece(
         model.trainer_spec.ClearField("input")
         model.trainer_spec.ClearField("model_prefix")
         model.normalizer_spec.ClearField("normalization_rule_tsv")
-        (folder / "sentencepiece.model").write_bytes(model.SerializeToString(deterministic=True))
+        paths.write(paths.path(folder) / "sentencepiece.model", model.SerializeToString(deterministic=True))
 
 
 def identifier_rules() -> dict[str, str]:

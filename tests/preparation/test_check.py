@@ -114,6 +114,17 @@ def test_bad_rows_of_a_source_that_works_are_named(folder, capsys):
     assert result and "│ works" in printed
 
 
+def test_sources_of_the_vocabulary_and_of_hygiene_are_opened_too(folder, capsys):
+    bindings = (
+        "vocabulary.tasks = ('missing',)",
+        "works/hygiene.evaluation_sets = (@evaluated/retrieval(), @absent/retrieval())",
+        "absent/retrieval.path = '{data_root}/absent'",
+    )
+    result, printed = run(folder, capsys, ["works"], gin_bindings=bindings)
+    assert "missing: no file matches" in printed and "│ hygiene.evaluation_sets" in printed
+    assert f"hygiene.evaluation_sets {folder}/absent test: " in printed and not result
+
+
 def test_rows_are_read_until_one_passes_the_filters(folder, capsys):
     write(folder / "good.jsonl", [{"query": f"query {i}", "document": "in" if i > 50 else "out"} for i in range(60)])
     printed = run(folder, capsys, ["works"], gin_bindings=("task.drop = 'out'",))[1]

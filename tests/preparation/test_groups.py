@@ -40,8 +40,17 @@ def test_a_query_is_for_the_place_of_its_answer_and_left_out_without_one():
     made, counts = examples([row], kind="contextual", columns=columns)
     assert made == [{"text": "one two three", "queries": [("a", 8), ("c", 0)]}]
     assert counts.cut == {"queries without their answer in the text": 1}
+    made, counts = examples([{**row, "a": ["", "", "one"]}], kind="contextual", columns=columns)
+    assert made[0]["queries"] == [("c", 0)] and counts.cut == {"queries without their answer in the text": 2}
     _, counts = examples([{**row, "a": ["one"]}], kind="contextual", columns=columns)
     assert counts.errors == ["file:1: 3 queries have 1 answers"]
+
+
+@pytest.mark.parametrize("offset", [-1, 13, 10**6])
+def test_a_query_whose_offset_is_not_in_the_text_is_a_bad_row(offset):
+    row = {"text": "one two three", "queries": [{"text": "a", "offset": offset}]}
+    made, counts = examples([row], kind="contextual", columns={"text": "text"})
+    assert not made and counts.errors == [f"file:1: a query has the offset {offset} in a text of 13 characters"]
 
 
 def test_answers_without_a_text_are_refused():

@@ -366,6 +366,14 @@ def test_bad_rows_are_tolerated_up_to_a_rate_and_named(sources, tmp_path):
     assert read["rows"] == {"bad rows": 2, "used": 8} and len(read["errors"]) == 2
 
 
+def test_a_cluster_of_bad_rows_in_a_long_file_is_not_the_rate_of_its_task(sources, tmp_path):
+    rows = ["nonsense\n"] * 15 + [json.dumps({"text": f"text {i}"}) + "\n" for i in range(20_000)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    bound = (f"texts/files.paths = '{tmp_path}/rows.jsonl'", "texts/task.buckets = 1")
+    info = json.loads((run(sources, tmp_path / "data", *bound) / "info.json").read_text())
+    assert info["counts"]["texts"]["read"]["rows"] == {"bad rows": 15, "used": 20_000}
+
+
 def test_the_rate_of_bad_rows_is_that_of_the_task_not_of_a_file(sources, tmp_path):
     (tmp_path / "documents").mkdir()
     for number in range(20):
@@ -595,6 +603,11 @@ def test_texts_that_cannot_be_read_are_the_error_of_the_vocabulary_too(sources, 
         run(sources, tmp_path / "data", "texts/task.columns = {'text': 'body'}", tokenizer=None, vocab_size=300)
 
 
+def test_a_vocabulary_is_written_to_a_bucket(sources, bucket):
+    folder = run(sources, f"{bucket}/trained", tokenizer=None, vocab_size=45)
+    assert tokenizers.load(paths.path(folder) / "tokenizer").vocab_size == 45
+
+
 def test_prepared_data_may_be_in_a_bucket(sources, data, bucket):
     folder = f"{bucket}/prepared/data"
     run(sources, folder)
@@ -754,6 +767,43 @@ def test_tokens_of_another_vocabulary_are_refused(sources, tmp_path, monkeypatch
     rates = "mixtures.rates = {'diffusion': {'foreign_tokens': 1.0}}"
     with pytest.raises(ValueError, match="task 'foreign_tokens': its feature 'tokens' has the vocabulary .* must be"):
         run(sources, tmp_path / "data", "mixtures.modules = ('token_tasks',)", rates, "evaluation.sets = {}")
+
+
+def test_a_limit_holds_for_seqio_tasks_and_a_registered_store_is_no_source(sources, tmp_path, monkeypatch):
+    from embed.preparation import seqio_tasks
+
+    (tmp_path / "limited_tasks.py").write_text(OWN.replace("own_pairs", "limited_pairs"))
+    monkeypatch.syspath_prepend(tmp_path)
+    rates = "mixtures.rates = {'both': {'limited_pairs': 1.0}}"
+    bound = ("mixtures.modules = ('limited_tasks',)", rates, "evaluation.sets = {}")
+    folder = run(sources, tmp_path / "data", *bound, limit=1)
+    assert decoded(Store(folder / "tasks" / "limited_pairs"), "query") == ["parse file"]
+    seqio_tasks.register(folder)
+    with pytest.raises(
+        ValueError, match=r"the seqio task 'limited_pairs' is that of prepared data \(.*/tasks/limited_p"
+    ):
+        run(sources, tmp_path / "again", *bound)
+
+
+def test_rows_of_a_source_without_whole_shards_are_not_grouped(sources):
+    grouped = ("own/task.source = @python_docs()", "own/python_docs.records = 'functions'", "own/task.kind = 'text'")
+    mixture = ("mixtures.rates = {'texts': {'own': 1.0}}", "own/task.group_by = 'module'")
+    with pytest.raises(
+        ValueError, match="task 'own': the rows of PythonDocs cannot be grouped: its shards divide them"
+    ):
+        bind(sources / "data.gin", [*grouped, *mixture], data_root=str(sources))
+
+
+def test_a_source_that_hygiene_names_gets_the_data_root(sources):
+    made = bind(
+        sources / "data.gin",
+        [
+            "pairs/hygiene.evaluation_sets = (@tests/other/retrieval(),)",
+            "tests/retrieval.path = '{data_root}/{name}'",
+        ],
+        data_root=str(sources),
+    )
+    assert made.hygiene["pairs"].evaluation_sets[0].path == f"{sources}/other"
 
 
 def test_a_missing_gin_file_is_named():

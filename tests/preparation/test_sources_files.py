@@ -197,6 +197,13 @@ def test_a_bad_row_has_its_line_and_reason_and_the_others_are_read(tmp_path):
         ("a.csv:9", {"a": "7", "b": "8", "_file": "a.csv"}),
         ("a.csv:10", "not CSV: unexpected end of data"),
     ]
+    (tmp_path / "a.csv").write_bytes(b'a,b\n1,2\n"3,4\n5,6\n7,8\n')
+    inside = "inside of the bad row in line 3"
+    assert read(Files(f"{tmp_path}/a.csv"))[1:] == [
+        ("a.csv:3", "not CSV: unexpected end of data"),
+        ("a.csv:4", inside),
+        ("a.csv:5", inside),
+    ]
     (tmp_path / "a.tsv").write_bytes(b'a\tb\n"open\t2\n3\n')
     assert read(Files(f"{tmp_path}/a.tsv")) == [
         ("a.tsv:2", {"a": '"open', "b": "2", "_file": "a.tsv"}),

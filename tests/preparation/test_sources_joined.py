@@ -172,7 +172,7 @@ def test_what_cannot_be_joined_is_a_bad_row_with_its_reason(tmp_path):
 def test_a_join_is_done_once_and_again_when_a_file_has_changed_or_it_was_interrupted(tmp_path, monkeypatch):
     folder, scratch = write(tmp_path / "set", LAYOUTS["BEIR"]), tmp_path / "scratch"
     monkeypatch.setattr(joined, "PART_BYTES", 100)
-    source = Retrieval(path=folder, split="train")
+    source = Retrieval(path=folder, split="train", shard_bytes=100)
     with pytest.raises(RuntimeError, match="build must be called before shards"):
         source.shards()
     rows, _ = built(source, scratch)
@@ -186,6 +186,18 @@ def test_a_join_is_done_once_and_again_when_a_file_has_changed_or_it_was_interru
         assert built(Retrieval(path=folder, split="train"), scratch)[0] == rows
     write(folder, {"corpus.jsonl": jsonl([{**row, "text": "new " + row["text"]} for row in CORPUS])})
     assert built(Retrieval(path=folder, split="train"), scratch)[0][0]["document"] == "A new text a"
+
+
+def test_rows_that_belong_together_are_in_one_shard_of_several_parts(tmp_path, monkeypatch):
+    folder, scratch = write(tmp_path / "set", LAYOUTS["BEIR"]), tmp_path / "scratch"
+    monkeypatch.setattr(joined, "PART_BYTES", 100)
+    source = Retrieval(path=folder, split="train", shard_bytes=100)
+    rows, _ = built(source, scratch)
+    whole = source.undivided().pinned(source.identity())
+    assert built(whole, scratch)[0] == rows and len(source.shards()) > 1
+    (shard,) = whole.shards()
+    assert shard.bytes == sum(part.bytes for part in source.shards())
+    assert len(list(scratch.iterdir())) == 1  # joined once
 
 
 def test_an_evaluation_set_has_the_whole_corpus_and_the_judged_queries(tmp_path):

@@ -87,8 +87,11 @@ class Source:
         return self
 
     def undivided(self) -> "Source":
-        """A source whose shards are whole files, for rows that belong together."""
-        return self
+        """A source none of whose shards divides rows that belong together (task.group_by): whole files, or one shard.
+
+        SourceError if it has none.
+        """
+        raise SourceError(f"the rows of {type(self).__name__} cannot be grouped: its shards divide them")
 
     def report(self) -> dict:
         """What `build` found, for info.json."""

@@ -75,6 +75,12 @@ def kind(name: str) -> Kind:
     return Kind("tar" if extension == "tar" else FORMATS.get(extension), compression)
 
 
+def is_compressed(name: str) -> bool:
+    """Whether the text of a file is several times as large as the file."""
+    about = kind(name)
+    return bool(about.compression) or about.format == "parquet"
+
+
 def known(name: str, options: Options = Options()) -> Kind:  # noqa: B008
     """The kind of a file with `options.format`; SourceError if it is unknown."""
     result = kind(name)
@@ -283,6 +289,9 @@ def _csv(stream, location: str, format: str, options: Options, start: int, stop:
             return
         if result:
             yield result
+            # A stray quote may have taken many rows, which are all lost.
+            for line in range(number + 1, first + reader.line_num) if result.error else ():
+                yield Row(f"{prefix}{line}", None, f"inside of the bad row in line {number}")
 
 
 def _parquet(stream: BinaryIO, location: str, options: Options, start: int, stop: int | None) -> Iterator[Row]:

@@ -24,7 +24,12 @@ SAMPLED = 20_000  # rows of each file that `sample` joins
 
 @dataclass(frozen=True, kw_only=True)
 class Joined(Source):
-    """A source whose `build` writes its rows to files. Subclasses define `parts`, `join` and `names`."""
+    """A source whose `build` writes its rows to files. Subclasses define `parts`, `join` and `names`.
+
+    shard_bytes: size of the shards of joined rows.
+    """
+
+    shard_bytes: int = PART_BYTES
 
     names = ()  # the columns
 
@@ -51,39 +56,48 @@ class Joined(Source):
         return {}
 
     def build(self, scratch: str | os.PathLike) -> None:
-        """Writes the rows to `scratch`: part-00000.jsonl … and, last, index.json with the shards."""
-        key = json.dumps([f"{self.__getstate__()}", self.identity()], sort_keys=True, default=str)
+        """Writes the rows to `scratch`: part-00000.jsonl … and, last, index.json with their sizes."""
+        key = json.dumps([f"{self.__getstate__() | {'shard_bytes': 0}}", self.identity()], sort_keys=True, default=str)
         name = f"{type(self).__name__.lower()}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         folder = paths.path(scratch) / name
         if not (folder / "index.json").exists():
             paths.path(scratch).mkdir(parents=True, exist_ok=True)
             local = None if paths.is_bucket(folder) else Path(scratch)
             with tempfile.TemporaryDirectory(prefix=".join-", dir=local) as temporary:
-                shards, count = [], 0
+                sizes, count = [], 0
                 try:
                     for content in _blocks(self.join(Path(temporary))):
-                        path = folder / f"part-{len(shards):05}.jsonl"
-                        paths.write(path, b"".join(content))
-                        shards.append(Shard(os.fspath(path), 0, None, sum(map(len, content))))
+                        paths.write(_part(folder, len(sizes)), b"".join(content))
+                        sizes.append(sum(map(len, content)))
                         count += len(content)
                 except sqlite3.OperationalError as error:  # a full disk
                     raise SourceError(f"the join in {scratch} failed: {error}") from error
                 if not count:
                     raise SourceError(f"{', '.join(self._parts)} of {type(self).__name__.lower()} join to no row")
-                paths.write_json(folder / "index.json", {"rows": count, "shards": shards})
-        object.__setattr__(self, "built", paths.read_json(folder / "index.json"))
+                paths.write_json(folder / "index.json", {"rows": count, "parts": sizes})
+        object.__setattr__(self, "built", {"folder": os.fspath(folder), **paths.read_json(folder / "index.json")})
 
     built = None
 
     def shards(self) -> list[Shard]:
         if not self.built:
             raise RuntimeError(f"{type(self).__name__}.build must be called before shards")
-        return [Shard(*shard) for shard in self.built["shards"]]
+        result: list[Shard] = []
+        for number, size in enumerate(self.built["parts"]):
+            if result and result[-1].bytes + size <= self.shard_bytes:
+                result[-1] = result[-1]._replace(stop=number + 1, bytes=result[-1].bytes + size)
+            else:
+                result.append(Shard(self.built["folder"], number, number + 1, size))
+        return result
 
     def read(self, shard: Shard) -> Iterator[Row]:
-        with paths.path(shard.path).open("rb") as lines:
-            for line in lines:
-                yield Row(*json.loads(line))
+        for number in range(shard.start, shard.stop):
+            with _part(paths.path(shard.path), number).open("rb") as lines:
+                for line in lines:
+                    yield Row(*json.loads(line))
+
+    def undivided(self) -> "Joined":
+        return dataclasses.replace(self, shard_bytes=1 << 62)
 
     def sample(self, count: int = 10) -> list[Row]:
         preview = dataclasses.replace(self)
@@ -107,6 +121,10 @@ class Joined(Source):
 
     def identity(self) -> dict:
         return {name: part.identity() for name, part in self._parts.items()}
+
+
+def _part(folder, number: int):
+    return folder / f"part-{number:05}.jsonl"
 
 
 def _blocks(rows: Iterable[Row]) -> Iterator[list[bytes]]:

@@ -1,6 +1,7 @@
 """`parallel`: the same sentence in several languages."""
 
 import contextlib
+import dataclasses
 import itertools
 import operator
 import os
@@ -63,6 +64,9 @@ class Parallel(Joined):
             )
         pattern, members = (name.replace(LANGUAGE, "*") for name in (f"{self.paths}", self.members or "*"))
         return {"files": Files(pattern, members=members, format="text")}
+
+    def undivided(self) -> "Parallel":
+        return dataclasses.replace(self, source=self.source.undivided()) if self.source else super().undivided()
 
     def build(self, scratch: str | os.PathLike) -> None:
         if not self.source:

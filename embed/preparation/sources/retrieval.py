@@ -33,6 +33,10 @@ class _Dataset(Joined):
         dataset = (f"{self.path}", self.id, revision, self.streaming)
         return dataset_part(*dataset, explicit=getattr(self, name), patterns=patterns, splits=splits)
 
+    def with_parts(self) -> "_Dataset":
+        """The same tables, of the hub with their commits, for other processes."""
+        return dataclasses.replace(self, **self._parts)
+
 
 @dataclass(frozen=True)
 class Retrieval(_Dataset):
@@ -84,10 +88,6 @@ class Retrieval(_Dataset):
             "queries": self.part("queries", patterns("queries"), self.split, "queries", ""),
             "qrels": self.part("qrels", qrels, self.split),
         }
-
-    def with_parts(self) -> "Retrieval":
-        """The same tables, of the hub with their commits, for other processes."""
-        return dataclasses.replace(self, **self._parts)
 
     def join(self, temporary: Path, limit: int | None = None) -> Iterator[Row]:
         schema = """

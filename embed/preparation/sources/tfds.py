@@ -1,5 +1,6 @@
 """`tfds`: a dataset that TensorFlow Datasets has prepared."""
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embed.preparation import numbers
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, first_line, source_error
 from embed.preparation.sources.files import find_files
 
@@ -20,12 +22,19 @@ class Tfds(Source):
     name: as in tfds.builder, optionally with a config and version. data_dir: the folder of datasets, local or gs://.
     Nested features get names with slashes: {"a": {"b": 1}} is "a/b". Sequences are lists, bytes are text.
 
-    A shard is a range of examples, along the shards of the dataset.
+    shard_bytes: size of the shards, each a range of examples along the shards of the dataset.
     """
 
     name: str = ""
     split: str = "train"
     data_dir: str | None = None
+    shard_bytes: int = SHARD_BYTES
+
+    def __post_init__(self):
+        numbers.check(self, "tfds", {"shard_bytes": 1})
+
+    def undivided(self) -> "Tfds":
+        return dataclasses.replace(self, shard_bytes=1 << 62)
 
     def _builder(self):
         import tensorflow_datasets as tfds
@@ -53,7 +62,7 @@ class Tfds(Source):
         per_example = (info.num_bytes or self._file_bytes(info)) / info.num_examples
         for length in info.shard_lengths:
             count += length
-            if count and (count * per_example >= SHARD_BYTES or start + count == info.num_examples):
+            if count and (count * per_example >= self.shard_bytes or start + count == info.num_examples):
                 result.append(Shard(f"{self.name}/{self.split}", start, start + count, round(count * per_example)))
                 start, count = start + count, 0
         return result
