@@ -10,24 +10,43 @@ third adds what the first chunk says, such as a module's name, to every chunk wi
 The second table is by the number of chunks in a document: consecutive chunks of the same documents, in groups. Its last
 columns are mean cosines: of the chunks of a document with each other, and of a chunk in context with itself alone. If
 the former is near 1, a vector says which document it is from and little else.
+
+The third table shows what the rest of a document can say about a chunk at all, without attention: the vector of a chunk
+alone plus w times the mean of those of its document, all of unit length; and the BM25 score of a chunk plus w times
+that of its document as one text.
 """
 
 import argparse
 
+import bm25s
 import numpy as np
 from header import header
 
 from embed import inference
-from embed.evaluation import retrieval
+from embed.evaluation import baselines, retrieval
 from embed.inference.index import Index
 
 WEIGHT = 0.75  # of the first chunk: the best of 0.25, 0.5, 0.75, 1 and 1.5 in the first run
 POSITIONS = ((1, 1), (2, 3), (4, 7), (8, 15))
 GROUPS = (1, 2, 4, 8, 16)  # chunks of a document; then whole documents
+MIXED = (0.1, 0.25, 0.5)  # weights of the document
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def bm25_scores(texts: list[str], queries: list[str]) -> np.ndarray:
+    """float32[queries, texts]"""
+    model = bm25s.BM25(method="lucene")
+    model.index([baselines.words(text) for text in texts], show_progress=False)
+    tokens = ([word for word in baselines.words(query) if word in model.vocab_dict] for query in queries)
+    return np.stack([model.get_scores(some) if some else np.zeros(len(texts), np.float32) for some in tokens])
+
+
+def best(scores: np.ndarray) -> np.ndarray:
+    """The ten best texts of each query, by score and index."""
+    return np.argsort(-scores, 1, kind="stable")[:, :10]
 
 
 def main() -> None:
@@ -70,6 +89,22 @@ def main() -> None:
         among = np.mean([(p.sum() - len(p)) / (p.size - len(p)) for p in pairs]) if pairs else np.nan
         name = "all" if count == most else count
         print(f"| {name} | {tokens:,.0f} | {found:.3f} | {among:.3f} | {(vectors * alone).sum(1).mean():.3f} |")
+    columns = [f"{what}, w = {w:g}" for what in ("dense", "BM25") for w in (0, *MIXED)]
+    print(f"\n| chunks of a document | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    lexical = bm25_scores(data.corpus, data.queries)
+    for count in [*(count for count in GROUPS[1:] if count < most), most]:
+        parts = [rows[i : i + count] for rows in data.documents for i in range(0, len(rows), count)]
+        mean, part_of = np.zeros_like(alone), np.zeros(len(alone), int)
+        for number, rows in enumerate(parts):
+            mean[rows], part_of[rows] = unit(alone[rows].mean(0)), number
+        found = []
+        for w in (0, *MIXED):
+            _, ranking = Index(alone + w * mean, "float32").search(queries, 10)
+            found.append(retrieval.ndcg(ranking, data.relevant, 10).mean())
+        whole = bm25_scores(["\n".join(data.corpus[i] for i in rows) for rows in parts], data.queries)[:, part_of]
+        found += [retrieval.ndcg(best(lexical + w * whole), data.relevant, 10).mean() for w in (0, *MIXED)]
+        name = "all" if count == most else count
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in found)} |")
 
 
 if __name__ == "__main__":
