@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((250, "contextual"),),
+        curriculum=((220, "contextual"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         alpha=0.4,
         beta=(0.1, 0.1),
@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.triplet = base.stage(
         "triplet",
         init="pair",
-        curriculum=((60, parts),),
+        curriculum=((50, parts),),
         optimizer=optimizer | dict(learning_rate=1e-3),
         batch=rows | dict(group_size=32, num_negatives=2),
         **common,

@@ -167,9 +167,7 @@ def test_rules_fold_ligatures_and_split_runs_of_capitals():
     assert rules["ﬁ"] == "fi" and rules["eC"] == "e c" and rules["PSe"] == "p se" and rules["_"] == " "
 
 
-def test_a_vocabulary_that_cannot_be_reached_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"vocab_size=5000 must be at most \d+: the 2 texts give no more pieces"):
-        train_sentencepiece(["a b", "c"], tmp_path, vocab_size=5000)
+def test_a_vocabulary_without_texts_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one training text"):
         train_sentencepiece([], tmp_path, vocab_size=50)
 

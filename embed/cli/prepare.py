@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
     run = runs.Run(config, arguments.workdir, arguments.config)
     if arguments.check:
-        return 0 if nodes.check_preparation(run) else 1
+        return 0 if nodes.check_preparation(run) else 2
     options = [f"--{option.lstrip('-')}" for option in arguments.runner_options]
-    nodes.prepare(run, processes=arguments.processes, runner=arguments.runner, runner_options=options)
+    with common.keeps_work():
+        nodes.prepare(run, processes=arguments.processes, runner=arguments.runner, runner_options=options)
     return 0

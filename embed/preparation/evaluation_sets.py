@@ -96,10 +96,15 @@ def retrieval(
                 continue
             others += len(document)
         corpus += document
+    there = {row["_id"] for row in corpus}
+    missing = [row for row in qrels if row["corpus-id"] not in there]
+    for row in missing:
+        counts.bad(f"the judgment of query {row['query-id']!r}", f"the text {row['corpus-id']!r} is not in the corpus")
+    qrels = [row for row in qrels if row["corpus-id"] in there]
     used = len(corpus) + len(queries) + len(qrels)
     counts.rows_read += read + len(every) + len(judgments)
     counts.rows["used"] += used
-    counts.rows[UNUSED] += read + len(every) + len(judgments) - used
+    counts.rows[UNUSED] += read + len(every) + len(judgments) - used - len(missing)
     return corpus, queries, qrels
 
 

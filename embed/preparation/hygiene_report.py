@@ -127,10 +127,8 @@ def _markdown(report: Mapping) -> Iterator[str]:
     for about in report["near duplicates"].values():
         tasks = ", ".join(about["tasks"])
         number = sum(report["tasks"][name]["examples"].get(stream.NEAR, 0) for name in about["tasks"])
-        yield from (
-            f"{number:,} examples of {tasks} were dropped. Some groups, first the one that the others repeat:",
-            "",
-        )
+        some = " Some groups, first the one that the others repeat:" if about["groups"] else ""
+        yield from (f"{number:,} examples of {tasks} were dropped.{some}", "")
         for members in about["groups"]:
             yield "- " + "; ".join(f"{member['task']} {member['location']}" for member in members)
         yield ""

@@ -167,9 +167,15 @@ def _remove_scratch(directory) -> None:
         (directory / PLAN).unlink()
 
 
-def _check_examples(task: str, count: int) -> None:
+def _check_examples(task: str, count: int, dropped: Mapping[str, int]) -> None:
     if not count:
-        raise ValueError(f"task {task!r} has no example with tokens: remove it from mixtures.rates")
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in dropped.items() if number)
+        hint = (
+            '; hygiene.evaluation_texts = ("queries",) compares no documents, which may be those of training too'
+            if dropped.get(hygiene.CONTAMINATED)
+            else ""
+        )
+        raise ValueError(f"task {task!r} has no example left ({reasons or 'its rows give none'}){hint}")
 
 
 class _Preparation:
@@ -290,12 +296,22 @@ class _Preparation:
                 split_identifiers=self.arguments["split_identifiers"],
             )
         self.tokenizer = tokenizers.load(folder)
+        if self.tokenizer.vocab_size < self.arguments["vocab_size"]:
+            self.bar.say(
+                f"data: the vocabulary has {self.tokenizer.vocab_size:,} pieces, fewer than config.data.vocab_size="
+                f"{self.arguments['vocab_size']:,}: its texts give no more"
+            )
 
     def _vocabulary_texts(self, work: Work) -> Iterator[str]:
         """Windows of the texts that the vocabulary is trained on, the same number of characters from each task."""
         about = self.bound.vocabulary
         ours = [name for name, task in work.tasks.items() if isinstance(task, Task)]
         names = list(about.tasks) or [name for name in ours if work.tasks[name].kind == "text"] or ours
+        if not names:
+            raise ValueError(
+                "a vocabulary is trained on texts of tasks of the gin file, and no mixture has one: set "
+                "config.data.tokenizer, or vocabulary.tasks in the gin file"
+            )
         for name in names:
             task, shards = self.bound.tasks[name], work.shards[name]
             rng = random.Random(f"{self.arguments['seed']} vocabulary {name}")
@@ -377,7 +393,7 @@ class _Preparation:
             counts.add(Counts.from_json(marker["counts"]))
         with named(name):
             counts.check(work.tasks[name].max_bad)
-        _check_examples(name, counts.examples)
+        _check_examples(name, counts.examples, counts.dropped)
         return counts
 
     def _close(self, work: Work, name: str, counts: Counts) -> dict:
@@ -393,8 +409,8 @@ class _Preparation:
                 f"task {name!r} has {stored:,} examples in its store, but the counts say {expected:,}: files of "
                 f"{self.directory} are missing or from another preparation; remove it"
             )
-        _check_examples(name, stored)
         dropped = counts.dropped + Counter({why: n for why, n in after.items() if why != stream.REPEATED})
+        _check_examples(name, stored, dropped)
         result = {
             "rows": counts.rows_read,
             "examples": stored,

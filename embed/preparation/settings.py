@@ -10,10 +10,13 @@ a.*, and what is bound without a scope for all. In a text, {name} stands for the
     mixtures.rates = {"diffusion": {"fineweb2.rus_Cyrl": 1.0, "fineweb2.fra_Latn": 1.0}}
 """
 
+import collections.abc
 import dataclasses
 import difflib
 import importlib
 import re
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +26,7 @@ import gin
 from embed.preparation import languages, sources
 from embed.preparation.hygiene import Hygiene
 from embed.preparation.python_docs import PythonDocs
-from embed.preparation.tasks import Task
+from embed.preparation.tasks import KINDS, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Mixtures:
     diffusion draws rows of tokens; only the sizes of their tasks are then in examples or in tokens.
     """
 
-    rates: Mapping[str, Mapping[str, float]]
+    rates: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     alpha: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unit: str = "examples"
     modules: Sequence[str] = ()
@@ -97,10 +100,42 @@ CONFIGURABLES = {
 }
 
 
+def _fits(value, hint) -> bool:
+    """Whether a bound value is of the type of its field. Numbers and sources are checked by their classes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if hint in (str, bool, type(None)):
+        return isinstance(value, hint)
+    if origin in (collections.abc.Sequence, tuple):
+        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
+    if origin is collections.abc.Mapping:
+        return isinstance(value, dict) and all(_fits(item, arguments[1]) for item in value.values())
+    return hint is not sources.Source or isinstance(value, sources.Source)
+
+
+def _expected(hint) -> str:
+    """What a type means for a reader."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_expected(each) for each in arguments if each is not type(None))
+    if origin in (collections.abc.Sequence, tuple):
+        return f"a list, each item {_expected(arguments[0])}"
+    if origin is collections.abc.Mapping:
+        return f"a dictionary, each value {_expected(arguments[1])}"
+    names = {str: "a text in quotes", bool: "True or False", sources.Source: "a source such as @files(), with ()"}
+    return names.get(hint, "a number")
+
+
 def _register(name: str, kind: type) -> None:
     """Tells gin of a class. A function, since gin would make subclasses, which cannot be pickled."""
 
+    hints = typing.get_type_hints(kind)
+
     def make(**fields):
+        for field, value in fields.items():
+            if field in hints and not _fits(value, hints[field]):
+                raise ValueError(f"{name}.{field}={value!r:.60} must be {_expected(hints[field])}")
         return kind(**fields)
 
     gin.external_configurable(make, name=name, module="embed")
@@ -133,7 +168,7 @@ def bind(
         except (RuntimeError, TypeError, ValueError, ImportError) as error:
             raise ValueError(f"{gin_file}: {_first(error)}") from None
         _check_rates(mixtures, gin_file)
-        _check_sets(vocabulary, evaluation, gin_file)
+        _check_sets(evaluation, gin_file)
         names = {name for members in mixtures.rates.values() for name in members} - set(mixtures.rates)
         names |= {*evaluation.sets.values(), *vocabulary.tasks}
         defined = {scope for scope, name, _ in bound if scope and name.partition(".")[0] == "task"}
@@ -150,12 +185,11 @@ def bind(
                 for field in ("kind", "source"):
                     if not any(key == f"task.{field}" and _within(scopes[name], bound) for bound, key in values):
                         others = {scope.replace("/", ".") for scope in defined}
-                        raise ValueError(f"bind {scopes[name]}/task.{field}{nearest(name, others)}")
+                        allowed = f", one of {', '.join(KINDS)}" if field == "kind" else ", such as @files()"
+                        raise ValueError(f"bind {scopes[name]}/task.{field}{allowed}{nearest(name, others)}")
                 with gin.config_scope(scopes[name]):
                     task = gin.get_configurable("task")()
                     cleaned = gin.get_configurable("hygiene")()
-                if not isinstance(task.source, sources.Source):
-                    raise ValueError(f"task.source={task.source!r:.60} must be a source, such as @files()")
                 source = task.source.limited(limit) if limit else task.source
                 tasks[name] = dataclasses.replace(task, source=source.undivided() if task.groups else source)
             except (RuntimeError, TypeError, ValueError) as error:
@@ -170,7 +204,8 @@ def bind(
         if registered and not mixtures.modules:
             raise ValueError(
                 f"{gin_file}: no task {registered[0]!r}: bind {registered[0].replace('.', '/')}/task.source and "
-                f"task.kind, or name the module that registers it in mixtures.modules{nearest(registered[0], tasks)}"
+                f"task.kind, or name the module that registers it in mixtures.modules"
+                f"{nearest(registered[0], {*mixtures.rates, *(scope.replace('/', '.') for scope in defined)})}"
             )
         for field, used in (("evaluation.sets", evaluation.sets.values()), ("vocabulary.tasks", vocabulary.tasks)):
             if unusable := [name for name in registered if name in used]:
@@ -183,11 +218,23 @@ def bind(
     finally:
         gin.clear_config()
     for set_name, name in evaluation.sets.items():
+        for other in sorted(trained & tasks.keys() if tasks[name].kind == "retrieval" else ()):
+            if tasks[other].source == tasks[name].source:
+                raise ValueError(
+                    f"{gin_file}: the task {other!r} trains on the queries of the evaluation set {set_name!r}: bind "
+                    f"another split or other queries, such as {other.replace('.', '/')}/retrieval.split = 'train'"
+                )
         if name in trained and not tasks[name].held_out:
             raise ValueError(
                 f"{gin_file}: evaluation.sets: {set_name!r} would have the training examples of {name!r}, which holds "
                 "none out: bind its task.held_out, or name another task"
             )
+    holding = [name for name in sorted(trained & tasks.keys()) if tasks[name].held_out]
+    if holding and not any(tasks[name].held_out for name in evaluation.sets.values()):
+        raise ValueError(
+            f"{gin_file}: the task {holding[0]!r} has held_out={tasks[holding[0]].held_out}, but no evaluation set has "
+            "what is held out: name the task in evaluation.sets"
+        )
     for name, kind, field in (("vocabulary", vocabulary, "characters"), ("evaluation", evaluation, "max_queries")):
         if not isinstance(value := getattr(kind, field), int) or value < 1:
             raise ValueError(f"{gin_file}: {name}.{field} must be a whole number of at least 1, got {value!r}")
@@ -219,7 +266,8 @@ def _fill(values: Mapping[tuple[str, str], object], scope: str, data_root: str) 
 def _referred(value) -> Iterator[str]:
     """The scopes of references in a value, such as a/b of @a/b/retrieval()."""
     if isinstance(value, gin.config.ConfigurableReference):
-        yield from filter(None, ["/".join(value.scopes)])
+        if not value.selector.endswith("macro"):
+            yield from filter(None, ["/".join(value.scopes)])
     elif isinstance(value, (list, tuple, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _referred(item)
@@ -234,7 +282,7 @@ def _values(text: str) -> dict[tuple[str, str], object]:
 
 def _check_rates(mixtures: Mixtures, gin_file) -> None:
     rates = mixtures.rates
-    if not isinstance(rates, dict) or not rates:
+    if not rates:
         raise ValueError(f"{gin_file}: mixtures.rates must be {{mixture: {{task: rate}}}}, got {rates!r}")
     for mixture, members in rates.items():
         if not isinstance(members, dict) or not members:
@@ -251,25 +299,14 @@ def _check_rates(mixtures: Mixtures, gin_file) -> None:
             raise ValueError(f"{gin_file}: mixtures.alpha of {mixture!r} must be between 0 and 1, got {alpha!r}")
     if mixtures.unit not in ("examples", "tokens"):
         raise ValueError(f"{gin_file}: mixtures.unit={mixtures.unit!r} must be examples or tokens")
-    if not _are_names(mixtures.modules):
-        raise ValueError(f"{gin_file}: mixtures.modules must be a list of names of modules, got {mixtures.modules!r}")
     for mixture in rates:
         _check_cycles(mixture, rates, (), gin_file)
 
 
-def _check_sets(vocabulary: Vocabulary, evaluation: Evaluation, gin_file) -> None:
-    if not _are_names(vocabulary.tasks):
-        raise ValueError(f"{gin_file}: vocabulary.tasks must be a list of names of tasks, got {vocabulary.tasks!r}")
-    sets = evaluation.sets
-    if not isinstance(sets, dict) or not _are_names([*sets, *sets.values()]):
-        raise ValueError(f'{gin_file}: evaluation.sets must be {{"SET/SPLIT": task}}, got {sets!r}')
-    for name in sets:
+def _check_sets(evaluation: Evaluation, gin_file) -> None:
+    for name in evaluation.sets:
         if not re.fullmatch(r"[^/\s]+/[^/\s]+", name) or ".." in name:
             raise ValueError(f"{gin_file}: evaluation.sets: {name!r} must be SET/SPLIT, such as 'own/test'")
-
-
-def _are_names(values) -> bool:
-    return isinstance(values, (list, tuple)) and all(isinstance(value, str) and value for value in values)
 
 
 def _check_hygiene(hygiene: Mapping[str, Hygiene], tasks: Mapping[str, Task], gin_file) -> None:
@@ -293,6 +330,8 @@ def _check_hygiene(hygiene: Mapping[str, Hygiene], tasks: Mapping[str, Task], gi
 
 
 def _check_cycles(mixture: str, rates: Mapping, above: tuple, gin_file) -> None:
+    if above == (mixture,):
+        raise ValueError(f"{gin_file}: the mixture {mixture!r} contains itself: a task needs a name of its own")
     if mixture in above:
         raise ValueError(f"{gin_file}: the mixture {mixture!r} contains itself: {' → '.join((*above, mixture))}")
     for member in rates[mixture]:
@@ -319,6 +358,9 @@ def _bindings(text: str, source) -> Iterator[tuple[str, str, str]]:
     try:
         statements = list(gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()))
     except (SyntaxError, ValueError) as error:
+        for number, line in enumerate(text.splitlines(), 1) if "malformed" in str(error) else ():
+            if re.match(r"\s*[\w./]+\s*=\s*(?!(?:True|False|None)\b)(?:[^\W\d]|\{[a-z_]+\})", line):
+                raise ValueError(f"{source}: line {number}: {line.strip()}: a text needs quotes") from None
         raise ValueError(f"{source}: {_first(error)}") from None
     for s in statements:
         if isinstance(s, gin.config_parser.BindingStatement):
@@ -345,7 +387,8 @@ def _check_used(bound: Sequence[tuple[str, str, str]], gin_file, valid: Sequence
                 break
         else:
             full = f"{scope}/{key or name}" if scope else key or name
-            raise ValueError(f"{gin_file}: unused gin binding {full!r}{nearest(key or name, valid)}")
+            known = {*valid, *(f"{s}/{k}" if s else k for s, _, k in bound if k and (s, k) != (scope, key))}
+            raise ValueError(f"{gin_file}: unused gin binding {full!r}{nearest(full, known)}")
 
 
 def _within(scope: str, outer: str) -> bool:
@@ -363,7 +406,11 @@ def _first(error: Exception) -> str:
     """An error of gin in one line."""
     if unknown := re.match(r"No configurable matching reference '@(?:[\w/.]*/)?(\w+)", str(error)):
         known = [name for name, kind in CONFIGURABLES.items() if issubclass(kind, sources.Source)]
-        return f"no source @{unknown[1]}(): one of {', '.join(f'@{name}()' for name in known)}"
+        return f"no source @{unknown[1]}(), only {', '.join(f'@{name}()' for name in known)}"
+    if dotted := re.match(r"No configurable matching '([\w./]+)\.(\w+)'", str(error)):
+        return (
+            f"{dotted[0].partition(chr(39))[2][:-1]!r} is unknown; in bindings a task's name has slashes: own/task.kind"
+        )
     if undefined := re.search(r"macro\(\) missing .* in scope '([\w/]+)'", str(error), re.S):
         return f"the macro %{undefined[1].rpartition('/')[2]} is not defined"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

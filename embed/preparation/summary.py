@@ -36,6 +36,10 @@ class Bar:
     def __exit__(self, *_) -> None:
         self._progress.stop()
 
+    def say(self, sentence: str) -> None:
+        """Prints a sentence above the bar."""
+        self._progress.console.print(sentence, markup=False, highlight=False)
+
     def start(self, part: str) -> None:
         """A part of the work begins."""
         self._tokens = 0

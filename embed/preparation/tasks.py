@@ -133,8 +133,9 @@ class Task:
         needed, optional = COLUMNS[self.kind]
         allowed = {*needed, *optional, *(("chunk",) if self.groups and self.kind == "contextual" else ())}
         if unknown := [name for name in self.columns if name not in allowed]:
+            hint = "; it needs task.group_by or task.group_sizes" if unknown[0] == "chunk" else ""
             raise ValueError(
-                f"task.columns: {unknown[0]!r} is no column of a {self.kind} task: {', '.join(sorted(allowed))}"
+                f"task.columns: {unknown[0]!r} is no column of a {self.kind} task: {', '.join(sorted(allowed))}{hint}"
             )
         removed = self.remove if isinstance(self.remove, Mapping) else {"": self.remove}
         if unknown := [name for name in removed if name and name not in allowed]:
@@ -163,6 +164,11 @@ class Task:
         if self.group_sizes and (self.group_by or self.kind != "contextual" or not _are_sizes(self.group_sizes)):
             raise ValueError(
                 f"task.group_sizes={self.group_sizes!r} must be at least 1 each, in a contextual task without group_by"
+            )
+        if bool(self.label) != bool(self.labels) or set(self.labels.values()) - {"document", "negatives"}:
+            raise ValueError(
+                f"task.label={self.label!r} and task.labels={self.labels!r} belong together: the field, and "
+                '{value as text: "document" or "negatives"}'
             )
         if self.label and not (self.group_by and self.kind == "triplet"):
             raise ValueError("task.label needs task.group_by and kind 'triplet'")
@@ -282,12 +288,12 @@ class Task:
             return {"text": text, "queries": found}
         if "text" in self.columns:
             text = text_of(row, self._field("text"))
-            pairs = [(_query_text(query), int(query["offset"])) for query in queries]
+            pairs = [(_query_text(query), _index(query, "offset")) for query in queries]
             if bad := [offset for _, offset in pairs if not 0 <= offset < len(text)]:
                 raise ValueError(f"a query has the offset {bad[0]} in a text of {len(text)} characters")
             return {"text": text, "queries": pairs}
         chunks = texts_of(row, self._field("chunks"))
-        pairs = [(_query_text(query), int(query["chunk"])) for query in queries]
+        pairs = [(_query_text(query), _index(query, "chunk")) for query in queries]
         if bad := [index for _, index in pairs if not 0 <= index < len(chunks)]:
             raise ValueError(f"a query names chunk {bad[0]} of {len(chunks)}")
         headers = pick(row, self._field("headers")) if self._field("headers") in row else [[]] * len(chunks)
@@ -316,10 +322,10 @@ class Task:
             cut[SEVERAL] += len(queries) - len(kept)
             return [{"chunks": list(chunks), "queries": kept, "headers": [[]] * len(chunks)}]
         sides: dict[str, list[str]] = {"document": [], "negatives": []}
-        unmapped = 0
+        labels, unmapped = {str(value): role for value, role in self.labels.items()}, 0
         for row in rows:
             if self.label:
-                role = self.labels.get(str(pick(row, self.label)))
+                role = labels.get(str(pick(row, self.label)))
                 if role:
                     sides[role] += self._texts(row, "document")
                 unmapped += not role
@@ -343,7 +349,7 @@ class Task:
     def _reason(self, row: dict) -> str | None:
         if self.language_field and self.languages and pick(row, self.language_field) not in self.languages:
             return LANGUAGE
-        if self.score_field and not float(pick(row, self.score_field)) >= self.min_score:
+        if self.score_field and not _number(row, self.score_field) >= self.min_score:
             return SCORE
         return None
 
@@ -385,7 +391,7 @@ class Task:
     def _weight(self, row: dict) -> int:
         if not self.weight_field:
             return 1
-        value = float(pick(row, self.weight_field))
+        value = _number(row, self.weight_field)
         reached = [least for least in self.weights if value >= least]
         return self.weights[max(reached)] if reached else 1
 
@@ -529,6 +535,20 @@ def _without(pattern: str, value):
 def _digest(value) -> bytes:
     """64 bits of BLAKE2b over the representation of a value."""
     return hashlib.blake2b(f"{value!r}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _index(query, name: str) -> int:
+    if not isinstance(query, Mapping) or not isinstance(query.get(name), (int, float)):
+        raise TypeError(f'a query is {query!r:.40}, expected {{"text": …, "{name}": a number}}')
+    return int(query[name])
+
+
+def _number(row: Mapping, field: str) -> float:
+    value = pick(row, field)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"field {field!r} is {value!r:.40}, expected a number") from None
 
 
 def _query_text(query) -> str:

@@ -25,8 +25,8 @@ def train_sentencepiece(
 
     With `split_identifiers`, the model case-folds text and splits identifiers (`identifier_rules`), so that
     parse_config, parseConfig and "parse the config" share pieces. Without it, the model applies NFKC with byte fallback
-    and keeps case. The same texts in the same order give the same model. Raises ValueError if the texts do not allow
-    `vocab_size` pieces.
+    and keeps case. The same texts in the same order give the same model. If the texts do not give `vocab_size` pieces,
+    it has as many as they give. Raises ValueError if `vocab_size` is smaller than their characters need.
     """
     options = {"byte_fallback": True, "normalization_rule_name": "nmt_nfkc"}
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,6 +51,7 @@ def train_sentencepiece(
                 model_prefix=str(Path(scratch, "sentencepiece")),
                 model_type="unigram",
                 vocab_size=vocab_size,
+                hard_vocab_limit=False,
                 pad_id=0,
                 unk_id=1,
                 bos_id=-1,
@@ -64,14 +65,11 @@ def train_sentencepiece(
                 **options,
             )
         except RuntimeError as error:
-            least, most = re.search(r"required_chars\. \d+ vs (\d+)", str(error)), re.search(r"<= (\d+)\.", str(error))
-            if least:
+            if least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
                 why = f"must be at least {least[1]}: the control pieces and the characters of the {count} texts"
-            elif most:
-                why = f"must be at most {most[1]}: the {count} texts give no more pieces"
             else:
                 why = f"cannot be trained on {count} texts: {error}"
-            raise ValueError(f"vocab_size={vocab_size} {why}") from None
+            raise ValueError(f"config.data.vocab_size={vocab_size} {why}") from None
         # The model records the trainer's temporary paths. Without them, the same texts give the same file.
         model = sentencepiece_model_pb2.ModelProto.FromString(Path(scratch, "sentencepiece.model").read_bytes())
         model.trainer_spec.ClearField("input")

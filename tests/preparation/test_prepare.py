@@ -397,7 +397,7 @@ def test_a_task_whose_examples_are_all_near_duplicates_is_refused(sources, tmp_p
     names += ["more/task.columns = {}", "more/task.held_out = 0.0", "evaluation.sets = {}"]
     names += ["hygiene.near_duplicates = 0.75", 'hygiene.compare_with = "all"', "mixtures.unit = 'tokens'"]
     names += ["mixtures.rates = {'both': {'pairs': 3.0, 'more': 1.0}}"]
-    with pytest.raises(ValueError, match="^task '(pairs|more)' has no example with tokens: remove it from mixtures"):
+    with pytest.raises(ValueError, match=r"^task '(pairs|more)' has no example left \(near duplicates 1\)"):
         run(sources, tmp_path / "data", *names)
 
 
@@ -434,7 +434,7 @@ def test_many_short_examples_are_written_in_parts(sources, data, tmp_path, monke
 
 
 def test_a_task_without_examples_is_refused(sources, tmp_path):
-    with pytest.raises(ValueError, match="task 'pairs' has no example with tokens"):
+    with pytest.raises(ValueError, match=r"task 'pairs' has no example left \(pattern \d+\)"):
         run(sources, tmp_path / "data", 'pairs/task.keep = "nothing has this"')
 
 
@@ -661,7 +661,7 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("pairs/task.query_length = %A_MACRO", "task 'pairs': the macro %A_MACRO is not defined"),
         (
             "pairs/task.source = @fils()",
-            "no source @fils(): one of @files(), @hub(), @tfds(), @retrieval(), @conteb(), ",
+            "no source @fils(), only @files(), @hub(), @tfds(), @retrieval(), @conteb(), ",
         ),
         ("pairs/task.kind = 'pear'", "task 'pairs': task.kind='pear' must be one of text, pair"),
         ("mixtures.rates = {'both': {'pairs': -1.0}}", "must be positive, got -1.0"),
@@ -670,12 +670,23 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("mixtures.rates = {'both': {'pairs': 1.0, 'texts': 1.0}}", "kinds: 'pairs' (pair) and 'texts' (text)"),
         ("mixtures.alpha = {'pear': 0.5}", "no mixture 'pear'"),
         ("mixtures.modules = ('no_such_module',)", "mixtures.modules: 'no_such_module' cannot be imported: No module"),
-        ("mixtures.modules = 'json'", "mixtures.modules must be a list of names of modules, got 'json'"),
+        ("mixtures.modules = 'json'", "mixtures.modules='json' must be a list, each item a text in quotes"),
         ("pairs/files.shard_bytes = 0", "task 'pairs': files.shard_bytes=0 must be a whole number of at least 1"),
         ("task.min_characters = 'x'", "task.min_characters='x' must be a whole number of at least 0"),
         ("hygiene.overlap = 'x'", "hygiene.overlap='x' must be between 0 and 1"),
         ("mixtures.unit = 'bytes'", "mixtures.unit='bytes' must be examples or tokens"),
-        ("vocabulary.tasks = ('texts')", "vocabulary.tasks must be a list of names of tasks, got 'texts'"),
+        ("vocabulary.tasks = ('texts')", "vocabulary.tasks='texts' must be a list, each item a text in quotes"),
+        ("mixtures.alpha = 0.3", "mixtures.alpha=0.3 must be a dictionary, each value a number"),
+        ("pairs/task.language = ['en']", "task.language=['en'] must be a text in quotes"),
+        ("pairs/files.paths = 5", "files.paths=5 must be a text in quotes or a list, each item a text in quotes"),
+        ("pairs/task.columns = {'query': 0}", "task.columns={'query': 0} must be a dictionary, each value a text"),
+        ("pairs/task.held_out_by = ('a', 'b')", "task.held_out_by=('a', 'b') must be a text in quotes"),
+        ("pairs/task.languages = 'en'", "task.languages='en' must be a list, each item a text in quotes"),
+        ("pairs/task.source = @files", "must be a source such as @files(), with ()"),
+        ("pairs/task.kind = pair", "pairs/task.kind = pair: a text needs quotes"),
+        ("pairs.task.kind = 'pair'", "'pairs.task' is unknown; in bindings a task's name has slashes"),
+        ("mixtures.rates = {'pairs': {'pairs': 1.0}}", "'pairs' contains itself: a task needs a name of its own"),
+        ("pairs/task.held_out = 0.1\nevaluation.sets = {}", "has held_out=0.2, but no evaluation set has what is held"),
         ("evaluation.sets = {'more': 'more'}", "evaluation.sets: 'more' must be SET/SPLIT"),
         ("evaluation.sets = {'../test': 'more'}", "evaluation.sets: '../test' must be SET/SPLIT"),
         ("evaluation.sets = {'own/test': 'pairs'}", "'own/test' would have the training examples of 'pairs', which"),
@@ -683,7 +694,7 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("own/pairs/task.kind = 'pair'\nmixtures.rates = {'both': {'own.pairs': 1.0}}", "bind own/pairs/task.source"),
         (
             "own/task.source = @files()\nown/pairs/task.kind = 'pair'\nmixtures.rates = {'both': {'own.pair': 1.0}}",
-            "task 'own.pair': bind own/pair/task.kind; the nearest valid one is 'own.pairs'",
+            "task 'own.pair': bind own/pair/task.kind, one of text, pair, triplet, contextual, retrieval; the nearest",
         ),
         ("vocabulary.characters = 0", "vocabulary.characters must be a whole number of at least 1, got 0"),
     ],
@@ -792,6 +803,16 @@ def test_rows_of_a_source_without_whole_shards_are_not_grouped(sources):
         ValueError, match="task 'own': the rows of PythonDocs cannot be grouped: its shards divide them"
     ):
         bind(sources / "data.gin", [*grouped, *mixture], data_root=str(sources))
+
+
+def test_training_on_the_queries_of_an_evaluation_set_is_refused(sources):
+    retrieval = ("both/task.source = @retrieval()", "both/retrieval.path = '/beir'", "both/a/task.kind = 'pair'")
+    named = ("both/b/task.kind = 'retrieval'", "mixtures.rates = {'m': {'both.a': 1.0}}")
+    sets = "evaluation.sets = {'both/test': 'both.b'}"
+    with pytest.raises(ValueError, match=r"'both\.a' trains on the queries of the evaluation set 'both/test': bind"):
+        bind(sources / "data.gin", [*retrieval, *named, sets], data_root=str(sources))
+    made = bind(sources / "data.gin", [*retrieval, *named, sets, "both/a/retrieval.split = 'train'"], data_root="/")
+    assert made.tasks["both.a"].source.split == "train"
 
 
 def test_a_source_that_hygiene_names_gets_the_data_root(sources):

@@ -214,7 +214,10 @@ def words_of(row):
         (dict(kind="pair", keep="("), "task.keep='\\(' is no regular expression"),
         (dict(kind="pair", held_out=1.5), "task.held_out=1.5 must be between 0 and 1"),
         (dict(kind="pair", weights={1: 0}), "task.weights={1: 0} must be"),
-        (dict(kind="pair", label="l"), "task.label needs task.group_by"),
+        (dict(kind="pair", label="l", labels={"0": "document"}), "task.label needs task.group_by"),
+        (dict(kind="triplet", group_by="k", label="l"), "task.label='l' and task.labels={} belong together"),
+        (dict(kind="triplet", group_by="k", label="l", labels={"0": "positive"}), "belong together"),
+        (dict(kind="contextual", columns={"chunk": "c"}), "it needs task.group_by or task.group_sizes"),
         (dict(kind="pair", min_score=0.5), "task.min_score needs task.score_field"),
         (dict(kind="pair", weights={1: 2}), "task.weights needs task.weight_field"),
     ],
@@ -265,7 +268,12 @@ def test_group_sizes_are_whole_numbers_of_at_least_1(value):
         (lambda: Hub(shard_bytes="x"), "hub.shard_bytes='x' must be a whole number of at least 1"),
         (lambda: Retrieval(max_chunks=-1), "retrieval.max_chunks=-1 must be a whole number of at least 0"),
         (lambda: Parallel(pairs=1.5), "parallel.pairs=1.5 must be a whole number of at least 0"),
-        (lambda: Parallel(rates={"de": 0}), "parallel.rates: the rate 0 of 'de' must be positive"),
+        (lambda: Parallel(rates={"de": 1}), "parallel.rates needs parallel.pairs"),
+        (
+            lambda: Parallel(pairs=1, languages=("en",), rates={"de": 1}),
+            "parallel.rates: 'de' is none of parallel.lang",
+        ),
+        (lambda: Parallel(pairs=1, rates={"de": 0}), "parallel.rates: the rate 0 of 'de' must be positive"),
     ],
 )
 def test_a_number_of_a_source_out_of_its_range_is_refused(make, message):

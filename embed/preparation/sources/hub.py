@@ -53,7 +53,7 @@ class Hub(FileReader):
     config: str = ""
     split: str = "train"
     revision: str = ""
-    files: Sequence[str] = ()
+    files: str | Sequence[str] = ()
     streaming: bool = False
 
     def inputs(self) -> list[Input]:

@@ -51,7 +51,13 @@ class Parallel(Joined):
 
     def __post_init__(self):
         numbers.check(self, "parallel", {"pairs": 0})
+        if self.rates and not self.pairs:
+            raise ValueError("parallel.rates needs parallel.pairs")
         for language, rate in (self.rates or {}).items():
+            if self.languages and language not in self.languages:
+                raise ValueError(
+                    f"parallel.rates: {language!r} is none of parallel.languages: {', '.join(self.languages)}"
+                )
             if not numbers.is_number(rate, 0) or not rate:
                 raise ValueError(f"parallel.rates: the rate {rate!r} of {language!r} must be positive")
 
