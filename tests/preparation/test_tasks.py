@@ -271,7 +271,7 @@ def test_group_sizes_are_whole_numbers_of_at_least_1(value):
         (lambda: Parallel(rates={"de": 1}), "parallel.rates needs parallel.pairs"),
         (
             lambda: Parallel(pairs=1, languages=("en",), rates={"de": 1}),
-            "parallel.rates: 'de' is none of parallel.lang",
+            "parallel.rates: 'de' is none of parallel.languages: en",
         ),
         (lambda: Parallel(pairs=1, rates={"de": 0}), "parallel.rates: the rate 0 of 'de' must be positive"),
     ],
