@@ -439,8 +439,9 @@ def test_examples_with_evaluation_texts_are_dropped_and_hits_are_named(shards, t
     assert counts_of(work, "t")[0].dropped[hygiene.CONTAMINATED] == 3
     found = [marker["hygiene"] for marker in stream.markers(work, "map_shard", "t")]
     assert sum((Counter(f["hits"]) for f in found), Counter()) == {"0": 1, "2": 1, "3": 1}
-    assert sorted(owner for f in found for owner, _ in f["locations"]) == [0, 2, 3]
-    assert all(location.startswith(f"{tmp_path}/all/rows/t/") for f in found for _, location in f["locations"])
+    located = [item for f in found for item in f["locations"].items()]
+    assert sorted(owner for owner, _ in located) == ["0", "2", "3"]
+    assert all(place.startswith(f"{tmp_path}/all/rows/t/") for _, places in located for place in places)
     # Queries only, from a source.
     about = Hygiene(evaluation_sets=(Retrieval(path=f"{held_out}"),), evaluation_texts=("queries",))
     work = run(tmp_path / "queries", tokenizer, tasks, {"t": about}, shards=shards)
@@ -508,7 +509,7 @@ def test_hygiene_is_bound_for_all_tasks_or_by_scope(tmp_path):
     [
         ("hygiene.near_duplicates = 1.5", r"hygiene.near_duplicates=1.5 must be between 0 and 1"),
         ("hygiene.overlap = -1", r"hygiene.overlap=-1 must be between 0 and 1"),
-        ("hygiene.evaluation_sets = '*'", r"hygiene.evaluation_sets must be a list, got '\*'"),
+        ("hygiene.evaluation_sets = '*'", r"hygiene.evaluation_sets='\*' must be a list, each item a text in quotes"),
         ("hygiene.evaluation_texts = ['query']", "'query' must be one of queries, corpus"),
         ("web/task.language = 'klingonisch!'", "task 'web.a': hygiene.language=True: task.language 'klingonisch!' "),
         ("web/b/hygiene.near_duplicates = 0.8", "it is 0.75 for 'web.a' and 0.8 for 'web.b'"),

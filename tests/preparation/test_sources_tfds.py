@@ -7,7 +7,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from embed.preparation.sources import SourceError, Tfds
-from embed.preparation.sources import tfds as source_module
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
@@ -72,11 +71,12 @@ def test_examples_are_rows_with_plain_values(data_dir):
     assert source.identity()["name"] == "tiny/1.0.0" and sum(source.identity()["shards"]) == 20
 
 
-def test_shards_along_the_files_give_every_example_once_and_in_order(data_dir, monkeypatch):
+def test_shards_along_the_files_give_every_example_once_and_in_order(data_dir):
     source = Tfds("tiny", data_dir=data_dir)
     whole = rows(source)
     assert len(source.shards()) == 1
-    monkeypatch.setattr(source_module, "SHARD_BYTES", 1)
+    source = Tfds("tiny", data_dir=data_dir, shard_bytes=1)
+    assert len(source.undivided().shards()) == 1
     shards = source.shards()
     assert [shard.stop - shard.start for shard in shards] == source.identity()["shards"] and len(shards) == 4
     assert rows(source) == whole
