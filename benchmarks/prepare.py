@@ -46,6 +46,8 @@ texts/task.kind = "text"
 
 def texts_of(pattern: str) -> list[str]:
     files = sorted(glob.glob(pattern or f"{sysconfig.get_path('stdlib')}/**/*.py", recursive=True))
+    if not files:
+        raise SystemExit(f"--text: no file matches {pattern}")
     texts = [Path(file).read_text(encoding="utf-8", errors="ignore") for file in files]
     return [text[i : i + LONGEST] for text in texts for i in range(0, len(text), LONGEST)]
 
