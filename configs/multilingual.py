@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.pair = base.stage(
         "pair",
         init="diffusion",
-        curriculum=((400, "pairs"),),
+        curriculum=((1200, "pairs"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         batch=rows | dict(group_size=128),
         **common,
@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((220, "contextual"),),
+        curriculum=((500, "contextual"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         alpha=0.4,
         beta=(0.1, 0.1),
@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.triplet = base.stage(
         "triplet",
         init="pair",
-        curriculum=((50, parts),),
+        curriculum=((100, parts),),
         optimizer=optimizer | dict(learning_rate=1e-3),
         batch=rows | dict(group_size=32, num_negatives=2),
         **common,
