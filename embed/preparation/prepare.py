@@ -38,7 +38,7 @@ from embed.preparation import (
 )
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
-from embed.preparation.sources import Conteb, Retrieval, Shard, Source
+from embed.preparation.sources import Shard, Source
 from embed.preparation.stream import Work
 from embed.preparation.tasks import Counts, Task, all_texts, named
 
@@ -329,8 +329,7 @@ class _Preparation:
             task, size = self.bound.tasks[task_name], sum(shard.bytes for shard in work.shards[task_name])
             if task.kind == "retrieval":
                 size = _bytes(identity[task_name])
-                if isinstance(task.source, (Conteb, Retrieval)):
-                    task = dataclasses.replace(task, source=task.source.with_parts())
+                task = dataclasses.replace(task, source=task.source.with_parts())
             target = os.fspath(self.directory / "evaluation" / name)
             arguments = (name, self.bound.evaluation.max_queries, task_name, task, target, size)
             marker = os.fspath(evaluation_sets.marker(work, name))

@@ -190,6 +190,13 @@ def test_evaluation_sets_are_made_by_several_processes_and_only_once(retrieval_s
     assert jobs[2] == [stream.map_shard] * 4 and files(two) == files(one)
 
 
+def test_judgments_of_texts_that_the_corpus_lacks_are_bad_rows(retrieval_set, tmp_path):
+    with open(retrieval_set / "set" / "qrels.jsonl", "a") as out:
+        out.write('{"query-id": "q0", "corpus-id": "nope", "score": 1}\n')
+    with pytest.raises(ValueError, match="1 of .* rows are bad.* of query 'q0': the text 'nope' is not in the corpus"):
+        run(retrieval_set, tmp_path / "data")
+
+
 def test_an_evaluation_set_without_a_query_is_refused_in_one_sentence(retrieval_set, tmp_path):
     (retrieval_set / "set" / "qrels.jsonl").write_text('{"query-id": "q0", "corpus-id": "0-1", "score": 0}\n')
     with pytest.raises(

@@ -93,6 +93,10 @@ class Source:
         """
         raise SourceError(f"the rows of {type(self).__name__} cannot be grouped: its shards divide them")
 
+    def with_parts(self) -> "Source":
+        """This source with the commits of its tables, for a process that reads without `build`."""
+        return self
+
     def report(self) -> dict:
         """What `build` found, for info.json."""
         return {}

@@ -34,7 +34,6 @@ class _Dataset(Joined):
         return dataset_part(*dataset, explicit=getattr(self, name), patterns=patterns, splits=splits)
 
     def with_parts(self) -> "_Dataset":
-        """The same tables, of the hub with their commits, for other processes."""
         return dataclasses.replace(self, **self._parts)
 
 
