@@ -266,6 +266,7 @@ def test_group_sizes_are_whole_numbers_of_at_least_1(value):
     [
         (lambda: Files("x", shard_bytes=0), "files.shard_bytes=0 must be a whole number of at least 1"),
         (lambda: Hub(shard_bytes="x"), "hub.shard_bytes='x' must be a whole number of at least 1"),
+        (lambda: Retrieval(shard_bytes=0), "retrieval.shard_bytes=0 must be a whole number of at least 1"),
         (lambda: Retrieval(max_chunks=-1), "retrieval.max_chunks=-1 must be a whole number of at least 0"),
         (lambda: Parallel(pairs=1.5), "parallel.pairs=1.5 must be a whole number of at least 0"),
         (lambda: Parallel(rates={"de": 1}), "parallel.rates needs parallel.pairs"),

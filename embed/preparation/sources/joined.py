@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from embed import paths
+from embed.preparation import numbers
 from embed.preparation.sources.base import Row, Shard, Source, SourceError, cached
 from embed.preparation.sources.files import Files
 from embed.preparation.sources.hub import Hub, choose, config_splits, read_card
@@ -30,6 +31,9 @@ class Joined(Source):
     """
 
     shard_bytes: int = PART_BYTES
+
+    def __post_init__(self):
+        numbers.check(self, type(self).__name__.lower(), {"shard_bytes": 1})
 
     names = ()  # the columns
 

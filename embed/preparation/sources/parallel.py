@@ -50,6 +50,7 @@ class Parallel(Joined):
     rates: Mapping[str, float] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         numbers.check(self, "parallel", {"pairs": 0})
         if self.rates and not self.pairs:
             raise ValueError("parallel.rates needs parallel.pairs")

@@ -64,6 +64,7 @@ class Retrieval(_Dataset):
     max_chunks: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         numbers.check(self, "retrieval", {"max_chunks": 0})
 
     names = ("query", "document", "title", "score", "negatives", "query_id", "document_id")
