@@ -47,8 +47,9 @@ def measure(run: Run, name: str, model: transformer.TransformerConfig, repeats: 
     stage = run.config.stages[name]
     phases = run.phases(name)
     stores = {task: run.store(task) for _, rates in phases for task in rates}
-    loader = stages.make_loader(stage, stores, phases, seed=0, separator_id=run.tokenizer.separator_id)
-    batch = loader.batch(0)
+    separator = run.tokenizer.separator_id
+    stage = stages.with_rows(stage, stores, phases, separator_id=separator)
+    batch = stages.make_loader(stage, stores, phases, seed=0, separator_id=separator).batch(0)
     batch.pop("stats")
     step = make_step(stage, model, sharding.make_mesh(), steps=100, seed=0, mask_id=run.tokenizer.mask_id)
     batch = step.put(batch)

@@ -34,7 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, runlocal=False, stage="")
     config = base.get_config()
     config.stage = arg.stage
-    config.model.update(SIZES["micro"] if arg.runlocal else SIZES["small"] | dict(num_layers=2))
+    thin = dict(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=128, intermediate_size=128)
+    config.model.update(SIZES["micro"] if arg.runlocal else SIZES["small"] | thin)
     config.model.update(rope_theta=1e4, dtype="float32")
     config.data.gin_file = "configs/data/multilingual.gin"
     config.data.vocab_size = 32_000
@@ -49,13 +50,13 @@ def get_config(arg: str = "") -> ConfigDict:
         "diffusion",
         curriculum=((100, "diffusion"),),
         optimizer=optimizer | dict(learning_rate=2e-3),
-        batch=dict(rows=32, length=256),
+        batch=dict(rows=16, length=256),
         execution=dict(checkpoint_every=100, logits_chunk=256),
     )
     config.stages.pair = base.stage(
         "pair",
         init="diffusion",
-        curriculum=((1200, "pairs"),),
+        curriculum=((900, "pairs"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         batch=rows | dict(group_size=128),
         **common,
@@ -64,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((500, "contextual"),),
+        curriculum=((400, "contextual"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         alpha=0.4,
         beta=(0.1, 0.1),
@@ -79,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.triplet = base.stage(
         "triplet",
         init="pair",
-        curriculum=((100, parts),),
+        curriculum=((60, parts),),
         optimizer=optimizer | dict(learning_rate=1e-3),
         batch=rows | dict(group_size=32, num_negatives=2),
         **common,
