@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.pair = base.stage(
         "pair",
         init="diffusion",
-        curriculum=((900, "pairs"),),
+        curriculum=((700, "pairs"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         batch=rows | dict(group_size=128),
         **common,
@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((400, "contextual"),),
+        curriculum=((300, "contextual"),),
         optimizer=optimizer | dict(learning_rate=3e-3),
         alpha=0.4,
         beta=(0.1, 0.1),
