@@ -11,10 +11,11 @@ import rich.table
 
 from embed.console import make_console, print_table
 from embed.preparation import settings
+from embed.preparation.counts import BAD, Counts
 from embed.preparation.hygiene import evaluation_sources
 from embed.preparation.sources import Row, Shard, Source
 from embed.preparation.sources.joined import Joined
-from embed.preparation.tasks import BAD, Counts, Task, all_texts
+from embed.preparation.tasks import Task, all_texts
 from embed.tokenizers import Tokenizer
 
 ROWS = 10  # of each source

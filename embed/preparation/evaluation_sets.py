@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from embed import paths
 from embed.preparation import copies, examples
+from embed.preparation.counts import UNUSED, Counts
 from embed.preparation.sources import Retrieval, Shard
 from embed.preparation.stream import Progress, Work, load_tokenizer
-from embed.preparation.tasks import UNUSED, Counts, Task, named
+from embed.preparation.tasks import Task, named
 from embed.tokenizers import Tokenizer
 
 

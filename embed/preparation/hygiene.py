@@ -16,8 +16,9 @@ import numpy as np
 
 from embed import paths
 from embed.preparation import contamination, languages, near_duplicates, numbers
+from embed.preparation.counts import Counts
 from embed.preparation.sources import Retrieval, Source
-from embed.preparation.tasks import Counts, Task, all_texts
+from embed.preparation.tasks import Task, all_texts
 
 CONTAMINATED, OTHER_LANGUAGE = "with a text of an evaluation set", "identified as another language"
 LIBRARIES = {"near_duplicates": ("rensa",), "language": ("langcodes", "py3langid")}

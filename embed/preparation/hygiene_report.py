@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 
 from embed import paths
 from embed.preparation import stream
+from embed.preparation.counts import Counts
 from embed.preparation.hygiene import Findings, Hygiene
 from embed.preparation.stream import Work
-from embed.preparation.tasks import Counts
 
 MAX_TEXTS = 50  # evaluation texts of a set and a task that are named
 MAX_GROUPS = 20  # of near duplicates

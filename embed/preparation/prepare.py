@@ -36,11 +36,12 @@ from embed.preparation import (
     summary,
     vocabulary,
 )
+from embed.preparation.counts import Counts
 from embed.preparation.runners import Clock, Job
 from embed.preparation.settings import Settings
 from embed.preparation.sources import Shard, Source
 from embed.preparation.stream import Work
-from embed.preparation.tasks import Counts, Task, all_texts, named
+from embed.preparation.tasks import Task, all_texts, named
 
 _WINDOW = 600  # characters per training text of the vocabulary
 PLAN, INFO, SCRATCH = "plan.json", "info.json", "scratch"

@@ -20,10 +20,10 @@ from embed import paths, tokenizers
 from embed.data.loader import COLUMNS
 from embed.data.store import Store
 from embed.preparation import examples, tasks
+from embed.preparation.counts import Counts
 from embed.preparation.sources import Shard, Source
 from embed.preparation.sources.files import Input, find_files
 from embed.preparation.stream import BUCKET_BYTES
-from embed.preparation.tasks import Counts
 from embed.tokenizers import Tokenizer
 
 BATCH = 256  # examples that are read or tokenized together

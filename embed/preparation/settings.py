@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import gin
 
-from embed.preparation import languages, sources
+from embed.preparation import languages, numbers, sources
 from embed.preparation.hygiene import Hygiene
 from embed.preparation.python_docs import PythonDocs
 from embed.preparation.tasks import KINDS, Task
@@ -152,94 +152,93 @@ def bind(
     if not Path(gin_file).is_file():
         raise FileNotFoundError(f"no gin file {gin_file}")
     text = Path(gin_file).read_text(encoding="utf-8") + "\n" + "\n".join(gin_bindings)
-    valid = [f"{name}.{f.name}" for name, kind in CONFIGURABLES.items() for f in dataclasses.fields(kind) if f.init]
-    gin.clear_config()
     try:
-        bound = list(_bindings(text, gin_file))
+        bound = list(_bindings(text))
+        valid = [f"{name}.{f.name}" for name, kind in CONFIGURABLES.items() for f in dataclasses.fields(kind) if f.init]
         for _, _, key in bound:
             if key and key not in valid:
-                raise ValueError(f"{gin_file}: unknown gin binding {key!r}{nearest(key, valid)}")
-        try:
-            gin.parse_config(text)
-            values = _values(text)
-            mixtures, vocabulary, evaluation = (
-                gin.get_configurable(name)() for name in ("mixtures", "vocabulary", "evaluation")
-            )
-        except (RuntimeError, TypeError, ValueError, ImportError) as error:
-            raise ValueError(f"{gin_file}: {_first(error)}") from None
-        _check_rates(mixtures, gin_file)
-        _check_sets(evaluation, gin_file)
-        names = {name for members in mixtures.rates.values() for name in members} - set(mixtures.rates)
-        names |= {*evaluation.sets.values(), *vocabulary.tasks}
-        defined = {scope for scope, name, _ in bound if scope and name.partition(".")[0] == "task"}
-        scopes = {name: name.replace(".", "/") for name in sorted(names)}
-        registered = [name for name, scope in scopes.items() if not any(_within(scope, other) for other in defined)]
-        for scope in sorted(_referred(list(values.values()))):
-            _fill(values, scope, data_root)
-        tasks: dict[str, Task] = {}
-        hygiene: dict[str, Hygiene] = {}
-        trained = {name for members in mixtures.rates.values() for name in members}
-        for name in [name for name in scopes if name not in registered]:
-            try:
-                _fill(values, scopes[name], data_root)
-                for field in ("kind", "source"):
-                    if not any(key == f"task.{field}" and _within(scopes[name], bound) for bound, key in values):
-                        others = {scope.replace("/", ".") for scope in defined}
-                        allowed = f", one of {', '.join(KINDS)}" if field == "kind" else ", such as @files()"
-                        raise ValueError(f"bind {scopes[name]}/task.{field}{allowed}{nearest(name, others)}")
-                with gin.config_scope(scopes[name]):
-                    task = gin.get_configurable("task")()
-                    cleaned = gin.get_configurable("hygiene")()
-                source = task.source.limited(limit) if limit else task.source
-                tasks[name] = dataclasses.replace(task, source=source.undivided() if task.groups else source)
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(f"{gin_file}: task {name!r}: {_first(error)}") from None
-            if cleaned.is_on and name in trained:
-                hygiene[name] = cleaned
-        for module in mixtures.modules:
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise ValueError(f"{gin_file}: mixtures.modules: {module!r} cannot be imported: {error}") from None
-        if registered and not mixtures.modules:
-            raise ValueError(
-                f"{gin_file}: no task {registered[0]!r}: bind {registered[0].replace('.', '/')}/task.source and "
-                f"task.kind, or name the module that registers it in mixtures.modules"
-                f"{nearest(registered[0], {*mixtures.rates, *(scope.replace('/', '.') for scope in defined)})}"
-            )
-        for field, used in (("evaluation.sets", evaluation.sets.values()), ("vocabulary.tasks", vocabulary.tasks)):
-            if unusable := [name for name in registered if name in used]:
-                raise ValueError(
-                    f"{gin_file}: {field}: {unusable[0]!r} must be a task of the gin file, since tasks that only seqio "
-                    f"knows are for training only{nearest(unusable[0], tasks)}"
-                )
-        _check_used(bound, gin_file, valid)
-        _check_kinds(mixtures, tasks, gin_file)
-    finally:
+                raise ValueError(f"unknown gin binding {key!r}{nearest(key, valid)}")
         gin.clear_config()
-    for set_name, name in evaluation.sets.items():
-        for other in sorted(trained & tasks.keys() if tasks[name].kind == "retrieval" else ()):
-            if tasks[other].source == tasks[name].source:
-                raise ValueError(
-                    f"{gin_file}: the task {other!r} trains on the queries of the evaluation set {set_name!r}: bind "
-                    f"another split or other queries, such as {other.replace('.', '/')}/retrieval.split = 'train'"
-                )
-        if name in trained and not tasks[name].held_out:
-            raise ValueError(
-                f"{gin_file}: evaluation.sets: {set_name!r} would have the training examples of {name!r}, which holds "
-                "none out: bind its task.held_out, or name another task"
-            )
-    holding = [name for name in sorted(trained & tasks.keys()) if tasks[name].held_out]
-    if holding and not any(tasks[name].held_out for name in evaluation.sets.values()):
-        raise ValueError(
-            f"{gin_file}: the task {holding[0]!r} has held_out={tasks[holding[0]].held_out}, but no evaluation set has "
-            "what is held out: name the task in evaluation.sets"
+        try:
+            result = _read(text, bound, data_root, limit)
+            _check_used(bound, valid)
+        finally:
+            gin.clear_config()
+        _check_kinds(result)
+        _check_sets(result)
+        _check_hygiene(result)
+    except ValueError as error:
+        raise ValueError(f"{gin_file}: {error}") from None
+    return result
+
+
+def _read(text: str, bound: Sequence[tuple[str, str, str]], data_root: str, limit: int | None) -> Settings:
+    """The settings of a gin text, whose bindings are `bound`."""
+    try:
+        gin.parse_config(text)
+        values = _values(text)
+        mixtures, vocabulary, evaluation = (
+            gin.get_configurable(name)() for name in ("mixtures", "vocabulary", "evaluation")
         )
-    for name, kind, field in (("vocabulary", vocabulary, "characters"), ("evaluation", evaluation, "max_queries")):
-        if not isinstance(value := getattr(kind, field), int) or value < 1:
-            raise ValueError(f"{gin_file}: {name}.{field} must be a whole number of at least 1, got {value!r}")
-    _check_hygiene(hygiene, tasks, gin_file)
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        raise ValueError(_first(error)) from None
+    _check_rates(mixtures)
+    _check_numbers(vocabulary, evaluation)
+    for module in mixtures.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"mixtures.modules: {module!r} cannot be imported: {error}") from None
+    trained = {name for members in mixtures.rates.values() for name in members} - set(mixtures.rates)
+    defined = {scope for scope, name, _ in bound if scope and name.partition(".")[0] == "task"}
+    registered, tasks, hygiene = [], {}, {}
+    for scope in sorted(_referred(list(values.values()))):
+        _fill(values, scope, data_root)
+    for name in sorted(trained | {*evaluation.sets.values(), *vocabulary.tasks}):
+        if not any(_within(_scope(name), other) for other in defined):
+            registered.append(name)
+            continue
+        try:
+            tasks[name], cleaned = _read_task(name, values, data_root, limit)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"task {name!r}: {_first(error)}") from None
+        if cleaned.is_on and name in trained:
+            hygiene[name] = cleaned
+    if registered and not mixtures.modules:
+        name, known = registered[0], {*mixtures.rates, *(scope.replace("/", ".") for scope in defined)}
+        raise ValueError(
+            f"no task {name!r}: bind {_scope(name)}/task.source and task.kind, or name the module that registers it in "
+            f"mixtures.modules{nearest(name, known)}"
+        )
+    for field, used in (("evaluation.sets", evaluation.sets.values()), ("vocabulary.tasks", vocabulary.tasks)):
+        if unusable := [name for name in registered if name in used]:
+            raise ValueError(
+                f"{field}: {unusable[0]!r} must be a task of the gin file, since tasks that only seqio knows are for "
+                f"training only{nearest(unusable[0], tasks)}"
+            )
     return Settings(tasks, mixtures, vocabulary, evaluation, tuple(registered), hygiene)
+
+
+def _read_task(
+    name: str, values: Mapping[tuple[str, str], object], data_root: str, limit: int | None
+) -> tuple[Task, Hygiene]:
+    """A task, once gin has parsed the text that `values` are from."""
+    scope = _scope(name)
+    _fill(values, scope, data_root)
+    for field in ("kind", "source"):
+        if not any(key == f"task.{field}" and _within(scope, bound) for bound, key in values):
+            defined = {bound.replace("/", ".") for bound, key in values if bound and key.startswith("task.")}
+            allowed = f", one of {', '.join(KINDS)}" if field == "kind" else ", such as @files()"
+            raise ValueError(f"bind {scope}/task.{field}{allowed}{nearest(name, defined)}")
+    with gin.config_scope(scope):
+        task = gin.get_configurable("task")()
+        hygiene = gin.get_configurable("hygiene")()
+    source = task.source.limited(limit) if limit else task.source
+    return dataclasses.replace(task, source=source.undivided() if task.groups else source), hygiene
+
+
+def _scope(task: str) -> str:
+    return task.replace(".", "/")
 
 
 def _fill(values: Mapping[tuple[str, str], object], scope: str, data_root: str) -> None:
@@ -280,72 +279,97 @@ def _values(text: str) -> dict[tuple[str, str], object]:
     return dict(sorted({(s.scope or "", f"{s.selector}.{s.arg_name}"): s.value for s in bound}.items()))
 
 
-def _check_rates(mixtures: Mixtures, gin_file) -> None:
+def _check_rates(mixtures: Mixtures) -> None:
     rates = mixtures.rates
     if not rates:
-        raise ValueError(f"{gin_file}: mixtures.rates must be {{mixture: {{task: rate}}}}, got {rates!r}")
+        raise ValueError(f"mixtures.rates must be {{mixture: {{task: rate}}}}, got {rates!r}")
     for mixture, members in rates.items():
         if not isinstance(members, dict) or not members:
-            raise ValueError(
-                f"{gin_file}: mixture {mixture!r} must be {{task: rate}} with at least one task, got {members!r}"
-            )
+            raise ValueError(f"mixture {mixture!r} must be {{task: rate}} with at least one task, got {members!r}")
         for task, rate in members.items():
             if not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-                raise ValueError(f"{gin_file}: the rate of {task!r} in {mixture!r} must be positive, got {rate!r}")
+                raise ValueError(f"the rate of {task!r} in {mixture!r} must be positive, got {rate!r}")
     for mixture, alpha in mixtures.alpha.items():
         if mixture not in rates:
-            raise ValueError(f"{gin_file}: mixtures.alpha: no mixture {mixture!r}{nearest(mixture, rates)}")
+            raise ValueError(f"mixtures.alpha: no mixture {mixture!r}{nearest(mixture, rates)}")
         if not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-            raise ValueError(f"{gin_file}: mixtures.alpha of {mixture!r} must be between 0 and 1, got {alpha!r}")
+            raise ValueError(f"mixtures.alpha of {mixture!r} must be between 0 and 1, got {alpha!r}")
     if mixtures.unit not in ("examples", "tokens"):
-        raise ValueError(f"{gin_file}: mixtures.unit={mixtures.unit!r} must be examples or tokens")
+        raise ValueError(f"mixtures.unit={mixtures.unit!r} must be examples or tokens")
     for mixture in rates:
-        _check_cycles(mixture, rates, (), gin_file)
+        _check_cycles(mixture, rates, ())
 
 
-def _check_sets(evaluation: Evaluation, gin_file) -> None:
-    for name in evaluation.sets:
-        if not re.fullmatch(r"[^/\s]+/[^/\s]+", name) or ".." in name:
-            raise ValueError(f"{gin_file}: evaluation.sets: {name!r} must be SET/SPLIT, such as 'own/test'")
+def _check_cycles(mixture: str, rates: Mapping, above: tuple) -> None:
+    if above == (mixture,):
+        raise ValueError(f"the mixture {mixture!r} contains itself: a task needs a name of its own")
+    if mixture in above:
+        raise ValueError(f"the mixture {mixture!r} contains itself: {' → '.join((*above, mixture))}")
+    for member in rates[mixture]:
+        if member in rates:
+            _check_cycles(member, rates, (*above, mixture))
 
 
-def _check_hygiene(hygiene: Mapping[str, Hygiene], tasks: Mapping[str, Task], gin_file) -> None:
+def _check_numbers(vocabulary: Vocabulary, evaluation: Evaluation) -> None:
+    for name, kind, field in (("vocabulary", vocabulary, "characters"), ("evaluation", evaluation, "max_queries")):
+        if not numbers.is_whole(value := getattr(kind, field), 1):
+            raise ValueError(f"{name}.{field} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_kinds(settings: Settings) -> None:
+    """ValueError if a mixture has tasks of several kinds, whose examples have other columns."""
+    for mixture in settings.mixtures.rates:
+        kinds = {settings.tasks[name].kind: name for name in settings.members(mixture) if name in settings.tasks}
+        if len(kinds) > 1:
+            named = " and ".join(f"{name!r} ({kind})" for kind, name in sorted(kinds.items()))
+            raise ValueError(f"the mixture {mixture!r} has tasks of several kinds: {named}")
+
+
+def _check_sets(settings: Settings) -> None:
+    """ValueError if a task trains on an evaluation set, or holds out what no set has."""
+    tasks, sets = settings.tasks, settings.evaluation.sets
+    trained = [name for name in settings.trained() if name in tasks]
+    for set_name, name in sets.items():
+        if not re.fullmatch(r"[^/\s]+/[^/\s]+", set_name) or ".." in set_name:
+            raise ValueError(f"evaluation.sets: {set_name!r} must be SET/SPLIT, such as 'own/test'")
+        for other in trained if tasks[name].kind == "retrieval" else ():
+            if tasks[other].source == tasks[name].source:
+                raise ValueError(
+                    f"the task {other!r} trains on the queries of the evaluation set {set_name!r}: bind another split "
+                    f"or other queries, such as {_scope(other)}/retrieval.split = 'train'"
+                )
+        if name in trained and not tasks[name].held_out:
+            raise ValueError(
+                f"evaluation.sets: {set_name!r} would have the training examples of {name!r}, which holds none out: "
+                "bind its task.held_out, or name another task"
+            )
+    holding = [name for name in trained if tasks[name].held_out]
+    if holding and not any(tasks[name].held_out for name in sets.values()):
+        raise ValueError(
+            f"the task {holding[0]!r} has held_out={tasks[holding[0]].held_out}, but no evaluation set has what is "
+            "held out: name the task in evaluation.sets"
+        )
+
+
+def _check_hygiene(settings: Settings) -> None:
     similarity: dict[str, tuple[str, float]] = {}
-    for name, about in hygiene.items():
+    for name, about in settings.hygiene.items():
+        task = settings.tasks[name]
         if about.language:
             try:
-                languages.accepted(tuple(filter(None, [tasks[name].language])) or tuple(tasks[name].languages))
+                languages.accepted(tuple(filter(None, [task.language])) or tuple(task.languages))
             except ValueError as error:
                 raise ValueError(
-                    f"{gin_file}: task {name!r}: hygiene.language=True: task.language {error}; bind hygiene.language = "
-                    "False for tasks of no or many languages"
+                    f"task {name!r}: hygiene.language=True: task.language {error}; bind hygiene.language = False for "
+                    "tasks of no or many languages"
                 ) from None
         if about.near_duplicates and about.compare_with:
             other, value = similarity.setdefault(about.compare_with, (name, about.near_duplicates))
             if value != about.near_duplicates:
                 raise ValueError(
-                    f"{gin_file}: hygiene.near_duplicates must be the same for tasks compared with each other: it is "
+                    "hygiene.near_duplicates must be the same for tasks compared with each other: it is "
                     f"{value!r} for {other!r} and {about.near_duplicates!r} for {name!r}"
                 )
-
-
-def _check_cycles(mixture: str, rates: Mapping, above: tuple, gin_file) -> None:
-    if above == (mixture,):
-        raise ValueError(f"{gin_file}: the mixture {mixture!r} contains itself: a task needs a name of its own")
-    if mixture in above:
-        raise ValueError(f"{gin_file}: the mixture {mixture!r} contains itself: {' → '.join((*above, mixture))}")
-    for member in rates[mixture]:
-        if member in rates:
-            _check_cycles(member, rates, (*above, mixture), gin_file)
-
-
-def _check_kinds(mixtures: Mixtures, tasks: Mapping[str, Task], gin_file) -> None:
-    """ValueError if a mixture has tasks of several kinds, whose examples have other columns."""
-    for mixture in mixtures.rates:
-        kinds = {tasks[name].kind: name for name in _members(mixtures.rates, mixture) if name in tasks}
-        if len(kinds) > 1:
-            named = " and ".join(f"{name!r} ({kind})" for kind, name in sorted(kinds.items()))
-            raise ValueError(f"{gin_file}: the mixture {mixture!r} has tasks of several kinds: {named}")
 
 
 def _members(rates: Mapping[str, Mapping], mixture: str) -> Iterator[str]:
@@ -353,29 +377,29 @@ def _members(rates: Mapping[str, Mapping], mixture: str) -> Iterator[str]:
         yield from _members(rates, member) if member in rates else [member]
 
 
-def _bindings(text: str, source) -> Iterator[tuple[str, str, str]]:
-    """(scope, configurable or macro, "configurable.parameter" or "") of a gin text. `source` is its name in errors."""
+def _bindings(text: str) -> Iterator[tuple[str, str, str]]:
+    """(scope, configurable or macro, "configurable.parameter" or "") of a gin text."""
     try:
         statements = list(gin.config_parser.ConfigParser(text, gin.config.ParserDelegate()))
     except (SyntaxError, ValueError) as error:
         for number, line in enumerate(text.splitlines(), 1) if "malformed" in str(error) else ():
             if re.match(r"\s*[\w./]+\s*=\s*(?!(?:True|False|None)\b)(?:[^\W\d]|\{[a-z_]+\})", line):
-                raise ValueError(f"{source}: line {number}: {line.strip()}: a text needs quotes") from None
-        raise ValueError(f"{source}: {_first(error)}") from None
+                raise ValueError(f"line {number}: {line.strip()}: a text needs quotes") from None
+        raise ValueError(_first(error)) from None
     for s in statements:
         if isinstance(s, gin.config_parser.BindingStatement):
             name = s.selector.rpartition(".")[2] if s.arg_name else s.selector
             yield s.scope or "", name, f"{name}.{s.arg_name}" if s.arg_name else ""
         else:
-            raise ValueError(f"{source}: only bindings are allowed, got {type(s).__name__}")
+            raise ValueError(f"only bindings are allowed, got {type(s).__name__}")
 
 
-def _check_used(bound: Sequence[tuple[str, str, str]], gin_file, valid: Sequence[str]) -> None:
+def _check_used(bound: Sequence[tuple[str, str, str]], valid: Sequence[str]) -> None:
     """ValueError if a binding had no effect, unless it is of a task outside all mixtures.
 
     gin reports neither unused scopes nor unused macros.
     """
-    used = list(_bindings(gin.operative_config_str(), "operative config"))
+    used = list(_bindings(gin.operative_config_str()))
     prepared = {scope for scope, name, _ in used if name == "task"}
     defined = {scope for scope, _, key in bound if key in ("task.kind", "task.source") and scope}
     outside = [scope for scope in defined if not any(_within(task, scope) for task in prepared)]
@@ -388,7 +412,7 @@ def _check_used(bound: Sequence[tuple[str, str, str]], gin_file, valid: Sequence
         else:
             full = f"{scope}/{key or name}" if scope else key or name
             known = {*valid, *(f"{s}/{k}" if s else k for s, _, k in bound if k and (s, k) != (scope, key))}
-            raise ValueError(f"{gin_file}: unused gin binding {full!r}{nearest(full, known)}")
+            raise ValueError(f"unused gin binding {full!r}{nearest(full, known)}")
 
 
 def _within(scope: str, outer: str) -> bool:

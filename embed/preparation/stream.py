@@ -40,9 +40,10 @@ from embed.data import store
 from embed.data.curriculum import make_key, random_bits
 from embed.data.loader import COLUMNS
 from embed.preparation import contamination, examples, hygiene, near_duplicates
+from embed.preparation.counts import Counts
 from embed.preparation.hygiene import Findings, Hygiene
 from embed.preparation.sources import Shard, formats
-from embed.preparation.tasks import Counts, Task, all_texts, named
+from embed.preparation.tasks import Task, all_texts, named
 
 BATCH_CHARACTERS = 1 << 20  # texts that are tokenized together
 PART_VALUES = 1 << 25  # int32 values of a shard that are held before a part is written

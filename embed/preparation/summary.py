@@ -8,7 +8,7 @@ import rich.table
 
 from embed.console import print_table
 from embed.preparation import stream
-from embed.preparation.tasks import Counts
+from embed.preparation.counts import Counts
 
 REFRESH = 0.1  # seconds between updates of the progress bar
 

@@ -20,6 +20,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from embed.preparation import numbers
+from embed.preparation.columns import index_of, number_of, pick, query_text, text_of, texts_of
+from embed.preparation.counts import (
+    EARLY,
+    EMPTY,
+    EQUAL,
+    HELD_OUT,
+    LANGUAGE,
+    LONG,
+    MOST_BAD,
+    NO_ANSWER,
+    NOT_HELD_OUT,
+    PATTERN,
+    SCORE,
+    SEVERAL,
+    SHORT,
+    UNMAPPED,
+    UNREAD,
+    UNUSED,
+    BadRowsError,
+    Counts,
+)
 from embed.preparation.sources import Row, Shard, Source, SourceError
 
 KINDS = ("text", "pair", "triplet", "contextual", "retrieval")
@@ -31,16 +52,6 @@ COLUMNS = {
     "contextual": ((), ("chunks", "text", "queries", "answers", "headers")),
     "retrieval": ((), ()),
 }
-BAD, EMPTY, PATTERN, SHORT, LONG = "bad rows", "empty texts", "pattern", "shorter than min_characters", "too long"
-LANGUAGE, SCORE, HELD_OUT, NOT_HELD_OUT = "other languages", "score below min_score", "held out", "not held out"
-UNUSED, UNREAD = "rows without an example", "beyond max_total_characters"
-NO_ANSWER, SEVERAL = "queries without their answer in the text", "queries of several chunks"
-EQUAL, UNMAPPED = "pairs with equal sides", "rows with a label that is not mapped"
-EARLY = 10_000  # rows after which a shard of which more than MOST_BAD is bad ends the run, and not only its task
-MOST_BAD = 0.5
-MAX_EXAMPLES_OF_ERRORS = 10  # bad rows that a report names
-
-
 # {field: least value} of whole numbers; 0 = no limit.
 LEAST = {
     "min_characters": 0,
@@ -53,10 +64,6 @@ LEAST = {
     "max_total_characters": 0,
     "buckets": 0,
 }
-
-
-class BadRowsError(ValueError):
-    """More rows of an input are bad than the task tolerates."""
 
 
 @contextlib.contextmanager
@@ -188,7 +195,7 @@ class Task:
         return tuple(re.compile(pattern) if pattern else None for pattern in (self.keep, self.drop))
 
     def examples(
-        self, shard: Shard, counts: "Counts", *, held_out: bool = False, limit: int = 0, characters: int = 0
+        self, shard: Shard, counts: Counts, *, held_out: bool = False, limit: int = 0, characters: int = 0
     ) -> Iterator[dict]:
         """The text examples of a shard, or with `held_out` those kept for an evaluation set; `counts` is updated.
 
@@ -227,7 +234,7 @@ class Task:
                     counts.rows[UNREAD] += sum(len(rows) for _, rows in units)
                 return
 
-    def _units(self, rows: Iterable[Row], counts: "Counts", limit: int) -> Iterator[tuple[str, list[dict]]]:
+    def _units(self, rows: Iterable[Row], counts: Counts, limit: int) -> Iterator[tuple[str, list[dict]]]:
         """(location, the rows that make examples together) of the good rows of a shard."""
         groups: dict[str, tuple[str, list[dict]]] = {}
         unrelated: dict[bool, list[Row]] = {}  # by whether they are held out
@@ -282,18 +289,18 @@ class Task:
             if len(answers) != len(queries):
                 raise ValueError(f"{len(queries)} queries have {len(answers)} answers")
             # An empty answer, as unanswerable questions may have, is in no chunk.
-            offsets = [(_query_text(q), text.find(answer) if answer else -1) for q, answer in zip(queries, answers)]
+            offsets = [(query_text(q), text.find(answer) if answer else -1) for q, answer in zip(queries, answers)]
             found = [(query, offset) for query, offset in offsets if offset >= 0]
             cut[NO_ANSWER] += len(offsets) - len(found)
             return {"text": text, "queries": found}
         if "text" in self.columns:
             text = text_of(row, self._field("text"))
-            pairs = [(_query_text(query), _index(query, "offset")) for query in queries]
+            pairs = [(query_text(query), index_of(query, "offset")) for query in queries]
             if bad := [offset for _, offset in pairs if not 0 <= offset < len(text)]:
                 raise ValueError(f"a query has the offset {bad[0]} in a text of {len(text)} characters")
             return {"text": text, "queries": pairs}
         chunks = texts_of(row, self._field("chunks"))
-        pairs = [(_query_text(query), _index(query, "chunk")) for query in queries]
+        pairs = [(query_text(query), index_of(query, "chunk")) for query in queries]
         if bad := [index for _, index in pairs if not 0 <= index < len(chunks)]:
             raise ValueError(f"a query names chunk {bad[0]} of {len(chunks)}")
         headers = pick(row, self._field("headers")) if self._field("headers") in row else [[]] * len(chunks)
@@ -349,7 +356,7 @@ class Task:
     def _reason(self, row: dict) -> str | None:
         if self.language_field and self.languages and pick(row, self.language_field) not in self.languages:
             return LANGUAGE
-        if self.score_field and not _number(row, self.score_field) >= self.min_score:
+        if self.score_field and not number_of(row, self.score_field) >= self.min_score:
             return SCORE
         return None
 
@@ -391,60 +398,9 @@ class Task:
     def _weight(self, row: dict) -> int:
         if not self.weight_field:
             return 1
-        value = _number(row, self.weight_field)
+        value = number_of(row, self.weight_field)
         reached = [least for least in self.weights if value >= least]
         return self.weights[max(reached)] if reached else 1
-
-
-@dataclasses.dataclass
-class Counts:
-    """What became of the rows and examples of a shard.
-
-    read = bad + without an example + beyond max_total_characters + used; made = kept + dropped by reason.
-    """
-
-    rows_read: int = 0
-    rows: Counter = dataclasses.field(default_factory=Counter)  # {what became of them: number}
-    made: int = 0  # text examples
-    examples: int = 0  # of tokens: a long document becomes several
-    dropped: Counter = dataclasses.field(default_factory=Counter)  # {reason: text examples}
-    # {column: texts cut to their length}, and {what examples lack: number}
-    cut: Counter = dataclasses.field(default_factory=Counter)
-    errors: list = dataclasses.field(default_factory=list)  # "location: reason" of the first bad rows
-
-    def bad(self, location: str, reason: str, rows: int = 1) -> None:
-        self.rows[BAD] += rows
-        if len(self.errors) < MAX_EXAMPLES_OF_ERRORS:
-            self.errors.append(f"{location}: {reason}")
-
-    def check(self, max_bad: float) -> None:
-        """BadRowsError if more than the fraction `max_bad` of the rows is bad."""
-        if self.rows[BAD] > max_bad * self.rows_read:
-            raise BadRowsError(
-                f"{self.rows[BAD]:,} of {self.rows_read:,} rows are bad, more than task.max_bad={max_bad:g} allows: "
-                + "; ".join(self.errors[:3])
-            )
-
-    def check_made(self) -> None:
-        """ValueError if the rows gave no example, which says why."""
-        if not self.made - self.dropped.total():
-            reasons = ", ".join(f"{reason} {n:,}" for reason, n in (self.rows + self.dropped).items() if n)
-            raise ValueError("; ".join([f"{self.rows_read:,} rows give no example ({reasons})", *self.errors[:1]]))
-
-    def add(self, other: "Counts") -> None:
-        self.rows_read += other.rows_read
-        self.made += other.made
-        self.examples += other.examples
-        for name in ("rows", "dropped", "cut"):
-            getattr(self, name).update(getattr(other, name))
-        self.errors = (self.errors + other.errors)[:MAX_EXAMPLES_OF_ERRORS]
-
-    def to_json(self) -> dict:
-        return {**dataclasses.asdict(self), **{n: dict(getattr(self, n)) for n in ("rows", "dropped", "cut")}}
-
-    @classmethod
-    def from_json(cls, value: Mapping) -> "Counts":
-        return cls(**{**value, **{name: Counter(value[name]) for name in ("rows", "dropped", "cut")}})
 
 
 def _reason_of(error: Exception) -> str:
@@ -466,56 +422,6 @@ def _are_sizes(values) -> bool:
     return isinstance(values, Sequence) and all(numbers.is_whole(value, 1) for value in values)
 
 
-def pick(row: Mapping, field: str):
-    """The value of "a.b" or "a.*.b" in a row; "*" is every item of a list or mapping.
-
-    KeyError, IndexError or TypeError if the row does not have it.
-    """
-    value = row
-    names = field.split(".")
-    for i, name in enumerate(names):
-        if name == "*":
-            rest = ".".join(names[i + 1 :])
-            value = value.values() if isinstance(value, Mapping) else value
-            return [pick({"": item}, f".{rest}" if rest else "") for item in value]
-        if isinstance(value, (list, tuple)):
-            if not name.isdecimal():
-                raise TypeError(f"field {field!r}: {name!r} is looked up in a list; '*' means each of its items")
-            if int(name) >= len(value):
-                raise IndexError(f"field {field!r}: the list has {len(value)} items")
-            value = value[int(name)]
-        elif isinstance(value, Mapping):
-            if name not in value:
-                raise KeyError(f"no field {field!r}; there are {', '.join(map(str, value))}")
-            value = value[name]
-        else:
-            raise TypeError(f"field {field!r}: {value!r:.40} has no fields")
-    return value
-
-
-def text_of(row: Mapping, field: str | Sequence[str]) -> str:
-    """A text of a row; the non-empty texts of several fields are joined by a space, as a title and a text are."""
-    if not isinstance(field, str):
-        return " ".join(filter(None, (text_of(row, name) for name in field)))
-    value = pick(row, field)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError(f"field {field!r} is {value!r:.40}, expected a text")
-    return value
-
-
-def texts_of(row: Mapping, field: str | Sequence[str]) -> list[str]:
-    """The texts of a list field, or the one text of another."""
-    value = pick(row, field) if isinstance(field, str) else [text_of(row, name) for name in field]
-    if not isinstance(value, (list, tuple)):
-        return [text_of(row, field)]
-    for item in value:
-        if not isinstance(item, str):
-            raise TypeError(f"field {field!r} has the item {item!r:.40}, expected texts")
-    return list(value)
-
-
 def all_texts(example: Mapping) -> Iterator[str]:
     """Every text of an example, the query or text first."""
     for value in (example[name] for name in example if name not in ("location", "weight", "headers")):
@@ -535,24 +441,3 @@ def _without(pattern: str, value):
 def _digest(value) -> bytes:
     """64 bits of BLAKE2b over the representation of a value."""
     return hashlib.blake2b(f"{value!r}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
-def _index(query, name: str) -> int:
-    if not isinstance(query, Mapping) or not isinstance(query.get(name), (int, float)):
-        raise TypeError(f'a query is {query!r:.40}, expected {{"text": …, "{name}": a number}}')
-    return int(query[name])
-
-
-def _number(row: Mapping, field: str) -> float:
-    value = pick(row, field)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"field {field!r} is {value!r:.40}, expected a number") from None
-
-
-def _query_text(query) -> str:
-    text = query if isinstance(query, str) else query["text"]
-    if not isinstance(text, str):
-        raise TypeError(f"a query is {text!r:.40}, expected a text")
-    return text

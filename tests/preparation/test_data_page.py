@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from embed.preparation import examples, hygiene, stream, tasks
+from embed.preparation import counts, examples, hygiene, stream
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
 SECTION = re.search("### What is dropped, and why\n(.*?)\n### ", PAGE, re.DOTALL)[1]
 
 
 # What the code counts by: the constants that are phrases, and the one that is a word.
-COUNTED = {tasks.PATTERN} | {
+COUNTED = {counts.PATTERN} | {
     value
-    for module in (tasks, examples, hygiene, stream)
+    for module in (counts, examples, hygiene, stream)
     for name, value in vars(module).items()
     if name.isupper() and isinstance(value, str) and " " in value
 }

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from embed.preparation import markdown
+from embed.preparation.counts import Counts
 from embed.preparation.sources import Row, Shard, Source
-from embed.preparation.tasks import Counts, Task
+from embed.preparation.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,13 @@ import pytest
 from embed import tokenizers
 from embed.data.store import Store
 from embed.preparation import contamination, hygiene, languages, near_duplicates, settings, stream, windows
+from embed.preparation.counts import Counts
 from embed.preparation.hygiene import Hygiene
 from embed.preparation.prepare import prepare
 from embed.preparation.runners import Job
 from embed.preparation.sources import Files, Retrieval
 from embed.preparation.stream import Work
-from embed.preparation.tasks import Counts, Task
+from embed.preparation.tasks import Task
 from tests import small
 
 # A passage in each script, and another about something else.

@@ -19,9 +19,9 @@ import small
 from embed import paths, tokenizers
 from embed.data.store import Store
 from embed.preparation import copies, runners, settings, stream
+from embed.preparation.counts import Counts
 from embed.preparation.prepare import prepare
 from embed.preparation.settings import bind
-from embed.preparation.tasks import Counts
 
 GIN = """
 mixtures.rates = {"diffusion": {"texts": 1.0}, "both": {"pairs": 3.0, "more": 1.0}}

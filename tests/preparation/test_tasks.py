@@ -6,9 +6,12 @@ from types import MappingProxyType
 
 import pytest
 
+from embed.preparation import counts as reasons
 from embed.preparation import examples, tasks
+from embed.preparation.columns import pick, text_of
+from embed.preparation.counts import Counts
 from embed.preparation.sources import Files, Hub, Parallel, Retrieval, Row, Shard, Source, SourceError
-from embed.preparation.tasks import Counts, Task
+from embed.preparation.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,9 @@ def test_columns_name_fields_of_nested_rows_and_lists():
         {"query": "one", "document": "three"},
     ]
     row = {"question": [["who?", "me"], ["what?", "that"]], "context": "c", "title": ""}
-    assert tasks.pick(row, "question.*.0") == ["who?", "what?"] and tasks.pick(row, "question.1.0") == "what?"
-    assert tasks.text_of({"title": "T", "text": "x"}, ("title", "text")) == "T x"
-    assert tasks.text_of({"title": None, "text": "x"}, ("title", "text")) == "x"
+    assert pick(row, "question.*.0") == ["who?", "what?"] and pick(row, "question.1.0") == "what?"
+    assert text_of({"title": "T", "text": "x"}, ("title", "text")) == "T x"
+    assert text_of({"title": None, "text": "x"}, ("title", "text")) == "x"
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def test_columns_name_fields_of_nested_rows_and_lists():
 )
 def test_a_bad_row_is_counted_with_its_location_and_reason(row, message):
     result, counts = made("pair", {"query": "a", "document": "b"}, row)
-    assert len(result) == 1 and counts.rows[tasks.BAD] == 1
+    assert len(result) == 1 and counts.rows[reasons.BAD] == 1
     assert message in counts.errors[0] and counts.errors[0].startswith(("memory:2", "file:7"))
 
 
@@ -64,7 +67,7 @@ def test_more_bad_rows_than_allowed_are_an_error_that_names_the_first():
     counts.bad("file:3", "not JSON")
     counts.check(0.001)
     counts.bad("file:9", "not UTF-8")
-    with pytest.raises(tasks.BadRowsError, match=r"^2 of 1,000 rows are bad.*file:3: not JSON; file:9: not UTF-8$"):
+    with pytest.raises(reasons.BadRowsError, match=r"^2 of 1,000 rows are bad.*file:3: not JSON; file:9: not UTF-8$"):
         counts.check(0.001)
 
 
@@ -72,7 +75,7 @@ def test_more_bad_rows_than_allowed_are_an_error_that_names_the_first():
     "error, kind",
     [
         (SourceError("no file"), SourceError),
-        (tasks.BadRowsError("2 of 3"), tasks.BadRowsError),
+        (reasons.BadRowsError("2 of 3"), reasons.BadRowsError),
         (UnicodeDecodeError("utf-8", b"x", 0, 1, "invalid"), ValueError),
         (json.JSONDecodeError("no JSON", "x", 0), ValueError),
     ],
@@ -108,12 +111,12 @@ def test_filters_count_what_they_drop_by_reason():
     )
     assert result == [{"text": "good text"}]
     assert counts.dropped == {
-        tasks.EMPTY: 1,
+        reasons.EMPTY: 1,
         tasks.SHORT: 1,
         tasks.LONG: 1,
         tasks.LANGUAGE: 1,
         tasks.SCORE: 1,
-        tasks.PATTERN: 2,
+        reasons.PATTERN: 2,
     }
 
 
@@ -157,7 +160,7 @@ def test_held_out_examples_and_the_others_are_all_examples_and_groups_stay_toget
     fields = dict(held_out=0.3, held_out_by="page")
     kept, counts = made("pair", *rows, **fields)
     held_out, _ = made("pair", *rows, read={"held_out": True}, **fields)
-    assert counts.dropped == {tasks.HELD_OUT: len(held_out)} and len(kept) + len(held_out) == 200
+    assert counts.dropped == {reasons.HELD_OUT: len(held_out)} and len(kept) + len(held_out) == 200
     pages = [{int(e["query"][1:]) % 20 for e in part} for part in (kept, held_out)]
     assert pages[0] and pages[1] and not pages[0] & pages[1]
 
@@ -189,7 +192,7 @@ def test_the_rate_of_bad_rows_ends_reading_once_it_is_more_than_chance():
         task, counts = Task(Rows(({"text": 3},) * 30_000), "text", group_by=group_by), Counts()
         if group_by:
             task = dataclasses.replace(task, source=Rows(({"other": 3},) * 30_000))
-        with pytest.raises(tasks.BadRowsError, match="10,000 of 10,000 rows are bad"):
+        with pytest.raises(reasons.BadRowsError, match="10,000 of 10,000 rows are bad"):
             list(task.examples(Shard(""), counts))
 
 
