@@ -54,6 +54,13 @@ def test_pairs_have_two_languages_drawn_at_their_rates_and_again_the_same(text, 
     assert 0.75 < share["en"] / 600 < 0.85 and abs(share["de"] - share["fr"]) < 60
 
 
+def test_a_rate_of_a_language_that_is_not_there_is_an_error(text, tmp_path):
+    with pytest.raises(SourceError, match="has no xx: there are de, en, fr"):
+        Parallel(**text, pairs=2, rates={"xx": 2.0}).build(tmp_path / "scratch")
+    with pytest.raises(ValueError, match="'en' is none of parallel.columns: de, fr"):
+        Parallel(source=Files("x.csv"), columns={"de": "a", "fr": "b"}, pairs=2, rates={"en": 2.0})
+
+
 def test_a_missing_list_of_documents_is_named(text, tmp_path):
     if "members" in text:
         with pytest.raises(SourceError, match="has no member other.tsv"):

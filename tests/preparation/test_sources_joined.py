@@ -139,7 +139,7 @@ def test_configs_of_a_folder_and_named_files_are_read(tmp_path):
         Retrieval(path=folder).build(tmp_path / "s")
     with pytest.raises(SourceError, match="has no split 'dev': there are train"):
         Retrieval(path=write(tmp_path / "card", LAYOUTS["MTEB with a card"]), split="dev").build(tmp_path / "s")
-    with pytest.raises(SourceError, match="has no qrels or default: its files are corpus.jsonl, "):
+    with pytest.raises(SourceError, match="has no qrels or default of the split 'dev': its files are corpus.jsonl, "):
         Retrieval(path=write(tmp_path / "beir", LAYOUTS["BEIR"]), split="dev").build(tmp_path / "s")
     with pytest.raises(SourceError, match="expected the path or the id of a dataset, and not both"):
         Retrieval().build(tmp_path / "s")

@@ -200,7 +200,8 @@ def dataset_part(
         chosen = next((files for files in lists if files), None)
         if not chosen:
             some = ", ".join(sorted(names)[:20])
-            raise SourceError(f"{source} has no {' or '.join(filter(None, patterns))}: its files are {some}")
+            of = f" of the split {splits[0]!r}" if splits[0] and "{split}" in "".join(patterns.values()) else ""
+            raise SourceError(f"{source} has no {' or '.join(filter(None, patterns))}{of}: its files are {some}")
     if id:
         return Hub(id=id, revision=commit, streaming=streaming, files=chosen)
     return Files([os.fspath(paths.path(path) / name) for name in chosen])

@@ -54,11 +54,11 @@ class Parallel(Joined):
         numbers.check(self, "parallel", {"pairs": 0})
         if self.rates and not self.pairs:
             raise ValueError("parallel.rates needs parallel.pairs")
+        known = self.languages or tuple(self.columns or ())
         for language, rate in (self.rates or {}).items():
-            if self.languages and language not in self.languages:
-                raise ValueError(
-                    f"parallel.rates: {language!r} is none of parallel.languages: {', '.join(self.languages)}"
-                )
+            if known and language not in known:
+                where = "languages" if self.languages else "columns"
+                raise ValueError(f"parallel.rates: {language!r} is none of parallel.{where}: {', '.join(known)}")
             if not numbers.is_number(rate, 0) or not rate:
                 raise ValueError(f"parallel.rates: the rate {rate!r} of {language!r} must be positive")
 
@@ -219,7 +219,7 @@ class Parallel(Joined):
                 opened[language] = stack.enter_context(formats.decompressed(stream, compression))
         for copy in Path(temporary).glob("*.text"):
             opened[copy.stem] = stack.enter_context(open(copy, "rb", buffering=formats.BUFFER))
-        missing = [language for language in self.languages if language not in opened]
+        missing = [language for language in self.languages or self.rates or () if language not in opened]
         if missing or not opened:
             some = ", ".join(sorted(languages)[:20]) or "none"
             raise SourceError(
