@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import small
 
@@ -438,6 +439,18 @@ def test_many_short_examples_are_written_in_parts(sources, data, tmp_path, monke
     folder = run(sources, tmp_path / "data")
     assert Store(folder / "tasks" / "pairs").digest == Store(data / "tasks" / "pairs").digest
     assert [part.unit for part in parts["pairs"]].count(0) > 3
+
+
+@pytest.mark.parametrize("gathered", [1, 7, 1 << 20])
+def test_rows_of_lists_are_gathered_as_arrow_takes_them(gathered, monkeypatch):
+    monkeypatch.setattr(stream, "GATHERED", gathered)
+    rng = np.random.default_rng(0)
+    lists = [rng.integers(0, 99, length).tolist() for length in rng.integers(0, 9, 30)]
+    column = pa.chunked_array([pa.array(lists[:11]), pa.array(lists[11:])], pa.large_list(pa.int32()))
+    for rows in (rng.integers(0, 30, 50), np.arange(3), np.zeros(0, int)):
+        values, lengths = stream._ragged(column, rows)
+        expected = column.take(pa.array(rows)).to_pylist()
+        assert values.tolist() == sum(expected, []) and lengths.tolist() == list(map(len, expected))
 
 
 def test_a_task_without_examples_is_refused(sources, tmp_path):
