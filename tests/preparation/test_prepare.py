@@ -446,7 +446,7 @@ def test_rows_of_lists_are_gathered_as_arrow_takes_them(gathered, monkeypatch):
     monkeypatch.setattr(stream, "GATHERED", gathered)
     rng = np.random.default_rng(0)
     lists = [rng.integers(0, 99, length).tolist() for length in rng.integers(0, 9, 30)]
-    column = pa.chunked_array([pa.array(lists[:11]), pa.array(lists[11:])], pa.large_list(pa.int32()))
+    column = pa.chunked_array([lists[:11], lists[11:]], pa.large_list(pa.int32()))
     for rows in (rng.integers(0, 30, 50), np.arange(3), np.zeros(0, int)):
         values, lengths = stream._ragged(column, rows)
         expected = column.take(pa.array(rows)).to_pylist()
