@@ -8,6 +8,7 @@ BAD, EMPTY, PATTERN, SHORT, LONG = "bad rows", "empty texts", "pattern", "shorte
 LANGUAGE, SCORE, HELD_OUT, NOT_HELD_OUT = "other languages", "score below min_score", "held out", "not held out"
 UNUSED, UNREAD = "rows without an example", "beyond max_total_characters"
 NO_ANSWER, SEVERAL = "queries without their answer in the text", "queries of several chunks"
+JOINED = "chunks of documents of task.group_sizes"
 EQUAL, UNMAPPED = "pairs with equal sides", "rows with a label that is not mapped"
 EARLY = 10_000  # rows after which a shard of which more than MOST_BAD is bad ends the run, and not only its task
 MOST_BAD = 0.5
@@ -22,7 +23,8 @@ class BadRowsError(ValueError):
 class Counts:
     """What became of the rows and examples of a shard.
 
-    read = bad + without an example + beyond max_total_characters + used; made = kept + dropped by reason.
+    read = bad + without an example + beyond max_total_characters + used (of groups: + filtered by reason);
+    made = kept + dropped by reason.
     """
 
     rows_read: int = 0

@@ -67,7 +67,8 @@ def make(task: Task, shards: Sequence[Shard], tokenizer: Tokenizer, max_queries:
     def examples_of_all() -> Iterator[dict]:
         for shard in shards:
             of_shard = Counts()
-            yield from task.examples(shard, of_shard, held_out=bool(task.held_out), limit=-(-limit // len(shards)))
+            read = task.examples(shard, of_shard, held_out=bool(task.held_out), limit=-(-limit // len(shards)))
+            yield from task.documents(read, of_shard.cut) if task.group_sizes else read
             counts.add(of_shard)
 
     made = examples_of_all()

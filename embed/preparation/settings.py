@@ -363,6 +363,11 @@ def _check_hygiene(settings: Settings) -> None:
                     f"task {name!r}: hygiene.language=True: task.language {error}; bind hygiene.language = False for "
                     "tasks of no or many languages"
                 ) from None
+        if about.near_duplicates and task.group_sizes:
+            raise ValueError(
+                f"task {name!r}: hygiene.near_duplicates compares no documents of task.group_sizes: bind "
+                f"{_scope(name)}/hygiene.near_duplicates = 0.0"
+            )
         if about.near_duplicates and about.compare_with:
             other, value = similarity.setdefault(about.compare_with, (name, about.near_duplicates))
             if value != about.near_duplicates:

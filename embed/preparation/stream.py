@@ -188,23 +188,30 @@ def token_batches(
     about = work.hygiene.get(name)
     index = contamination.load(work.index(name)) if about and about.evaluation_sets else None
 
-    def tokenized(batch: list[dict]) -> list[tuple[dict, examples.Columns]]:
-        if about:
-            batch = hygiene.screen(batch, task, about, index, counts, findings)
-        made = examples.tokenize(task, batch, tokenizer, counts.cut, counts.dropped) if batch else []
-        counts.examples += len(made)
-        return made
+    made = task.examples(shards[shard], counts, **limits)
+    if about:
+        batches = _batches(made)
+        made = (kept for batch in batches for kept in hygiene.screen(batch, task, about, index, counts, findings))
+    if task.group_sizes:
+        made = task.documents(made, counts.cut)
+    for batch in _batches(made):
+        result = examples.tokenize(task, batch, tokenizer, counts.cut, counts.dropped)
+        counts.examples += len(result)
+        yield result
 
+
+def _batches(made: Iterable[dict]) -> Iterator[list[dict]]:
+    """Text examples in lists of at least BATCH_CHARACTERS; the last one may be shorter."""
     batch: list[dict] = []
     characters = 0
-    for example in task.examples(shards[shard], counts, **limits):
+    for example in made:
         batch.append(example)
         characters += sum(map(len, all_texts(example)))
         if characters >= BATCH_CHARACTERS:
-            yield tokenized(batch)
+            yield batch
             batch, characters = [], 0
     if batch:
-        yield tokenized(batch)
+        yield batch
 
 
 class _Pending:

@@ -26,6 +26,7 @@ from embed.preparation.counts import (
     EMPTY,
     EQUAL,
     HELD_OUT,
+    JOINED,
     LANGUAGE,
     LONG,
     MOST_BAD,
@@ -86,8 +87,11 @@ class Task:
     With `group_by`, the rows of a shard with the same value of these fields make one example. A text has their
     different texts, one per line. A document has their different chunks, and the queries of one chunk only. A triplet
     has the sides that `label` says. A pair task pairs the query of each row with the document of another one, as for
-    rows that say the same. With `group_sizes`, a contextual task makes documents of unrelated chunks: the rows of a
-    shard in random order, in groups of these sizes in turn. They teach a model to keep the chunks of a document apart.
+    rows that say the same. Rows of other languages or scores do not enter a group.
+
+    With `group_sizes`, a contextual task makes documents of unrelated chunks: the rows of a shard, once they are mapped
+    and filtered, in random order, in groups of these sizes in turn (`documents`). They teach a model to keep the chunks
+    of a document apart.
 
     Filters apply to every text of an example, except those with a column of their own.
     """
@@ -115,7 +119,8 @@ class Task:
     remove: str | Mapping[str, str] = ""
     min_characters: int = 1
     max_characters: int = 1_000_000
-    keep: str = ""  # a regular expression that must occur in the first text of an example
+    # A regular expression that must occur in the first text of an example: the text or query, a document's first chunk.
+    keep: str = ""
     drop: str = ""  # one that must not occur in any
 
     # In tokens; a longer text is cut, and counted.
@@ -129,7 +134,7 @@ class Task:
     weights: Mapping[int, int] = dataclasses.field(default_factory=dict)  # {least value: repetitions}
     max_total_characters: int = 0  # of all examples; each shard gives its share. 0 = no limit
     held_out: float = 0.0  # fraction of the examples that is kept for an evaluation set
-    held_out_by: str = ""  # examples with the same value of this field are held out together; "" = the whole row
+    held_out_by: str = ""  # rows with the same value of this field are held out together; "" = the group or the row
     # Fraction of the task's rows that may be bad, once all are read; a shard of mostly bad rows ends the run earlier.
     max_bad: float = 0.001
     buckets: int = 0  # parts of the store; 0 = from the size of the source
@@ -145,8 +150,12 @@ class Task:
                 f"task.columns: {unknown[0]!r} is no column of a {self.kind} task: {', '.join(sorted(allowed))}{hint}"
             )
         removed = self.remove if isinstance(self.remove, Mapping) else {"": self.remove}
-        if unknown := [name for name in removed if name and name not in allowed]:
-            raise ValueError(f"task.remove: {unknown[0]!r} is no column of a {self.kind} task")
+        fixed = {"answers", "headers", *(("text",) if self.kind == "contextual" else ())}
+        if unknown := [name for name in removed if name and name not in allowed - fixed]:
+            raise ValueError(
+                f"task.remove: {unknown[0]!r} must be one of {', '.join(sorted(allowed - fixed))}"
+                + ("; queries have offsets in the text of a document" if unknown[0] in fixed & {"text"} else "")
+            )
         for name, pattern in (*(("remove", p) for p in removed.values()), ("keep", self.keep), ("drop", self.drop)):
             try:
                 re.compile(pattern)
@@ -171,6 +180,10 @@ class Task:
         if self.group_sizes and (self.group_by or self.kind != "contextual" or not _are_sizes(self.group_sizes)):
             raise ValueError(
                 f"task.group_sizes={self.group_sizes!r} must be at least 1 each, in a contextual task without group_by"
+            )
+        if self.group_sizes and self.weight_field:
+            raise ValueError(
+                "task.weight_field repeats documents, whose rows differ with task.group_sizes: leave it out"
             )
         if bool(self.label) != bool(self.labels) or set(self.labels.values()) - {"document", "negatives"}:
             raise ValueError(
@@ -208,12 +221,14 @@ class Task:
             cut = Counter()
             try:
                 mapped = [each for row in rows for each in self.function(row)]
-                if self.groups:
+                if self.group_by:
                     made = self._from_group(mapped, cut)
+                elif self.group_sizes:
+                    made = [self._chunk(each) for each in mapped]
                 else:
                     made = [example for each in mapped for example in self._make(each, cut)]
-                kept_out = bool(self.held_out) and self._is_held_out(rows[0])
-                reason, weight = self._reason(rows[0]), self._weight(rows[0])
+                kept_out = self._is_held_out(rows[0])
+                reason, weight = self._reason(rows[0]), max(map(self._weight, rows))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 counts.bad(location, _reason_of(error), len(rows))
                 continue
@@ -230,14 +245,13 @@ class Task:
                 total += sum(map(len, all_texts(example)))
                 yield example | {"location": location, "weight": weight}
             if characters and total >= characters:
-                if self.groups:  # whose rows are read already
+                if self.group_by:  # whose rows are read already
                     counts.rows[UNREAD] += sum(len(rows) for _, rows in units)
                 return
 
     def _units(self, rows: Iterable[Row], counts: Counts, limit: int) -> Iterator[tuple[str, list[dict]]]:
         """(location, the rows that make examples together) of the good rows of a shard."""
-        groups: dict[str, tuple[str, list[dict]]] = {}
-        unrelated: dict[bool, list[Row]] = {}  # by whether they are held out
+        groups: dict[tuple, tuple[str, list[dict]]] = {}
         for row in rows:
             if limit and counts.rows_read >= limit:
                 break
@@ -246,27 +260,39 @@ class Task:
             counts.rows_read += 1
             if row.error:
                 counts.bad(row.location, row.error)
-            elif not self.groups:
+            elif not self.group_by:
                 yield row.location, [row.value]
             else:
                 try:
-                    if self.group_sizes:
-                        unrelated.setdefault(bool(self.held_out) and self._is_held_out(row.value), []).append(row)
-                        continue
-                    names = (self.group_by,) if isinstance(self.group_by, str) else self.group_by
-                    key = str([pick(row.value, name) for name in names])
+                    key, reason = (self._group(row.value), self._is_held_out(row.value)), self._reason(row.value)
                 except (KeyError, TypeError, IndexError, ValueError) as error:
                     counts.bad(row.location, _reason_of(error))
                     continue
-                groups.setdefault(key, (row.location, []))[1].append(row.value)
+                if reason:
+                    counts.rows[reason] += 1
+                else:
+                    groups.setdefault(key, (row.location, []))[1].append(row.value)
         yield from groups.values()
-        for members in unrelated.values():
-            members.sort(key=lambda row: _digest({k: v for k, v in row.value.items() if k[:1] != "_"}))
-            start, sizes = 0, itertools.cycle(self.group_sizes)
-            while start < len(members):
-                group = members[start : start + next(sizes)]
-                start += len(group)
-                yield group[0].location, [row.value for row in group]
+
+    def _group(self, row: dict) -> str:
+        names = (self.group_by,) if isinstance(self.group_by, str) else self.group_by
+        return str([pick(row, name) for name in names])
+
+    def documents(self, examples: Iterable[dict], cut: Counter) -> Iterator[dict]:
+        """Documents of `group_sizes`, from examples of one chunk each; `cut` is updated. Holds all of them."""
+        members, start = sorted(examples, key=lambda e: _digest((e["queries"], e["chunks"]))), 0
+        for size in itertools.cycle(self.group_sizes):
+            if not (group := members[start : start + size]):
+                return
+            start += len(group)
+            cut[JOINED] += len(group)
+            chunks = ((example["chunks"][0], [query for query, _ in example["queries"]]) for example in group)
+            yield _document(chunks, cut) | {"location": group[0]["location"], "weight": 1}
+
+    def _chunk(self, row: dict) -> dict:
+        """A document of one chunk."""
+        queries = [(query, 0) for query in texts_of(row, self._field("queries"))]
+        return {"queries": queries, "chunks": [text_of(row, self._field("chunk"))], "headers": [[]]}
 
     def _make(self, row: dict, cut: Counter) -> Iterator[dict]:
         """The examples of one row. `cut` counts by reason what they lack."""
@@ -318,16 +344,8 @@ class Task:
             cut[EQUAL] += len(sides) - len(made) if made else 0
             return made
         if self.kind == "contextual":
-            chunks: dict[str, int] = {}
-            queries = []
-            for row in rows:
-                index = chunks.setdefault(text_of(row, self._field("chunk")), len(chunks))
-                queries += [(query, index) for query in texts_of(row, self._field("queries"))]
-            # A query of several chunks has no single positive.
-            times = Counter(query for query, _ in dict.fromkeys(queries))
-            kept = [(query, index) for query, index in queries if times[query] == 1]
-            cut[SEVERAL] += len(queries) - len(kept)
-            return [{"chunks": list(chunks), "queries": kept, "headers": [[]] * len(chunks)}]
+            sides = ((text_of(r, self._field("chunk")), texts_of(r, self._field("queries"))) for r in rows)
+            return [_document(sides, cut)]
         sides: dict[str, list[str]] = {"document": [], "negatives": []}
         labels, unmapped = {str(value): role for value, role in self.labels.items()}, 0
         for row in rows:
@@ -373,7 +391,7 @@ class Task:
 
     def _column(self, name: str) -> str:
         """The column that a part of an example is named by; a group's chunks are those of the column chunk."""
-        return "chunk" if name == "chunks" and "chunk" in self.columns else name
+        return "chunk" if name == "chunks" and self.groups else name
 
     def _text_reason(self, example: dict) -> str | None:
         texts = list(all_texts(example))
@@ -389,8 +407,13 @@ class Task:
         return None
 
     def _is_held_out(self, row: dict) -> bool:
+        if not self.held_out:
+            return False
         try:
-            value = pick(row, self.held_out_by) if self.held_out_by else {k: v for k, v in row.items() if k[:1] != "_"}
+            if self.held_out_by:
+                value = pick(row, self.held_out_by)
+            else:
+                value = self._group(row) if self.group_by else {k: v for k, v in row.items() if k[:1] != "_"}
         except KeyError as error:
             raise KeyError(f"task.held_out_by: {error.args[0]}") from None
         return int.from_bytes(_digest(("held out", value)), "little") < self.held_out * 2.0**64
@@ -423,12 +446,25 @@ def _are_sizes(values) -> bool:
 
 
 def all_texts(example: Mapping) -> Iterator[str]:
-    """Every text of an example, the query or text first."""
+    """Every text of an example, in its order: of pairs and single chunks the query first, of documents the chunks."""
     for value in (example[name] for name in example if name not in ("location", "weight", "headers")):
         if isinstance(value, str):
             yield value
         else:
             yield from (item if isinstance(item, str) else item[0] for item in value)
+
+
+def _document(parts: Iterable[tuple[str, Sequence[str]]], cut: Counter) -> dict:
+    """A document of (chunk, its queries). Equal chunks are one; a query of several chunks has no single positive."""
+    chunks: dict[str, int] = {}
+    asked: dict[tuple[str, int], None] = {}
+    for chunk, queries in parts:
+        index = chunks.setdefault(chunk, len(chunks))
+        asked |= dict.fromkeys((query, index) for query in queries)
+    times = Counter(query for query, _ in asked)
+    kept = [(query, index) for query, index in asked if times[query] == 1]
+    cut[SEVERAL] += len(asked) - len(kept)
+    return {"chunks": list(chunks), "queries": kept, "headers": [[]] * len(chunks)}
 
 
 def _without(pattern: str, value):

@@ -1,6 +1,7 @@
 """Examples of tasks from rows with lists and from groups of rows."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
@@ -20,8 +21,10 @@ class Rows(Source):
 
 def examples(rows, **fields) -> tuple[list[dict], Counts]:
     """(the examples of rows without their location and weight, counts)."""
-    counts = Counts()
-    made = Task(Rows(tuple(rows)), **fields).examples(Shard(""), counts)
+    counts, task = Counts(), Task(Rows(tuple(rows)), **fields)
+    made = task.examples(Shard(""), counts)
+    if task.group_sizes:
+        made = task.documents(made, counts.cut)
     return [{k: v for k, v in example.items() if k not in ("location", "weight")} for example in made], counts
 
 
@@ -106,7 +109,7 @@ def test_patterns_are_removed_from_all_texts_or_from_those_of_a_column():
     "remove, message",
     [
         ("(", r"task.remove='\(' is no regular expression"),
-        ({"text": "a"}, "task.remove: 'text' is no column of a pair"),
+        ({"text": "a"}, "task.remove: 'text' must be one of document, query$"),
     ],
 )
 def test_a_pattern_that_makes_no_sense_is_refused(remove, message):
@@ -159,8 +162,35 @@ def test_unrelated_rows_make_documents_of_the_given_sizes_and_each_row_is_in_one
     for example in made:
         assert [(f"q{chunk[1:]}", index) for index, chunk in enumerate(example["chunks"])] == example["queries"]
     assert made != sorted(made, key=lambda e: int(e["chunks"][0][1:]))  # not in the order of the rows
-    assert counts.rows == {"used": 20}
+    assert counts.rows == {"used": 20} and counts.cut["chunks of documents of task.group_sizes"] == 20
     assert examples(rows[::-1], **fields)[0] == made  # whatever order they have
+
+
+def test_unrelated_rows_are_mapped_and_filtered_one_by_one():
+    pages = [{"text": "".join(f"# {p} {s}\nsection {s} of {p}\n\n" for s in range(8))} for p in range(20)]
+    fields = dict(kind="contextual", columns={"queries": "query", "chunk": "document"}, group_sizes=(4, 8))
+    made, counts = examples(pages, map="embed.preparation.markdown:pairs", drop="section 3", **fields)
+    assert [len(example["chunks"]) for example in made] == [4, 8] * 11 + [4, 4]
+    assert counts.dropped == {"pattern": 20} and counts.made == 160
+    pages_of = [{chunk.split()[-1] for chunk in example["chunks"]} for example in made]
+    assert sum(map(len, pages_of)) > 0.75 * 140  # few of them are from the same page
+    rows = [{"query": "two words" if i % 2 else f"{i}", "document": f"- x {i}"} for i in range(10)]
+    made, counts = examples(rows, **fields | {"keep": r"\w \w", "remove": {"chunk": "^- "}})
+    assert counts.dropped == {"pattern": 5}  # of its query
+    assert sorted(made[0]["chunks"] + made[1]["chunks"]) == [f"x {i}" for i in range(1, 10, 2)]
+
+
+def test_rows_of_a_group_are_filtered_and_held_out_one_by_one():
+    rows = [{"key": i // 4, "page": i % 8, "lang": ("en", "fr")[i % 2], "text": f"t{i}"} for i in range(80)]
+    fields = dict(kind="text", group_by="key", held_out=0.3, held_out_by="page")
+    task = Task(Rows(tuple(rows)), **fields)
+    parts = [list(task.examples(Shard(""), Counts(), held_out=held_out)) for held_out in (False, True)]
+    pages = [{int(t[1:]) % 8 for example in part for t in example["text"].split()} for part in parts]
+    assert pages[0] and pages[1] and not pages[0] & pages[1]
+    made, counts = examples(rows, kind="text", group_by="key", language_field="lang", languages=("fr",))
+    assert counts.rows == {"other languages": 40, "used": 40} and made[0]["text"] == "t1\nt3"
+    made, _ = examples(rows, kind="text", group_by="key", held_out=0.3)
+    assert all(len(example["text"].split()) == 4 for example in made) and 8 < len(made) < 20  # whole groups
 
 
 def test_held_out_rows_are_in_documents_of_their_own():
@@ -168,10 +198,10 @@ def test_held_out_rows_are_in_documents_of_their_own():
     fields = dict(kind="contextual", columns={"queries": "query", "chunk": "document"}, group_sizes=(4,), held_out=0.4)
     kept, counts = examples(rows, **fields)
     task = Task(Rows(tuple(rows)), **fields)
-    held_out = list(task.examples(Shard(""), Counts(), held_out=True))
+    held_out = list(task.documents(task.examples(Shard(""), Counts(), held_out=True), Counter()))
     chunks = [{chunk for example in part for chunk in example["chunks"]} for part in (kept, held_out)]
     assert chunks[0] and chunks[1] and not chunks[0] & chunks[1] and len(chunks[0] | chunks[1]) == 40
-    assert counts.dropped["held out"] == len(held_out)
+    assert counts.dropped["held out"] == len(chunks[1])
 
 
 @pytest.mark.parametrize(

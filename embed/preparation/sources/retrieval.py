@@ -44,7 +44,7 @@ class Retrieval(_Dataset):
     negatives has the texts that were judged irrelevant for the query (score 0 or less). A query without a judgment in
     `split` gives no row, since files of queries are often shared by splits.
 
-    titles: whether documents and negatives begin with their titles, as they do in evaluation.
+    titles: whether texts begin with their titles, in training and in evaluation.
     corpus, queries, qrels: a source of each, or globs relative to the dataset. By default they are looked for:
         the configs corpus, queries and qrels or default of a card, with "CONFIG-" before with `config`; the files of
         BEIR (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv or qrels.jsonl, compressed or not); folders with these names.
@@ -179,7 +179,7 @@ class Retrieval(_Dataset):
     def evaluation_set(self) -> tuple[Iterator[dict], Iterator[dict], Iterator[dict]]:
         """(corpus, queries, qrels) of the split, for `evaluation_sets.write`. SourceError for a bad row.
 
-        The whole corpus, and the queries with a relevant text. A title stands before its text.
+        The whole corpus, and the queries with a relevant text.
         """
         qrels = [row for row in map(_good, self._judgments()) if row["score"] > 0]
         judged = {row["query"] for row in qrels}
@@ -201,7 +201,7 @@ class Retrieval(_Dataset):
             _good(row)
             name, title, text, error = self._text(row)
             _good(row._replace(error=error or None))
-            value = {"_id": name, "text": f"{title} {text}".strip()}
+            value = {"_id": name, "text": self._titled(title, text).strip()}
             if self.document_id:
                 document, _, number = name.rpartition(self.separator)
                 if not document or not number.isdecimal():
