@@ -13,7 +13,10 @@ def pick(row: Mapping, field: str):
     for i, name in enumerate(names):
         if name == "*":
             rest = ".".join(names[i + 1 :])
-            value = value.values() if isinstance(value, Mapping) else value
+            if isinstance(value, Mapping):
+                value = [item for key, item in value.items() if key[:1] != "_"]
+            elif not isinstance(value, (list, tuple)):
+                raise TypeError(f"field {field!r}: {value!r:.40} has no items")
             return [pick({"": item}, f".{rest}" if rest else "") for item in value]
         if isinstance(value, (list, tuple)):
             if not name.isdecimal():

@@ -5,7 +5,7 @@
     queries.jsonl   {"_id", "text"}
     qrels.jsonl     {"query-id", "corpus-id", "score": 1}
 
-Equal queries become one query with several relevant texts.
+Equal queries of examples become one query with several relevant texts.
 """
 
 import itertools
@@ -103,6 +103,8 @@ def retrieval(
     for row in missing:
         counts.bad(f"the judgment of query {row['query-id']!r}", f"the text {row['corpus-id']!r} is not in the corpus")
     qrels = [row for row in qrels if row["corpus-id"] in there]
+    judged = {row["query-id"] for row in qrels}
+    queries = [row for row in queries if row["_id"] in judged]
     used = len(corpus) + len(queries) + len(qrels)
     counts.rows_read += read + len(every) + len(judgments)
     counts.rows["used"] += used

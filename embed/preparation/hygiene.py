@@ -97,14 +97,20 @@ class Findings:
         )
 
 
-def build_index(hygiene: Hygiene, target, sets: Mapping[str, object], scratch) -> None:
-    """Writes the index of the evaluation sets to the folder `target`, once. `sets`: {name: its folder}."""
-    contamination.build(target, _texts(hygiene, sets, scratch))
+def build_index(
+    hygiene: Hygiene, target, sets: Mapping[str, object], scratch, opened: Mapping[str, Source] | None = None
+) -> None:
+    """Writes the index of the evaluation sets to the folder `target`, once.
+
+    sets: {name: its folder}. opened: {name: source} of others, to read these instead of opening them again.
+    """
+    contamination.build(target, _texts(hygiene, sets, scratch, opened or {}))
 
 
-def _texts(hygiene: Hygiene, sets: Mapping[str, object], scratch) -> Iterator[tuple[str, str, str, str]]:
+def _texts(hygiene: Hygiene, sets: Mapping, scratch, opened: Mapping[str, Source]) -> Iterator[tuple]:
     """(set, part, id, text) of all evaluation texts."""
     for name, source in evaluation_sources(hygiene, sets).items():
+        source = opened.get(name, source)
         if not isinstance(source, Retrieval):  # which is read without
             source.build(scratch)
         corpus, queries, _ = source.evaluation_set()

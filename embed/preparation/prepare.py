@@ -15,6 +15,8 @@ Until info.json is there, directory/plan.json says what is being prepared and di
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib
 import json
 import os
 import random
@@ -45,6 +47,7 @@ from embed.preparation.tasks import Task, all_texts, named
 
 _WINDOW = 600  # characters per training text of the vocabulary
 PLAN, INFO, SCRATCH = "plan.json", "info.json", "scratch"
+EXTERNAL = "hygiene.evaluation_sets "  # before the name of a set that only hygiene names
 
 
 def prepare(
@@ -84,6 +87,7 @@ def prepare(
         "seed": seed,
         "limit": limit,
         "tokenizer": tokenizer.digest if tokenizer else None,
+        "modules": {name: _module_digest(name) for name in bound.modules},
     }
     arguments = json.loads(json.dumps(arguments))
     stream.load_tokenizer.cache_clear()  # the same folder may have held another one
@@ -142,7 +146,7 @@ def _sources(directory, bound: Settings, *, missing_ok: bool = False) -> dict[st
         sets = {name: directory / "evaluation" / name for name in bound.evaluation.sets}
         for name, source in hygiene.evaluation_sources(about, sets, missing_ok=missing_ok).items():
             if name not in sets:
-                result[f"hygiene.evaluation_sets {name}"] = source
+                result[f"{EXTERNAL}{name}"] = source
     return result
 
 
@@ -197,7 +201,7 @@ class _Preparation:
         sets = {f"evaluation/{name}": paths.read_json(evaluation_sets.marker(work, name)) for name in names}
         with self.clock.part("index evaluation sets"):
             self._index_evaluation_sets(work)
-        self._map(work, "read and tokenize", self._shard_jobs(work), meanwhile=_import_seqio)
+        self._map(work, "read and tokenize", self._shard_jobs(work))
         counts = {name: self._counts(work, name) for name in work.tasks}
         for name in work.tasks:
             stream.list_parts(work, "map_shard", name)
@@ -208,9 +212,7 @@ class _Preparation:
         self._map(work, "write stores", self._bucket_jobs(work))
         with self.clock.part("mixtures"):
             counts = {name: self._close(work, name, counts[name]) for name in work.tasks}
-            ours = [name for name, task in work.tasks.items() if isinstance(task, Task)]
-            _import_seqio().register_tasks(self.directory, ours)
-            mixtures = _import_seqio().register_mixtures(rates.of_mixtures(self.bound.mixtures, work, counts))
+            mixtures = rates.of_mixtures(self.bound.mixtures, work, counts)
         paths.write_json(self.directory / "mixtures.json", mixtures)
         hygiene_report.write(self.directory, work, counts)
         info = {
@@ -229,16 +231,17 @@ class _Preparation:
         bound = self.bound
         plan = self.directory / PLAN
         recorded = paths.read_json(plan).get("identity", {}) if plan.exists() else {}
-        for name in bound.tasks.keys() & recorded.keys():  # the content that was read until then
-            source = bound.tasks[name].source.pinned(recorded[name])
-            bound.tasks[name] = dataclasses.replace(bound.tasks[name], source=source)
+        # The content that was read until then. Everything reads these sources.
+        sources = {n: source.pinned(recorded.get(n, {})) for n, source in _sources(self.directory, bound).items()}
+        for name, task in bound.tasks.items():
+            bound.tasks[name] = dataclasses.replace(task, source=sources[name])
+        self.external = {n.removeprefix(EXTERNAL): source for n, source in sources.items() if n not in bound.tasks}
         tasks: dict[str, object] = {name: bound.tasks[name] for name in bound.trained() if name in bound.tasks}
         for name in bound.registered:
             tasks[name] = _import_seqio().adapt(name, bound.mixtures.modules)
         if not (self.directory / PLAN).exists():
             self.directory.mkdir(parents=True, exist_ok=True)
             paths.write_json(self.directory / PLAN, {"arguments": self.arguments})
-        sources = {n: source.pinned(recorded.get(n, {})) for n, source in _sources(self.directory, bound).items()}
         shards, reports = {}, {}
         with self.clock.part("list sources"):
             for name in sorted({*tasks, *bound.evaluation.sets.values(), *bound.vocabulary.tasks}):
@@ -342,7 +345,7 @@ class _Preparation:
         sets = {name: self.directory / "evaluation" / name for name in self.bound.evaluation.sets}
         for name, about in work.hygiene.items():
             if about.evaluation_sets:
-                hygiene.build_index(about, work.index(name), sets, self.scratch)
+                hygiene.build_index(about, work.index(name), sets, self.scratch, self.external)
 
     def _shard_jobs(self, work: Work) -> list[Job]:
         return [
@@ -371,7 +374,7 @@ class _Preparation:
             ]
         return jobs
 
-    def _map(self, work: Work, part: str, jobs: list[Job], meanwhile=lambda: None) -> None:
+    def _map(self, work: Work, part: str, jobs: list[Job]) -> None:
         with self.clock.part(part):
             jobs = runners.unfinished(jobs)
             if not jobs:
@@ -380,7 +383,7 @@ class _Preparation:
                 runners.run_on_beam(jobs, work, self.runner, self.runner_options)
             else:
                 self.bar.total(sum(job.bytes for job in jobs))
-                runners.run_locally(jobs, work, self.processes, self.bar.advance, meanwhile)
+                runners.run_locally(jobs, work, self.processes, self.bar.advance)
             if missing := runners.unfinished(jobs):
                 raise ValueError(
                     f"{len(missing):,} of {len(jobs):,} units of work left no marker, such as {missing[0].marker}: the "
@@ -433,6 +436,12 @@ def _import_seqio():
     return seqio_tasks
 
 
+def _module_digest(name: str) -> str | None:
+    """The SHA-256 of a module's file; None if it has none."""
+    file = getattr(importlib.import_module(name), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+
+
 def _bytes(identity: Mapping) -> int:
     """The size of the files that the identity of a source lists."""
     parts = [part for part in identity.values() if isinstance(part, Mapping)]
@@ -450,4 +459,4 @@ def _windows(
                 if characters <= 0:
                     return
                 yield text[start : start + _WINDOW]
-                characters -= _WINDOW
+                characters -= min(_WINDOW, len(text) - start)

@@ -7,7 +7,7 @@ from embed.preparation.stream import Work
 
 
 def of_mixtures(mixtures: Mixtures, work: Work, counts: Mapping[str, dict]) -> dict[str, dict[str, float]]:
-    """{mixture: {task or mixture: relative rate of the loader}}, with size^α and rates in tokens worked out.
+    """{mixture: {task: relative rate of the loader}}, with size^α, rates in tokens and mixtures in mixtures worked out.
 
     The loader draws examples, but in diffusion rows of tokens, whose rates are in tokens already.
     """
@@ -35,4 +35,14 @@ def of_mixtures(mixtures: Mixtures, work: Work, counts: Mapping[str, dict]) -> d
             rates = {member: rate / tokens_per_example(member) for member, rate in rates.items()}
         return rates
 
-    return {name: relative(name) for name in mixtures.rates}
+    def of_tasks(name: str) -> dict[str, float]:
+        """The rates of the tasks in a mixture. One inside it shares its rate among its members, as in seqio."""
+        result: dict[str, float] = {}
+        for member, rate in relative(name).items():
+            inner = of_tasks(member) if member in mixtures.rates else {member: 1.0}
+            total = sum(inner.values())
+            for task, share in inner.items():
+                result[task] = result.get(task, 0.0) + rate * share / total
+        return result
+
+    return {name: of_tasks(name) for name in mixtures.rates}

@@ -43,17 +43,10 @@ def unfinished(jobs: Iterable[Job]) -> list[Job]:
     return [job for job, file in files if file.name not in done[file.parent]]
 
 
-def run_locally(
-    jobs: Sequence[Job],
-    work: Work,
-    processes: int | None,
-    progress: stream.Progress,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> None:
+def run_locally(jobs: Sequence[Job], work: Work, processes: int | None, progress: stream.Progress) -> None:
     """Runs the jobs, the largest first, in `processes` processes (None = one per core; 1 = in this one).
 
-    This process calls `meanwhile` while the others work. The first error ends the run. Processes end with this one,
-    however it ends.
+    The first error ends the run. Processes end with this one, however it ends.
     """
     jobs = sorted(jobs, key=lambda job: -job.bytes)
     processes = min(cores() if processes is None else processes, len(jobs))
@@ -73,7 +66,6 @@ def run_locally(
     with ProcessPoolExecutor(processes, context, _start, (work, tokens, size)) as pool:
         try:
             pending = {pool.submit(_run, job) for job in jobs}
-            meanwhile()
             while pending:
                 done, pending = wait(pending, REFRESH, FIRST_COMPLETED)
                 show()

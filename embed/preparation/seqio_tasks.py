@@ -102,37 +102,15 @@ def register(directory) -> None:
     """Registers (anew) the tasks and mixtures of prepared data with seqio, under their names."""
     directory = paths.path(directory)
     mixtures = paths.read_json(directory / "mixtures.json")
-    register_tasks(directory, {name for rates in mixtures.values() for name in rates})
-    register_mixtures(mixtures)
-
-
-def register_tasks(directory, names: Iterable[str]) -> None:
-    """Registers (anew) these tasks of prepared data."""
     vocabulary = TokenizerVocabulary(tokenizers.load(directory / "tokenizer"))
-    for name in sorted(names):
+    for name in sorted({name for rates in mixtures.values() for name in rates}):
         source = _Source(directory / "tasks" / name)
         features = {column: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for column in source.columns}
         seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(name, source=source, preprocessors=[], output_features=features)
-
-
-def register_mixtures(rates: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Registers (anew) mixtures of tasks and of other mixtures; returns {mixture: {task: rate}} as seqio has them."""
-    registered: set[str] = set()
-
-    def add(name: str) -> None:
-        for member in rates[name]:
-            if member in rates and member not in registered:
-                add(member)
+    for name, rates in mixtures.items():
         seqio.MixtureRegistry.remove(name)
-        seqio.MixtureRegistry.add(name, [(member, float(rate)) for member, rate in rates[name].items()])
-        registered.add(name)
-
-    for name in rates:
-        if name not in registered:
-            add(name)
-    mixtures = {name: seqio.MixtureRegistry.get(name) for name in rates}
-    return {name: {task.name: mixture.get_rate(task) for task in mixture.tasks} for name, mixture in mixtures.items()}
+        seqio.MixtureRegistry.add(name, list(rates.items()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,8 @@ class Settings(NamedTuple):
     vocabulary: Vocabulary
     evaluation: Evaluation
     registered: tuple[str, ...]  # names that must be seqio tasks
+    # Python modules of the user's functions and seqio tasks: what they do is part of what is prepared.
+    modules: tuple[str, ...] = ()
     hygiene: dict[str, Hygiene] = {}  # of the tasks in mixtures that drop or count something
 
     def members(self, mixture: str) -> list[str]:
@@ -216,7 +218,8 @@ def _read(text: str, bound: Sequence[tuple[str, str, str]], data_root: str, limi
                 f"{field}: {unusable[0]!r} must be a task of the gin file, since tasks that only seqio knows are for "
                 f"training only{nearest(unusable[0], tasks)}"
             )
-    return Settings(tasks, mixtures, vocabulary, evaluation, tuple(registered), hygiene)
+    modules = {*mixtures.modules, *(task.map.partition(":")[0] for task in tasks.values() if task.map)}
+    return Settings(tasks, mixtures, vocabulary, evaluation, tuple(registered), tuple(sorted(modules)), hygiene)
 
 
 def _read_task(
@@ -317,12 +320,26 @@ def _check_numbers(vocabulary: Vocabulary, evaluation: Evaluation) -> None:
 
 
 def _check_kinds(settings: Settings) -> None:
-    """ValueError if a mixture has tasks of several kinds, whose examples have other columns."""
+    """ValueError for tasks of kinds that cannot be used where they are named."""
     for mixture in settings.mixtures.rates:
         kinds = {settings.tasks[name].kind: name for name in settings.members(mixture) if name in settings.tasks}
-        if len(kinds) > 1:
+        if len(kinds) > 1:  # whose examples have other columns
             named = " and ".join(f"{name!r} ({kind})" for kind, name in sorted(kinds.items()))
             raise ValueError(f"the mixture {mixture!r} has tasks of several kinds: {named}")
+        if "retrieval" in kinds:
+            raise ValueError(f"the mixture {mixture!r}: the task {kinds['retrieval']!r} is an evaluation set")
+    for set_name, name in settings.evaluation.sets.items():
+        task = settings.tasks[name]
+        if task.kind not in ("pair", "contextual", "retrieval"):
+            raise ValueError(
+                f"evaluation.sets: {set_name!r} must have a pair, contextual or retrieval task, {name!r} is of kind "
+                f"{task.kind}"
+            )
+        if task.kind == "retrieval" and not hasattr(task.source, "evaluation_set"):
+            raise ValueError(
+                f"task {name!r}: the kind 'retrieval' needs a source @retrieval() or @conteb(); examples of another "
+                "one are an evaluation set as pair or contextual"
+            )
 
 
 def _check_sets(settings: Settings) -> None:
@@ -333,7 +350,7 @@ def _check_sets(settings: Settings) -> None:
         if not re.fullmatch(r"[^/\s]+/[^/\s]+", set_name) or ".." in set_name:
             raise ValueError(f"evaluation.sets: {set_name!r} must be SET/SPLIT, such as 'own/test'")
         for other in trained if tasks[name].kind == "retrieval" else ():
-            if tasks[other].source == tasks[name].source:
+            if _content(tasks[other].source, QUERIES) == _content(tasks[name].source, QUERIES):
                 raise ValueError(
                     f"the task {other!r} trains on the queries of the evaluation set {set_name!r}: bind another split "
                     f"or other queries, such as {_scope(other)}/retrieval.split = 'train'"
@@ -343,12 +360,24 @@ def _check_sets(settings: Settings) -> None:
                 f"evaluation.sets: {set_name!r} would have the training examples of {name!r}, which holds none out: "
                 "bind its task.held_out, or name another task"
             )
-    holding = [name for name in trained if tasks[name].held_out]
-    if holding and not any(tasks[name].held_out for name in sets.values()):
-        raise ValueError(
-            f"the task {holding[0]!r} has held_out={tasks[holding[0]].held_out}, but no evaluation set has what is "
-            "held out: name the task in evaluation.sets"
-        )
+    covered = [_content(tasks[name].source) for name in sets.values() if tasks[name].held_out]
+    for name in trained:
+        if tasks[name].held_out and _content(tasks[name].source) not in covered:
+            raise ValueError(
+                f"the task {name!r} has held_out={tasks[name].held_out}, but no evaluation set has what is held out: "
+                "name it, or a task of the same source, in evaluation.sets"
+            )
+
+
+# The fields of a source that choose its queries.
+QUERIES = ("path", "id", "config", "split", "queries", "qrels")
+
+
+def _content(source: sources.Source, names: Sequence[str] = ()) -> tuple:
+    """What a source reads, by its fields of these names, or by all but those that say only how."""
+    values = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    names = names or [name for name in values if name not in ("shard_bytes", "streaming")]
+    return type(source), *((name, values[name]) for name in names if name in values)
 
 
 def _check_hygiene(settings: Settings) -> None:

@@ -53,6 +53,7 @@ COLUMNS = {
     "contextual": ((), ("chunks", "text", "queries", "answers", "headers")),
     "retrieval": ((), ()),
 }
+TEXTS = ("text", "query", "document", "negatives", "chunks", "queries")  # the parts of an example that are text
 # {field: least value} of whole numbers; 0 = no limit.
 LEAST = {
     "min_characters": 0,
@@ -310,7 +311,9 @@ class Task:
     def _contextual(self, row: dict, cut: Counter) -> dict:
         queries = pick(row, self._field("queries"))
         queries = [queries] if isinstance(queries, (str, Mapping)) else queries
-        if "answers" in self.columns:
+
+        given = self.columns or ({"chunks"} if "chunks" in row else row)
+        if "answers" in given:
             text, answers = text_of(row, self._field("text")), texts_of(row, self._field("answers"))
             if len(answers) != len(queries):
                 raise ValueError(f"{len(queries)} queries have {len(answers)} answers")
@@ -319,7 +322,7 @@ class Task:
             found = [(query, offset) for query, offset in offsets if offset >= 0]
             cut[NO_ANSWER] += len(offsets) - len(found)
             return {"text": text, "queries": found}
-        if "text" in self.columns:
+        if "text" in given:
             text = text_of(row, self._field("text"))
             pairs = [(query_text(query), index_of(query, "offset")) for query in queries]
             if bad := [offset for _, offset in pairs if not 0 <= offset < len(text)]:
@@ -447,7 +450,7 @@ def _are_sizes(values) -> bool:
 
 def all_texts(example: Mapping) -> Iterator[str]:
     """Every text of an example, in its order: of pairs and single chunks the query first, of documents the chunks."""
-    for value in (example[name] for name in example if name not in ("location", "weight", "headers")):
+    for value in (example[name] for name in example if name in TEXTS):
         if isinstance(value, str):
             yield value
         else:

@@ -21,7 +21,7 @@ from embed import paths, tokenizers
 from embed.data.store import Store
 from embed.preparation import copies, runners, settings, stream
 from embed.preparation.counts import Counts
-from embed.preparation.prepare import prepare
+from embed.preparation.prepare import _windows, prepare
 from embed.preparation.settings import bind
 
 GIN = """
@@ -198,6 +198,16 @@ def test_judgments_of_texts_that_the_corpus_lacks_are_bad_rows(retrieval_set, tm
         run(retrieval_set, tmp_path / "data")
 
 
+def test_queries_whose_judgments_are_all_bad_are_not_in_a_set(retrieval_set, tmp_path):
+    with open(retrieval_set / "set" / "queries.jsonl", "a") as out:
+        out.write('{"_id": "lost", "text": "where?"}\n')
+    with open(retrieval_set / "set" / "qrels.jsonl", "a") as out:
+        out.write('{"query-id": "lost", "corpus-id": "nope", "score": 1}\n')
+    folder = run(retrieval_set, tmp_path / "data", "task.max_bad = 0.2", "evaluation.max_queries = 100")
+    _, queries, relevant, counts = read_set(folder, "whole/test")
+    assert "lost" not in queries and len(queries) == len(relevant) == 9 and counts["rows"]["bad rows"] == 1
+
+
 def test_an_evaluation_set_without_a_query_is_refused_in_one_sentence(retrieval_set, tmp_path):
     (retrieval_set / "set" / "qrels.jsonl").write_text('{"query-id": "q0", "corpus-id": "0-1", "score": 0}\n')
     with pytest.raises(
@@ -243,7 +253,7 @@ sys.path.insert(0, tests)
 import small
 from embed import paths
 from embed.data import store
-from embed.preparation.prepare import prepare
+from embed.preparation.prepare import _windows, prepare
 
 tokenizer = small.tokenizer()
 
@@ -475,6 +485,14 @@ def test_mixtures_nest_and_multiply_their_rates(sources, tmp_path):
     bound = 'mixtures.rates = {"inner": {"pairs": 3.0, "more": 1.0}, "outer": {"inner": 2.0, "pairs": 1.0}}'
     mixtures, _ = rates(sources, tmp_path, bound, "texts/task.kind = 'text'", 'vocabulary.tasks = ("texts",)')
     assert set(mixtures) == {"inner", "outer"} and mixtures["inner"] == {"pairs": 3.0, "more": 1.0}
+    from embed.preparation import seqio_tasks
+
+    # seqio divides the rate of a mixture in a mixture among its tasks in the same way.
+    seqio_tasks.register(tmp_path / "data")
+    seqio_tasks.seqio.MixtureRegistry.remove("nested")
+    seqio_tasks.seqio.MixtureRegistry.add("nested", [("inner", 2.0), ("pairs", 1.0)])
+    nested = seqio_tasks.seqio.MixtureRegistry.get("nested")
+    assert mixtures["outer"] == pytest.approx({task.name: nested.get_rate(task) for task in nested.tasks}, rel=1e-12)
     assert mixtures["outer"]["more"] == pytest.approx(2 / 4) and mixtures["outer"]["pairs"] == pytest.approx(1 + 6 / 4)
 
 
@@ -561,6 +579,15 @@ def test_a_users_own_seqio_task_is_used_by_the_name_of_its_module(sources, tmp_p
     )
     folder = run(sources, tmp_path / "data", *bound)
     assert decoded(Store(folder / "tasks" / "own_pairs"), "query") == ["open index", "parse file"]
+    mixed = "mixtures.rates = {'both': {'own_pairs': 1.0, 'pairs': 3.0}}"
+    folder = run(sources, tmp_path / "mixed", bound[0], mixed, bound[2], "pairs/task.held_out = 0.0")
+    assert json.loads((folder / "mixtures.json").read_text()) == {"both": {"own_pairs": 1.0, "pairs": 3.0}}
+    import seqio
+
+    from embed.preparation import seqio_tasks
+
+    seqio_tasks.register(folder)
+    assert len(list(seqio.MixtureRegistry.get("both").get_dataset(None, "train", num_epochs=1))) > 4
     with pytest.raises(ValueError, match="no task 'others' in the gin file and none registered by own_tasks"):
         run(sources, tmp_path / "other", bound[0], "mixtures.rates = {'both': {'others': 1.0}}", bound[2])
 
@@ -614,6 +641,13 @@ def test_a_vocabulary_is_trained_on_the_texts_of_all_tasks(sources, tmp_path):
     folder = run(sources, tmp_path / "data", tokenizer=None, vocab_size=300, split_identifiers=False)
     tokenizer = tokenizers.load(folder / "tokenizer")
     assert tokenizer.vocab_size == 300 and len(tokenizer.encode(["parse"])[0]) < 5
+
+
+def test_short_texts_give_the_vocabulary_as_many_characters_as_long_ones(sources):
+    task = bind(sources / "data.gin", data_root=str(sources)).tasks["pairs"]
+    (shard,) = task.source.shards()
+    windows = list(_windows(task, shard, Counts(), 1000, 0, random.Random(0)))
+    assert 1000 <= sum(map(len, windows)) < 1000 + max(map(len, windows))
 
 
 def test_texts_that_cannot_be_read_are_the_error_of_the_vocabulary_too(sources, tmp_path):
@@ -831,8 +865,38 @@ def test_training_on_the_queries_of_an_evaluation_set_is_refused(sources):
     sets = "evaluation.sets = {'both/test': 'both.b'}"
     with pytest.raises(ValueError, match=r"'both\.a' trains on the queries of the evaluation set 'both/test': bind"):
         bind(sources / "data.gin", [*retrieval, *named, sets], data_root=str(sources))
+    grouped = ["both/a/task.kind = 'contextual'", "both/a/task.group_sizes = (2,)", "both/a/retrieval.titles = False"]
+    with pytest.raises(ValueError, match=r"'both\.a' trains on the queries of the evaluation set 'both/test': bind"):
+        bind(sources / "data.gin", [*retrieval, *named, sets, *grouped], data_root=str(sources))
     made = bind(sources / "data.gin", [*retrieval, *named, sets, "both/a/retrieval.split = 'train'"], data_root="/")
     assert made.tasks["both.a"].source.split == "train"
+
+
+@pytest.mark.parametrize(
+    "bindings, message",
+    [
+        (["pairs/task.kind = 'retrieval'"], "the mixture 'both': the task '.*' is an evaluation set|several kinds"),
+        (["mixtures.rates = {'m': {'pairs': 1.0}}", "pairs/task.kind = 'retrieval'"], "'pairs' is an evaluation set"),
+        (["more/task.kind = 'triplet'", "mixtures.rates = {'m': {'pairs': 1.0}}"], "'more' is of kind triplet"),
+        (
+            ["more/task.kind = 'retrieval'", "more/task.columns = {}", "mixtures.rates = {'m': {'pairs': 1.0}}"],
+            r"task 'more': the kind 'retrieval' needs a source @retrieval\(\) or @conteb\(\)",
+        ),
+        (["pairs/task.held_out = 0.1"], "the task 'pairs' has held_out=0.1, but no evaluation set has what is held"),
+    ],
+)
+def test_tasks_that_cannot_be_used_where_they_are_named_are_refused(bindings, message, sources):
+    with pytest.raises(ValueError, match=message):
+        bind(sources / "data.gin", bindings, data_root=str(sources))
+
+
+def test_data_of_a_function_that_has_changed_are_refused(sources, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_rows.py").write_text("def rows(row):\n    yield row\n")
+    run(sources, tmp_path / "data", "pairs/task.map = 'own_rows:rows'")
+    (tmp_path / "own_rows.py").write_text("def rows(row):\n    yield {**row}\n")
+    with pytest.raises(ValueError, match="was prepared with other arguments: modules.own_rows was"):
+        run(sources, tmp_path / "data", "pairs/task.map = 'own_rows:rows'")
 
 
 def test_a_source_that_hygiene_names_gets_the_data_root(sources):

@@ -120,6 +120,11 @@ def test_a_row_is_a_query_and_a_relevant_text_with_the_texts_that_were_judged_ir
         ]
     ]
     plain, _ = built(Retrieval(path=source.path, split="train", titles=False), tmp_path / "scratch")
+    texts = [
+        {row["text"] for row in Retrieval(path=source.path, split="train", titles=titles).evaluation_set()[0]}
+        for titles in (True, False)
+    ]
+    assert {row["document"] for row in plain} <= texts[1] and texts[0] != texts[1]
     assert plain[0]["document"] == "text a" and plain[0]["negatives"] == ["text b", "text a"]
     assert not bad and source.describe()["columns"] == list(names) and source.describe()["rows"] == 3
     assert [row.value for row in Retrieval(path=source.path, split="train").sample(2)] == rows[:2]

@@ -356,3 +356,23 @@ def test_counts_survive_json():
     counts.bad("x:1", "no")
     counts.dropped["empty"] += 2
     assert Counts.from_json(json.loads(json.dumps(counts.to_json()))) == counts
+
+
+def test_a_contextual_task_without_columns_takes_those_that_a_row_has():
+    chunks = {"chunks": ["a", "b"], "queries": [{"text": "q", "chunk": 1}]}
+    offsets = {"text": "a b", "queries": [{"text": "q", "offset": 2}]}
+    answers = {"text": "a b", "queries": ["q"], "answers": ["b"]}
+    assert made("contextual", chunks)[0][0]["queries"] == [("q", 1)]
+    assert made("contextual", offsets)[0][0]["queries"] == made("contextual", answers)[0][0]["queries"] == [("q", 2)]
+
+
+def test_a_star_means_the_items_of_a_list_or_mapping_but_not_the_name_of_the_file():
+    assert pick({"a": "x", "_file": "f"}, "*") == ["x"]
+    with pytest.raises(TypeError, match=r"field 'a\.\*': 'abc' has no items"):
+        pick({"a": "abc"}, "a.*")
+
+
+@pytest.mark.parametrize("column", ["text", "answers", "headers"])
+def test_offsets_in_the_text_of_a_document_stay_right(column):
+    with pytest.raises(ValueError, match=f"task.remove: '{column}' must be one of chunks, queries"):
+        Task(Rows(()), "contextual", remove={column: "x"})

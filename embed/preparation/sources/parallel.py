@@ -113,7 +113,8 @@ class Parallel(Joined):
             texts = value["translation"] if isinstance(value.get("translation"), dict) else value
             texts = {name: text for name, text in texts.items() if isinstance(text, str) and name != "_file"}
         texts = {name: text for name, text in texts.items() if not self.languages or name in self.languages}
-        missing = [name for name in self.languages or texts if not isinstance(texts.get(name), str)]
+        wanted = self.languages or {**texts, **(self.rates or {})}
+        missing = [name for name in wanted if not isinstance(texts.get(name), str)]
         if missing or not texts:
             return Row(row.location, None, f"no text in {', '.join(missing) or 'any column'}")
         return Row(row.location, texts)
