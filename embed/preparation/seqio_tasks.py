@@ -1,6 +1,6 @@
 """Prepared tasks and mixtures as those of seqio, and a user's own seqio tasks in a gin file.
 
-`prepare` registers what it has prepared; in another program, `register("runs/x/data")` does.
+`register("runs/x/data")` registers what is prepared.
 
 A task that only seqio knows is registered by a module of mixtures.modules. Its output features are either texts
 (dtype tf.string), named as the columns of a kind (`embed.preparation.tasks.COLUMNS`) and tokenized as any other, or
