@@ -3,8 +3,9 @@
     python benchmarks/multilingual.py --run=RUN --data_root=DATA [--model=merged]
 
 The first table has the figures of RUN/results.json for one checkpoint against BM25, the second those of the documents
-of chunks, where BM25 reads a chunk with the first one of its document. The third is Spearman's correlation of cosines (of binary vectors: of the number of equal bits) with the
-scores of people on JSTS and KLUE-STS, with the exported model.
+of chunks, where BM25 reads a chunk with the first one of its document. The third is Spearman's correlation of cosines
+(of binary vectors: of the number of equal bits) with the scores of people on JSTS and KLUE-STS, with the exported
+model.
 """
 
 import argparse
