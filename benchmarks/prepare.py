@@ -35,6 +35,7 @@ from embed.preparation import runners
 
 FILE_BYTES = 16 << 20
 LONGEST = 20_000  # characters of a text
+SEPARATOR = "< sep >"  # of the tokenizer of words: no word has a space
 
 GIN = """
 mixtures.rates = {"diffusion": {"texts": 1.0}}
@@ -254,11 +255,11 @@ def word_level(folder: Path, texts: list[str]) -> str:
 
     model = hf.Tokenizer(hf.models.WordLevel(unk_token="<unk>"))
     model.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
-    trainer = hf.trainers.WordLevelTrainer(vocab_size=50_000, special_tokens=["<unk>", "<sep>"])
+    trainer = hf.trainers.WordLevelTrainer(vocab_size=50_000, special_tokens=["<unk>", SEPARATOR])
     model.train_from_iterator(texts[:2000], trainer)
     folder.mkdir()
     model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"sep_token": "<sep>"}), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"sep_token": SEPARATOR}), encoding="utf-8")
     tokenizers.load(folder)
     return str(folder)
 
