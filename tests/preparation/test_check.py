@@ -180,5 +180,8 @@ def test_an_evaluation_set_shows_a_query_and_its_relevant_text(folder, capsys):
 def test_a_join_whose_first_rows_do_not_belong_together_is_no_failure(folder, capsys, monkeypatch):
     monkeypatch.setattr(joined, "SAMPLED", 1)
     write(folder / "set" / "corpus.jsonl", [{"_id": name, "text": f"text {name}"} for name in ("other", "d")])
-    result, printed = run(folder, capsys, ["evaluated"])
-    assert result and "none in the first rows" in printed and "1 of 1 tasks can be read" in printed
+    mixture = "mixtures.rates = {'pairs': {'works': 1.0}}\nevaluation.sets = {'a/test': 'evaluated'}"
+    (folder / "test.gin").write_text(f"{GIN}\n{mixture}\n")
+    assert check(gin_file=folder / "test.gin", data_root=str(folder))
+    printed = capsys.readouterr().out
+    assert "none in the first rows" in printed and "2 of 2 tasks can be read" in printed
