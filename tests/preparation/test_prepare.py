@@ -588,6 +588,8 @@ def test_a_users_own_seqio_task_is_used_by_the_name_of_its_module(sources, tmp_p
 
     seqio_tasks.register(folder)
     assert len(list(seqio.MixtureRegistry.get("both").get_dataset(None, "train", num_epochs=1))) > 4
+    seqio.TaskRegistry.remove("own_pairs")  # that of the store; the module registers its own again
+    monkeypatch.delitem(sys.modules, "own_tasks")
     with pytest.raises(ValueError, match="no task 'others' in the gin file and none registered by own_tasks"):
         run(sources, tmp_path / "other", bound[0], "mixtures.rates = {'both': {'others': 1.0}}", bound[2])
 
