@@ -120,7 +120,8 @@ class Task:
     remove: str | Mapping[str, str] = ""
     min_characters: int = 1
     max_characters: int = 1_000_000
-    # A regular expression that must occur in the first text of an example: the text or query, a document's first chunk.
+    # A regular expression that must occur in the first text of an example: its text or query, or a document's first
+    # chunk. With group_sizes it is the query of a row.
     keep: str = ""
     drop: str = ""  # one that must not occur in any
 
