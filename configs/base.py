@@ -86,6 +86,7 @@ def stage(kind: str, **changes) -> ConfigDict:
     # AdamW. The paper does not say warmup, decay, b1, b2, eps, weight_decay and clip.
     new.optimizer = ConfigDict()
     new.optimizer.learning_rate = 2e-4  # the peak
+    new.optimizer.embedding_rate = 1.0  # learning rate of the embedding table, as a multiple of the layers'
     new.optimizer.warmup = 0.01  # fraction of the steps
     new.optimizer.decay = 0.1  # fraction of the steps, linear to zero
     new.optimizer.b1 = 0.9

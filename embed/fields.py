@@ -84,6 +84,7 @@ RULES: dict[str, Rule] = {
     "execution.read_timeout": (_number(lambda x: 0 <= x <= 1e9), "from 0 to 1e9"),  # no thread waits longer
     "stages.*.init_step": COUNT_OR_0,
     "stages.*.optimizer.learning_rate": POSITIVE,
+    "stages.*.optimizer.embedding_rate": NOT_NEGATIVE,
     "stages.*.optimizer.warmup": FRACTION,
     "stages.*.optimizer.decay": FRACTION,
     "stages.*.optimizer.b?": (_number(lambda x: 0 <= x < 1), "at least 0 and below 1"),

@@ -135,6 +135,11 @@ def _dense_backward(saved, gradient):
 dense.defvjp(lambda x, weight: (x @ weight, (x, weight)), _dense_backward)
 
 
+def embedding_scale(width: int) -> float:
+    """Standard deviation of a new embedding: Qwen's 0.02 at its width of 1024 (ARCHITECTURE.md, "Decisions")."""
+    return 0.64 * width**-0.5
+
+
 class Layer(nnx.Module):
     """One pre-norm block: attention, then SwiGLU, both with a residual connection."""
 
@@ -150,7 +155,8 @@ class Layer(nnx.Module):
         def weight(shape, fan_in, gain=1.0):
             return nnx.Param(jax.random.normal(rngs.params(), shape) * (gain * fan_in**-0.5))
 
-        depth_gain = (2 * config.num_layers) ** -0.5  # keeps the residual stream's variance independent of depth
+        # All layers together add to the residual stream about as much as the embeddings are.
+        gain = embedding_scale(D) * (2 * config.num_layers) ** -0.5
         self.config = config
         self.attention_norm = nnx.Param(jnp.ones(D))
         self.query = weight((D, H, d), D)
@@ -158,11 +164,11 @@ class Layer(nnx.Module):
         self.value = weight((D, K, d), D)
         self.query_norm = nnx.Param(jnp.ones(d))
         self.key_norm = nnx.Param(jnp.ones(d))
-        self.output = weight((H, d, D), H * d, depth_gain)
+        self.output = weight((H, d, D), H * d, gain)
         self.mlp_norm = nnx.Param(jnp.ones(D))
         self.gate = weight((D, F), D)
         self.up = weight((D, F), D)
-        self.down = weight((F, D), F, depth_gain)
+        self.down = weight((F, D), F, gain)
 
     def __call__(self, x: Float[Array, "R L D"], segment_ids: Int[Array, "R L"], rope) -> Float[Array, "R L D"]:
         dtype, eps = x.dtype, self.config.norm_eps
@@ -188,7 +194,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.config = config
-        scale = 0.64 * config.hidden_size**-0.5  # Qwen's 0.02 at its width of 1024 (ARCHITECTURE.md, "Decisions")
+        scale = embedding_scale(config.hidden_size)
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = nnx.vmap(lambda key: Layer(config, nnx.Rngs(params=key)))(keys)  # every array gets a layer axis

@@ -21,10 +21,16 @@ def wsd_schedule(learning_rate: float, steps: int, warmup: float, decay: float) 
 
 
 def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Clipping by global norm (none if clip is 0), then AdamW without weight decay on norm scales."""
+    """Clipping by global norm (none if clip is 0), then AdamW without weight decay on norm scales.
+
+    The steps of the embedding table, its weight decay included, are `embedding_rate` times as large.
+    """
 
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+    def scaled(updates):
+        return updates | {"embedding": updates["embedding"] * config.embedding_rate}
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
@@ -37,4 +43,5 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             mask=decayed,
             mu_dtype=config.moment_dtype,
         ),
+        optax.stateless(lambda updates, _: scaled(updates)) if config.embedding_rate != 1 else optax.identity(),
     )

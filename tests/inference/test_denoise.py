@@ -25,6 +25,7 @@ def trained(request):
     config = ConfigDict(
         dict(
             learning_rate=1e-2,
+            embedding_rate=1.0,
             warmup=0.1,
             decay=0.5,
             b1=0.9,

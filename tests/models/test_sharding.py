@@ -89,7 +89,7 @@ EQUAL_LOSSES = textwrap.dedent(
                       chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
     batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}
     config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.,
-                             moment_dtype="float32"))
+                             moment_dtype="float32", embedding_rate=1.))
     stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1,
                             alpha=0.2, beta=(0.2, 0.5), execution=dict(logits_chunk=8, microbatches=1),
                             batch=dict(length=L, spans=4, segments=4), optimizer=config))

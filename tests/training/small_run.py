@@ -41,6 +41,7 @@ STAGE = ConfigDict(
         ),
         optimizer=dict(
             learning_rate=1e-2,
+            embedding_rate=1.0,
             warmup=0.1,
             decay=0.5,
             b1=0.9,

@@ -10,6 +10,7 @@ from embed.training.optimizer import make_optimizer, wsd_schedule
 CONFIG = ConfigDict(
     dict(
         learning_rate=0.1,
+        embedding_rate=1.0,
         warmup=0.1,
         decay=0.2,
         b1=0.9,
@@ -73,6 +74,22 @@ def test_gradients_are_clipped_by_their_global_norm():
     _, after_unit = optimizer.update(unit, state, params)
     for x, y in zip(jax.tree.leaves(after_big), jax.tree.leaves(after_unit)):
         np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_the_embedding_table_moves_embedding_rate_times_as_far_and_nothing_else_changes():
+    params = transformer.init(transformer.make_config("micro", 16, tied=False), jax.random.key(0))
+    gradients = jax.tree.map(jnp.sin, params)
+
+    def updates(embedding_rate):
+        optimizer = make_optimizer(ConfigDict({**CONFIG, "embedding_rate": embedding_rate}), lambda _: 0.1)
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    plain = updates(1.0)
+    for rate in (0.0, 0.25, 30.0):
+        scaled = updates(rate)
+        np.testing.assert_allclose(scaled["embedding"], rate * plain["embedding"], rtol=1e-6)
+        for name in ("layers", "norm", "head"):
+            jax.tree.map(np.testing.assert_array_equal, scaled[name], plain[name])
 
 
 def _leaf(tree, path):
