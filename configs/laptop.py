@@ -22,12 +22,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.card.languages = ("en",)
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
 
-    optimizer = dict(warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
+    optimizer = dict(learning_rate=1e-4, embedding_rate=30.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     execution = dict(checkpoint_every=200)  # a step takes almost a second, so a kill loses at most some minutes
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),
-        optimizer=optimizer | dict(learning_rate=2e-3),
+        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
         batch=dict(rows=32, length=128),
         execution=execution | dict(logits_chunk=256),
     )
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "pair",
         init="diffusion",
         curriculum=((1000, "pairs"),),
-        optimizer=optimizer | dict(learning_rate=3e-3),
+        optimizer=optimizer,
         batch=rows | dict(group_size=128, rows_per_group=76),  # documents of up to about 80 tokens
         **common,
     )
@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "contextual",
         init="pair",
         curriculum=((400, "contextual"),),
-        optimizer=optimizer | dict(learning_rate=2e-3),
+        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
         batch=dict(group_size=16, groups=2, rows_per_group=14, length=512, spans=32, segments=32, max_chunks=8),
         **common,
     )
@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "triplet",
         init="pair",
         curriculum=((150, "hard_negatives"),),
-        optimizer=optimizer | dict(learning_rate=1e-3),
+        optimizer=optimizer | dict(embedding_rate=10.0),
         batch=rows | dict(group_size=32, rows_per_group=49, num_negatives=2),
         **common,
     )

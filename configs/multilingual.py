@@ -39,25 +39,24 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(rope_theta=1e4, dtype="float32")
     config.data.gin_file = "configs/data/multilingual.gin"
     config.data.vocab_size = 32_000
-    config.data.split_identifiers = False
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
 
-    optimizer = dict(warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
+    optimizer = dict(learning_rate=1e-4, embedding_rate=10.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=dict(checkpoint_every=100))
     # The number of rows is chosen from the lengths of the data: 96% of their tokens are text.
     rows = dict(length=256, spans=32, segments=32, groups=2, rows_per_group=0)
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((100, "diffusion"),),
-        optimizer=optimizer | dict(learning_rate=2e-3),
+        optimizer=optimizer | dict(learning_rate=3e-4),
         batch=dict(rows=16, length=256),
         execution=dict(checkpoint_every=100, logits_chunk=256),
     )
     config.stages.pair = base.stage(
         "pair",
         init="diffusion",
-        curriculum=((700, "pairs"),),
-        optimizer=optimizer | dict(learning_rate=3e-3),
+        curriculum=((300, "pairs"),),
+        optimizer=optimizer,
         batch=rows | dict(group_size=128),
         **common,
     )
@@ -65,8 +64,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((400, "contextual"),),
-        optimizer=optimizer | dict(learning_rate=3e-3),
+        curriculum=((200, "contextual"),),
+        optimizer=optimizer,
         alpha=0.4,
         beta=(0.1, 0.1),
         batch=dict(group_size=16, groups=2, rows_per_group=0, length=1024, spans=64, segments=64, max_chunks=16),
@@ -80,8 +79,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.triplet = base.stage(
         "triplet",
         init="pair",
-        curriculum=((60, parts),),
-        optimizer=optimizer | dict(learning_rate=1e-3),
+        curriculum=((40, parts),),
+        optimizer=optimizer,
         batch=rows | dict(group_size=32, num_negatives=2),
         **common,
     )

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
 
     prefixes = (64, 256)
-    optimizer = dict(learning_rate=4e-3, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
+    optimizer = dict(learning_rate=1e-4, embedding_rate=30.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     execution = dict(checkpoint_every=1000)
     # Groups have few rows, so documents are cut to about 64 tokens: more pairs per second help more than longer ones.
     rows = dict(length=128, spans=8, segments=8, groups=2, rows_per_group=49)
@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),
-        optimizer=optimizer | dict(learning_rate=2e-3),
+        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
         batch=dict(rows=32, length=128),
         execution=execution | dict(logits_chunk=256),
     )
@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         curriculum=((240, "contextual"),),
         matryoshka=prefixes,
         temperature=0.05,
-        optimizer=optimizer | dict(learning_rate=2e-3),
+        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
         batch=dict(group_size=16, groups=2, rows_per_group=14, length=512, spans=32, segments=32, max_chunks=8),
         execution=execution,
     )
@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
         curriculum=((60, "hard_negatives"),),
         matryoshka=prefixes,
         temperature=0.05,
-        optimizer=optimizer | dict(learning_rate=1e-3),
+        optimizer=optimizer | dict(embedding_rate=10.0),
         batch=rows | dict(group_size=32, num_negatives=2),
         execution=execution,
     )
