@@ -155,7 +155,7 @@ class Layer(nnx.Module):
         def weight(shape, fan_in, gain=1.0):
             return nnx.Param(jax.random.normal(rngs.params(), shape) * (gain * fan_in**-0.5))
 
-        # All layers together add to the residual stream about as much as the embeddings are.
+        # All layers together add at most about as much to the residual stream as the embeddings are, at any depth.
         gain = embedding_scale(D) * (2 * config.num_layers) ** -0.5
         self.config = config
         self.attention_norm = nnx.Param(jnp.ones(D))

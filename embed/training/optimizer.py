@@ -29,8 +29,8 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
     def decayed(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
 
-    def scaled(updates):
-        return updates | {"embedding": updates["embedding"] * config.embedding_rate}
+    def is_embedding(params):
+        return {name: name == "embedding" for name in params}
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
@@ -43,5 +43,5 @@ def make_optimizer(config, schedule: optax.Schedule) -> optax.GradientTransforma
             mask=decayed,
             mu_dtype=config.moment_dtype,
         ),
-        optax.stateless(lambda updates, _: scaled(updates)) if config.embedding_rate != 1 else optax.identity(),
+        optax.masked(optax.scale(config.embedding_rate), is_embedding),
     )

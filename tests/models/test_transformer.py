@@ -181,6 +181,17 @@ def test_initial_states_have_the_scale_of_the_final_norm_and_initial_predictions
     np.testing.assert_allclose(np.std(hidden @ tree["embedding"].T), 0.64 * transformer.FINAL_NORM, rtol=0.1)
 
 
+@pytest.mark.parametrize("num_layers", [1, 12])
+def test_initial_states_stay_near_the_embeddings_at_any_depth(num_layers):
+    config = transformer.make_config("micro", 500, hidden_size=64, num_layers=num_layers)
+    tree = jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(0))
+    tokens = np.arange(128, dtype=np.int32)[None]
+    hidden = jax.jit(functools.partial(transformer.apply, config))(tree, tokens, np.ones_like(tokens), tokens)[0]
+    embeddings = tree["embedding"][:128]
+    cosines = (hidden * embeddings).sum(1) / np.linalg.norm(hidden, axis=1) / np.linalg.norm(embeddings, axis=1)
+    assert cosines.min() > 0.5**0.5  # what the layers add is shorter than the embedding
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
