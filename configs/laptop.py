@@ -24,10 +24,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
     optimizer = dict(learning_rate=1e-4, embedding_rate=30.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     execution = dict(checkpoint_every=200)  # a step takes almost a second, so a kill loses at most some minutes
+    # With fast embeddings, diffusion would undo that texts with the same words have near vectors.
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),
-        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
+        optimizer=optimizer | dict(embedding_rate=1.0),
         batch=dict(rows=32, length=128),
         execution=execution | dict(logits_chunk=256),
     )
@@ -44,8 +45,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((400, "contextual"),),
-        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
+        curriculum=((800, "contextual"),),
+        optimizer=optimizer,
         batch=dict(group_size=16, groups=2, rows_per_group=14, length=512, spans=32, segments=32, max_chunks=8),
         **common,
     )
@@ -56,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "triplet",
         init="pair",
         curriculum=((150, "hard_negatives"),),
-        optimizer=optimizer | dict(embedding_rate=10.0),
+        optimizer=optimizer,
         batch=rows | dict(group_size=32, rows_per_group=49, num_negatives=2),
         **common,
     )

@@ -45,10 +45,11 @@ def get_config(arg: str = "") -> ConfigDict:
     common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=dict(checkpoint_every=100))
     # The number of rows is chosen from the lengths of the data: 96% of their tokens are text.
     rows = dict(length=256, spans=32, segments=32, groups=2, rows_per_group=0)
+    # With fast embeddings, diffusion would undo that texts with the same words have near vectors.
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((100, "diffusion"),),
-        optimizer=optimizer | dict(learning_rate=3e-4),
+        optimizer=optimizer | dict(embedding_rate=1.0),
         batch=dict(rows=16, length=256),
         execution=dict(checkpoint_every=100, logits_chunk=256),
     )
@@ -64,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((200, "contextual"),),
+        curriculum=((300, "contextual"),),
         optimizer=optimizer,
         alpha=0.4,
         beta=(0.1, 0.1),

@@ -29,10 +29,11 @@ def get_config(arg: str = "") -> ConfigDict:
     # Groups have few rows, so documents are cut to about 64 tokens: more pairs per second help more than longer ones.
     rows = dict(length=128, spans=8, segments=8, groups=2, rows_per_group=49)
 
+    # With fast embeddings, diffusion would undo that texts with the same words have near vectors.
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),
-        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
+        optimizer=optimizer | dict(embedding_rate=1.0),
         batch=dict(rows=32, length=128),
         execution=execution | dict(logits_chunk=256),
     )
@@ -49,10 +50,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.contextual = base.stage(
         "contextual",
         init="pair",
-        curriculum=((240, "contextual"),),
+        curriculum=((480, "contextual"),),
         matryoshka=prefixes,
         temperature=0.05,
-        optimizer=optimizer | dict(learning_rate=3e-4, embedding_rate=10.0),
+        optimizer=optimizer,
         batch=dict(group_size=16, groups=2, rows_per_group=14, length=512, spans=32, segments=32, max_chunks=8),
         execution=execution,
     )
@@ -65,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
         curriculum=((60, "hard_negatives"),),
         matryoshka=prefixes,
         temperature=0.05,
-        optimizer=optimizer | dict(embedding_rate=10.0),
+        optimizer=optimizer,
         batch=rows | dict(group_size=32, num_negatives=2),
         execution=execution,
     )
