@@ -4,7 +4,8 @@
         --stage=pair "as shipped" "no diffusion: stages.pair.init=" "half the batch: stages.pair.batch.groups=1"
 
 A variant is a name and, after a colon, the config keys that it changes, separated by spaces. The data and the
-checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not trained again.
+checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not trained again. Texts
+unlike those of training come from `--also`, the folder of an evaluation set, whose chunks are embedded alone.
 """
 
 import argparse
@@ -47,6 +48,9 @@ def run_variant(arguments, name: str, overrides: list[str]) -> dict:
             data = nodes.evaluation_set(run, f"{benchmark}/{split}")
             scores = retrieval.evaluate_retrieval(encoder, data, ("int8",))
             figures[f"{benchmark} {split}"] = scores["int8"]["ndcg@10"]
+    for other in arguments.also:
+        scores = retrieval.evaluate_retrieval(encoder, retrieval.read_set(other), ("int8",), alone=True)
+        figures["/".join(Path(other).parts[-2:])] = scores["int8"]["ndcg@10"]
     row = {"name": name, "steps": steps, "seconds": seconds, **figures}
     paths.write_json(done, row)
     return row
@@ -58,6 +62,7 @@ def main() -> None:
     parser.add_argument("--from", dest="source", required=True, help="workdir with the data and the parent stage")
     parser.add_argument("--workdir", required=True, help="folder for the workdirs of the variants")
     parser.add_argument("--stage", default="pair")
+    parser.add_argument("--also", action="append", default=[], help="folder of another evaluation set; repeatable")
     parser.add_argument("variants", nargs="+", help='"name: key=value key=value"')
     arguments = parser.parse_args()
     rows = [run_variant(arguments, *parse_variant(variant)) for variant in arguments.variants]
