@@ -3,9 +3,10 @@
     python benchmarks/ablate_stage.py --config=configs/laptop.py --from=runs/laptop --workdir=runs/ablations \
         --stage=pair "as shipped" "no diffusion: stages.pair.init=" "half the batch: stages.pair.batch.groups=1"
 
-A variant is a name and, after a colon, the config keys that it changes, separated by spaces. The data and the
-checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not trained again. Texts
-unlike those of training come from `--also`, the folder of an evaluation set, whose chunks are embedded alone.
+A variant is a name and, after a colon, the config keys that it changes, separated by spaces. The data, the mined
+negatives and the checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not
+trained again. Texts unlike those of training come from `--also`, the folder of an evaluation set, whose chunks are
+embedded alone.
 """
 
 import argparse
@@ -28,16 +29,17 @@ def parse_variant(text: str) -> tuple[str, list[str]]:
 
 
 def run_variant(arguments, name: str, overrides: list[str]) -> dict:
-    """Train and evaluate one variant in its own workdir, with links to the data and parent stage of --from."""
+    """Train and evaluate one variant in its own workdir, with links to data, mining and parent stage of --from."""
     folder = Path(arguments.workdir) / name.replace(" ", "_")
     run = runs.Run(config.load(arguments.config, overrides), folder)
     if (done := folder / "ablation.json").exists():
         return json.loads(done.read_text(encoding="utf-8"))
     stage = run.config.stages[arguments.stage]
     folder.mkdir(parents=True, exist_ok=True)
-    for shared in ("data", stage.init if stage.init in run.config.stages else ""):
-        if shared and not (folder / shared).exists():
-            (folder / shared).symlink_to((Path(arguments.source) / shared).absolute())
+    for shared in ("data", "mining", stage.init):
+        source = (Path(arguments.source) / shared).absolute()
+        if shared and source.is_dir() and not (folder / shared).exists():
+            (folder / shared).symlink_to(source)
     start = time.perf_counter()
     steps = nodes.train_stage(run, arguments.stage)["steps"]
     seconds = time.perf_counter() - start

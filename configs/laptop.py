@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "triplet",
         init="pair",
         curriculum=((150, "hard_negatives"),),
-        optimizer=optimizer,
+        optimizer=optimizer | dict(learning_rate=3e-5),
         batch=rows | dict(group_size=32, rows_per_group=49, num_negatives=2),
         **common,
     )

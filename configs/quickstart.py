@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
         curriculum=((60, "hard_negatives"),),
         matryoshka=prefixes,
         temperature=0.05,
-        optimizer=optimizer,
+        optimizer=optimizer | dict(learning_rate=3e-5),
         batch=rows | dict(group_size=32, num_negatives=2),
         execution=execution,
     )
