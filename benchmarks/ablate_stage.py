@@ -5,8 +5,8 @@
 
 A variant is a name and, after a colon, the config keys that it changes, separated by spaces. The data, the mined
 negatives and the checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not
-trained again. Texts unlike those of training come from `--also`, the folder of an evaluation set, whose chunks are
-embedded alone.
+trained again, nor evaluated on sets that `--also` names later. `--also` is the folder of another evaluation set, for
+texts unlike those of training. Its chunks are embedded alone.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python benchmarks/multilingual.py --run=RUN --data_root=DATA [--model=merged]
 
-The first table has the figures of RUN/results.json for one checkpoint against BM25, the second those of the documents
-of chunks, where BM25 reads a chunk with the first one of its document. The third is Spearman's correlation of cosines
-(of binary vectors: of the number of equal bits) with the scores of people on JSTS and KLUE-STS, with the exported
-model.
+The first table has the figures of RUN/results.json for one checkpoint against BM25 and the model before any training
+(float32), the second those of the documents of chunks, where BM25 reads a chunk with the first one of its document. The
+third is Spearman's correlation of cosines (of binary vectors: of the number of equal bits) with the scores of people on
+JSTS and KLUE-STS, with the exported model.
 """
 
 import argparse
@@ -62,18 +62,16 @@ def main() -> None:
     rows, counts = results["checkpoints"], results["data"]["counts"]
     encoder = inference.load(arguments.run / "export" / "embed")
     print(header() + "\n")
-    print(f"| set | language | queries | BM25 | {' | '.join(f'{arguments.model} {p}' for p in PRECISIONS)} |")
-    print("|---|---|--:|--:|--:|--:|--:|")
+    models = " | ".join(f"{arguments.model} {p}" for p in PRECISIONS)
+    print(f"| set | language | queries | BM25 | untrained | {models} |\n|---|---|--:|--:|--:|--:|--:|--:|")
     in_context = [name for name in rows["BM25"] if name.startswith("squad_") or name in ("medquad", "jsquad")]
     for name in rows["BM25"]:
         if name in in_context and name != "squad_alone":
             continue
         size = counts.get(f"evaluation/{name.removesuffix('_alone')}/test", {}).get("queries")
         size = size or counts["evaluation/squad/chunks_1"]["queries"]
-        bm25 = rows["BM25"][name]["float32"]["ndcg@10"]
-        print(
-            f"| {name} | {language(name)} | {size:,} | {bm25:.3f} | {' | '.join(cells(rows[arguments.model], name))} |"
-        )
+        figures = [cells(rows[row], name)[0] for row in ("BM25", "random init")] + cells(rows[arguments.model], name)
+        print(f"| {name} | {language(name)} | {size:,} | {' | '.join(figures)} |")
     print("\n| documents of chunks | BM25 | checkpoint | alone | in context, float32 | int8 | binary |")
     print("|---|--:|---|--:|--:|--:|--:|")
     for checkpoint in ("contextual", "merged"):

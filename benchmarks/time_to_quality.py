@@ -121,10 +121,17 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
     model = sentence_transformers.SentenceTransformer(str(folder), device="cpu").train()
     loss_function = MultipleNegativesRankingLoss(model, scale=1 / stage.temperature)
     settings = stage.optimizer
-    norms = [p for name, p in model.named_parameters() if "norm" in name]
-    decayed = [p for name, p in model.named_parameters() if "norm" not in name]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(settings.b1, settings.b2), eps=settings.eps, fused=True)
+    groups = {
+        name: {"params": [], "weight_decay": decay, "lr": rate}  # the schedule multiplies the rates
+        for name, decay, rate in (
+            ("norm", 0.0, 1.0),
+            ("embed_tokens", settings.weight_decay, settings.embedding_rate),
+            ("", settings.weight_decay, 1.0),
+        )
+    }
+    for name, parameter in model.named_parameters():
+        next(group for part, group in groups.items() if part in name)["params"].append(parameter)
+    adamw = torch.optim.AdamW(groups.values(), betas=(settings.b1, settings.b2), eps=settings.eps, fused=True)
     values = [float(schedule(k)) for k in range(arguments.steps)]  # computed by jax, so outside the timed steps
     rates = torch.optim.lr_scheduler.LambdaLR(adamw, lambda k: values[min(k, arguments.steps - 1)])
 

@@ -2,7 +2,7 @@
 
     embed pipeline --config=configs/laptop.py --workdir=runs/laptop
 
-Its results are in docs/quickstart.md. `runlocal` keeps the width and shrinks steps, batches and data.
+Results of an older version are in docs/quickstart.md. `runlocal` keeps the width and shrinks steps, batches and data.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     optimizer = dict(learning_rate=1e-4, embedding_rate=30.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     execution = dict(checkpoint_every=200)  # a step takes almost a second, so a kill loses at most some minutes
-    # With fast embeddings, diffusion would undo that texts with the same words have near vectors.
+    # A fast table would let diffusion destroy the similarity of texts that share words.
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),

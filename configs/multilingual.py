@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=dict(checkpoint_every=100))
     # The number of rows is chosen from the lengths of the data: 96% of their tokens are text.
     rows = dict(length=256, spans=32, segments=32, groups=2, rows_per_group=0)
-    # With fast embeddings, diffusion would undo that texts with the same words have near vectors.
+    # A fast table would let diffusion destroy the similarity of texts that share words.
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((100, "diffusion"),),
@@ -89,14 +89,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.merges.merged = base.merge(of=("contextual", "triplet"), ratio=0.5)
     config.exports["embed"] = base.export(checkpoint="merged", max_length=0)
     config.exports["embed-context"] = base.export(checkpoint="contextual", contextual=True, max_length=0)
-    models = ("pair", "merged")
+    models = ("random init", "pair", "merged")
     for name in DENSE:
         config.evaluations[name] = base.evaluation(data=f"{name}/test", alone=True, checkpoints=models)
     for name in ("articles", "chunks_2", "chunks_4", "chunks_8"):
         config.evaluations[f"squad_{name}"] = base.evaluation(
             data=f"squad/{name}", checkpoints=("contextual", "merged")
         )
-    models = ("pair", "contextual", "merged")
+    models = ("random init", "pair", "contextual", "merged")
     config.evaluations.squad_alone = base.evaluation(data="squad/chunks_1", alone=True, checkpoints=models)
     for name in ("medquad", "jsquad"):
         config.evaluations[name] = base.evaluation(data=f"{name}/test", checkpoints=("contextual", "merged"))

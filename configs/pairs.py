@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)  # fast on CPU
 
     optimizer = dict(learning_rate=1e-4, embedding_rate=30.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
-    # With fast embeddings, diffusion would undo that texts with the same words have near vectors.
+    # A fast table would let diffusion destroy the similarity of texts that share words.
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),

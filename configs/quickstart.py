@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Groups have few rows, so documents are cut to about 64 tokens: more pairs per second help more than longer ones.
     rows = dict(length=128, spans=8, segments=8, groups=2, rows_per_group=49)
 
-    # With fast embeddings, diffusion would undo that texts with the same words have near vectors.
+    # A fast table would let diffusion destroy the similarity of texts that share words.
     config.stages.diffusion = base.stage(
         "diffusion",
         curriculum=((60, "diffusion"),),
