@@ -5,8 +5,8 @@
 
 A variant is a name and, after a colon, the config keys that it changes, separated by spaces. The data, the mined
 negatives and the checkpoint that the stage starts from are those of the run at `--from`. A complete variant is not
-trained again, nor evaluated on sets that `--also` names later. `--also` is the folder of another evaluation set, for
-texts unlike those of training. Its chunks are embedded alone.
+trained again. `--also` is the folder of another evaluation set, for texts unlike those of training. Its chunks are
+embedded alone.
 """
 
 import argparse
@@ -18,6 +18,8 @@ from header import header
 
 from embed import config, nodes, paths, runs
 from embed.evaluation import retrieval
+
+SETS = [(name, split) for name in ("functions", "contextual") for split in ("development", "test")]
 
 
 def parse_variant(text: str) -> tuple[str, list[str]]:
@@ -32,30 +34,28 @@ def run_variant(arguments, name: str, overrides: list[str]) -> dict:
     """Train and evaluate one variant in its own workdir, with links to data, mining and parent stage of --from."""
     folder = Path(arguments.workdir) / name.replace(" ", "_")
     run = runs.Run(config.load(arguments.config, overrides), folder)
-    if (done := folder / "ablation.json").exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+    done, row = folder / "ablation.json", {}
+    if done.exists():
+        row = json.loads(done.read_text(encoding="utf-8"))
     stage = run.config.stages[arguments.stage]
     folder.mkdir(parents=True, exist_ok=True)
     for shared in ("data", "mining", stage.init):
         source = (Path(arguments.source) / shared).absolute()
         if shared and source.is_dir() and not (folder / shared).exists():
             (folder / shared).symlink_to(source)
-    start = time.perf_counter()
-    steps = nodes.train_stage(run, arguments.stage)["steps"]
-    seconds = time.perf_counter() - start
-    encoder = run.encoder(run.checkpoint(arguments.stage))
-    figures = {}
-    for benchmark in ("functions", "contextual"):
-        for split in ("development", "test"):
-            data = nodes.evaluation_set(run, f"{benchmark}/{split}")
-            scores = retrieval.evaluate_retrieval(encoder, data, ("int8",))
-            figures[f"{benchmark} {split}"] = scores["int8"]["ndcg@10"]
-    for other in arguments.also:
-        scores = retrieval.evaluate_retrieval(encoder, retrieval.read_set(other), ("int8",), alone=True)
-        figures["/".join(Path(other).parts[-2:])] = scores["int8"]["ndcg@10"]
-    row = {"name": name, "steps": steps, "seconds": seconds, **figures}
-    paths.write_json(done, row)
-    return row
+    if not row:
+        start = time.perf_counter()
+        steps = nodes.train_stage(run, arguments.stage)["steps"]
+        row = {"name": name, "steps": steps, "seconds": time.perf_counter() - start}
+    sets = [(f"{benchmark} {split}", run.data / "evaluation" / benchmark / split, False) for benchmark, split in SETS]
+    sets += [("/".join(Path(other).parts[-2:]), other, True) for other in arguments.also]
+    if missing := [each for each in sets if each[0] not in row]:
+        encoder = run.encoder(run.checkpoint(arguments.stage))
+        for title, path, alone in missing:
+            scores = retrieval.evaluate_retrieval(encoder, retrieval.read_set(path), ("int8",), alone=alone)
+            row[title] = scores["int8"]["ndcg@10"]
+        paths.write_json(done, row)
+    return {"name": name, "steps": row["steps"], "seconds": row["seconds"]} | {title: row[title] for title, *_ in sets}
 
 
 def main() -> None:

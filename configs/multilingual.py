@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     optimizer = dict(learning_rate=1e-4, embedding_rate=10.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=dict(checkpoint_every=100))
-    # The number of rows is chosen from the lengths of the data: 96% of their tokens are text.
+    # The number of rows is chosen from the lengths of the data: 95% of their tokens are text.
     rows = dict(length=256, spans=32, segments=32, groups=2, rows_per_group=0)
     # A fast table would let diffusion destroy the similarity of texts that share words.
     config.stages.diffusion = base.stage(
