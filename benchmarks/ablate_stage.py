@@ -17,7 +17,8 @@ from pathlib import Path
 from header import header
 
 from embed import config, nodes, paths, runs
-from embed.evaluation import retrieval
+from embed.evaluation.retrieval import Form, evaluate_retrieval
+from embed.evaluation.sets import read_set
 
 SETS = [(name, split) for name in ("functions", "contextual") for split in ("development", "test")]
 
@@ -52,8 +53,8 @@ def run_variant(arguments, name: str, overrides: list[str]) -> dict:
     if missing := [each for each in sets if each[0] not in row]:
         encoder = run.encoder(run.checkpoint(arguments.stage))
         for title, path, alone in missing:
-            scores = retrieval.evaluate_retrieval(encoder, retrieval.read_set(path), ("int8",), alone=alone)
-            row[title] = scores["int8"]["ndcg@10"]
+            form = Form("int8")
+            row[title] = evaluate_retrieval(encoder, read_set(path), [form], alone=alone)[form]["ndcg@10"]
         paths.write_json(done, row)
     return {"name": name, "steps": row["steps"], "seconds": row["seconds"]} | {title: row[title] for title, *_ in sets}
 

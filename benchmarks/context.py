@@ -23,7 +23,10 @@ import numpy as np
 from header import header
 
 from embed import inference
-from embed.evaluation import baselines, retrieval
+from embed.evaluation import baselines
+from embed.evaluation.metrics import score_queries
+from embed.evaluation.retrieval import embed_corpus, embed_queries
+from embed.evaluation.sets import RetrievalSet, read_set
 from embed.inference.index import Index
 
 WEIGHT = 0.75  # of the first chunk: the best of 0.25, 0.5, 0.75, 1 and 1.5 in the first run
@@ -44,6 +47,11 @@ def bm25_scores(texts: list[str], queries: list[str]) -> np.ndarray:
     return np.stack([model.get_scores(some) if some else np.zeros(len(texts), np.float32) for some in tokens])
 
 
+def ndcg(ranking: np.ndarray, data: RetrievalSet) -> np.ndarray:
+    """nDCG@10 of each query."""
+    return score_queries(ranking, data, ["ndcg@10"])["ndcg@10"]
+
+
 def best(scores: np.ndarray) -> np.ndarray:
     """The ten best texts of each query, by score and index."""
     return np.argsort(-scores, 1, kind="stable")[:, :10]
@@ -54,20 +62,20 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of an exported model")
     parser.add_argument("--data", required=True, help="folder of an evaluation set of chunked documents")
     arguments = parser.parse_args()
-    encoder, data = inference.load(arguments.model), retrieval.read_set(arguments.data)
-    queries, alone = retrieval.embed_set(encoder, data, alone=True)
-    context, alone = retrieval.embed_set(encoder, data)[1], unit(alone)
+    encoder, data = inference.load(arguments.model), read_set(arguments.data)
+    queries = embed_queries(encoder, data)
+    context, alone = embed_corpus(encoder, data), unit(embed_corpus(encoder, data, alone=True))
     first, position = np.zeros_like(alone), np.zeros(len(alone), int)
     for chunks in data.documents:
         first[chunks], position[chunks] = alone[chunks[0]], np.arange(len(chunks))
     # The position of the relevant chunk of each query; -1 if the query has several.
-    relevant = np.array([position[r.indices[0]] if len(r.indices) == 1 else -1 for r in data.relevant])
+    relevant = np.array([position[rows[0]] if len(rows) == 1 else -1 for rows in data.relevant_rows])
     groups = [("all", np.ones(len(relevant), bool))]
     groups += [(f"{a}" if a == b else f"{a} to {b}", (relevant >= a) & (relevant <= b)) for a, b in POSITIONS]
     scores = []
     for corpus in (alone, context, alone + WEIGHT * first):
         _, ranking = Index(corpus, "float32").search(queries, 10)
-        scores.append(retrieval.ndcg(ranking, data.relevant, 10))
+        scores.append(ndcg(ranking, data))
     print(header() + "\n")
     print("| position of the chunk | queries | alone | in context | alone + first chunk |\n|---|---|---|---|---|")
     for name, selected in groups:
@@ -83,7 +91,7 @@ def main() -> None:
         for rows, embedded in zip(parts, encoder.encode_documents(texts), strict=True):
             vectors[rows] = unit(embedded)
         _, ranking = Index(vectors, "float32").search(queries, 10)
-        found = retrieval.ndcg(ranking, data.relevant, 10).mean()
+        found = ndcg(ranking, data).mean()
         tokens = np.mean([sum(map(len, encoder.tokenizer.encode(chunks))) for chunks in texts])
         pairs = [vectors[rows] @ vectors[rows].T for rows in parts if len(rows) > 1]
         among = np.mean([(p.sum() - len(p)) / (p.size - len(p)) for p in pairs]) if pairs else np.nan
@@ -100,9 +108,9 @@ def main() -> None:
         found = []
         for w in (0, *MIXED):
             _, ranking = Index(alone + w * mean, "float32").search(queries, 10)
-            found.append(retrieval.ndcg(ranking, data.relevant, 10).mean())
+            found.append(ndcg(ranking, data).mean())
         whole = bm25_scores(["\n".join(data.corpus[i] for i in rows) for rows in parts], data.queries)[:, part_of]
-        found += [retrieval.ndcg(best(lexical + w * whole), data.relevant, 10).mean() for w in (0, *MIXED)]
+        found += [ndcg(best(lexical + w * whole), data).mean() for w in (0, *MIXED)]
         name = "all" if count == most else count
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in found)} |")
 

@@ -11,7 +11,8 @@ import numpy as np
 from header import header
 
 from embed import inference
-from embed.evaluation import retrieval
+from embed.evaluation.retrieval import embed_corpus, embed_queries, score
+from embed.evaluation.sets import read_set
 from embed.inference.index import Index
 
 
@@ -20,8 +21,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a model folder or hub id")
     parser.add_argument("--data", required=True, help="folder of an evaluation set")
     arguments = parser.parse_args()
-    encoder, data = inference.load(arguments.model, dtype="float32"), retrieval.read_set(arguments.data)
-    queries, documents = retrieval.embed_set(encoder, data, alone=True)
+    encoder, data = inference.load(arguments.model, dtype="float32"), read_set(arguments.data)
+    queries, documents = embed_queries(encoder, data), embed_corpus(encoder, data, alone=True)
     variants = {
         "float32": ("float32", lambda v: v),
         "tanh": ("float32", lambda v: np.tanh(v)),
@@ -34,7 +35,7 @@ def main() -> None:
     scores = []
     for precision, change in variants.values():
         _, ranking = Index(change(documents), precision).search(change(queries), 10)
-        scores.append(retrieval.ndcg(ranking, data.relevant, 10).mean())
+        scores.append(score(ranking, data, ["ndcg@10"])["ndcg@10"])
     print("| " + " | ".join(f"{score:.4f}" for score in scores) + " |")
 
 

@@ -69,7 +69,7 @@ def train_embed(arguments, as_configured: bool = False) -> list:
     import jax
 
     from embed import nodes
-    from embed.evaluation import retrieval
+    from embed.evaluation.retrieval import Form, evaluate_retrieval
     from embed.models import sharding
     from embed.training.step import make_step
 
@@ -91,7 +91,8 @@ def train_embed(arguments, as_configured: bool = False) -> list:
         jax.block_until_ready(params)
         seconds, done = seconds + time.perf_counter() - begin, point
         encoder = run.encoder(start, params=params)
-        figures = retrieval.evaluate_retrieval(encoder, functions, ("float32",), alone=True)["float32"]
+        form = Form("float32")
+        figures = evaluate_retrieval(encoder, functions, [form], alone=True)[form]
         curve.append((point, seconds, figures["ndcg@10"]))
     if lost:
         raise ValueError(f"{lost} pairs have a side without tokens; only embed leaves these out")
@@ -111,7 +112,7 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
     from embed import exports, nodes
-    from embed.evaluation import retrieval
+    from embed.evaluation.retrieval import Form, evaluate_retrieval
     from embed.inference import load
 
     run, stage, loader, schedule = open_run(arguments)
@@ -157,7 +158,8 @@ def _train_sentence_transformers(arguments, folder: Path) -> list:
         seconds, done = seconds + time.perf_counter() - begin, point
         weights = {name: x.contiguous() for name, x in model[0].model.state_dict().items()}
         safetensors.torch.save_file(weights, folder / "model.safetensors")
-        figures = retrieval.evaluate_retrieval(load(folder), functions, ("float32",), alone=True)["float32"]
+        form = Form("float32")
+        figures = evaluate_retrieval(load(folder), functions, [form], alone=True)[form]
         curve.append((point, seconds, figures["ndcg@10"]))
     return curve
 

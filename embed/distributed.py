@@ -91,6 +91,21 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(bool(flag)).any()) if jax.process_count() > 1 else bool(flag)
 
 
+def from_first(text: str) -> str:
+    """The text of process 0, in all processes. All processes call this."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return text
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(content[:size])] = content[:size]
+    return bytes(multihost_utils.broadcast_one_to_all(padded)).decode() if size else ""
+
+
 def on_first_process(
     function: Callable[[], bool | None], then: Callable[[], None] = lambda: None, task: str = "continue"
 ) -> bool:

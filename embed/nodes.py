@@ -26,6 +26,7 @@ from embed.console import say
 from embed.data.loader import COLUMNS
 from embed.data.store import Store, Writer, read_header
 from embed.evaluation import baselines, retrieval
+from embed.evaluation.sets import RetrievalSet, read_set
 from embed.inference import denoise, load
 from embed.inference.index import Index
 from embed.models import sharding, transformer
@@ -36,7 +37,7 @@ from embed.training.metrics import MetricsWriter, progress_bar
 from embed.training.step import make_step
 
 READ = 4096  # examples that mining reads at once, per shard of a batch; no result depends on it
-HOOK_PRECISION, HOOK_METRIC = "int8", "ndcg@10"  # of the evaluation in the training loop
+HOOK_FORM, HOOK_METRIC = retrieval.Form("int8"), "ndcg@10"  # of the evaluation in the training loop
 
 
 def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_options: Sequence[str] = ()) -> dict:
@@ -208,11 +209,11 @@ def _initial_params(run: Run, name: str, shardings) -> dict:
     return params if "head" in shardings else transformer.encoder_only(run.model, params)[1]
 
 
-def hook(run: Run, stage: str, data: retrieval.RetrievalSet, params) -> float:
+def hook(run: Run, stage: str, data: RetrievalSet, params) -> float:
     """nDCG@10 in int8 of parameters in training, computed by all devices of all processes together."""
     checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage)
     encoder = run.encoder(checkpoint, params)
-    return retrieval.evaluate_retrieval(encoder, data, (HOOK_PRECISION,))[HOOK_PRECISION][HOOK_METRIC]
+    return retrieval.evaluate_retrieval(encoder, data, (HOOK_FORM,))[HOOK_FORM][HOOK_METRIC]
 
 
 def mine(run: Run, name: str) -> dict:
@@ -395,9 +396,9 @@ def _write_mined(writer: Writer, examples: _Examples, rows: np.ndarray, negative
             )
 
 
-def evaluation_set(run: Run, name: str) -> retrieval.RetrievalSet:
+def evaluation_set(run: Run, name: str) -> RetrievalSet:
     """The evaluation set SET/SPLIT of the prepared data."""
-    return retrieval.read_set(run.data / "evaluation" / name)
+    return read_set(run.data / "evaluation" / name, name=name)
 
 
 def ranking(run: Run, checkpoint: str, evaluation: str):
@@ -414,8 +415,10 @@ def evaluate(run: Run, name: str) -> dict:
             continue
         data = evaluation_set(run, config.data)
         if config.data not in queries:  # of evaluations with and without context they are the same
-            queries[config.data] = encoder.encode(data.queries)
-        rankings = retrieval.rank(encoder, data, retrieval.PRECISIONS, alone=config.alone, queries=queries[config.data])
+            queries[config.data] = retrieval.embed_queries(encoder, data)
+        forms = [retrieval.Form(precision) for precision in retrieval.PRECISIONS]
+        ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[config.data])
+        rankings = {form.precision: ranking for form, ranking in ranked.items()}
         if jax.process_index() == 0:
             buffer = io.BytesIO()
             np.savez(buffer, **rankings)
@@ -488,12 +491,11 @@ def merge_sweep(run: Run, name: str) -> dict:
     config = run.config.merges[name]
     a, b = (run.checkpoint(part) for part in config.of)
     sets = {data.partition("/")[0]: evaluation_set(run, data) for data in config.sweep_on}
-    sweep = []
+    sweep, form = [], retrieval.Form("float32")
     for ratio in config.sweep:
         encoder = run.encoder(runs.merged(name, a, b, ratio))
         figures = {
-            title: retrieval.evaluate_retrieval(encoder, data, ("float32",))["float32"]["ndcg@10"]
-            for title, data in sets.items()
+            title: retrieval.evaluate_retrieval(encoder, data, (form,))[form]["ndcg@10"] for title, data in sets.items()
         }
         sweep.append({"ratio": ratio, **figures})
     return {"ratio": config.ratio, "sweep": sweep}

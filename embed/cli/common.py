@@ -299,16 +299,21 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
     return arguments, config.load(arguments.config, overrides)
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+def add_encoder_arguments(
+    parser: argparse.ArgumentParser,
+    what: str = "a model folder, a hub id owner/name, or a stage folder of a run",
+    truncate: bool = True,
+) -> None:
     """Add --model, --step, --max_length and --truncate: an encoder (`load_encoder`) and what it does to long texts."""
-    parser.add_argument(
-        "--model", required=True, help="a model folder, a hub id owner/name, or a stage folder of a run"
-    )
+    parser.add_argument("--model", required=True, help=what)
     add_step_argument(parser)
     parser.add_argument("--max_length", type=int, help="most tokens of a text or document (default: that of the model)")
-    parser.add_argument(
-        "--truncate", action="store_true", help="cut longer texts, with a warning; otherwise a longer text is an error"
-    )
+    if truncate:
+        parser.add_argument(
+            "--truncate",
+            action="store_true",
+            help="cut longer texts, with a warning; otherwise a longer text is an error",
+        )
 
 
 def add_step_argument(parser: argparse.ArgumentParser, name: str = "--step") -> None:

@@ -1,52 +1,249 @@
-"""Retrieval metrics of a model on an evaluation set of your own, as in the report of a run."""
+"""Metrics of a model on evaluation sets: folders of your own, MTEB's tasks and benchmarks, ConTEB.
+
+    embed evaluate --model=FOLDER --data=sets/scifact --output=DIR
+    embed evaluate --model=FOLDER --tasks SciFact NFCorpus --precision int8 binary --truncate_dim 256 --output=DIR
+    embed evaluate --model=FOLDER --benchmark="MTEB(Multilingual, v2)" --types Retrieval --output=DIR
+    embed evaluate --model=bm25 --benchmark=ConTEB --data_root=sets --output=DIR
+
+A text is encoded once for all precisions and dimensions. Longer texts than the model takes are cut, with a warning. The
+same command continues: what --output has is not computed again (docs/evaluation.md).
+"""
+
+import argparse
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
-    from rich.table import Table
-
-    from embed import distributed, inference, paths
+    from embed import distributed, inference
     from embed.cli import common
-    from embed.console import print_table
-    from embed.evaluation import retrieval
+    from embed.evaluation import records
 
     parser = common.Parser("evaluate", __doc__)
-    common.add_encoder_arguments(parser)
-    parser.add_argument("--data", required=True, help="folder with corpus.jsonl, queries.jsonl and qrels.jsonl")
-    parser.add_argument("--precision", nargs="+", default=list(retrieval.PRECISIONS), choices=inference.PRECISIONS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    common.add_encoder_arguments(
+        parser,
+        "a model folder, RUN:NAME (a stage or export of a run), a hub id owner/name, bm25, or a model of "
+        "sentence-transformers",
+        truncate=False,
+    )
+    parser.add_argument("--name", help="owner/name of the model in MTEB's results (default: local/FOLDER, or the id)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", nargs="+", help="folders of evaluation sets: BEIR, MTEB, ConTEB, or `embed prepare`")
+    what.add_argument("--tasks", nargs="+", help="names of MTEB's tasks or of ConTEB's, such as SciFact")
+    what.add_argument("--benchmark", help='name of a benchmark, such as "MTEB(eng, v2)", LongEmbed, NanoBEIR or ConTEB')
+    parser.add_argument("--data_root", help="folder of datasets, each named like the repository of its task")
+    parser.add_argument("--languages", nargs="+", default=[], help="only tasks and subsets in these (ISO 639-3: eng)")
+    parser.add_argument("--types", nargs="+", default=[], help="only tasks of these types, such as Retrieval or STS")
+    parser.add_argument("--splits", nargs="+", default=[], help="only these splits (default: test, or the task's own)")
+    parser.add_argument("--precision", nargs="+", default=[], choices=inference.PRECISIONS)
+    parser.add_argument("--truncate_dim", nargs="+", type=int, default=[], help="also evaluate these Matryoshka sizes")
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
-    common.add_output_arguments(parser, "also write the metrics to this file, as JSON", required=False)
+    parser.add_argument("--output", help="folder of the results; required for tasks and benchmarks")
     common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
+    if arguments.data_root and arguments.data:
+        raise ValueError("--data names folders itself: --data_root is for --tasks and --benchmark")
+    if not arguments.output and not arguments.data:
+        raise ValueError("--output is needed: results are saved task by task")
     common.join(arguments, saves_at_sigterm=False)
-    inputs = [arguments.model, *retrieval.files(arguments.data)]
-    with common.output(arguments, inputs, is_our_file=are_figures):
-        common.check_vectors(arguments.model, arguments.precision)
-        data = retrieval.read_set(arguments.data)
-        figures = retrieval.evaluate_retrieval(
-            common.load_encoder(arguments),
-            data,
-            arguments.precision,
-            alone=arguments.alone,
-            truncate=arguments.truncate,
-        )
-        if not distributed.is_first():
-            return 0
-        table = Table("precision", *next(iter(figures.values())))
-        for precision, row in figures.items():
-            table.add_row(precision, *(f"{value:.4f}" for value in row.values()))
-        print_table(table)
+    inputs = [arguments.model, *(arguments.data or [])]
+    with common.output(arguments, inputs, is_ours=records.is_evaluation, continues=True), common.keeps_work():
+        sets = list(_read_sets(arguments)) if arguments.data else []
+        tasks = _find_tasks(arguments) if not arguments.data else []
+        candidate = load_candidate(arguments)
+        forms = candidate.forms(arguments.precision, arguments.truncate_dim)
         if arguments.output:
-            paths.write_json(arguments.output, figures)
+            _start(arguments, candidate)
+        made = []
+        for data, subset, split in sets:
+            made.append(_evaluate_set(arguments, candidate, forms, data, subset, split))
+            _show(made[-1:], candidate)
+        for task in tasks:
+            made += _evaluate_task(arguments, candidate, forms, task)
+            _show(made[-1:], candidate)
+        if distributed.is_first():
+            if len(made) > 1:
+                print_means(made)
+            if arguments.output:
+                records.summarize(arguments.output, candidate.dimensions)
     return 0
 
 
-def are_figures(file) -> bool:
-    """Whether a file has the content that this verb writes: {precision: {metric: value}}."""
-    from embed import inference, paths
+def load_candidate(arguments: argparse.Namespace):
+    """The model of --model, --step, --max_length and --name."""
+    import jax
 
+    from embed import paths, runs
+    from embed.cli import common
+    from embed.evaluation import models
+
+    source = resolve(arguments.model)
+    if source == models.BM25:
+        return models.Candidate(arguments.name or "embed/bm25", "lucene-1.5-0.75", None)
+    default = source if not paths.path(source).exists() else f"local/{paths.path(source).name}"
+    name = arguments.name or default
+    if "/" not in name:
+        name = f"local/{name}"
+    if not _is_ours(source):
+        return models.Candidate(name, "no_revision_available", models.SentenceTransformers(source), {"path": source})
+    arguments = argparse.Namespace(**{**vars(arguments), "model": source})
+    encoder = common.load_encoder(arguments)
+    sizes = [leaf.size for leaf in jax.tree.leaves(encoder.params)]
+    about = {
+        "path": source,
+        "digest": encoder.digest,
+        "max_length": encoder.max_length,
+        "parameters": sum(sizes),
+        "embedding_parameters": encoder.config.vocab_size * encoder.config.hidden_size,
+    }
+    revision = (encoder.digest or "unknown")[:16]
+    return models.Candidate(name, revision, encoder, about)
+
+
+def resolve(model: str) -> str:
+    """The folder of RUN:NAME, a stage or an export of a run; anything else unchanged."""
+    from embed import paths, runs
+
+    run, _, name = model.rpartition(":")
+    if not run or paths.is_bucket(model) and run in ("gs", "s3") or paths.path(model).exists():
+        return model
+    folders = [paths.path(run) / name, paths.path(run) / "export" / name]
+    for folder in folders:
+        if runs.is_stage(folder) or (folder / "config.json").exists():
+            return f"{folder}"
+    raise FileNotFoundError(f"--model={model}: neither {folders[0]} nor {folders[1]} is a stage or a model folder")
+
+
+def _is_ours(source: str) -> bool:
+    """Whether our engine reads a model; otherwise sentence-transformers does."""
+    from embed import paths, runs
+
+    if runs.is_stage(source):
+        return True
     try:
-        figures = paths.read_json(file)
-    except ValueError:
-        return False
-    return isinstance(figures, dict) and bool(figures) and figures.keys() <= set(inference.PRECISIONS)
+        runs.vector_size(source)
+    except ValueError as error:
+        folder = paths.path(source)
+        if "model_type" in str(error) and (not folder.exists() or (folder / "modules.json").exists()):
+            return False
+        raise
+    return True
+
+
+def _read_sets(arguments: argparse.Namespace):
+    """(set, subset, split) of each folder and subset of --data."""
+    from embed.evaluation import sets
+
+    for folder in arguments.data:
+        for split in arguments.splits or ["test"]:
+            for subset, data in sets.read_subsets(folder, split=split):
+                yield data, subset, split
+
+
+def _find_tasks(arguments: argparse.Namespace) -> list:
+    from importlib.util import find_spec
+
+    if not find_spec("mteb"):
+        raise ValueError(
+            "--tasks and --benchmark need mteb: pip install torch==2.13.0, then pip install -e '.[mteb]'; "
+            "--data needs nothing more"
+        )
+    from embed.evaluation import mteb_tasks
+
+    return mteb_tasks.find(
+        tasks=arguments.tasks or (),
+        benchmark=arguments.benchmark or "",
+        languages=arguments.languages,
+        types=arguments.types,
+        splits=arguments.splits,
+        data_root=arguments.data_root or "",
+    )
+
+
+def _start(arguments: argparse.Namespace, candidate) -> None:
+    from embed import distributed
+    from embed.checkpoints.provenance import made_with
+    from embed.evaluation import records
+
+    settings = {"alone": arguments.alone}
+    model = {"name": candidate.name, "revision": candidate.revision, "dimensions": candidate.dimensions}
+    about = {"model": {**model, **{k: v for k, v in candidate.about.items() if k != "path"}}, "settings": settings}
+    distributed.on_first_process(lambda: records.start(arguments.output, about | made_with()))
+
+
+def _evaluate_set(arguments, candidate, forms, data, subset: str, split: str) -> dict:
+    """The record of a local set; one that is there and complete is not computed again."""
+    import json
+    import time
+
+    from embed import distributed, paths
+    from embed.evaluation import records
+
+    file = records.path(arguments.output, data.name, subset, split) if arguments.output else None
+    saved = distributed.from_first(file.read_text() if file and file.exists() else "")
+    before = json.loads(saved) if saved else {"values": {}, "digest": records.digest(data)}
+    if before.get("digest") != records.digest(data):
+        raise ValueError(f"{file} is of another content of {data.name}: choose another --output")
+    missing = [form for form in forms if f"{form}" not in before["values"]]
+    if not missing:
+        return before
+    started = time.perf_counter()
+    language = arguments.languages[0] if arguments.languages else ""
+    rankings = candidate.rank(data, missing, alone=arguments.alone, language=language, show_progress_bar=True)
+    about = {"task": data.name, "subset": subset, "split": split, "type": "Retrieval", "languages": arguments.languages}
+    record = records.make(data, rankings, **about, seconds=time.perf_counter() - started)
+    if saved:
+        for part in ("values",):
+            record[part] = before[part] | record[part]
+        record["queries"]["values"] = before["queries"]["values"] | record["queries"]["values"]
+    if file and distributed.is_first():
+        records.write(paths.path(file), record)
+    return record
+
+
+def _evaluate_task(arguments, candidate, forms, task) -> list[dict]:
+    from embed.evaluation import models, mteb_run
+
+    foreign = None
+    if isinstance(candidate.model, models.SentenceTransformers):
+        foreign = mteb_run.foreign_model(resolve(arguments.model), candidate)
+        forms = mteb_run.only_float32(forms, candidate)
+    return mteb_run.evaluate(task, candidate, forms, arguments.output, alone=arguments.alone, foreign=foreign)
+
+
+def _show(made: list[dict], candidate) -> None:
+    """Print the table of a record."""
+    from rich.table import Table
+
+    from embed import distributed
+    from embed.console import print_table
+
+    if not distributed.is_first():
+        return
+    for record in made:
+        subset = "" if record["subset"] == "default" else f" {record['subset']}"
+        queries = record["counts"].get("queries")
+        title = f"{record['task']}{subset} {record['split']}" + (f", {queries:,} queries" if queries else "")
+        metrics = list(dict.fromkeys(metric for values in record["values"].values() for metric in values))
+        table = Table("", *metrics, title=title, title_justify="left")
+        for form, values in record["values"].items():
+            table.add_row(form, *(f"{values[m]:.4f}" if m in values else "–" for m in metrics))
+        print_table(table)
+
+
+def print_means(made: list[dict]) -> None:
+    """Print the mean of the main metric over tasks: of each task, the mean over its subsets and splits."""
+    import numpy as np
+    from rich.table import Table
+
+    from embed.console import print_table
+
+    by_form: dict[str, dict[str, list[float]]] = {}
+    for record in made:
+        for form, values in record["values"].items():
+            if record["main"] in values:
+                by_form.setdefault(form, {}).setdefault(record["task"], []).append(values[record["main"]])
+    table = Table("", "tasks", "mean", title="mean of the main metrics", title_justify="left")
+    for form, tasks in by_form.items():
+        table.add_row(form, f"{len(tasks)}", f"{np.mean([np.mean(values) for values in tasks.values()]):.4f}")
+    print_table(table)

@@ -16,7 +16,8 @@ import numpy as np
 from embed import distributed, paths
 from embed.cli import common
 from embed.console import say
-from embed.evaluation.retrieval import RetrievalSet, embed_set, files, read_set
+from embed.evaluation.retrieval import embed_corpus, embed_queries
+from embed.evaluation.sets import RetrievalSet, read_set
 from embed.inference.index import check_id, read_jsonl
 from embed.mining import Judge, Mined, check_window, mine, summary
 
@@ -59,19 +60,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_window(args.num_negatives, tuple(args.rank_window))
     common.join(args, saves_at_sigterm=False)
-    with common.output(args, inputs=[args.model, args.scores, *files(args.data)], is_our_file=is_our_file):
+    with common.output(args, inputs=[args.model, args.scores, args.data], is_our_file=is_our_file):
         data = read_set(args.data)
         scores = _read_scores(args.scores, data) if args.scores else {}
         encoder = common.load_encoder(args)
-        queries, corpus = embed_set(encoder, data, show_progress_bar=True, truncate=args.truncate)
+        queries = embed_queries(encoder, data, progress="queries", truncate=args.truncate)
+        corpus = embed_corpus(encoder, data, progress="corpus", truncate=args.truncate)
         texts = np.flatnonzero(corpus.any(1))  # an empty text is never a negative
-        for relevant in data.relevant:
-            if missing := sorted(set(relevant.indices) - set(texts)):
-                raise ValueError(f"{data.corpus_names[missing[0]]} is relevant to a query but has no text")
+        relevant = data.relevant_rows
+        if empty := sorted(set(np.concatenate(relevant)) - set(texts)):
+            raise ValueError(f"{data.corpus_names[empty[0]]} is relevant to a query but has no text")
         queries, corpus = (encoder.quantize(v, args.precision) for v in (queries, corpus[texts]))
         # A query has one row per positive; its id keeps all its positives out of its negatives.
-        query_rows = np.repeat(np.arange(len(data.queries)), [len(r.indices) for r in data.relevant])
-        positives = np.searchsorted(texts, np.concatenate([r.indices for r in data.relevant]))
+        query_rows = np.repeat(np.arange(len(data.queries)), [len(rows) for rows in relevant])
+        positives = np.searchsorted(texts, np.concatenate(relevant))
         content = {text: i for i, text in enumerate(data.corpus)}
         low, high = args.rank_window
         mined = mine(

@@ -2,16 +2,58 @@
 
 import logging
 import re
+import unicodedata
+from collections.abc import Callable
 
 import bm25s
 import numpy as np
+import Stemmer
+from bm25s import tokenization
 
-from embed.evaluation.retrieval import DEPTH, RetrievalSet
+from embed.evaluation.retrieval import DEPTH, descending
+from embed.evaluation.sets import RetrievalSet
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and reports each index
 
 WORD = re.compile(r"[^\W_]+")
 CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+# What Snowball calls the languages that it stems, by ISO 639-3.
+STEMMED = {
+    **{"ara": "arabic", "arb": "arabic", "cat": "catalan", "dan": "danish", "deu": "german", "ell": "greek"},
+    **{"eng": "english", "est": "estonian", "eus": "basque", "fin": "finnish", "fra": "french", "gle": "irish"},
+    **{"hin": "hindi", "hun": "hungarian", "hye": "armenian", "ind": "indonesian", "ita": "italian"},
+    **{"lit": "lithuanian", "nep": "nepali", "nld": "dutch", "nno": "norwegian", "nob": "norwegian"},
+    **{"nor": "norwegian", "por": "portuguese", "ron": "romanian", "rus": "russian", "spa": "spanish"},
+    **{"srp": "serbian", "swe": "swedish", "tam": "tamil", "tur": "turkish", "yid": "yiddish"},
+}
+UNSPACED = ("bod", "cmn", "jpn", "khm", "kor", "lao", "mya", "tha", "zho")  # each character counts as a word
+STOPWORDS = {  # bm25s has lists of these
+    "english": tokenization.STOPWORDS_EN,
+    **{
+        name: getattr(tokenization, f"STOPWORDS_{name.upper()}")
+        for name in "german dutch french spanish portuguese italian russian swedish norwegian".split()
+    },
+}
+
+
+def analyzer(language: str) -> Callable[[str], list[str]]:
+    """The function that gives the words of a text in a language (ISO 639-3), as in MTEB's BM25.
+
+    Words of at least two characters in lower case, without stop words, stemmed by Snowball; the characters of
+    languages without spaces. A language that has no stemmer keeps its words. MTEB also leaves out words that occur in
+    nine texts of ten where it has no list of stop words; this does not.
+    """
+    if language in UNSPACED:
+        ignored = set(tokenization.STOPWORDS_CHINESE) if language in ("cmn", "zho") else set()
+        return lambda text: [
+            c for c in unicodedata.normalize("NFKC", text).lower() if not c.isspace() and c not in ignored
+        ]
+    name = STEMMED.get(language, "")
+    stop, pattern = set(STOPWORDS.get(name, ())), re.compile(r"(?u)\b\w\w+\b")
+    stem = Stemmer.Stemmer(name).stemWords if name else list
+    return lambda text: stem([word for word in pattern.findall(text.lower()) if word not in stop])
 
 
 def words(text: str) -> list[str]:
@@ -20,27 +62,38 @@ def words(text: str) -> list[str]:
 
 
 def bm25(
-    data: RetrievalSet, *, context: bool = False, k1: float = 1.5, b: float = 0.75, depth: int = DEPTH
+    data: RetrievalSet,
+    *,
+    context: bool = False,
+    language: str = "",
+    k1: float = 1.5,
+    b: float = 0.75,
+    depth: int = DEPTH,
 ) -> np.ndarray:
-    """The BM25 ranking of a set, int32 [Q, depth]; on ties the lower index first, -1 after the last text with a match.
+    """The BM25 ranking of a set, int32 [Q, depth]; ties as in `retrieval.search`, -1 after the last text with a match.
 
     k1 and b are the defaults of bm25s (Lucene's variant of the formula). With `context`, each chunk follows the first
-    chunk of its document, which names the module.
+    chunk of its document, which names the module. With a `language` (ISO 639-3), words are split, stemmed and left out
+    as in MTEB's BM25; without one, see `words`.
     """
     texts = list(data.corpus)
     if context:
         for rows in data.documents:
             for row in rows[1:]:
                 texts[row] = data.corpus[rows[0]] + "\n" + data.corpus[row]
+    split = analyzer(language) if language else words
     model = bm25s.BM25(method="lucene", k1=k1, b=b)
-    model.index([words(text) for text in texts], show_progress=False)
+    model.index([split(text) for text in texts], show_progress=False)
     ranking = np.full((len(data.queries), depth), -1, np.int32)
-    vocabulary = model.vocab_dict
+    vocabulary, own = model.vocab_dict, data.own_rows
+    order = descending(data.corpus_ids, np.zeros(len(texts), bool))
     for row, query in enumerate(data.queries):
-        tokens = [word for word in words(query) if word in vocabulary]
+        tokens = [word for word in split(query) if word in vocabulary]
         if tokens:
             scores = model.get_scores(tokens)
-            best = np.argsort(-scores, kind="stable")[:depth]
+            if own[row] >= 0:
+                scores[own[row]] = 0
+            best = order[np.argsort(-scores[order], kind="stable")[:depth]]
             best = best[scores[best] > 0]
             ranking[row, : len(best)] = best
     return ranking

@@ -1,220 +1,193 @@
-"""Retrieval on the evaluation sets: read, rank, score.
+"""Retrieval on an evaluation set: embed it once, rank it in every form of the vectors, score.
 
-    data = read_set(folder)
-    rankings = rank(encoder, data, ["float32", "int8"])            {precision: int32 [Q, DEPTH]}
-    score(rankings["int8"], data)                                  {"ndcg@10", "recall@10", "mrr@10", "recall@100"}
-
-A set is a folder with corpus.jsonl, queries.jsonl and qrels.jsonl in the layout of BEIR. Corpus rows that name a
-`document` and their position in it (`chunk`) are the chunks of that document, in order. Rows are read as in every verb
-(`embed.inference.index.read_rows`, docs/search.md).
+data = sets.read_set(folder)
+forms = [Form("float32"), Form("int8", 256)]
+rankings = rank(encoder, data, forms)            {form: int32 [Q, DEPTH]}
+score(rankings[forms[0]], data)                  {"ndcg@10", "recall@10", "mrr@10", "recall@100"}
 """
 
-import math
-import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Float32, Int32
+from tqdm import tqdm
 
-from embed import paths
-from embed.inference.encoder import Encoder
-from embed.inference.index import Index, Row, check_id, read_jsonl, read_rows, refuse_empty
+from embed import distributed
+from embed.evaluation.metrics import METRICS, score_queries
+from embed.evaluation.sets import RetrievalSet
+from embed.inference.index import BLOCK_VECTORS, search_blocks
 
 PRECISIONS = ("float32", "int8", "binary")  # that are evaluated
 DEPTH = 100  # ranks that are kept
+SLICE = 16384  # documents that are encoded at once, to bound the memory
 
 
-class Relevance(NamedTuple):
-    """Which corpus rows answer a query, and how well (grade > 0)."""
+class Form(NamedTuple):
+    """A form of a model's vectors: a precision, and the number of leading dimensions (None: all)."""
 
-    indices: np.ndarray  # int[n]
-    grades: np.ndarray  # float[n]
+    precision: str
+    dimensions: int | None = None
 
-
-class RetrievalSet(NamedTuple):
-    """Q queries, C corpus texts, and the relevant texts of each query."""
-
-    name: str
-    query_ids: list[str]
-    queries: list[str]
-    corpus_ids: list[str]
-    corpus: list[str]
-    documents: list[np.ndarray]  # corpus rows of each document in order, int[chunks]; without chunks, one row each
-    relevant: list[Relevance]  # of each query
-    query_names: list[str] | None = None  # for errors
-    corpus_names: list[str] | None = None
+    def __str__(self) -> str:
+        return self.precision if self.dimensions is None else f"{self.precision}-{self.dimensions}"
 
 
-def ndcg(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.ndarray:
-    """nDCG@k of each query, float64 [Q]: Σ grade / log2(rank + 1), divided by the same sum of the best ranking.
+class Model(Protocol):
+    """What is evaluated: `embed.inference.Encoder`, or a model of another library."""
 
-    Gains are linear in the grade, as in trec_eval and BEIR. `ranking` int [Q, >=k] indexes the corpus, best first; -1
-    is an empty rank.
-    """
-    discount = 1 / np.log2(np.arange(2, k + 2))
-    gained = (_gains(ranking, relevant, k) * discount).sum(1)
-    best = [(np.sort(r.grades)[::-1][:k] * discount[: len(r.grades)]).sum() for r in relevant]
-    return gained / np.array(best)
+    dimensions: int
 
+    def encode(self, texts: Sequence[str], **keywords) -> Float32[np.ndarray, "n d"]: ...
 
-def recall(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.ndarray:
-    """The fraction of a query's relevant texts among the first k, float64 [Q]."""
-    return (_gains(ranking, relevant, k) > 0).sum(1) / np.array([len(r.indices) for r in relevant])
+    def encode_documents(self, documents: Sequence[Sequence[str]], **keywords) -> list[np.ndarray]: ...
+
+    def quantize(self, vectors: Float32[np.ndarray, "n d"], precision: str) -> np.ndarray: ...
 
 
-def reciprocal_rank(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.ndarray:
-    """1 / rank of the first relevant text if it is among the first k, else 0, float64 [Q]."""
-    match = _gains(ranking, relevant, k) > 0
-    return np.where(match.any(1), 1 / (match.argmax(1) + 1), 0.0)
+def temporary(count: int, dimensions: int) -> Float32[np.ndarray, "n d"]:
+    """Zero vectors in a temporary file (TMPDIR), which goes when they do: more may be kept than the memory holds."""
+    if not count:
+        return np.zeros((0, dimensions), np.float32)
+    with tempfile.TemporaryFile(prefix="embed-vectors-") as file:
+        file.truncate(count * dimensions * 4)
+        return np.memmap(file, np.float32, "r+", shape=(count, dimensions))
 
 
-def metrics(ranking: np.ndarray, relevant: Sequence[Relevance]) -> dict[str, float]:
-    """Means over the queries. A ranking shorter than k counts as empty after its end."""
-    if not len(relevant) or len(ranking) != len(relevant):
-        raise ValueError(f"{len(ranking)} rankings for {len(relevant)} queries: expected one per query, at least one")
-    return {
-        "ndcg@10": float(ndcg(ranking, relevant, 10).mean()),
-        "recall@10": float(recall(ranking, relevant, 10).mean()),
-        "mrr@10": float(reciprocal_rank(ranking, relevant, 10).mean()),
-        "recall@100": float(recall(ranking, relevant, 100).mean()),
-    }
-
-
-def files(folder) -> list:
-    """The three files of a set: corpus, queries, qrels."""
-    return [paths.path(folder) / f"{name}.jsonl" for name in ("corpus", "queries", "qrels")]
-
-
-def read_set(folder) -> RetrievalSet:
-    """Read an evaluation set. ValueError unless every query has a text, and a relevant text in the corpus.
-
-    A corpus row may be empty, as in BEIR: it is never found. A warning counts these rows.
-    """
-    folder = paths.path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: expected one with corpus.jsonl, queries.jsonl and qrels.jsonl")
-    corpus, queries, qrels = files(folder)
-    texts, asked = read_rows(corpus), read_rows(queries, queries=True)
-    refuse_empty(asked, queries)
-    documents = _documents(corpus, texts)
-    if empty := sum(row.is_empty for row in texts):
-        if empty == len(texts):
-            refuse_empty(texts, corpus)
-        warnings.warn(
-            f"{empty:,} of the {len(texts):,} rows of {corpus} have no text; they are never found", stacklevel=2
-        )
-
-    row_of = {row.id: i for i, row in enumerate(texts)}
-    query_of = {row.id: i for i, row in enumerate(asked)}
-    answers: list[dict[int, float]] = [{} for _ in asked]
-    judged: dict[tuple[str, str], float] = {}
-    for source, row in read_jsonl(qrels):
-        query, text, grade = check_id(source, row, "query-id"), check_id(source, row, "corpus-id"), row.get("score")
-        number = isinstance(grade, (int, float)) and not isinstance(grade, bool) and math.isfinite(grade)
-        if query not in query_of or text not in row_of or not number:
-            raise ValueError(
-                f"{source}: query-id {query!r}, corpus-id {text!r}, score {grade!r}: expected ids of {queries.name} "
-                f"and {corpus.name} and a number"
-            )
-        if judged.setdefault((query, text), grade) != grade:
-            before = judged[query, text]
-            raise ValueError(f"{source}: {text!r} has score {grade!r} for {query!r}, but {before!r} in an earlier line")
-        if grade > 0:
-            answers[query_of[query]][row_of[text]] = grade
-    without = [row.id for row, answer in zip(asked, answers) if not answer]
-    if without:
-        raise ValueError(f"{qrels}: {len(without)} queries have no relevant text, first {without[0]!r}")
-    return RetrievalSet(
-        str(folder),
-        [row.id for row in asked],
-        [row.chunks[0] for row in asked],
-        [row.id for row in texts],
-        [row.chunks[0] for row in texts],
-        documents,
-        [Relevance(np.array(list(a)), np.array(list(a.values()), float)) for a in answers],
-        [row.source for row in asked],
-        [row.source for row in texts],
-    )
-
-
-def embed_set(
-    encoder: Encoder,
-    data: RetrievalSet,
+def embed(
+    encode: Callable,
+    documents: Sequence[Sequence[str]],
+    dimensions: int,
     *,
-    alone: bool = False,
-    queries: np.ndarray | None = None,
-    show_progress_bar: bool = False,
-    truncate: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """float32 vectors of the queries [Q, D] and of the corpus [C, D]; an empty text has a zero vector.
+    names=None,
+    progress: str = "",
+    truncate: bool = True,
+) -> Float32[np.ndarray, "chunks d"]:
+    """The vectors of all chunks of all documents, in order, in a temporary file; an empty text has a zero vector.
 
-    Chunks of one document are encoded in its context (late chunking), or with `alone` each by itself. `queries` are the
-    query vectors if they are known already. `truncate` is as in `Encoder.encode`.
+    `encode` is `Encoder.encode_documents`, with keywords `truncate` and `names`. With `truncate`, too long documents are
+    cut, with a warning. A progress bar with the title `progress` shows documents.
     """
-    keywords = {"show_progress_bar": show_progress_bar, "truncate": truncate}
-    if queries is None:
-        queries = encoder.encode(data.queries, names=data.query_names, **keywords)
+    first = np.cumsum([0, *map(len, documents)])
+    vectors = temporary(int(first[-1]), dimensions)
+    bar = tqdm(total=len(documents), desc=progress, unit="text", disable=not progress or not distributed.is_first())
+    with bar:
+        for start in range(0, len(documents), SLICE):
+            stop = min(start + SLICE, len(documents))
+            filled = [i for i in range(start, stop) if any(chunk.strip() for chunk in documents[i])]
+            named = names and [names[i] for i in filled]
+            found = encode([documents[i] for i in filled], truncate=truncate, names=named) if filled else []
+            for i, chunks in zip(filled, found):
+                vectors[first[i] : first[i + 1]] = chunks
+            bar.update(stop - start)
+    return vectors
+
+
+def embed_queries(model: Model, data: RetrievalSet, **keywords) -> Float32[np.ndarray, "q d"]:
+    """The vectors of a set's queries; `keywords` as in `embed`."""
+
+    def encode(documents, **keywords):
+        return model.encode([text for (text,) in documents], **keywords)[:, None]
+
+    return embed(encode, [[text] for text in data.queries], model.dimensions, names=data.query_names, **keywords)
+
+
+def embed_corpus(model: Model, data: RetrievalSet, *, alone: bool = False, **keywords) -> Float32[np.ndarray, "c d"]:
+    """The vectors of a set's corpus; `keywords` as in `embed`.
+
+    Chunks of one document are encoded in its context (late chunking), or with `alone` each by itself.
+    """
     documents = [np.array([row]) for row in range(len(data.corpus))] if alone else data.documents
-    documents = [rows for rows in documents if any(data.corpus[row].strip() for row in rows)]
-    chunked = [[data.corpus[row] for row in rows] for rows in documents]
     names = data.corpus_names and [data.corpus_names[rows[0]] for rows in documents]
-    vectors = encoder.encode_documents(chunked, names=names, **keywords)
-    corpus = np.zeros((len(data.corpus), encoder.dimensions), np.float32)
-    corpus[np.concatenate(documents)] = np.concatenate(vectors)
-    return queries, corpus
+    texts = [[data.corpus[row] for row in rows] for rows in documents]
+    vectors = embed(model.encode_documents, texts, model.dimensions, names=names, **keywords)
+    order = np.concatenate(documents)
+    if np.array_equal(order, np.arange(len(order))):
+        return vectors
+    result = temporary(*vectors.shape)
+    result[order] = vectors
+    return result
+
+
+def search(
+    quantize: Callable[[np.ndarray, str], np.ndarray],
+    queries: Float32[np.ndarray, "q d"],
+    corpus: Float32[np.ndarray, "c d"],
+    form: Form,
+    *,
+    order: Int32[np.ndarray, "n"],
+    own: Int32[np.ndarray, "q"] | None = None,
+    depth: int = DEPTH,
+) -> tuple[np.ndarray, Int32[np.ndarray, "q depth"]]:
+    """(scores, corpus rows) of the best `depth` of the corpus rows in `order` for each query; -1 is an empty rank.
+
+    Of equal scores, the row that is earlier in `order` comes first. A query's `own` row is left out. Corpus vectors are
+    read and quantized block by block. Several processes share the queries.
+    """
+    share = -(-len(queries) // jax.process_count())
+    part = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    has_own = own is not None and bool((own >= 0).any())
+    wanted = min(depth + has_own, len(order))
+    blocks = (order[start : start + BLOCK_VECTORS] for start in range(0, len(order), BLOCK_VECTORS))
+    scores, found = search_blocks(
+        quantize(np.asarray(queries[part, : form.dimensions]), form.precision),
+        ((rows, quantize(np.asarray(corpus[rows, : form.dimensions]), form.precision)) for rows in blocks),
+        wanted,
+        form.precision,
+    )
+    if has_own:
+        is_own = found == own[part, None]
+        others_first = np.argsort(is_own, axis=1, kind="stable")
+        found = np.take_along_axis(np.where(is_own, -1, found), others_first, 1)
+        scores = np.take_along_axis(scores, others_first, 1)
+    empty = ((0, share - len(found)), (0, max(0, depth - found.shape[1])))
+    found, scores = np.pad(found[:, :depth], empty, constant_values=-1), np.pad(scores[:, :depth], empty)
+    if jax.process_count() > 1:
+        found, scores = (multihost_utils.process_allgather(each, tiled=True) for each in (found, scores))
+    return scores[: len(queries)], found[: len(queries)]
+
+
+def descending(ids: Sequence[str], is_empty: np.ndarray) -> Int32[np.ndarray, "n"]:
+    """The rows that are not empty, by id in descending order: trec_eval ranks equal scores so."""
+    rows = np.flatnonzero(~is_empty)
+    return np.array(sorted(rows.tolist(), key=ids.__getitem__, reverse=True), np.int32)
 
 
 def rank(
-    encoder: Encoder, data: RetrievalSet, precisions: Sequence[str], *, depth: int = DEPTH, **keywords
-) -> dict[str, np.ndarray]:
-    """{precision: the best `depth` corpus rows of each query, int32 [Q, depth]}; `keywords` as in `embed_set`.
+    model: Model,
+    data: RetrievalSet,
+    forms: Sequence[Form],
+    *,
+    alone: bool = False,
+    queries: np.ndarray | None = None,
+    depth: int = DEPTH,
+    show_progress_bar: bool = False,
+) -> dict[Form, Int32[np.ndarray, "q depth"]]:
+    """{form: the best `depth` corpus rows of each query}. Texts are encoded once for all forms.
 
-    Texts are encoded once for all precisions.
+    `alone` is as in `embed_corpus`. `queries` are the query vectors if they are known already. A query without a text
+    finds nothing, an empty text is never found, and a query's own text does not count (`RetrievalSet.own_rows`).
     """
-    queries, corpus = embed_set(encoder, data, **keywords)
-    empty = np.flatnonzero(~corpus.any(1))
-    return {
-        p: Index(encoder.quantize(corpus, p), p, empty=empty).search(encoder.quantize(queries, p), depth)[1]
-        for p in precisions
-    }
+    title = data.name if show_progress_bar else ""
+    if queries is None:
+        queries = embed_queries(model, data, progress=title and f"{title}: queries")
+    corpus = embed_corpus(model, data, alone=alone, progress=title and f"{title}: corpus")
+    order = descending(data.corpus_ids, np.array([not text for text in data.corpus]))
+    is_blank, own, rankings = np.array([not text.strip() for text in data.queries]), data.own_rows, {}
+    for form in forms:
+        ranking = search(model.quantize, queries, corpus, form, order=order, own=own, depth=depth)[1]
+        rankings[form] = np.where(is_blank[:, None], -1, ranking)
+    return rankings
 
 
-def score(ranking: np.ndarray, data: RetrievalSet) -> dict[str, float]:
-    """Metrics of a ranking of a set's corpus."""
-    return metrics(ranking, data.relevant)
+def score(ranking: np.ndarray, data: RetrievalSet, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """The means over the queries of the metrics of a ranking."""
+    return {metric: float(values.mean()) for metric, values in score_queries(ranking, data, metrics).items()}
 
 
-def evaluate_retrieval(
-    encoder: Encoder, data: RetrievalSet, precisions: Sequence[str], **keywords
-) -> dict[str, dict[str, float]]:
-    """{precision: metrics} of an encoder on a set; `keywords` as in `embed_set`."""
-    return {p: score(ranking, data) for p, ranking in rank(encoder, data, precisions, **keywords).items()}
-
-
-def _gains(ranking: np.ndarray, relevant: Sequence[Relevance], k: int) -> np.ndarray:
-    """The grade of the text at each of the first k ranks, 0 if it is not relevant, float64 [Q, k]."""
-    gains = np.zeros((len(relevant), k))
-    for row, (ranked, answer) in enumerate(zip(np.asarray(ranking)[:, :k], relevant)):
-        match = ranked[:, None] == answer.indices  # [k, n]
-        gains[row, : len(ranked)] = np.where(match, answer.grades, 0).sum(1)
-    return gains
-
-
-def _documents(path, rows: Sequence[Row]) -> list[np.ndarray]:
-    """The corpus rows of each document in chunk order; a row without `document` is a document of its own."""
-    documents: dict[object, list[int]] = {}
-    for i, row in enumerate(rows):
-        if "chunks" in row.fields:
-            raise ValueError(
-                f'{row.source} has "chunks": in {path.name} each chunk is a row, with "document" and "chunk"'
-            )
-        document, chunk = row.fields.get("document"), row.fields.get("chunk", 0)
-        if not isinstance(document, (str, int, type(None))):
-            raise ValueError(f'{row.source}: "document" is {document!r:.80}, expected a string or a whole number')
-        chunks = documents.setdefault(("row", i) if document is None else (type(document), document), [])
-        if chunk != len(chunks):
-            raise ValueError(
-                f"{row.source}: chunk {chunk!r} of document {document!r} must be {len(chunks)}: chunks are in order"
-            )
-        chunks.append(i)
-    return [np.array(chunks) for chunks in documents.values()]
+def evaluate_retrieval(model: Model, data: RetrievalSet, forms: Sequence[Form], **keywords) -> dict[Form, dict]:
+    """{form: metrics} of a model on a set; `keywords` as in `rank`."""
+    return {form: score(ranking, data) for form, ranking in rank(model, data, forms, **keywords).items()}

@@ -14,7 +14,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -113,28 +113,8 @@ class Index:
         if queries.shape[1] != self.vectors.shape[1]:
             raise ValueError(f"queries have {queries.shape[1]} numbers each, stored vectors {self.vectors.shape[1]}")
         check_count("k", k)
-        vectors = self._searched
-        k = min(k, len(vectors))
-        bits = self.precision in ("binary", "ubinary")
-        similarity = _negative_hamming if bits else functools.partial(_cosine, exact=self.precision == "int8")
-        scores = np.empty((len(queries), k), np.int32 if bits else np.float32)
-        indices = np.empty((len(queries), k), np.int32)
-        devices, blocks = jax.local_devices(), list(_blocks(len(queries), BLOCK_QUERIES))
-        for group in (blocks[i : i + len(devices)] for i in range(0, len(blocks), len(devices))):
-            # One block per device, each computed by the program for one device: their number does not change a bit.
-            placed = [jax.device_put(queries[rows], device) for rows, device in zip(group, devices)]
-            best = [None] * len(group)
-            for columns in _blocks(len(vectors), BLOCK_VECTORS):
-                new = [similarity(block, vectors[columns]) for block in placed]
-                index = [np.broadcast_to(np.arange(columns.start, columns.stop, dtype=np.int32), n.shape) for n in new]
-                if columns.start:  # earlier indices come first, so that top_k keeps them on ties
-                    new = [jnp.concatenate([top, n], 1) for (top, _), n in zip(best, new)]
-                    index = [np.concatenate([i, j], 1) for (_, i), j in zip(best, index)]
-                tops = [jax.lax.top_k(n, min(k, n.shape[1])) for n in new]
-                best = [(top, np.take_along_axis(j, np.asarray(i), 1)) for (top, i), j in zip(tops, index)]
-            for rows, (top, index) in zip(group, best):
-                scores[rows], indices[rows] = top, index
-        return scores, self._kept[indices]
+        blocks = ((self._kept[rows], self._searched[rows]) for rows in _blocks(len(self._kept), BLOCK_VECTORS))
+        return search_blocks(queries, blocks, min(k, len(self._kept)), self.precision)
 
     def check_model(self, encoder: Encoder) -> None:
         """ValueError unless the vectors come from the encoder's model: same weights, tokenizer and settings."""
@@ -191,6 +171,38 @@ class Index:
             return cls(vectors, info["precision"], **{name: info[name] for name in names})
         except ValueError as error:
             raise ValueError(f"{folder / INFO} does not describe its vectors: {error}") from None
+
+
+def search_blocks(
+    queries: np.ndarray, blocks: Iterable[tuple[np.ndarray, np.ndarray]], k: int, precision: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of the vectors that `blocks` give, as in `Index.search`: scores [Q, k] and indices int32 [Q, k].
+
+    A block is (index of each vector int32[n], vectors [n, D] in `precision`), read once and one at a time. On ties the
+    vector that comes earlier is first. With fewer than k vectors, the last ranks have the index -1.
+    """
+    bits = precision in ("binary", "ubinary")
+    similarity = _negative_hamming if bits else functools.partial(_cosine, exact=precision == "int8")
+    devices, groups = jax.local_devices(), list(_blocks(len(queries), BLOCK_QUERIES))
+    # One block of queries per device at a time, computed by the program for one device: their number changes no bit.
+    placed = [jax.device_put(queries[rows], devices[i % len(devices)]) for i, rows in enumerate(groups)]
+    best: list = [None] * len(groups)
+    for indices, vectors in blocks:
+        new = []
+        for i, group in enumerate(placed):
+            scores = similarity(group, vectors)
+            if best[i] is not None:  # earlier vectors come first, so that top_k keeps them on ties
+                scores = jnp.concatenate([best[i][0], scores], 1)
+            new.append(jax.lax.top_k(scores, min(k, scores.shape[1])))
+        for i, (top, positions) in enumerate(new):
+            known = np.zeros((len(top), 0), np.int32) if best[i] is None else best[i][1]
+            index = np.concatenate([known, np.broadcast_to(indices, (len(top), len(indices)))], 1)
+            best[i] = top, np.take_along_axis(index, np.asarray(positions), 1)
+    scores = np.full((len(queries), k), -np.iinfo(np.int32).max if bits else -np.inf, np.int32 if bits else np.float32)
+    found = np.full((len(queries), k), -1, np.int32)
+    for rows, (top, index) in zip(groups, best):
+        scores[rows, : top.shape[1]], found[rows, : top.shape[1]] = top, index
+    return scores, found
 
 
 def _read_info(file) -> dict:

@@ -1,0 +1,127 @@
+"""What `embed evaluate` writes.
+
+    DIR/evaluation.json                   the model, how it was evaluated, versions
+    DIR/records/TASK/SUBSET.SPLIT.json    a record: counts, every metric in every form, nDCG@10 of every query
+    DIR/summary.json                      [{"task", "subset", "split", "precision", "dimensions", "metric", "value",
+                                          "queries"}, …] of all records
+    DIR/results/…                         MTEB's own files, of MTEB's tasks
+
+A record is written when its set is done, so a command that was interrupted does the rest. It is
+
+    {"task", "subset", "split", "type", "languages", "main": the metric of `queries`, "counts": {…}, "seconds",
+     "values": {form: {metric: value}},
+     "queries": {"ids": […], "characters": [length of the longest relevant text, …], "values": {form: […]}}}
+
+`queries` is there for retrieval. A form is a precision or, for a prefix, PRECISION-DIMENSIONS.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import quote
+
+import numpy as np
+
+from embed import config as configs
+from embed import paths
+from embed.evaluation.metrics import METRICS, score_queries
+from embed.evaluation.retrieval import Form
+from embed.evaluation.sets import RetrievalSet
+
+ABOUT, SUMMARY, RECORDS = "evaluation.json", "summary.json", "records"
+MAIN = "ndcg@10"
+SUMMARIZED = (*METRICS, "map@100")
+
+
+def is_evaluation(folder) -> bool:
+    """Whether `embed evaluate` made a folder."""
+    try:
+        return "model" in paths.read_json(paths.path(folder) / ABOUT)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def start(folder, about: Mapping) -> None:
+    """Write evaluation.json, or check that an existing one has the same model and settings. ValueError if not."""
+    file = paths.path(folder) / ABOUT
+    if file.exists():
+        kept = ("model", "settings")
+        before, now = ({key: each.get(key) for key in kept} for each in (paths.read_json(file), about))
+        if changes := [f"{n} was {was!r}, now {new!r}" for n, was, new in configs.differences(before, now)]:
+            raise ValueError(f"{folder} holds another evaluation: {'; '.join(changes)}. Choose another --output")
+    paths.write_json(file, dict(about))
+
+
+def path(folder, task: str, subset: str, split: str):
+    """The file of a record."""
+    return (
+        paths.path(folder) / RECORDS / quote(task, safe="") / f"{quote(subset, safe='')}.{quote(split, safe='')}.json"
+    )
+
+
+def digest(data: RetrievalSet) -> str:
+    """Identifies the content of a set."""
+    hashed = hashlib.sha256()
+    for part in (data.query_ids, data.queries, data.corpus_ids, data.corpus, data.judgments):
+        hashed.update(f"{part}".encode("utf-8", "surrogatepass"))
+    hashed.update(b"".join(rows.tobytes() for rows in data.documents))
+    return hashed.hexdigest()
+
+
+def make(data: RetrievalSet, rankings: Mapping[Form, np.ndarray], metrics: Sequence[str] = SUMMARIZED, **about) -> dict:
+    """The record of a set from its rankings; `about` are further entries: task, subset, split, …"""
+    values, of_queries = {}, {}
+    for form, ranking in rankings.items():
+        found = score_queries(ranking, data, metrics)
+        values[f"{form}"] = {metric: float(each.mean()) for metric, each in found.items()}
+        of_queries[f"{form}"] = [round(value, 6) for value in found[MAIN].tolist()]
+    return {
+        **about,
+        "main": MAIN,
+        "digest": digest(data),
+        "counts": dict(data.counts),
+        "values": values,
+        "queries": {"ids": data.query_ids, "characters": characters(data), "values": of_queries},
+    }
+
+
+def characters(data: RetrievalSet) -> list[int]:
+    """The length of the longest relevant text of each query in characters, 0 without one."""
+    return [max((len(data.corpus[row]) for row in rows), default=0) for rows in data.relevant_rows]
+
+
+def write(file, record: Mapping) -> None:
+    """Write a record."""
+    paths.write(file, json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read(folder) -> list[dict]:
+    """The records of an evaluation, by task, subset and split."""
+    root = paths.path(folder) / RECORDS
+    files = [file for name, file in paths.files(root).items() if name.endswith(".json")] if root.is_dir() else []
+    return [paths.read_json(file) for file in files]
+
+
+def rows(records: Sequence[Mapping], dimensions: int | None) -> Iterator[dict]:
+    """The rows of summary.json; `dimensions` of the whole vectors, None without vectors."""
+    for record in records:
+        for form, values in record["values"].items():
+            precision, _, prefix = form.partition("-")
+            for metric, value in values.items():
+                yield {
+                    "task": record["task"],
+                    "subset": record["subset"],
+                    "split": record["split"],
+                    "precision": precision,
+                    "dimensions": int(prefix) if prefix else dimensions,
+                    "metric": metric,
+                    "value": value,
+                    "queries": record["counts"].get("queries"),
+                }
+
+
+def summarize(folder, dimensions: int | None) -> list[dict]:
+    """Write summary.json from the records; returns its rows."""
+    found = list(rows(read(folder), dimensions))
+    paths.write_json(paths.path(folder) / SUMMARY, found)
+    return found
