@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
 # Data of embed/preparation/hygiene.py; all work offline.
 HYGIENE = ["langcodes", "py3langid>=0.4", "rensa>=0.5"]
+MTEB = ["mteb>=2.26,<3"]
 
 setup(
     name="embed",
@@ -16,7 +17,11 @@ setup(
     # configs/ is at the top of a clone and inside the installed package (embed/config.py, `shipped`).
     packages=[*find_packages(include=["embed", "embed.*"]), "embed.configs"],
     package_dir={"embed.configs": "configs"},
-    package_data={"embed.configs": ["**/*.py", "**/*.gin"], "embed.preparation.synthesis": ["*.txt"]},
+    package_data={
+        "embed.configs": ["**/*.py", "**/*.gin"],
+        "embed.evaluation": ["*.csv"],
+        "embed.preparation.synthesis": ["*.txt"],
+    },
     entry_points={"console_scripts": ["embed = embed.cli:entry"]},
     install_requires=[
         "absl-py",
@@ -35,12 +40,15 @@ setup(
         "numpy>=2.0",  # bitwise_count
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pystemmer",  # words of the lexical baseline in a known language
+        "pytrec_eval-terrier",  # retrieval metrics
         "rich",
         "safetensors",
         "sentencepiece>=0.2.1",
         "tensorboardX",
         "tensorstore",
         "tokenizers",
+        "tqdm",
     ],
     extras_require={
         # embed prepare --runner=…, also on Dataflow; holds back protobuf, for which sentencepiece 0.2.3 is too new.
@@ -60,9 +68,10 @@ setup(
         ],
         "gcs": ["gcsfs"],  # gs:// paths
         "hygiene": HYGIENE,  # near duplicates and languages of data
+        "mteb": MTEB,  # embed evaluate --tasks and --benchmark; install torch first
         "onnx": ["onnx"],  # embed export --format=onnx
         # Programs that results are compared with: `make test-reference`.
-        "reference": ["onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
+        "reference": [*MTEB, "onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "quickstart": QUICKSTART,
         "s3": ["s3fs"],  # s3:// paths for data and corpora
         "synthesize": ["openai"],  # embed synthesize

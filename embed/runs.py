@@ -593,12 +593,15 @@ def vector_size(source: str) -> int:
     return model_folder.read_architecture(source).hidden_size
 
 
-def load_encoder(source: str, step: int = 0) -> Encoder:
-    """A model folder, hub id or stage folder as an encoder over all devices; see `Run.checkpoint` for `step`."""
+def load_encoder(source: str, step: int = 0, revision: str | None = None) -> Encoder:
+    """A model folder, hub id (at a `revision`) or stage folder as an encoder over all devices.
+
+    See `Run.checkpoint` for `step`.
+    """
     if not is_stage(source):
         if step:
             raise ValueError(f"step {step} of {source}: only a stage folder has steps")
-        return inference.load(source)
+        return inference.load(source, revision=revision)
     checkpoint = stage_checkpoint(paths.path(source), step, None, source)
     if jax.default_backend() == "cpu":
         model = dataclasses.replace(checkpoint.model, dtype="float32")

@@ -303,9 +303,10 @@ def add_encoder_arguments(
     parser: argparse.ArgumentParser,
     what: str = "a model folder, a hub id owner/name, or a stage folder of a run",
     truncate: bool = True,
+    required: bool = True,
 ) -> None:
     """Add --model, --step, --max_length and --truncate: an encoder (`load_encoder`) and what it does to long texts."""
-    parser.add_argument("--model", required=True, help=what)
+    parser.add_argument("--model", required=required, help=what)
     add_step_argument(parser)
     parser.add_argument("--max_length", type=int, help="most tokens of a text or document (default: that of the model)")
     if truncate:
@@ -341,14 +342,14 @@ def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | Non
         check_precision(precision, size, truncate_dim)
 
 
-def load_encoder(arguments: argparse.Namespace):
-    """Load the encoder of --model and --step, with --max_length."""
+def load_encoder(arguments: argparse.Namespace, revision: str | None = None):
+    """Load the encoder of --model and --step, with --max_length; a hub id at a `revision`."""
     from embed import runs
 
     longest = arguments.max_length
     if longest is not None and longest < 1:
         raise ValueError(f"--max_length={longest} must be positive")
-    encoder = runs.load_encoder(arguments.model, arguments.step)
+    encoder = runs.load_encoder(arguments.model, arguments.step, revision)
     if longest and encoder.max_length and longest > encoder.max_length:
         raise ValueError(
             f"--max_length={longest} must be at most {encoder.max_length}, the max_length of {arguments.model}"

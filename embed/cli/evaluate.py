@@ -4,9 +4,13 @@
     embed evaluate --model=FOLDER --tasks SciFact NFCorpus --precision int8 binary --truncate_dim 256 --output=DIR
     embed evaluate --model=FOLDER --benchmark="MTEB(Multilingual, v2)" --types Retrieval --output=DIR
     embed evaluate --model=bm25 --benchmark=ConTEB --data_root=sets --output=DIR
+    embed evaluate --reproduce=pplx-embed-v1-0.6b --output=DIR
 
 A text is encoded once for all precisions and dimensions. Longer texts than the model takes are cut, with a warning. The
 same command continues: what --output has is not computed again (docs/evaluation.md).
+
+--reproduce evaluates a model on the tasks of its published scores, in their precision, and prints ours, published and
+the difference. Its exit code is 1 if a difference is larger than --tolerance.
 """
 
 import argparse
@@ -16,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
     from embed import distributed, inference
     from embed.cli import common
-    from embed.evaluation import records
+    from embed.evaluation import published, records
+    from embed.evaluation.published import TOLERANCE
 
     parser = common.Parser("evaluate", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -25,12 +30,19 @@ def main(argv: list[str] | None = None) -> int:
         "a model folder, RUN:NAME (a stage or export of a run), a hub id owner/name, bm25, or a model of "
         "sentence-transformers",
         truncate=False,
+        required=False,
     )
     parser.add_argument("--name", help="owner/name of the model in MTEB's results (default: local/FOLDER, or the id)")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--data", nargs="+", help="folders of evaluation sets: BEIR, MTEB, ConTEB, or `embed prepare`")
     what.add_argument("--tasks", nargs="+", help="names of MTEB's tasks or of ConTEB's, such as SciFact")
     what.add_argument("--benchmark", help='name of a benchmark, such as "MTEB(eng, v2)", LongEmbed, NanoBEIR or ConTEB')
+    parser.add_argument(
+        "--reproduce", help="a published model, such as pplx-embed-v1-0.6b; --tasks chooses some of its"
+    )
+    parser.add_argument(
+        "--tolerance", type=common.finite, default=TOLERANCE, help="of --reproduce, in 0..1 (default %(default)s)"
+    )
     parser.add_argument("--data_root", help="folder of datasets, each named like the repository of its task")
     parser.add_argument("--languages", nargs="+", default=[], help="only tasks and subsets in these (ISO 639-3: eng)")
     parser.add_argument("--types", nargs="+", default=[], help="only tasks of these types, such as Retrieval or STS")
@@ -41,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", help="folder of the results; required for tasks and benchmarks")
     common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
+    scores = _prepare_reproduction(arguments) if arguments.reproduce else []
+    if not arguments.model:
+        raise ValueError("--model is needed: a model folder, a hub id, RUN:NAME or bm25")
+    if not (arguments.data or arguments.tasks or arguments.benchmark):
+        raise ValueError("name what to evaluate on: --data, --tasks, --benchmark or --reproduce")
     if arguments.data_root and arguments.data:
         raise ValueError("--data names folders itself: --data_root is for --tasks and --benchmark")
     if not arguments.output and not arguments.data:
@@ -50,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     with common.output(arguments, inputs, is_ours=records.is_evaluation, continues=True), common.keeps_work():
         sets = list(_read_sets(arguments)) if arguments.data else []
         tasks = _find_tasks(arguments) if not arguments.data else []
-        candidate = load_candidate(arguments)
+        splits = {task.metadata.name: task.eval_splits for task in tasks}
+        scores = [score for score in scores if not score.split or score.split in splits[score.task]]
+        candidate = load_candidate(arguments, scores[0].revision if scores else None)
         forms = candidate.forms(arguments.precision, arguments.truncate_dim)
         if arguments.output:
             _start(arguments, candidate)
@@ -66,14 +85,64 @@ def main(argv: list[str] | None = None) -> int:
                 print_means(made)
             if arguments.output:
                 records.summarize(arguments.output, candidate.dimensions)
-    return 0
+        if not scores:
+            return 0
+        comparisons = published.compare(scores, made)
+        if arguments.languages:  # other subsets were not evaluated
+            comparisons = [each for each in comparisons if each.ours is not None]
+        return int(_compare(comparisons, arguments.tolerance))
 
 
-def load_candidate(arguments: argparse.Namespace):
-    """The model of --model, --step, --max_length and --name."""
+def _prepare_reproduction(arguments: argparse.Namespace) -> list:
+    """The published scores of --reproduce; sets --model, --tasks and --precision if they are not given."""
+    from embed.evaluation import published
+
+    if arguments.data or arguments.benchmark:
+        raise ValueError("--reproduce has its own tasks: leave out --data and --benchmark, or choose with --tasks")
+    scores = published.scores_of(arguments.reproduce)
+    every = published.tasks_of(scores)
+    if unknown := sorted(set(arguments.tasks or []) - set(every)):
+        raise ValueError(f"--tasks={unknown[0]}: {arguments.reproduce} has no published score; there are {every}")
+    arguments.tasks = arguments.tasks or every
+    scores = [score for score in scores if score.task in arguments.tasks]
+    if arguments.model:
+        scores = [score._replace(revision="") for score in scores]
+    arguments.model = arguments.model or scores[0].model
+    arguments.precision = arguments.precision or sorted({score.precision for score in scores})
+    return scores
+
+
+def _compare(comparisons: list, tolerance: float) -> bool:
+    """Print published scores beside ours; whether one differs by more than the tolerance or is missing."""
+    from rich.table import Table
+
+    from embed.console import print_table
+    from embed.evaluation import published
+
+    title = f"{comparisons[0].published.model}: ours and published, tolerance {tolerance:g}"
+    table = Table("task", "subset", "precision", "ours", "published", "difference", "", title=title)
+    bad = 0
+    for score, ours in comparisons:
+        difference = published.Comparison(score, ours).difference
+        is_bad = difference is None or abs(difference) > tolerance
+        bad += is_bad
+        subset = " ".join(filter(None, (score.split, "" if score.subset == "default" else score.subset)))
+        shown = (
+            ("–", f"{score.value:.4f}", "–")
+            if ours is None
+            else (f"{ours:.4f}", f"{score.value:.4f}", f"{difference:+.4f}")
+        )
+        table.add_row(score.task, subset, score.precision, *shown, "differs" if is_bad else "")
+    print_table(table)
+    print(f"{len(comparisons) - bad:,} of {len(comparisons):,} published scores are reproduced")
+    return bool(bad)
+
+
+def load_candidate(arguments: argparse.Namespace, revision: str | None = None):
+    """The model of --model (at a `revision` of the hub), --step, --max_length and --name."""
     import jax
 
-    from embed import paths, runs
+    from embed import paths
     from embed.cli import common
     from embed.evaluation import models
 
@@ -87,7 +156,7 @@ def load_candidate(arguments: argparse.Namespace):
     if not _is_ours(source):
         return models.Candidate(name, "no_revision_available", models.SentenceTransformers(source), {"path": source})
     arguments = argparse.Namespace(**{**vars(arguments), "model": source})
-    encoder = common.load_encoder(arguments)
+    encoder = common.load_encoder(arguments, revision or None)
     sizes = [leaf.size for leaf in jax.tree.leaves(encoder.params)]
     about = {
         "path": source,

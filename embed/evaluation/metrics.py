@@ -16,7 +16,7 @@ MEASURES = {"ndcg": "ndcg_cut", "recall": "recall", "map": "map_cut", "precision
 
 def score_queries(
     ranking: Int32[np.ndarray, "q k"], data: RetrievalSet, metrics: Sequence[str] = METRICS
-) -> dict[str, Float64[np.ndarray, "q"]]:
+) -> dict[str, Float64[np.ndarray, " q"]]:
     """{metric: its value for each query} of a ranking of corpus rows, best first; -1 is an empty rank.
 
     ndcg@k: gains are linear in the grade, the discount is 1 / log2(rank + 1). recall@k: the fraction of relevant texts
@@ -34,7 +34,7 @@ def score_queries(
 
 def score_run(
     run: dict[str, dict[str, float]], judgments: dict[str, dict[str, int]], metrics: Sequence[str] = METRICS
-) -> dict[str, Float64[np.ndarray, "q"]]:
+) -> dict[str, Float64[np.ndarray, " q"]]:
     """`score_queries` of {query: {text: score}}, in the order of `judgments`.
 
     Of equal scores, the greater id comes first, as in trec_eval.

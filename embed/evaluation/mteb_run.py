@@ -78,8 +78,8 @@ def _load(task) -> None:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = task.metadata.dataset["path"]
         raise DataError(
-            f"the data of {task.metadata.name}, {where}, cannot be read: {first:.300}. Without a network, name a folder "
-            "with --data_root"
+            f"the data of {task.metadata.name}, {where}, cannot be read: {first:.300}. Without a network, name a "
+            "folder with --data_root"
         ) from error
 
 

@@ -66,10 +66,10 @@ def embed(
     progress: str = "",
     truncate: bool = True,
 ) -> Float32[np.ndarray, "chunks d"]:
-    """The vectors of all chunks of all documents, in order, in a temporary file; an empty text has a zero vector.
+    """The vectors of all chunks of all documents in order, in a temporary file; an empty text has a zero vector.
 
-    `encode` is `Encoder.encode_documents`, with keywords `truncate` and `names`. With `truncate`, too long documents are
-    cut, with a warning. A progress bar with the title `progress` shows documents.
+    `encode` is `Encoder.encode_documents`, with keywords `truncate` (cut too long documents, with a warning) and
+    `names`. A progress bar with the title `progress` shows documents.
     """
     first = np.cumsum([0, *map(len, documents)])
     vectors = temporary(int(first[-1]), dimensions)
@@ -118,8 +118,8 @@ def search(
     corpus: Float32[np.ndarray, "c d"],
     form: Form,
     *,
-    order: Int32[np.ndarray, "n"],
-    own: Int32[np.ndarray, "q"] | None = None,
+    order: Int32[np.ndarray, " n"],
+    own: Int32[np.ndarray, " q"] | None = None,
     depth: int = DEPTH,
 ) -> tuple[np.ndarray, Int32[np.ndarray, "q depth"]]:
     """(scores, corpus rows) of the best `depth` of the corpus rows in `order` for each query; -1 is an empty rank.
@@ -150,7 +150,7 @@ def search(
     return scores[: len(queries)], found[: len(queries)]
 
 
-def descending(ids: Sequence[str], is_empty: np.ndarray) -> Int32[np.ndarray, "n"]:
+def descending(ids: Sequence[str], is_empty: np.ndarray) -> Int32[np.ndarray, " n"]:
     """The rows that are not empty, by id in descending order: trec_eval ranks equal scores so."""
     rows = np.flatnonzero(~is_empty)
     return np.array(sorted(rows.tolist(), key=ids.__getitem__, reverse=True), np.int32)

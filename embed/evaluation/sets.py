@@ -79,8 +79,8 @@ def read_set(folder, *, split: str = "test", subset: str = "", name: str = "") -
     """Read an evaluation set of a folder, `split` and `subset` of it if it has several.
 
     ValueError for a damaged row, an id that occurs twice, a grade that is not a whole number, and a set without
-    queries. What a metric can bear is counted, and a warning says it: queries without judgments are left out; empty texts and
-    judgments of missing texts stay, as in trec_eval, so they lower the recall.
+    queries. What a metric can bear is counted, and a warning says it: queries without judgments are left out; empty
+    texts and judgments of missing texts stay, as in trec_eval, so they lower the recall.
     """
     folder = paths.path(folder)
     if not folder.is_dir():
@@ -168,7 +168,7 @@ def _retrieval(source: Retrieval, name: str) -> RetrievalSet:
 
 
 def _conteb(source: Conteb, name: str) -> RetrievalSet:
-    """Documents in the order of the file, chunks by number. Equal queries are one query with several relevant chunks."""
+    """Documents in the order of the file, chunks by number. Equal queries are one with several relevant chunks."""
     parts = source.parts()
     chunks: dict[str, dict[int, str]] = {}
     for row in _rows(parts["documents"]):
