@@ -212,7 +212,7 @@ def outputs(run: Run, node: Node) -> list:
         return [run.store_path(node.of) / "info.json"]
     if node.kind == "evaluate":
         names = [name for name, e in run.config.evaluations.items() if node.of in e.checkpoints]
-        return [nodes.ranking(run, node.of, name) for name in names]
+        return [file(run, node.of, name) for name in names for file in (nodes.ranking, nodes.record_file)]
     if node.kind == "export":
         return [run.workdir / "export" / name for name in run.config.exports]
     return []
@@ -324,7 +324,7 @@ def _total(run: Run, machine: str) -> dict:
 
 def _report(run: Run, is_new: bool) -> None:
     """Write and print the results. The speed of the machine is measured only if something was computed (`is_new`)."""
-    from embed.evaluation import report  # imports matplotlib
+    from embed.evaluation import compare, report
 
     console, file = make_console(), run.workdir / "results.json"
     total = _total(run, machine() if is_new or not file.exists() else paths.read_json(file)["machine"])
@@ -332,7 +332,8 @@ def _report(run: Run, is_new: bool) -> None:
     if total["checkpoints"]:
         metrics = {node.of: run.folder(node.of) / FILE for node in make_nodes(run.config) if node.kind == "stage"}
         with tempfile.TemporaryDirectory() as folder:
-            report.write_report(folder, total, metrics)
+            models = [model for model in compare.read([run.workdir])[0] if model.label in total["checkpoints"]]
+            report.write_report(folder, total, metrics, models)
             for name, file in paths.files(folder).items():
                 paths.copy_file(file, run.workdir / name)
         print_table(report.render_table(total))
@@ -343,7 +344,7 @@ def _report(run: Run, is_new: bool) -> None:
             console.print(line, markup=False, highlight=False)
     exported = ", ".join(str(run.workdir / "export" / name) for name in run.config.exports)
     summary = f"{sum(total['seconds'].values()):.0f} s in total on {total['machine']}."
-    summary += f" Report: {run.workdir / 'report.md'}" + (f"; models: {exported}" if exported else "")
+    summary += f" Report: {run.workdir / 'report.html'}" + (f"; models: {exported}" if exported else "")
     console.print(summary)
 
 

@@ -25,7 +25,8 @@ from embed.checkpoints.provenance import made_with
 from embed.console import say
 from embed.data.loader import COLUMNS
 from embed.data.store import Store, Writer, read_header
-from embed.evaluation import baselines, retrieval
+from embed.evaluation import baselines, records, retrieval
+from embed.evaluation.metrics import METRICS
 from embed.evaluation.sets import RetrievalSet, read_set
 from embed.inference import denoise, load
 from embed.inference.index import Index
@@ -406,10 +407,34 @@ def ranking(run: Run, checkpoint: str, evaluation: str):
     return run.workdir / "rankings" / evaluation / f"{quote(checkpoint, safe='')}.npz"  # it may be a path or hub id
 
 
+def evaluated(run: Run, checkpoint: str):
+    """The folder with the records of a checkpoint or baseline, as `embed evaluate` writes them."""
+    return run.workdir / records.EVALUATED / quote(checkpoint, safe="")
+
+
+def record_file(run: Run, checkpoint: str, evaluation: str):
+    """The file of one of these records."""
+    return records.path(evaluated(run, checkpoint), evaluation, "default", "test")
+
+
+def _record(run: Run, checkpoint: str, evaluation: str, data: RetrievalSet, rankings: Mapping[str, np.ndarray]) -> dict:
+    """Write the record of rankings {precision: ranking}; returns {precision: metrics}."""
+    about = {"task": evaluation, "subset": "default", "split": "test", "type": "Retrieval", "languages": []}
+    forms = {retrieval.Form(precision): ranking for precision, ranking in rankings.items()}
+    record = records.make(data, forms, METRICS, **about)
+    records.write(record_file(run, checkpoint, evaluation), record)
+    return record["values"]
+
+
 def evaluate(run: Run, name: str) -> dict:
-    """Evaluate a checkpoint in every evaluation that names it, at every precision. rankings/ keeps the results."""
+    """Evaluate a checkpoint in every evaluation that names it, at every precision.
+
+    rankings/ and evaluated/ keep the results.
+    """
     encoder = run.encoder(run.checkpoint(name))
     figures, queries = {}, {}
+    if jax.process_index() == 0:
+        records.write_about(evaluated(run, name), name, encoder.dimensions, digest=encoder.digest)
     for evaluation, config in run.config.evaluations.items():
         if name not in config.checkpoints:
             continue
@@ -423,7 +448,7 @@ def evaluate(run: Run, name: str) -> dict:
             buffer = io.BytesIO()
             np.savez(buffer, **rankings)
             paths.write(ranking(run, name, evaluation), buffer.getvalue())
-        figures[evaluation] = {p: retrieval.score(ranked, data) for p, ranked in rankings.items()}
+            figures[evaluation] = _record(run, name, evaluation, data, rankings)
     return figures
 
 
@@ -435,14 +460,16 @@ def evaluate_baselines(run: Run) -> dict:
             continue
         data = evaluation_set(run, config.data)
         words = baselines.bm25(data, context=not config.alone)
-        rows["BM25"][evaluation] = {"float32": retrieval.score(words, data)}
+        ranked = {"BM25": {"float32": words}}
         for name in run.config.report.fuse:
             with ranking(run, name, evaluation).open("rb") as file:
-                ranked = dict(np.load(io.BytesIO(file.read())))
-            rows.setdefault(f"BM25 + {name}", {})[evaluation] = {
-                precision: retrieval.score(baselines.reciprocal_rank_fusion(words, each), data)
-                for precision, each in ranked.items()
-            }
+                found = dict(np.load(io.BytesIO(file.read())))
+            fused = {precision: baselines.reciprocal_rank_fusion(words, each) for precision, each in found.items()}
+            ranked[f"BM25 + {name}"] = fused
+        for name, rankings in ranked.items():
+            if jax.process_index() == 0:
+                records.write_about(evaluated(run, name), name, None)
+                rows.setdefault(name, {})[evaluation] = _record(run, name, evaluation, data, rankings)
     return {name: row for name, row in rows.items() if row}
 
 

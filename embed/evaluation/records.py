@@ -29,6 +29,7 @@ from embed.evaluation.retrieval import Form
 from embed.evaluation.sets import RetrievalSet
 
 ABOUT, SUMMARY, RECORDS = "evaluation.json", "summary.json", "records"
+EVALUATED = "evaluated"  # the folder of a run with an evaluation per checkpoint
 MAIN = "ndcg@10"
 SUMMARIZED = (*METRICS, "map@100")
 
@@ -39,6 +40,16 @@ def is_evaluation(folder) -> bool:
         return "model" in paths.read_json(paths.path(folder) / ABOUT)
     except (OSError, ValueError, TypeError):
         return False
+
+
+def read_about(folder) -> dict:
+    """The content of evaluation.json."""
+    return paths.read_json(paths.path(folder) / ABOUT)
+
+
+def write_about(folder, name: str, dimensions: int | None, **about) -> None:
+    """Write an evaluation.json."""
+    paths.write_json(paths.path(folder) / ABOUT, {"model": {"name": name, "dimensions": dimensions, **about}})
 
 
 def start(folder, about: Mapping) -> None:
@@ -64,7 +75,7 @@ def digest(data: RetrievalSet) -> str:
     hashed = hashlib.sha256()
     for part in (data.query_ids, data.queries, data.corpus_ids, data.corpus, data.judgments):
         hashed.update(f"{part}".encode("utf-8", "surrogatepass"))
-    hashed.update(b"".join(rows.tobytes() for rows in data.documents))
+    hashed.update(f"{[rows.tolist() for rows in data.documents]}".encode())
     return hashed.hexdigest()
 
 

@@ -3,12 +3,13 @@ import math
 import numpy as np
 
 from embed.evaluation import baselines
-from embed.evaluation.retrieval import RetrievalSet
+from embed.evaluation.sets import RetrievalSet
 
 
 def make(corpus, queries, documents=None):
     documents = [np.array([i]) for i in range(len(corpus))] if documents is None else documents
-    return RetrievalSet("set", [], queries, [], corpus, documents, [])
+    ids = [f"c{i}" for i in range(len(corpus))]
+    return RetrievalSet("set", [f"q{i}" for i in range(len(queries))], queries, ids, corpus, documents, [])
 
 
 def test_words_are_split_at_underscores_and_case_and_lower_cased():
@@ -45,9 +46,19 @@ def test_bm25_ranks_as_the_formula_does():
     assert baselines.bm25(make(corpus, [" ".join(query)]), depth=4).tolist() == [[*order[:3], -1]]
 
 
-def test_bm25_leaves_ranks_empty_for_texts_without_a_common_word_and_breaks_ties_by_index():
+def test_bm25_leaves_ranks_empty_for_texts_without_a_common_word_and_breaks_ties_by_id():
     ranking = baselines.bm25(make(["a b", "c", "a b"], ["b", "zebra", "..."]), depth=3)
-    assert ranking.tolist() == [[0, 2, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert ranking.tolist() == [[2, 0, -1], [-1, -1, -1], [-1, -1, -1]]  # c2 before c0, as in trec_eval
+
+
+def test_bm25_in_a_language_stems_words_and_leaves_out_stop_words():
+    assert baselines.analyzer("eng")("The studies of a cell's Nuclei") == ["studi", "cell", "nuclei"]
+    assert baselines.analyzer("deu")("die Häuser der Stadt") == ["haus", "stadt"]
+    assert baselines.analyzer("xho")("Umntu ngumntu") == ["umntu", "ngumntu"]  # without a stemmer
+    assert baselines.analyzer("jpn")("東京 Ａ") == ["東", "京", "a"]  # characters, in compatibility form
+    corpus = make(["a study of cells", "the studied cells of the cell", "nothing"], ["studying a cell"])
+    assert baselines.bm25(corpus, depth=3)[0].tolist() == [0, 1, -1]  # equal strings are "a", and "cell" of the second
+    assert baselines.bm25(corpus, language="eng", depth=3)[0].tolist() == [1, 0, -1]  # has "cell" twice
 
 
 def test_bm25_in_context_puts_the_first_chunk_of_the_document_before_each_other_chunk():

@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from embed.evaluation import report
+from embed.evaluation import plots, report
 from embed.training.stages import KINDS
 
 BENCHMARKS = ("functions", "contextual", "contextual_alone")
@@ -134,16 +134,16 @@ def test_the_report_has_every_section_of_the_results(tmp_path, results, metrics)
 
 def test_the_running_mean_keeps_a_straight_line_and_smooths_a_zigzag():
     line = [3.0 * k for k in range(50)]
-    assert report._running_mean(line) == pytest.approx(line)
-    assert report._running_mean([0.0, 3.0, 0.0, 3.0]) == pytest.approx([0, 1, 2, 3])
-    assert report._running_mean([]) == []
+    assert plots.running_mean(line) == pytest.approx(line)
+    assert plots.running_mean([0.0, 3.0, 0.0, 3.0]) == pytest.approx([0, 1, 2, 3])
+    assert plots.running_mean([]) == []
 
 
 def test_the_losses_have_a_row_per_stage_and_name_the_file_with_every_row(tmp_path, results, metrics):
     results["stages"] = {"pair": {"kind": "pair", "init": "diffusion"}}
     text = report.write_report(tmp_path / "run", results, metrics | {"none": tmp_path / "nothing.jsonl"}).read_text()
     table = text.partition("| stage | objective |")[2].partition("\n\n")[0].splitlines()
-    mean = report._running_mean([5 / step for step in range(1, 50)])
+    mean = plots.running_mean([5 / step for step in range(1, 50)])
     course = " | ".join(f"{mean[k]:.3f}" for k in (0, 12, 24, 36, 48))
     assert table[2:] == [f"| pair | pair | 49 | {course} |", "| none | – | – | – | – | – | – | – |"]
     assert "STAGE/metrics.jsonl has every logged row." in text

@@ -1,0 +1,300 @@
+"""Any number of evaluations and runs side by side: by task, language, length of the text, precision and dimension.
+
+    models, runs = read([DIR, RUN, …])
+    page.write(folder, sections(folder, models, runs))
+
+DIR is what `embed evaluate` wrote, RUN the workdir of a run. Differences between two models have 95% intervals of a
+paired bootstrap over the queries.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from embed import paths
+from embed.evaluation import plots, records
+from embed.evaluation.tables import NONE, bold_best, bold_row, cell, number, table
+from embed.training.metrics import FILE, read_metrics
+
+SAMPLES = 2000  # of the bootstrap
+LENGTHS = 4  # groups of queries by the length of their text
+MEASURES = {"ndcg@10": "nDCG@10", "recall@10": "recall@10"}
+
+
+class Evaluated(NamedTuple):
+    """A model and its records."""
+
+    label: str
+    dimensions: int | None
+    records: dict[tuple[str, str, str], dict]  # by task, subset, split
+
+    def value(self, key: tuple, form: str, metric: str = "") -> float | None:
+        """A metric, by default the main one."""
+        record = self.records.get(key)
+        return record and record["values"].get(form, {}).get(metric or record["main"])
+
+    def queries(self, key: tuple, form: str) -> dict[str, float]:
+        """{query: its main metric}."""
+        found = self.records.get(key, {}).get("queries", {})
+        return dict(zip(found.get("ids", ()), found.get("values", {}).get(form, ())))
+
+    @property
+    def forms(self) -> list[str]:
+        return list(dict.fromkeys(form for record in self.records.values() for form in record["values"]))
+
+
+class Curve(NamedTuple):
+    """The logged metrics of a stage of a run."""
+
+    label: str
+    stage: str
+    rows: list[dict]
+
+
+def read(sources: Sequence) -> tuple[list[Evaluated], list[Curve]]:
+    """The models and the training curves of folders of `embed evaluate` and of runs.
+
+    ValueError for a folder that is neither.
+    """
+    models, curves, folders = [], [], []  # folders: of each model, to tell models of one name apart
+    for source in sources:
+        folder = paths.path(source)
+        if records.is_evaluation(folder):
+            models.append(_evaluated(folder, records.read_about(folder)["model"]["name"].removeprefix("local/")))
+            folders.append(folder.name)
+            continue
+        found = sorted(file.parent for name, file in paths.files(folder).items() if name.endswith(f"/{FILE}"))
+        inner = folder / records.EVALUATED
+        if not found and not inner.is_dir():
+            raise ValueError(f"{source} is neither a folder of `embed evaluate` nor of a run")
+        if inner.is_dir():
+            order = (
+                paths.read_json(folder / "results.json")["checkpoints"] if (folder / "results.json").exists() else {}
+            )
+            each = {records.read_about(child)["model"]["name"]: child for child in sorted(inner.iterdir())}
+            for name in [*(n for n in order if n in each), *(n for n in each if n not in order)]:
+                models.append(_evaluated(each[name], name if len(sources) == 1 else f"{folder.name}: {name}"))
+                folders.append(f"{folder}")
+        for stage in found:
+            label = stage.name if len(sources) == 1 else f"{folder.name}: {stage.name}"
+            curves.append(Curve(label, stage.name, read_metrics(stage / FILE)))
+    labels = [model.label for model in models]
+    models = [
+        model._replace(label=f"{model.label} ({folder})") if labels.count(model.label) > 1 else model
+        for model, folder in zip(models, folders)
+    ]
+    return models, curves
+
+
+def _evaluated(folder, label: str) -> Evaluated:
+    found = {(r["task"], r["subset"], r["split"]): r for r in records.read(folder)}
+    return Evaluated(label, records.read_about(folder)["model"].get("dimensions"), found)
+
+
+def bootstrap(differences: Float64[np.ndarray, " q"], samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the mean of paired differences: percentiles of the means of resampled queries."""
+    rng, count = np.random.default_rng(seed), len(differences)
+    size = max(1, 2**22 // count)
+    means = [
+        rng.multinomial(count, np.full(count, 1 / count), min(size, samples - start)) @ differences / count
+        for start in range(0, samples, size)
+    ]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def sections(folder, models: Sequence[Evaluated], curves: Sequence[Curve], baseline: str = "") -> Iterator[str]:
+    """The blocks of the report; draws its plots in folder/plots. `baseline` is the label that others are compared with,
+    by default that of the first model."""
+    drawn = Path(folder) / "plots"
+    drawn.mkdir(parents=True, exist_ok=True)
+    yield "# Comparison"
+    if models:
+        yield "## Models"
+        yield from _overview(models)
+        yield from _tasks(models)
+        yield from details(drawn, models, baseline)
+    if curves:
+        yield "## Training curves"
+        plots.curves(drawn / "training.svg", curves)
+        yield "![Training loss over steps and over hours](plots/training.svg)"
+        yield (
+            "The running mean of the loss. Stages with one name share a panel; their losses compare only if their "
+            "objective, batch and temperature are equal."
+        )
+
+
+def details(drawn: Path, models: Sequence[Evaluated], baseline: str = "") -> Iterator[str]:
+    """Differences from a baseline, languages, lengths and sizes; draws the plots in the folder `drawn`."""
+    first = next((model for model in models if model.label == baseline), models[0])
+    yield from _differences([first, *(model for model in models if model is not first)])
+    yield from _languages(models)
+    yield from _lengths(drawn, models)
+    yield from _sizes(drawn, models)
+
+
+def common(models: Sequence[Evaluated]) -> list[tuple[str, str, str]]:
+    """The sets that all models were evaluated on, in the order of the first."""
+    return [key for key in models[0].records if all(key in model.records for model in models)]
+
+
+def main_form(models: Sequence[Evaluated]) -> str:
+    """The form in which models are compared: float32, or else the first that all have. "" if there is none."""
+    shared = [form for form in models[0].forms if all(form in model.forms for model in models)]
+    return "float32" if "float32" in shared else shared[0] if shared else ""
+
+
+def mean(model: Evaluated, keys: Sequence[tuple], form: str) -> float | None:
+    """The mean over tasks of the means over their subsets and splits; None if one is missing."""
+    tasks: dict[str, list] = {}
+    for key in keys:
+        tasks.setdefault(key[0], []).append(model.value(key, form))
+    values = [value for found in tasks.values() for value in found]
+    return float(np.mean([np.mean(found) for found in tasks.values()])) if values and None not in values else None
+
+
+def size(form: str, dimensions: int | None) -> float | None:
+    """Bytes of a vector."""
+    precision, _, prefix = form.partition("-")
+    kept = int(prefix) if prefix else dimensions
+    return kept and kept * {"float32": 4, "int8": 1}.get(precision, 1 / 8)
+
+
+def _overview(models: Sequence[Evaluated]) -> Iterator[str]:
+    keys = common(models)
+    rows = []
+    for model in models:
+        for form in model.forms:
+            bytes_ = size(form, model.dimensions)
+            rows.append(
+                [cell(model.label), form, f"{bytes_:,.0f}" if bytes_ else NONE, number(mean(model, keys, form))]
+            )
+    tasks = len({key[0] for key in keys})
+    yield table(
+        ["model", "vectors", "bytes", f"mean of {tasks} task{'s' * (tasks != 1)}"], bold_best(rows, [3]), left=2
+    )
+    left_out = {key for model in models for key in model.records} - set(keys)
+    note = f" {len(left_out):,} sets are left out, since not all models were evaluated on them." if left_out else ""
+    yield f"The mean of the main metrics over the tasks that all models share, each task the mean of its subsets.{note}"
+
+
+def _tasks(models: Sequence[Evaluated]) -> Iterator[str]:
+    form = main_form(models)
+    yield "## Tasks"
+    every = list(dict.fromkeys(key for model in models for key in model.records))
+    tasks: dict[str, list[tuple]] = {}
+    for key in every:
+        tasks.setdefault(key[0], []).append(key)
+    rows = []
+    for task, keys in tasks.items():
+        record = next(model.records[keys[0]] for model in models if keys[0] in model.records)
+        queries = sum((model_record(models, key)["counts"].get("queries") or 0) for key in keys)
+        main = MEASURES.get(record["main"], record["main"])
+        rows.append([cell(task), main, f"{len(keys)}", f"{queries:,}" if queries else NONE])
+        rows[-1] += [number(mean(model, keys, form)) for model in models]
+    heads = ["task", "metric", "sets", "queries", *(cell(model.label) for model in models)]
+    yield f"Vectors in {form}."
+    yield table(heads, [bold_row(row, 4) for row in rows], left=2)
+
+
+def model_record(models: Sequence[Evaluated], key: tuple) -> Mapping:
+    """The record of a set of the first model that has it."""
+    return next(model.records[key] for model in models if key in model.records)
+
+
+def _differences(models: Sequence[Evaluated]) -> Iterator[str]:
+    """Every other model minus the first, with intervals."""
+    form, (first, *others), rows = main_form(models), models, []
+    for key in first.records:
+        base = first.queries(key, form)
+        for model in others:
+            other = model.queries(key, form)
+            shared = [query for query in base if query in other]
+            if len(shared) < 2:
+                continue
+            found = np.array([other[query] - base[query] for query in shared])
+            low, high = bootstrap(found)
+            verdict = "" if low <= 0 <= high else "better" if low > 0 else "worse"
+            name = " ".join(part for part in key if part not in ("default", "test"))
+            rows.append([cell(name), cell(model.label), verdict, f"{len(shared):,}"])
+            rows[-1] += [f"{found.mean():+.4f}", f"{low:+.4f}", f"{high:+.4f}"]
+    if not rows:
+        return
+    yield f"## Differences from {cell(first.label)}"
+    better, worse = (sum(row[2] == verdict for row in rows) for verdict in ("better", "worse"))
+    yield (
+        f"nDCG@10 in {form}, minus that of {cell(first.label)}, over the same queries, with the 95% interval of a "
+        f"paired bootstrap ({SAMPLES:,} samples of the queries). Of {len(rows):,} differences, {better:,} are better "
+        f"and {worse:,} are worse: their interval is on one side of 0. About 1 in 20 would be without any difference."
+    )
+    yield table(["set", "model", "", "queries", "difference", "low", "high"], rows, left=3)
+
+
+def _languages(models: Sequence[Evaluated]) -> Iterator[str]:
+    form, found = main_form(models), {}
+    for key in common(models):
+        for language in {name.split("-")[0] for name in model_record(models, key).get("languages") or ()}:
+            found.setdefault(language, []).append(key)
+    if len(found) < 2:
+        return
+    yield "## Languages"
+    rows = []
+    for language, keys in sorted(found.items()):
+        rows.append([language, f"{len(keys)}", *(number(mean(model, keys, form)) for model in models)])
+    yield f"The mean over the sets in a language, vectors in {form}. A set in two languages counts for both."
+    yield table(["language", "sets", *(cell(m.label) for m in models)], [bold_row(row, 2) for row in rows], left=1)
+
+
+def _lengths(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
+    """How quality changes with the length of the relevant text: groups of equally many queries of each set."""
+    form, rows, lines = main_form(models), [], []
+    for key in dict.fromkeys(key for model in models for key in model.records):
+        about = model_record(models, key).get("queries")
+        if not about or len(about["ids"]) < 5 * LENGTHS:
+            continue
+        order = [i for i in np.argsort(about["characters"], kind="stable") if about["characters"][i]]
+        groups = [part for part in np.array_split(np.array(order, int), LENGTHS) if len(part)]
+        middles = [float(np.median([about["characters"][i] for i in part])) for part in groups]
+        name = " ".join(part for part in key if part not in ("default", "test"))
+        values = {}
+        for model in models:
+            of = model.queries(key, form)
+            if set(about["ids"]) <= set(of):
+                values[model.label] = [float(np.mean([of[about["ids"][i]] for i in part])) for part in groups]
+        lines.append((name, middles, values))
+        for k, (part, middle) in enumerate(zip(groups, middles)):
+            low, high = (about["characters"][part[i]] for i in (0, -1))
+            rows.append([cell(name), f"{low:,} to {high:,}", f"{middle:,.0f}", f"{len(part):,}"])
+            rows[-1] += [number(values[m.label][k]) if m.label in values else NONE for m in models]
+    if not rows:
+        return
+    yield "## Length of the text"
+    plots.lengths(drawn / "lengths.svg", lines)
+    yield "![nDCG@10 by the length of the relevant text](plots/lengths.svg)"
+    yield f"nDCG@10 in {form} by the characters of the longest relevant text of a query, in groups of equal size."
+    heads = ["set", "characters", "median", "queries", *(cell(model.label) for model in models)]
+    yield table(heads, rows, left=2)
+
+
+def _sizes(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
+    keys, points = common(models), {}
+    for model in models:
+        found = [(size(form, model.dimensions), mean(model, keys, form), form) for form in model.forms]
+        points[model.label] = sorted(point for point in found if point[0] and point[1] is not None)
+    points = {label: found for label, found in points.items() if len(found) > 1}
+    if not points:
+        return
+    yield "## Size of the vectors"
+    plots.sizes(drawn / "sizes.svg", points)
+    yield "![Quality against bytes of a vector](plots/sizes.svg)"
+    rows = []
+    for label, found in points.items():
+        full = max(found)[1]
+        for bytes_, value, form in found:
+            share = f"{value / full:.1%}" if full else NONE
+            rows.append([cell(label), form, f"{bytes_:,.0f}", f"{math.floor(1e9 / bytes_):,}", number(value), share])
+    yield table(["model", "vectors", "bytes", "vectors per GB", "mean", "of the largest"], rows, left=2)

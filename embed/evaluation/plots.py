@@ -1,0 +1,173 @@
+"""Plots of reports. No pyplot, so there is no global state; the file's extension says whether it is PNG or SVG."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+
+from embed.training.metrics import read_metrics
+
+# The colors also differ in lightness, for print and for color-blind readers (Okabe and Ito).
+COLORS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+COLUMNS = 3  # of panels in a grid
+PANELS = 9  # at most, in a grid
+
+
+def color(k: int) -> str:
+    """The color of the line k."""
+    return COLORS[k % len(COLORS)]
+
+
+def losses(path, metrics: Mapping[str, Path]) -> None:
+    """One panel per stage: the loss at each logged step, and its running mean."""
+    figure, axes = _figure(len(metrics), (2.9 * len(metrics) + 0.4, 2.8))
+    for axis, (stage, file) in zip(axes, metrics.items()):
+        rows = [row for row in read_metrics(file) if "loss" in row]
+        steps, values = [row["step"] for row in rows], [row["loss"] for row in rows]
+        axis.plot(steps, values, color="#9DC3E6", linewidth=0.8)
+        axis.plot(steps, running_mean(values), color=COLORS[0], linewidth=1.6)
+        axis.set_title(stage if rows else f"{stage}: nothing logged", loc="left", fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.01)
+    axes[0].set_ylabel("training loss (nats)")
+    figure.savefig(path, dpi=160)
+
+
+def bars(path, names: Sequence[str], values: Mapping[str, Sequence[float | None]], label: str) -> None:
+    """Groups of bars: a group per name, in it a bar per key of `values`, with its figure."""
+    figure, (axis,) = _figure(1, (max(6, 1.15 * len(names) + 1), 3.4))
+    width = 0.8 / max(len(values), 1)
+    for k, (title, heights) in enumerate(values.items()):
+        positions = [i + (k - (len(values) - 1) / 2) * width for i in range(len(names))]
+        drawn = axis.bar(positions, [v or 0 for v in heights], width * 0.92, color=color(k), label=title)
+        shown = ["–" if v is None else f"{v:.3f}" for v in heights]
+        axis.bar_label(drawn, shown, fontsize=7, padding=2, color="#333333")
+    axis.set_xticks(range(len(names)), [name.replace(" + ", " +\n").replace(" (", "\n(") for name in names])
+    axis.set_ylabel(label)
+    axis.margins(y=0.1)
+    axis.legend(
+        frameon=False, fontsize=8, ncols=max(len(values), 1), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2
+    )
+    figure.savefig(path, dpi=160)
+
+
+def slerp(path, merges: Mapping[str, Mapping]) -> None:
+    """One panel per merge: nDCG@10 on the development split against the slerp ratio."""
+    figure, axes = _figure(len(merges), (4.6 * len(merges), 3))
+    for axis, (name, merge) in zip(axes, merges.items()):
+        ratios = [point["ratio"] for point in merge["sweep"]]
+        for k, benchmark in enumerate(name for name in merge["sweep"][0] if name != "ratio"):
+            values = [point[benchmark] for point in merge["sweep"]]
+            axis.plot(ratios, values, marker="o", markersize=4, color=color(k), label=benchmark)
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel("ratio: 0 is the first, 1 the second")
+        axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("nDCG@10, development split")
+    figure.savefig(path, dpi=160)
+
+
+def lengths(path, lines: Sequence[tuple[str, Sequence[float], Mapping[str, Sequence[float]]]]) -> None:
+    """One panel per set: a line per model over the length of the text, (set, lengths, {model: values}) each."""
+    shown = lines[:PANELS]
+    figure, axes = _grid(len(shown), 2.5)
+    for axis, (name, middles, values) in zip(axes, shown):
+        for k, (label, heights) in enumerate(values.items()):
+            axis.plot(middles, heights, marker="o", markersize=3.5, color=color(k), label=label)
+        axis.set_xscale("log")
+        _plain_ticks(axis, middles)
+        axis.set_title(name, loc="left", fontsize=9)
+        axis.set_xlabel("characters")
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylabel("nDCG@10")
+    _legend(figure, axes[0])
+    figure.savefig(path)
+
+
+def sizes(path, points: Mapping[str, Sequence[tuple[float, float, str]]]) -> None:
+    """A line per model: quality over the bytes of a vector; points are (bytes, value, form)."""
+    figure, (axis,) = _figure(1, (7, 3.6))
+    for k, (label, found) in enumerate(points.items()):
+        for precision, marker in (("float32", "o"), ("int8", "s"), ("binary", "^"), ("ubinary", "v")):
+            part = [(x, y) for x, y, form in found if form.partition("-")[0] == precision]
+            if part:
+                axis.plot(*zip(*part), marker=marker, markersize=5, color=color(k), linewidth=1)
+        axis.plot([], [], color=color(k), label=label)
+    for marker, precision in (("o", "float32"), ("s", "int8"), ("^", "binary")):
+        axis.plot([], [], marker=marker, color="#555555", linestyle="none", label=precision)
+    axis.set_xscale("log", base=2)
+    _plain_ticks(axis, sorted({x for found in points.values() for x, *_ in found}))
+    axis.set_xlabel("bytes of a vector")
+    axis.set_ylabel("mean of the main metrics")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
+
+
+def curves(path, found: Sequence) -> None:
+    """A row per stage: the running mean of the loss of each run, over steps and over hours (`compare.Curve`)."""
+    stages = list(dict.fromkeys(curve.stage for curve in found))
+    figure = matplotlib.figure.Figure(figsize=(9, 2.5 * len(stages) + 0.4), layout="constrained")
+    axes = figure.subplots(len(stages), 2, squeeze=False)
+    for line, stage in zip(axes, stages):
+        for k, curve in enumerate(curve for curve in found if curve.stage == stage):
+            rows = [row for row in curve.rows if "loss" in row]
+            steps, values = [row["step"] for row in rows], running_mean([row["loss"] for row in rows])
+            taken = np.diff([0, *steps]) * [row.get("seconds_per_step", 0) for row in rows]
+            for axis, xs in zip(line, (steps, np.cumsum(taken) / 3600)):
+                axis.plot(xs, values, color=color(k), label=curve.label)
+        line[0].set_ylabel(f"{stage}: loss")
+        for axis, label in zip(line, ("step", "hours")):
+            _tidy(axis)
+            axis.set_xlabel(label)
+        line[1].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def running_mean(values) -> list[float]:
+    """Each value's mean with its neighbors: a tenth of all points in the middle, fewer toward the ends."""
+    half, last = len(values) // 20 + 1, len(values) - 1
+    reach = [min(half, k, last - k) for k in range(len(values))]
+    return [sum(values[k - r : k + r + 1]) / (2 * r + 1) for k, r in enumerate(reach)]
+
+
+def _figure(panels: int, size: tuple[float, float]):
+    """A row of panels."""
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for axis in axes:
+        _tidy(axis)
+    return figure, axes
+
+
+def _grid(panels: int, height: float):
+    """A grid of panels."""
+    columns = min(panels, COLUMNS)
+    rows = -(-panels // columns)
+    figure = matplotlib.figure.Figure(figsize=(3.1 * columns + 0.4, height * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[panels:]:
+        axis.set_visible(False)
+    for axis in axes[:panels]:
+        _tidy(axis)
+    return figure, axes[:panels]
+
+
+def _tidy(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#E4E4E4", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.tick_params(labelsize=8, length=3)
+    for text in (axis.xaxis.label, axis.yaxis.label):
+        text.set_fontsize(9)
+
+
+def _plain_ticks(axis, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis at the values, as plain numbers."""
+    axis.set_xticks(values, [f"{value:,.0f}" for value in values])
+    axis.minorticks_off()
+
+
+def _legend(figure, axis) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=min(len(labels), 4), loc="outside upper center")
