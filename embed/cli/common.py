@@ -255,8 +255,10 @@ class Parser(argparse.ArgumentParser):
         namespace, remaining = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = getattr(namespace, action.dest, None)
-            if isinstance(value, str) and not value.strip() and value != action.default:
-                raise ValueError(f"{self.prog}: {action.option_strings[0]}={value} is empty: expected a value")
+            values = value if isinstance(value, list) and action.nargs == "+" else [value]
+            if value != action.default and (empty := [v for v in values if isinstance(v, str) and not v.strip()]):
+                name = f"{action.option_strings[0]}={empty[0]}" if action.option_strings else action.metavar
+                raise ValueError(f"{self.prog}: {name} is empty: expected a value")
         for argument in remaining:
             if not argument.startswith("--config."):
                 self._refuse(argument)

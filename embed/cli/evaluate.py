@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
     from embed import distributed, inference
     from embed.cli import common
-    from embed.evaluation import published, records
+    from embed.evaluation import published, records, sets
     from embed.evaluation.published import TOLERANCE
 
     parser = common.Parser("evaluate", __doc__)
@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.output and not arguments.data:
         raise ValueError("--output is needed: results are saved task by task")
     common.join(arguments, saves_at_sigterm=False)
-    inputs = [arguments.model, *(arguments.data or [])]
+    inputs = [arguments.model, *(file for folder in arguments.data or [] for file in sets.files(folder))]
     with common.output(arguments, inputs, is_ours=records.is_evaluation, continues=True), common.keeps_work():
-        sets = list(_read_sets(arguments)) if arguments.data else []
+        local = list(_read_sets(arguments)) if arguments.data else []
         tasks = _find_tasks(arguments) if not arguments.data else []
         splits = {task.metadata.name: task.eval_splits for task in tasks}
         scores = [score for score in scores if not score.split or score.split in splits[score.task]]
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.output:
             _start(arguments, candidate)
         made = []
-        for data, subset, split in sets:
+        for data, subset, split in local:
             made.append(_evaluate_set(arguments, candidate, forms, data, subset, split))
             _show(made[-1:], candidate)
         for task in tasks:
@@ -243,27 +243,24 @@ def _start(arguments: argparse.Namespace, candidate) -> None:
 def _evaluate_set(arguments, candidate, forms, data, subset: str, split: str) -> dict:
     """The record of a local set; one that is there and complete is not computed again."""
     import json
-    import time
 
     from embed import distributed, paths
     from embed.evaluation import records
 
     file = records.path(arguments.output, data.name, subset, split) if arguments.output else None
-    saved = distributed.from_first(file.read_text() if file and file.exists() else "")
+    saved = distributed.from_first(file.read_text(encoding="utf-8") if file and file.exists() else "")
     before = json.loads(saved) if saved else {"values": {}, "digest": records.digest(data)}
     if before.get("digest") != records.digest(data):
         raise ValueError(f"{file} is of another content of {data.name}: choose another --output")
     missing = [form for form in forms if f"{form}" not in before["values"]]
     if not missing:
         return before
-    started = time.perf_counter()
     language = arguments.languages[0] if arguments.languages else ""
     rankings = candidate.rank(data, missing, alone=arguments.alone, language=language, show_progress_bar=True)
     about = {"task": data.name, "subset": subset, "split": split, "type": "Retrieval", "languages": arguments.languages}
-    record = records.make(data, rankings, **about, seconds=time.perf_counter() - started)
+    record = records.make(data, rankings, **about)
     if saved:
-        for part in ("values",):
-            record[part] = before[part] | record[part]
+        record["values"] = before["values"] | record["values"]
         record["queries"]["values"] = before["queries"]["values"] | record["queries"]["values"]
     if file and distributed.is_first():
         records.write(paths.path(file), record)

@@ -17,7 +17,7 @@ from embed import distributed, paths
 from embed.cli import common
 from embed.console import say
 from embed.evaluation.retrieval import embed_corpus, embed_queries
-from embed.evaluation.sets import RetrievalSet, read_set
+from embed.evaluation.sets import RetrievalSet, files, read_set
 from embed.inference.index import check_id, read_jsonl
 from embed.mining import Judge, Mined, check_window, mine, summary
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_window(args.num_negatives, tuple(args.rank_window))
     common.join(args, saves_at_sigterm=False)
-    with common.output(args, inputs=[args.model, args.scores, args.data], is_our_file=is_our_file):
+    with common.output(args, inputs=[args.model, args.scores, *files(args.data)], is_our_file=is_our_file):
         data = read_set(args.data)
         scores = _read_scores(args.scores, data) if args.scores else {}
         encoder = common.load_encoder(args)
@@ -142,7 +142,7 @@ def _read_scores(path: str, data: RetrievalSet) -> dict[tuple[int, int], float]:
         pair = query_of[query], row_of[text]
         if scores.setdefault(pair, score) != score:
             raise ValueError(f"{source}: {text!r} has score {score!r} for {query!r}, and {scores[pair]!r} before")
-    needed = [(query, row) for query, relevant in enumerate(data.relevant) for row in relevant.indices.tolist()]
+    needed = [(query, row) for query, rows in enumerate(data.relevant_rows) for row in rows.tolist()]
     if missing := [pair for pair in needed if pair not in scores]:
         query, row = missing[0]
         raise ValueError(

@@ -1,7 +1,6 @@
 """Evaluate a model on a task of mteb: its own result files, and our records of every query."""
 
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def evaluate(
     What `folder` has is not computed again: subsets of a task are saved one by one. `foreign` is a model of mteb that
     is evaluated instead, in the one form that it has. All processes call this.
     """
-    started, vectors = time.perf_counter(), Cache()
+    vectors = Cache()
     with tempfile.TemporaryDirectory(prefix="embed-results-") as other:
         # Only process 0 writes; the others need the same results, or they would wait for computations that it skips.
         cache = mteb.ResultCache(paths.path(folder) if distributed.is_first() else Path(other))
@@ -46,10 +45,10 @@ def evaluate(
             model = _model(candidate, form, vectors, alone, noted, foreign)
             meta = model.mteb_model_meta
             file = cache.get_task_result_path(task.metadata.name, meta)
-            saved = distributed.from_first(file.read_text() if file.exists() else "")
+            saved = distributed.from_first(file.read_text(encoding="utf-8") if file.exists() else "")
             if saved and not distributed.is_first():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(saved)
+                file.write_text(saved, encoding="utf-8")
             result = cache.load_task_result(task.metadata.name, meta)
             if result is None or result.get_missing_evaluations(task):
                 _load(task)
@@ -62,7 +61,7 @@ def evaluate(
                 encode_kwargs={"batch_size": 256, "show_progress_bar": progress},
             ).task_results[0]
             noted.flush()
-            made = _merge(folder, task, form, result, noted, time.perf_counter() - started)
+            made = _merge(folder, task, form, result, noted)
     vectors.clear()
     if task.data_loaded:
         task.unload_data()
@@ -130,7 +129,7 @@ def _characters(corpus, judgments: Mapping[str, Mapping[str, int]]) -> list[int]
     ]
 
 
-def _merge(folder, task, form: Form, result, noted: _Noted, seconds: float) -> list[dict]:
+def _merge(folder, task, form: Form, result, noted: _Noted) -> list[dict]:
     """Add the scores of a form to the records of a task; returns them."""
     main = task.metadata.main_score.replace("_at_", "@")
     found = []
@@ -147,7 +146,6 @@ def _merge(folder, task, form: Form, result, noted: _Noted, seconds: float) -> l
                 "type": task.metadata.type,
                 "languages": languages_of(task.metadata, subset),
                 "main": main,
-                "seconds": seconds,
             }
             values = {name: score[key] for name, key in names.items() if score.get(key) is not None}
             record["values"] = record.get("values", {}) | {f"{form}": values}

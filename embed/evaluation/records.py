@@ -8,7 +8,7 @@
 
 A record is written when its set is done, so a command that was interrupted does the rest. It is
 
-    {"task", "subset", "split", "type", "languages", "main": the metric of `queries`, "counts": {…}, "seconds",
+    {"task", "subset", "split", "type", "languages", "main": the metric of `queries`, "counts": {…},
      "values": {form: {metric: value}},
      "queries": {"ids": […], "characters": [length of the longest relevant text, …], "values": {form: […]}}}
 

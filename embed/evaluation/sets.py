@@ -55,6 +55,8 @@ class RetrievalSet(NamedTuple):
         return np.where(same, rows, -1).astype(np.int32)
 
 
+PART = r"(.+-)?(corpus|queries|qrels|documents|default)[./]"  # the names of the files of a set
+
 # What `read_set` counts and warns about, in words.
 NOTICED = {
     "unjudged queries": "queries without a judgment are left out",
@@ -73,6 +75,12 @@ def read_subsets(folder, *, split: str = "test") -> Iterator[tuple[str, Retrieva
     subsets = sorted({match[1] for name in names if (match := re.match(r"(.+?)-corpus[./]", name))})
     for subset in subsets or ["default"]:
         yield subset, read_set(folder, split=split, subset="" if subset == "default" else subset)
+
+
+def files(folder) -> list:
+    """The folder and the files of its set."""
+    found = paths.files(folder) if paths.path(folder).is_dir() else {}
+    return [folder, *(file for name, file in found.items() if re.match(PART, name))]
 
 
 def read_set(folder, *, split: str = "test", subset: str = "", name: str = "") -> RetrievalSet:

@@ -36,7 +36,7 @@ def refused(capsys, *arguments):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_ones(verb, capsys):
-    known = {"plan": "--topology", "evaluate": "--output"}.get(verb, "--workdir")
+    known = {"plan": "--topology", "evaluate": "--output", "report": "--output"}.get(verb, "--workdir")
     known = (
         "--output"
         if verb in ("encode", "index", "mine", "merge", "synthesize")
@@ -67,6 +67,7 @@ REQUIRED = {
     "pipeline": ["--config=c.py", "--workdir=w"],
     "plan": ["--config=c.py", "--topology=t"],
     "prepare": ["--config=c.py", "--workdir=w"],
+    "report": ["r", "--output=o"],
     "sample": ["--config=c.py", "--workdir=w", "--text=t", "--checkpoint=c"],
     "search": ["--model=m", "--index=i", "--query=q"],
     "synthesize": ["--corpus=c", "--output=o", "--base_url=http://h/v1", "--model=n"],
@@ -81,6 +82,8 @@ def test_no_verb_accepts_an_empty_value(verb, tmp_path, monkeypatch, capsys):
     given = REQUIRED[verb]
     for i, argument in enumerate(given):
         name, _, value = argument.partition("=")
+        if not value:  # no option
+            continue
         for empty in ("", " "):
             message = refused(capsys, verb, *given[:i], f"{name}={empty}", *given[i + 1 :])
             expected = "is blank: expected a text" if name == "--query" else "is empty: expected a value"
@@ -99,7 +102,9 @@ def test_a_path_that_is_a_url_outside_of_buckets_is_refused(verb, url, tmp_path,
     for i, argument in enumerate(given):
         name = argument.partition("=")[0]
         is_name = name in ("--query", "--config", "--base_url") or (verb, name) == ("synthesize", "--model")
-        if not is_name and (verb, name) != ("search", "--model"):  # which reads the index first
+        if name == "r":  # no option
+            assert f"{url} is not a path" in refused(capsys, verb, url, *given[1:])
+        elif not is_name and (verb, name) != ("search", "--model"):  # which reads the index first
             message = refused(capsys, verb, *given[:i], f"{name}={url}", *given[i + 1 :])
             assert f"{url} is not a path: expected a local path, gs://BUCKET/… or s3://BUCKET/…" in message, name
             assert message.endswith("; the hub id of this model is owner/name") == ("huggingface" in url)
@@ -241,12 +246,12 @@ def test_every_path_with_a_leading_tilde_is_in_the_home_folder(tmp_path, monkeyp
     assert cli.main(["encode", "--model=~/exported", "--corpus=~/texts.jsonl", "--output=~/vectors.npy"]) == 0
     assert cli.main(["index", f"--model={model}", "--corpus=~/texts.jsonl", "--output=~/index"]) == 0
     assert cli.main(["search", "--model=~/model", "--index=~/index", "--query=file"]) == 0
-    assert cli.main(["evaluate", "--model=~/model", "--data=~/data/evaluation/set/test", "--output=~/f.json"]) == 0
+    assert cli.main(["evaluate", "--model=~/model", "--data=~/data/evaluation/set/test", "--output=~/figures"]) == 0
     assert (
         cli.main(["merge", "--a=~/model", "--b=~/run/diffusion", "--output=~/merged"]) == 2
     )  # different model settings
     assert not list(here.iterdir())
-    assert {"run", "exported", "vectors.npy", "index", "f.json"} <= {entry.name for entry in home.iterdir()}
+    assert {"run", "exported", "vectors.npy", "index", "figures"} <= {entry.name for entry in home.iterdir()}
     assert "~" not in {entry.name for entry in home.iterdir()}
 
 
@@ -325,7 +330,7 @@ def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
 def test_only_verbs_that_continue_say_so_when_interrupted():
     text = {verb: (ROOT / "embed" / "cli" / f"{verb}.py").read_text() for verb in VERBS}
     assert [verb for verb in VERBS if "common.keeps_work()" in text[verb]] == [
-        *("pipeline", "prepare", "synthesize", "train")
+        *("evaluate", "pipeline", "prepare", "synthesize", "train")
     ]
 
 

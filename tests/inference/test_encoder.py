@@ -172,7 +172,8 @@ def test_a_document_longer_than_the_context_is_encoded_in_windows(encoder):
     for got, want in zip(
         arrays, [np.concatenate(encoder.encode_documents(parts)), *encoder.encode_documents(documents[1:])]
     ):
-        np.testing.assert_allclose(got, want, atol=1e-6)
+        # The windows are packed into other rows here, so sums run in another order: values of order 1 in float32.
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_an_error_in_a_window_names_its_document():

@@ -14,7 +14,8 @@ from embed import cli, paths, runs
 from embed.checkpoints.model_folder import ModelFolder
 
 VERBS = ("encode", "index", "evaluate", "mine", "export", "merge")
-FOLDERS = ("index", "export", "merge")
+FOLDERS = ("index", "evaluate", "export", "merge")
+REPLACES = tuple(verb for verb in VERBS if verb != "evaluate")  # which continues its output
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,8 @@ def arguments(verb, inputs, output, *more):
         "export": [model],
         "merge": [f"--a={inputs}/a", f"--b={inputs}/b"],
     }
+    if verb not in REPLACES:
+        more = [option for option in more if option != "--overwrite"]
     return [verb, *sources[verb], f"--output={output}", *more]
 
 
@@ -80,7 +83,7 @@ def written(inputs, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", REPLACES)
 def test_an_existing_output_is_replaced_only_with_overwrite(verb, inputs, written, tmp_path, refused):
     output = tmp_path / "out"
     small_copy(written / verb, output)
@@ -148,7 +151,7 @@ OTHER_FILES = {
 }
 
 
-@pytest.mark.parametrize("verb", ["encode", "evaluate", "mine"])
+@pytest.mark.parametrize("verb", ["encode", "mine"])
 def test_a_file_of_another_kind_is_never_replaced(verb, inputs, written, tmp_path, refused):
     others = {f"of {name}": content(written / name)[""] for name in VERBS if name not in FOLDERS and name != verb}
     others["weights"] = content(inputs / "a")["model.safetensors"]
@@ -200,7 +203,7 @@ def test_an_output_next_to_the_json_files_of_other_programs_is_written(name, inp
     assert cli.main(arguments("encode", inputs, tmp_path / "v.npy")) == 0
 
 
-@pytest.mark.parametrize("verb", FOLDERS)
+@pytest.mark.parametrize("verb", ["index", "export", "merge"])
 def test_a_folder_with_other_files_is_never_replaced(verb, written, tmp_path, refused):
     output = tmp_path / "out"
     shutil.copytree(written / verb, output)
@@ -214,7 +217,7 @@ def test_an_output_that_the_command_reads_is_refused(verb, inputs, refused):
     before = content(inputs)
     refused(verb, inputs / "a", f"is {inputs}/a, which this command reads", "--overwrite")
     refused(verb, inputs / "a" / "x", f"is inside {inputs}/a, which this command reads")
-    if verb not in ("export", "merge"):
+    if verb not in ("evaluate", "export", "merge"):
         refused(verb, inputs / "corpus.jsonl", "which this command reads", "--overwrite")
     if verb in FOLDERS:
         refused(verb, inputs, "which this command reads", "--overwrite")

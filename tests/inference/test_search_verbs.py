@@ -12,6 +12,7 @@ import small
 
 from embed import cli, inference, runs
 from embed.evaluation import retrieval
+from embed.evaluation.sets import read_set
 
 TEXTS = ["parse the config file", "a list of numbers", "open a vector index and search"]
 
@@ -201,18 +202,17 @@ def test_a_title_is_part_of_the_text_in_every_verb(model, tmp_path, capsys):
         data = ["--model", model, "--data", str(folder)]
         assert cli.main(["encode", *source, "--output", str(folder / "v.npy")]) == 0
         assert cli.main(["index", *source, "--output", str(folder / "i")]) == 0
-        assert cli.main(["evaluate", *data, "--output", str(folder / "e.json")]) == 0
+        assert cli.main(["evaluate", *data, "--output", str(folder / "e")]) == 0
         assert cli.main(["mine", *data, *options, "--output", str(folder / "n")]) == 0
         capsys.readouterr()
         assert cli.main(["search", *source, "--query", "parse"]) == 0
         index = inference.Index.load(folder / "i")
-        written = [(folder / file).read_bytes() for file in ("v.npy", "e.json", "n")]
+        written = [(folder / file).read_bytes() for file in ("v.npy", "n")]
+        written.append([row["value"] for row in json.loads((folder / "e" / "summary.json").read_text())])
         outputs.append([*written, index.vectors.tobytes(), index.texts, capsys.readouterr().out])
         vectors = np.load(folder / "v.npy")
         np.testing.assert_array_equal(vectors, index.vectors)
-        np.testing.assert_array_equal(
-            vectors, retrieval.embed_set(inference.load(model), retrieval.read_set(folder))[1]
-        )
+        np.testing.assert_array_equal(vectors, retrieval.embed_corpus(inference.load(model), read_set(folder)))
     assert outputs[0] == outputs[1]
 
 
@@ -226,17 +226,19 @@ def test_an_empty_corpus_row_of_a_set_is_counted_and_never_found(model, tmp_path
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", model, "--data", str(tmp_path)]
     assert cli.main(["evaluate", *arguments, "--output", str(tmp_path / "e")]) == 0
-    assert "embed: warning: 1 of the 4 rows of" in (error := capsys.readouterr().err) and "UserWarning" not in error
+    assert f"embed: warning: {tmp_path.name}: 1 texts are empty" in (error := capsys.readouterr().err)
+    assert "UserWarning" not in error
     encoder = inference.load(model)
-    with pytest.warns(UserWarning, match="1 of the 4 rows of"):
-        data = retrieval.read_set(tmp_path)
-    for ranking in retrieval.rank(encoder, data, inference.PRECISIONS).values():
-        assert sorted(ranking[0]) == [1, 2, 3]
+    with pytest.warns(UserWarning, match="1 texts are empty"):
+        data = read_set(tmp_path)
+    forms = [retrieval.Form(precision) for precision in inference.PRECISIONS]
+    for ranking in retrieval.rank(encoder, data, forms, depth=4).values():
+        assert sorted(ranking[0]) == [-1, 1, 2, 3]
     assert cli.main(["mine", *arguments, "--margin", "-2", "--output", str(tmp_path / "n")]) == 0
     assert sorted(json.loads((tmp_path / "n").read_text())["negatives"]) == ["c1", "c2"]
     (tmp_path / "qrels.jsonl").write_text('{"query-id": "q", "corpus-id": "e", "score": 1}')
     assert cli.main(["mine", *arguments, "--output", str(tmp_path / "m")]) == 2
-    assert "corpus.jsonl, line 1 (_id 'e') is relevant to a query but has no text" in capsys.readouterr().err
+    assert "corpus.jsonl:1 (_id 'e') is relevant to a query but has no text" in capsys.readouterr().err
 
 
 # Long texts
@@ -254,13 +256,14 @@ def test_a_long_text_is_named_by_line_and_id_and_cut_if_asked(verb, model, tmp_p
     source = f"--data={tmp_path}" if verb in ("evaluate", "mine") else f"--corpus={tmp_path / 'corpus.jsonl'}"
     more = ["--query=the"] if verb == "search" else [f"--output={tmp_path / 'out'}"]
     arguments = [verb, f"--model={model}", source, *more, "--max_length=9"]
+    if verb == "evaluate":  # which always cuts
+        assert cli.main(arguments) == 0
+        assert "embed: warning: 1 of 3 documents were cut to 9 tokens" in capsys.readouterr().err
+        return
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        "corpus.jsonl, line 2 (_id 'b') has" in error
-        and "max_length (--max_length) is 9" in error
-        and "--truncate" in error
-    )
+    line = "corpus.jsonl:2" if verb == "mine" else "corpus.jsonl, line 2"
+    assert f"{line} (_id 'b') has" in error and "max_length (--max_length) is 9" in error and "--truncate" in error
     assert cli.main([*arguments, "--truncate"]) == 0
     assert "embed: warning: 1 of 3 documents were cut to 9 tokens" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embed import paths
-from embed.evaluation import retrieval as evaluation
+from embed.evaluation.sets import read_set
 from embed.inference import index
 from embed.preparation import evaluation_sets
 from embed.preparation.sources import Conteb, Files, Parallel, Retrieval, SourceError, joined
@@ -273,7 +273,7 @@ def test_a_document_has_its_chunks_by_number_and_its_queries(layout, tmp_path):
         },
     ]
     evaluation_sets.write(tmp_path / "out", *source.evaluation_set())
-    loaded = evaluation.read_set(tmp_path / "out")
+    loaded = read_set(tmp_path / "out")
     assert len(loaded.documents) == 2 and len(loaded.queries) == 2
     lines = (tmp_path / "out" / "qrels.jsonl").read_text().splitlines()
     assert sorted((row["query-id"], row["corpus-id"]) for row in map(json.loads, lines)) == [
