@@ -99,7 +99,7 @@ RULES: dict[str, Rule] = {
     "stages.*.execution.milestone_every": COUNT_OR_0,
     "stages.*.execution.evaluate_every": COUNT_OR_0,
     "stages.*.execution.max_skipped": COUNT_OR_0,
-    "stages.*.execution.evaluate_on": (lambda name: isinstance(name, str), "a name"),
+    "stages.*.execution.evaluate_on": NAMES,
     "stages.*.execution.*": COUNT,
     "stages.*.left_shift": _one_of("auto", "True", "False"),
     "stages.*.temperature": POSITIVE,

@@ -116,7 +116,7 @@ def check_described(run: Run, described: Mapping) -> None:
         mixtures={name: dict.fromkeys(bound.members(name), 1.0) for name in bound.mixtures.rates},
         # Those of a task that only seqio knows are read when it is prepared.
         columns={name: columns.get(name, list(itertools.chain(*COLUMNS.values()))) for name in bound.trained()}.get,
-        has_set=bound.evaluation.sets.__contains__,
+        sets=sorted(bound.evaluation.sets),
         described=f"the evaluation.sets of {described['gin_file']}",
     )
     check_data(run, run.config.stages, data)
@@ -149,15 +149,16 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
     ):
         say(f"{name} is complete: {folder}, step {steps}")
         return {"steps": steps}
-    evaluate_params, execution = None, stage.execution
-    if execution.evaluate_every:
-        data = evaluation_set(run, execution.evaluate_on)
-        evaluate_params = functools.partial(hook, run, name, data)
+    evaluate_params, sets = None, {}
+    if stage.execution.evaluate_every:
+        sets = hook_sets(run, stage.execution.evaluate_on)
+        evaluate_params = functools.partial(hook, run, name, sets)
+    evaluated_on = " ".join(sets)
     with distributed.hold(folder) as check_held, progress_bar(name, steps) as update:
         identity = run.identity(name)
         # Another process has trained it meanwhile, or its end was interrupted.
         if distributed.on_first_process(lambda: run.is_complete(name, identity)):
-            training_state.finish(folder / "checkpoints", execution.evaluate_on)
+            training_state.finish(folder / "checkpoints", evaluated_on)
             say(f"{name} is complete: {folder}, step {steps}")
             return {"steps": steps}
         step, loader = _stage_parts(run, name, identity)
@@ -174,6 +175,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             loader=loader,
             initial_params=functools.partial(_initial_params, run, name),
             evaluate=evaluate_params,
+            evaluated_on=evaluated_on,
             check_held=check_held,
             read_timeout=run.config.execution.read_timeout or None,
             readers=run.config.execution.readers,
@@ -210,11 +212,20 @@ def _initial_params(run: Run, name: str, shardings) -> dict:
     return params if "head" in shardings else transformer.encoder_only(run.model, params)[1]
 
 
-def hook(run: Run, stage: str, data: RetrievalSet, params) -> float:
-    """nDCG@10 in int8 of parameters in training, computed by all devices of all processes together."""
+def hook_sets(run: Run, names: Sequence[str]) -> dict[str, RetrievalSet]:
+    """The sets that a stage is evaluated on while it trains: those named, or all development sets of the data."""
+    chosen = list(names) or development_sets(_prepared_data(run))
+    return {name: evaluation_set(run, name) for name in chosen}
+
+
+def hook(run: Run, stage: str, sets: Mapping[str, RetrievalSet], params) -> dict[str, float]:
+    """{set: nDCG@10 in int8} of parameters in training, computed by all devices of all processes together."""
     checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage)
     encoder = run.encoder(checkpoint, params)
-    return retrieval.evaluate_retrieval(encoder, data, (HOOK_FORM,))[HOOK_FORM][HOOK_METRIC]
+    return {
+        name: retrieval.evaluate_retrieval(encoder, data, (HOOK_FORM,))[HOOK_FORM][HOOK_METRIC]
+        for name, data in sets.items()
+    }
 
 
 def mine(run: Run, name: str) -> dict:
@@ -398,8 +409,9 @@ def _write_mined(writer: Writer, examples: _Examples, rows: np.ndarray, negative
 
 
 def evaluation_set(run: Run, name: str) -> RetrievalSet:
-    """The evaluation set SET/SPLIT of the prepared data."""
-    return read_set(run.data / "evaluation" / name, name=name)
+    """The evaluation set SET/SPLIT of the prepared data, or that of a folder anywhere else."""
+    folder = run.data / "evaluation" / name
+    return read_set(folder if folder.is_dir() else name, name=name)
 
 
 def ranking(run: Run, checkpoint: str, evaluation: str):
@@ -578,7 +590,7 @@ class _Data(NamedTuple):
 
     mixtures: Mapping[str, Mapping[str, float]]
     columns: Callable[[str], Sequence[str] | None]  # of a task; None if there is no such task
-    has_set: Callable[[str], bool]
+    sets: Sequence[str]  # SET/SPLIT
     described: str  # where the sets are
 
 
@@ -588,7 +600,17 @@ def _prepared_data(run: Run) -> _Data:
         return read_header(folder)["columns"] if (folder / "info.json").exists() else None
 
     sets = run.data / "evaluation"
-    return _Data(run.mixtures, columns, lambda name: (sets / name / "corpus.jsonl").exists(), f"{sets}")
+    names = (
+        {name.rpartition("/")[0] for name in paths.files(sets) if name.endswith("/corpus.jsonl")}
+        if sets.is_dir()
+        else ()
+    )
+    return _Data(run.mixtures, columns, sorted(names), f"{sets}")
+
+
+def development_sets(data: _Data) -> list[str]:
+    """The sets of the split "development"."""
+    return [name for name in data.sets if name.endswith("/development")]
 
 
 def check_data(run: Run, names: Iterable[str], data: _Data | None = None) -> None:
@@ -617,11 +639,16 @@ def check_data(run: Run, names: Iterable[str], data: _Data | None = None) -> Non
             for task in config.mining[entry].tasks:
                 check(f"mining.{entry}.tasks", task, "pair")
         if config.stages[name].execution.evaluate_every:
-            _check_set(data, f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on)
+            field, chosen = f"stages.{name}.execution.evaluate_on", config.stages[name].execution.evaluate_on
+            if not chosen and not development_sets(data):
+                raise ValueError(f"config.{field} is empty, and {data.described} has no SET/development: name a set")
+            for tried in chosen:
+                if not paths.path(tried).is_dir():
+                    _check_set(data, field, tried)
 
 
 def _check_set(data: _Data, field: str, name: str) -> None:
-    if not name or not data.has_set(name):
+    if name not in data.sets:
         raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT in {data.described}")
 
 

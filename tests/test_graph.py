@@ -23,6 +23,7 @@ from embed.data.curriculum import Curriculum
 from embed.data.loader import COLUMNS
 from embed.data.store import Store, Writer
 from embed.evaluation import retrieval
+from embed.evaluation.sets import read_set
 from embed.models import transformer
 from embed.training import stages
 from embed.training.metrics import read_metrics
@@ -112,12 +113,15 @@ def test_an_evaluation_finds_what_its_set_encoded_by_itself_does(workdir):
     run = make_run(workdir)
     encoder = run.encoder(run.checkpoint("contextual"))
     for name, evaluation in run.config.evaluations.items():
-        alone = retrieval.rank(
-            encoder, nodes.evaluation_set(run, evaluation.data), retrieval.PRECISIONS, alone=evaluation.alone
-        )
+        forms = [retrieval.Form(precision) for precision in retrieval.PRECISIONS]
+        alone = retrieval.rank(encoder, nodes.evaluation_set(run, evaluation.data), forms, alone=evaluation.alone)
         with np.load(nodes.ranking(run, "contextual", name)) as kept:
-            for precision, ranking in alone.items():
-                np.testing.assert_array_equal(kept[precision], ranking)
+            for form, ranking in alone.items():
+                np.testing.assert_array_equal(kept[form.precision], ranking)
+        record = json.loads(nodes.record_file(run, "contextual", name).read_text())
+        assert record["values"]["int8"]["ndcg@10"] == pytest.approx(
+            np.mean(record["queries"]["values"]["int8"]), abs=1e-6
+        )
 
 
 def test_saved_rankings_have_the_scores_of_the_table(workdir):
@@ -614,7 +618,10 @@ def test_names_that_the_data_do_not_have_are_refused_before_the_first_stage(work
         (["--config.merges.merged.sweep_on=('functions',)"], "config.merges.merged.sweep_on='functions' must be"),
         (["--config.report.texts="], "config.report.texts='' must be"),
         (
-            ["--config.stages.pair.execution.evaluate_every=2", "--config.stages.pair.execution.evaluate_on=none/test"],
+            [
+                "--config.stages.pair.execution.evaluate_every=2",
+                "--config.stages.pair.execution.evaluate_on=('none/test',)",
+            ],
             "config.stages.pair.execution.evaluate_on='none/test' must be",
         ),
     ):
@@ -1130,11 +1137,14 @@ def test_mined_negatives_are_used_after_their_checkpoint_is_gone(workdir, shared
 
 def test_milestones_and_the_best_checkpoint_by_held_out_retrieval_are_kept(shared, tmp_path):
     arguments = [f"--config={CONFIG},stage=pair", f"--workdir={tmp_path / 'run'}", shared, "--config.stages.pair.init="]
-    settings = dict(checkpoint_every=100, milestone_every=4, evaluate_every=3, evaluate_on="functions/development")
+    settings = dict(checkpoint_every=100, milestone_every=4, evaluate_every=3)
     arguments += [f"--config.stages.pair.execution.{name}={value}" for name, value in settings.items()]
     assert cli.main(["train", *arguments, "--config.stages.pair.curriculum=((10, 'pairs'),)"]) == 0
     rows = read_metrics(tmp_path / "run" / "pair" / "metrics.jsonl")
     figures = {row["step"]: row["evaluation"] for row in rows if "evaluation" in row}
+    names = ["contextual/development", "functions/development"]  # all development sets, if none are named
+    of_sets = {row["step"]: [row[f"evaluation/{name}"] for name in names] for row in rows if "evaluation" in row}
+    assert {step: np.mean(values) for step, values in of_sets.items()} == figures
     assert list(figures) == [3, 6, 9, 10]
     best = max(figures, key=lambda step: (figures[step], -step))
     checkpoints = tmp_path / "run" / "pair" / "checkpoints"
@@ -1143,10 +1153,27 @@ def test_milestones_and_the_best_checkpoint_by_held_out_retrieval_are_kept(share
     assert cli.main(["train", *arguments[:4], "--config.stages.pair.curriculum=((10, 'pairs'),)"]) == 0
     assert training_state.steps(checkpoints) == sorted({best, 4, 8, 10})
     encoder = runs.load_encoder(str(tmp_path / "run" / "pair"), best if best != 10 else 0)
-    data = retrieval.read_set(Path(shared.partition("=")[2]) / "evaluation" / "functions" / "development")
-    assert retrieval.evaluate_retrieval(encoder, data, ("int8",))["int8"]["ndcg@10"] == pytest.approx(
-        figures[best], abs=1e-6
-    )
+    form, folder = retrieval.Form("int8"), Path(shared.partition("=")[2]) / "evaluation"
+    for name, figure in zip(names, of_sets[best]):
+        found = retrieval.evaluate_retrieval(encoder, read_set(folder / name), [form])[form]["ndcg@10"]
+        assert found == pytest.approx(figure, abs=1e-6)
+
+
+def test_a_stage_is_evaluated_on_a_folder_that_is_not_in_its_data(shared, tmp_path):
+    texts = small.sentences(8, seed=2)
+    for name, rows in {
+        "corpus": [{"_id": f"{i}", "text": text} for i, text in enumerate(texts)],
+        "queries": [{"_id": "q", "text": texts[3]}],
+        "qrels": [{"query-id": "q", "corpus-id": "3", "score": 1}],
+    }.items():
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"--config={CONFIG},stage=pair", f"--workdir={tmp_path / 'run'}", shared, "--config.stages.pair.init="]
+    on = f"--config.stages.pair.execution.evaluate_on=({str(tmp_path / 'set')!r},)"
+    short = ["--config.stages.pair.curriculum=((2, 'pairs'),)", "--config.stages.pair.execution.evaluate_every=2"]
+    assert cli.main(["train", *arguments, on, *short]) == 0
+    (row,) = [r for r in read_metrics(tmp_path / "run" / "pair" / "metrics.jsonl") if "evaluation" in r]
+    assert row["evaluation"] == 1 and not [name for name in row if name.startswith("evaluation/")]
 
 
 # --- bad input: one sentence, exit code 2 ---------------------------------------------------------------------------
@@ -1277,7 +1304,7 @@ def test_two_local_processes_train_mine_evaluate_export_and_merge_like_one(tmp_p
     embed.chmod(0o755)
     shared = [f"--config.data.directory={tmp_path / 'data'}", "--config.stages.triplet.init=diffusion"]
     shared += ["--config.mining.hard.checkpoint=diffusion", "--config.stages.triplet.execution.evaluate_every=3"]
-    shared += ["--config.stages.triplet.execution.evaluate_on=set/test"]
+    shared += ["--config.stages.triplet.execution.evaluate_on=('set/test',)"]
 
     def both(verb, *more, stage=None):
         """Run the command in this process, then in two processes started by a launcher."""

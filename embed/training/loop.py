@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,7 @@ def train(
     loader,
     initial_params: Callable,
     evaluate: Callable | None = None,
+    evaluated_on: str = "",
     check_held: Callable = lambda: None,
     read_timeout: float | None = None,
     readers: int = 0,
@@ -109,8 +110,9 @@ def train(
     """Run `step.steps` steps in `folder`, from its newest checkpoint if there is one; return the final parameters.
 
     `initial_params(shardings)` computes the starting parameters if there is no checkpoint. Every `evaluate_every` steps
-    and at the end, all processes call `evaluate(params)`; its figure goes into the row as `evaluation`, and the
-    checkpoint with the highest figure is kept. `check_held()` raises if another process has taken over the folder. A
+    and at the end, all processes call `evaluate(params)`, which returns {set: figure}. The mean goes into the row as
+    `evaluation`, that of each of several sets as `evaluation/SET`, and the checkpoint with the highest mean of the same
+    sets, which `evaluated_on` names, is kept. `check_held()` raises if another process has taken over the folder. A
     batch may take `read_timeout` seconds; `readers` processes read them, or a thread. `peak` is the FLOP/s of a device
     for the MFU, by default the published value. `profile_steps` are traced. `writer(folder, start)` returns a
     MetricsWriter. `progress(k, row)` receives each logged row, `warn(sentence)` what went wrong without ending the run,
@@ -126,7 +128,7 @@ def train(
     with (
         on_signals() as stop_requested,
         training_state.open_manager(
-            checkpoints, save_every=execution.checkpoint_every, keep=execution.keep, evaluated_on=execution.evaluate_on
+            checkpoints, save_every=execution.checkpoint_every, keep=execution.keep, evaluated_on=evaluated_on
         ) as manager,
         contextlib.ExitStack() as stack,
     ):
@@ -138,7 +140,7 @@ def train(
         if not start:
             params = initial_params(step.params_sharding)
             state = step.init(params)
-        best = training_state.best(manager, execution.evaluate_on)
+        best = training_state.best(manager, evaluated_on)
 
         output = writer(folder, start) if jax.process_index() == 0 else None
         rows = stack.enter_context(_Log(output, step, progress, warn, start, peak or flops.device_peak()))
@@ -151,16 +153,17 @@ def train(
                 params, state, metrics = step(params, state, step.put(batch, loader), k)
                 rows.add(k + 1, metrics, stats)
             ending = stop_requested(k + 1)
-            last, figure = k + 1 == steps or ending, None
+            last, figure, figures = k + 1 == steps or ending, None, {}
             if every and (k + 1 == steps or (k + 1) % every == 0) and not (ending and k + 1 < steps):
                 with translate_peer_errors(k + 1), rows.pause():
-                    figure = evaluate(params)
+                    figures = evaluate(params)
+                figure = sum(figures.values()) / len(figures)
             better = figure is not None and figure > best
             milestone = execution.milestone_every and (k + 1) % execution.milestone_every == 0
             saving = last or milestone or better or manager.should_save(k + 1)
             if saving or figure is not None or k + 1 == profile_steps.stop:
                 with translate_peer_errors(k + 1):  # the counts so far must not be lost with this process
-                    rows.flush(row=saving or figure is not None, figure=figure, keep=saving)
+                    rows.flush(row=saving or figure is not None, figures=figures, keep=saving)
             if k in profile_steps and (last or k + 1 == profile_steps.stop) and output:
                 jax.profiler.stop_trace()
             training_state.check(manager)
@@ -173,7 +176,7 @@ def train(
                     params,
                     None if k + 1 == steps else state,  # a finished stage needs no optimizer state
                     figure=figure if better else None,
-                    evaluated_on=execution.evaluate_on,
+                    evaluated_on=evaluated_on,
                     milestone=bool(milestone),
                 )
             if ending:
@@ -182,7 +185,7 @@ def train(
     if jax.process_count() == 1 and stop_requested.number is not None:  # asked while the last step was saved
         ending = True
     if reached == steps:
-        training_state.finish(checkpoints, execution.evaluate_on)
+        training_state.finish(checkpoints, evaluated_on)
     if ending:
         number = stop_requested.number or signal.SIGTERM
         what = "interrupted" if number == signal.SIGINT else "SIGTERM"
@@ -207,6 +210,14 @@ def _estimates(stats: dict[str, float], batch: dict[str, np.ndarray], loader) ->
 COUNTED = ("skipped", "masked", "overflow")  # metrics that a row sums over steps
 
 
+def _evaluation(figures: Mapping[str, float]) -> dict[str, float]:
+    """The entries of a row for the figures of sets."""
+    if not figures:
+        return {}
+    each = {f"evaluation/{name}": figure for name, figure in figures.items()} if len(figures) > 1 else {}
+    return {"evaluation": sum(figures.values()) / len(figures)} | each
+
+
 class _Log:
     """Reads a step's metrics while the next step runs, and writes a row every `log_every` steps.
 
@@ -229,15 +240,15 @@ class _Log:
         self.flush()
         self.pending = step, metrics, stats
 
-    def flush(self, row: bool = False, figure: float | None = None, keep: bool = False) -> None:
-        """Wait for the pending step and read its metrics. With `row`, always write a row, with the `figure` if any.
+    def flush(self, row: bool = False, figures: Mapping[str, float] | None = None, keep: bool = False) -> None:
+        """Wait for the pending step and read its metrics. With `row`, always write a row, with `figures` of sets if any.
 
         With `keep`, the rows so far must survive this machine.
         """
         if self.pending:
             (step, metrics, stats), self.pending = self.pending, None
             metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
-            self._read(step, metrics | ({} if figure is None else {"evaluation": figure}), stats, row)
+            self._read(step, metrics | _evaluation(figures or {}), stats, row)
         if keep and self.writer:
             self.writer.flush()
 

@@ -36,7 +36,7 @@ STAGE = ConfigDict(
             keep=2,
             milestone_every=0,
             evaluate_every=0,
-            evaluate_on="",
+            evaluate_on=(),
             max_skipped=0,
         ),
         optimizer=dict(
