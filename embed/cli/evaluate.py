@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     from embed import distributed, inference
     from embed.cli import common
     from embed.evaluation import published, records, sets
+    from embed.evaluation.metrics import check_metrics
     from embed.evaluation.published import TOLERANCE
 
     parser = common.Parser("evaluate", __doc__)
@@ -49,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--splits", nargs="+", default=[], help="only these splits (default: test, or the task's own)")
     parser.add_argument("--precision", nargs="+", default=[], choices=inference.PRECISIONS)
     parser.add_argument("--truncate_dim", nargs="+", type=int, default=[], help="also evaluate these Matryoshka sizes")
+    parser.add_argument(
+        "--metrics", nargs="+", default=[], help="of --data: ndcg, recall, mrr, map, precision @ a rank"
+    )
+    parser.add_argument("--corpus_sizes", nargs="+", type=int, default=[], help="of --data: also search in such parts")
+    parser.add_argument("--trec", type=int, help="of --data: write TREC run files with this many texts of a query")
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
     parser.add_argument("--output", help="folder of the results; required for tasks and benchmarks")
     common.add_distributed_arguments(parser)
@@ -60,6 +66,13 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("name what to evaluate on: --data, --tasks, --benchmark or --reproduce")
     if arguments.data_root and arguments.data:
         raise ValueError("--data names folders itself: --data_root is for --tasks and --benchmark")
+    if not arguments.data and (arguments.metrics or arguments.corpus_sizes or arguments.trec):
+        raise ValueError("--metrics, --corpus_sizes and --trec are for --data")
+    if arguments.trec and not arguments.output:
+        raise ValueError("--trec needs --output, the folder of the run files")
+    if arguments.trec is not None and arguments.trec < 1:
+        raise ValueError(f"--trec={arguments.trec} must be positive")
+    check_metrics(arguments.metrics)
     if not arguments.output and not arguments.data:
         raise ValueError("--output is needed: results are saved task by task")
     common.join(arguments, saves_at_sigterm=False)
@@ -75,11 +88,13 @@ def main(argv: list[str] | None = None) -> int:
             _start(arguments, candidate)
         made = []
         for data, subset, split in local:
-            made.append(_evaluate_set(arguments, candidate, forms, data, subset, split))
-            _show(made[-1:], candidate)
+            found = _evaluate_set(arguments, candidate, forms, data, subset, split)
+            made += found
+            _show(found, candidate)
         for task in tasks:
-            made += _evaluate_task(arguments, candidate, forms, task)
-            _show(made[-1:], candidate)
+            found = _evaluate_task(arguments, candidate, forms, task)
+            made += found
+            _show(found, candidate)
         if distributed.is_first():
             if len(made) > 1:
                 print_means(made)
@@ -240,31 +255,62 @@ def _start(arguments: argparse.Namespace, candidate) -> None:
     distributed.on_first_process(lambda: records.start(arguments.output, about | made_with()))
 
 
-def _evaluate_set(arguments, candidate, forms, data, subset: str, split: str) -> dict:
-    """The record of a local set; one that is there and complete is not computed again."""
-    import json
+def _evaluate_set(arguments, candidate, forms, data, subset: str, split: str) -> list[dict]:
+    """The records of a local set, one per size of the corpus; what is there and complete is not computed again."""
+    import numpy as np
 
     from embed import distributed, paths
-    from embed.evaluation import records
+    from embed.evaluation import judgments, records
 
-    file = records.path(arguments.output, data.name, subset, split) if arguments.output else None
-    saved = distributed.from_first(file.read_text(encoding="utf-8") if file and file.exists() else "")
-    before = json.loads(saved) if saved else {"values": {}, "digest": records.digest(data)}
-    if before.get("digest") != records.digest(data):
-        raise ValueError(f"{file} is of another content of {data.name}: choose another --output")
-    missing = [form for form in forms if f"{form}" not in before["values"]]
-    if not missing:
-        return before
+    metrics = list(dict.fromkeys([*records.SUMMARIZED, *arguments.metrics]))
+    needed = np.unique(np.concatenate(data.relevant_rows)) if arguments.corpus_sizes else ()
+    parts = {"": np.arange(len(data.corpus))}
+    for size, rows in judgments.nested(data.corpus_ids, needed, arguments.corpus_sizes).items():
+        parts[f"{size}"] = rows
+    names = {name: " ".join(filter(None, ("" if subset == "default" and name else subset, name))) for name in parts}
+    files = {name: records.path(arguments.output or "", data.name, shown, split) for name, shown in names.items()}
+    before = {name: _read(file) if arguments.output else {} for name, file in files.items()}
+    for name, record in before.items():
+        if record and record["digest"] != records.digest(data):
+            raise ValueError(f"{files[name]} is of another content of {data.name}: choose another --output")
+    missing = [form for form in forms if any(_lacks(record, form, metrics) for record in before.values())]
+    if not missing and not arguments.trec:
+        return list(before.values())
+    depth = max(records.depth(metrics), arguments.trec or 0)
     language = arguments.languages[0] if arguments.languages else ""
-    rankings = candidate.rank(data, missing, alone=arguments.alone, language=language, show_progress_bar=True)
-    about = {"task": data.name, "subset": subset, "split": split, "type": "Retrieval", "languages": arguments.languages}
-    record = records.make(data, rankings, **about)
-    if saved:
-        record["values"] = before["values"] | record["values"]
-        record["queries"]["values"] = before["queries"]["values"] | record["queries"]["values"]
-    if file and distributed.is_first():
-        records.write(paths.path(file), record)
-    return record
+    how = dict(alone=arguments.alone, language=language, depth=depth, show_progress_bar=True)
+    rankings = candidate.rank(data, forms if arguments.trec else missing, parts=parts, **how)
+    made = []
+    for name, ranked in rankings.items():
+        about = {"task": data.name, "subset": names[name], "split": split, "type": "Retrieval"}
+        record = records.make(data, ranked, metrics, **about, languages=arguments.languages)
+        if before[name]:
+            record["values"] = before[name]["values"] | record["values"]
+            record["queries"]["values"] = before[name]["queries"]["values"] | record["queries"]["values"]
+        made.append(record)
+        if arguments.output and distributed.is_first():
+            records.write(paths.path(files[name]), record)
+            if arguments.trec and not name:
+                for form, ranking in ranked.items():
+                    records.write_trec(
+                        arguments.output, data, split, candidate.name, form, ranking[:, : arguments.trec]
+                    )
+    return made
+
+
+def _read(file) -> dict:
+    """The record of a file, {} if there is none; as process 0 sees it."""
+    import json
+
+    from embed import distributed
+
+    saved = distributed.from_first(file.read_text(encoding="utf-8") if distributed.is_first() and file.exists() else "")
+    return json.loads(saved) if saved else {}
+
+
+def _lacks(record: dict, form, metrics: list[str]) -> bool:
+    """Whether a record does not have all metrics of a form."""
+    return not set(metrics) <= set(record.get("values", {}).get(f"{form}", ()))
 
 
 def _evaluate_task(arguments, candidate, forms, task) -> list[dict]:

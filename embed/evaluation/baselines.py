@@ -69,33 +69,33 @@ def bm25(
     k1: float = 1.5,
     b: float = 0.75,
     depth: int = DEPTH,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """The BM25 ranking of a set, int32 [Q, depth]; ties as in `retrieval.search`, -1 after the last text with a match.
 
     k1 and b are the defaults of bm25s (Lucene's variant of the formula). With `context`, each chunk follows the first
     chunk of its document, which names the module. With a `language` (ISO 639-3), words are split, stemmed and left out
-    as in MTEB's BM25; without one, see `words`.
+    as in MTEB's BM25; without one, see `words`. `rows` are the part of the corpus that is searched, by default all.
     """
     texts = list(data.corpus)
     if context:
-        for rows in data.documents:
-            for row in rows[1:]:
-                texts[row] = data.corpus[rows[0]] + "\n" + data.corpus[row]
+        for chunks in data.documents:
+            for row in chunks[1:]:
+                texts[row] = data.corpus[chunks[0]] + "\n" + data.corpus[row]
     split = analyzer(language) if language else words
+    searched = descending(data.corpus_ids, np.zeros(len(texts), bool))
+    searched = searched if rows is None else searched[np.isin(searched, rows)]
     model = bm25s.BM25(method="lucene", k1=k1, b=b)
-    model.index([split(text) for text in texts], show_progress=False)
+    model.index([split(texts[row]) for row in searched], show_progress=False)
     ranking = np.full((len(data.queries), depth), -1, np.int32)
-    vocabulary, own = model.vocab_dict, data.own_rows
-    order = descending(data.corpus_ids, np.zeros(len(texts), bool))
-    for row, query in enumerate(data.queries):
+    vocabulary = model.vocab_dict
+    for i, (query, own) in enumerate(zip(data.queries, data.own_rows)):
         tokens = [word for word in split(query) if word in vocabulary]
         if tokens:
-            scores = model.get_scores(tokens)
-            if own[row] >= 0:
-                scores[own[row]] = 0
-            best = order[np.argsort(-scores[order], kind="stable")[:depth]]
+            scores = np.where(searched == own, 0, model.get_scores(tokens))
+            best = np.argsort(-scores, kind="stable")[:depth]
             best = best[scores[best] > 0]
-            ranking[row, : len(best)] = best
+            ranking[i, : len(best)] = searched[best]
     return ranking
 
 

@@ -39,12 +39,7 @@ def score_run(
 
     Of equal scores, the greater id comes first, as in trec_eval.
     """
-    parts = {metric: re.fullmatch(r"(\w+)@([1-9]\d*)", metric) for metric in metrics}
-    for metric, part in parts.items():
-        if not part or part[1] not in MEASURES:
-            raise ValueError(
-                f"metric {metric!r} must be one of {', '.join(MEASURES)}, then @ and a rank, as in ndcg@10"
-            )
+    parts = check_metrics(metrics)
     of_trec = {"recip_rank"} & {MEASURES[part[1]] for part in parts.values()}
     of_trec |= {f"{MEASURES[part[1]]}.{part[2]}" for part in parts.values() if part[1] != "mrr"}
     found = pytrec_eval.RelevanceEvaluator(judgments, of_trec).evaluate(run)
@@ -57,3 +52,14 @@ def score_run(
         return value if value >= 1 / int(k) else 0.0
 
     return {metric: np.array([value(query, metric) for query in judgments]) for metric in metrics}
+
+
+def check_metrics(metrics: Sequence[str]) -> dict[str, re.Match]:
+    """{metric: match of (kind, rank)}. ValueError for a metric that does not exist."""
+    parts = {metric: re.fullmatch(r"([a-z]+)@([1-9]\d*)", metric) for metric in metrics}
+    for metric, part in parts.items():
+        if not part or part[1] not in MEASURES:
+            raise ValueError(
+                f"metric {metric!r} must be one of {', '.join(MEASURES)}, then @ and a rank, as in ndcg@10"
+            )
+    return parts

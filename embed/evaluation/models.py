@@ -1,6 +1,7 @@
 """What is evaluated: an `Encoder`, BM25, or a model of sentence-transformers, behind one function that ranks a set."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,12 +58,16 @@ class Candidate(NamedTuple):
         alone: bool = False,
         language: str = "",
         depth: int = retrieval.DEPTH,
+        parts: Mapping[str, np.ndarray] | None = None,
         show_progress_bar: bool = False,
-    ) -> dict[Form, np.ndarray]:
+    ) -> dict:
         """{form: ranking int32 [Q, depth]}; keywords as in `retrieval.rank`, `language` as in `baselines.bm25`."""
         if self.model is None:
-            return {forms[0]: baselines.bm25(data, context=not alone, language=language, depth=depth)}
-        how = dict(alone=alone or not self.is_own, depth=depth, show_progress_bar=show_progress_bar)
+            find = functools.partial(baselines.bm25, data, language=language, depth=depth)
+            if parts is None:
+                return {forms[0]: find()}
+            return {name: {forms[0]: find(rows=rows)} for name, rows in parts.items()}
+        how = dict(alone=alone or not self.is_own, depth=depth, parts=parts, show_progress_bar=show_progress_bar)
         return retrieval.rank(self.model, data, forms, **how)
 
 

@@ -5,6 +5,7 @@
     DIR/summary.json                      [{"task", "subset", "split", "precision", "dimensions", "metric", "value",
                                           "queries"}, …] of all records
     DIR/results/…                         MTEB's own files, of MTEB's tasks
+    DIR/runs/…                            TREC run files
 
 A record is written when its set is done, so a command that was interrupted does the rest. It is
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from embed import config as configs
 from embed import paths
-from embed.evaluation.metrics import METRICS, score_queries
+from embed.evaluation.metrics import METRICS, check_metrics, score_queries
 from embed.evaluation.retrieval import Form
 from embed.evaluation.sets import RetrievalSet
 
@@ -94,6 +95,27 @@ def make(data: RetrievalSet, rankings: Mapping[Form, np.ndarray], metrics: Seque
         "values": values,
         "queries": {"ids": data.query_ids, "characters": characters(data), "values": of_queries},
     }
+
+
+def depth(metrics: Sequence[str]) -> int:
+    """The ranks that metrics need."""
+    return max(int(part[2]) for part in check_metrics(metrics).values())
+
+
+def write_trec(folder, data: RetrievalSet, split: str, model: str, form: Form, ranking: np.ndarray) -> None:
+    """Write a run file in the format of TREC: query, Q0, text, rank, score, tag, with tabs. The score is 1 / rank.
+
+    Its name is as in BERGEN, which generates from existing run files: runs/run.retrieve.top_N.SET.SPLIT.MODEL.trec,
+    with a set that is called QUERIES.DOCUMENTS, such as kilt_nq.kilt-100w.
+    """
+    name = f"{model.replace('/', '_')}-{form}"
+    lines = [
+        f"{query}\tQ0\t{data.corpus_ids[row]}\t{rank}\t{1 / rank}\t{name}\n"
+        for query, rows in zip(data.query_ids, ranking.tolist())
+        for rank, row in enumerate((row for row in rows if row >= 0), 1)
+    ]
+    file = f"run.retrieve.top_{ranking.shape[1]}.{data.name}.{split}.{name}.trec"
+    paths.write(paths.path(folder) / "runs" / file, "".join(lines))
 
 
 def characters(data: RetrievalSet) -> list[int]:

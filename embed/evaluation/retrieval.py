@@ -7,7 +7,7 @@ score(rankings[forms[0]], data)                  {"ndcg@10", "recall@10", "mrr@1
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -164,23 +164,29 @@ def rank(
     alone: bool = False,
     queries: np.ndarray | None = None,
     depth: int = DEPTH,
+    parts: Mapping[str, np.ndarray] | None = None,
     show_progress_bar: bool = False,
-) -> dict[Form, Int32[np.ndarray, "q depth"]]:
+) -> dict[Form, Int32[np.ndarray, "q depth"]] | dict[str, dict[Form, Int32[np.ndarray, "q depth"]]]:
     """{form: the best `depth` corpus rows of each query}. Texts are encoded once for all forms.
 
     `alone` is as in `embed_corpus`. `queries` are the query vectors if they are known already. A query without a text
-    finds nothing, an empty text is never found, and a query's own text does not count (`RetrievalSet.own_rows`).
+    finds nothing, an empty text is never found, and a query's own text does not count (`RetrievalSet.own_rows`). With
+    `parts` {name: corpus rows}, it is {name: {form: …}} of searches in these parts of the corpus.
     """
     title = data.name if show_progress_bar else ""
     if queries is None:
         queries = embed_queries(model, data, progress=title and f"{title}: queries")
     corpus = embed_corpus(model, data, alone=alone, progress=title and f"{title}: corpus")
     order = descending(data.corpus_ids, np.array([not text for text in data.corpus]))
-    is_blank, own, rankings = np.array([not text.strip() for text in data.queries]), data.own_rows, {}
-    for form in forms:
+    is_blank, own = np.array([not text.strip() for text in data.queries]), data.own_rows
+
+    def find(form: Form, order: np.ndarray) -> np.ndarray:
         ranking = search(model.quantize, queries, corpus, form, order=order, own=own, depth=depth)[1]
-        rankings[form] = np.where(is_blank[:, None], -1, ranking)
-    return rankings
+        return np.where(is_blank[:, None], -1, ranking)
+
+    if parts is None:
+        return {form: find(form, order) for form in forms}
+    return {name: {form: find(form, order[np.isin(order, rows)]) for form in forms} for name, rows in parts.items()}
 
 
 def score(ranking: np.ndarray, data: RetrievalSet, metrics: Sequence[str] = METRICS) -> dict[str, float]:

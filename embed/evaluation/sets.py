@@ -260,7 +260,8 @@ def _text(row: Row, queries: bool = False) -> tuple[str, str]:
     name = _id(row, "_id", "id", "docid", "query_id" if queries else "_id")
     if "chunks" in row.value and not queries:
         raise ValueError(f'{row.location} has "chunks": in a corpus each chunk is a row, with "document" and "chunk"')
-    text = next((row.value[key] for key in ("text", "contents", "query") if row.value.get(key) is not None), None)
+    columns = ("text", "contents", "content", "query")
+    text = next((row.value[key] for key in columns if row.value.get(key) is not None), None)
     title = row.value.get("title")
     for value, what in ((text, "text"), (title or "", "title")):
         if not isinstance(value, str):

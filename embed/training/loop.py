@@ -241,7 +241,7 @@ class _Log:
         self.pending = step, metrics, stats
 
     def flush(self, row: bool = False, figures: Mapping[str, float] | None = None, keep: bool = False) -> None:
-        """Wait for the pending step and read its metrics. With `row`, always write a row, with `figures` of sets if any.
+        """Wait for the pending step and read its metrics. With `row`, always write a row, with any `figures` of sets.
 
         With `keep`, the rows so far must survive this machine.
         """

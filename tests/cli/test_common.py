@@ -39,7 +39,7 @@ def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_on
     known = {"plan": "--topology", "evaluate": "--output", "report": "--output"}.get(verb, "--workdir")
     known = (
         "--output"
-        if verb in ("encode", "index", "mine", "merge", "synthesize")
+        if verb in ("encode", "index", "judge", "mine", "merge", "synthesize")
         else "--query"
         if verb == "search"
         else known
@@ -62,6 +62,7 @@ REQUIRED = {
     "evaluate": ["--model=m", "--data=d", "--output=o"],
     "export": ["--model=m", "--output=o"],
     "index": ["--model=m", "--corpus=c", "--output=o"],
+    "judge": ["--log=l", "--output=o"],
     "merge": ["--a=a", "--b=b", "--output=o"],
     "mine": ["--model=m", "--data=d", "--output=o"],
     "pipeline": ["--config=c.py", "--workdir=w"],
