@@ -78,7 +78,7 @@ class SentenceTransformers:
         from sentence_transformers import SentenceTransformer
 
         self.model = SentenceTransformer(name, **keywords)
-        self.dimensions = int(self.model.get_sentence_embedding_dimension())
+        self.dimensions = int(self.model.get_embedding_dimension())
 
     def encode(self, texts: Sequence[str], **keywords) -> np.ndarray:
         return np.asarray(self.model.encode_query(list(texts), convert_to_numpy=True), np.float32)

@@ -147,7 +147,8 @@ def _merge(folder, task, form: Form, result, noted: _Noted) -> list[dict]:
                 "languages": languages_of(task.metadata, subset),
                 "main": main,
             }
-            values = {name: score[key] for name, key in names.items() if score.get(key) is not None}
+            # Six digits, as in the files, so that a continued evaluation has the same values.
+            values = {name: round(score[key], 6) for name, key in names.items() if score.get(key) is not None}
             record["values"] = record.get("values", {}) | {f"{form}": values}
             record.setdefault("counts", {})
             if queries := noted.queries.get((subset, split)):
@@ -165,7 +166,7 @@ def foreign_model(source: str, candidate: Candidate):
     """A model of another library as mteb loads it, with its own prompts."""
     try:
         return mteb.get_model(source)
-    except (KeyError, ValueError, OSError):
+    except (KeyError, ValueError, OSError, NotImplementedError):
         return mteb.models.SentenceTransformerEncoderWrapper(candidate.model.model)
 
 

@@ -155,7 +155,10 @@ def _benchmark(name: str) -> list:
 
 def _speaks(task, languages: Sequence[str]) -> bool:
     """Whether a task has one of the languages; a task in several is reduced to them."""
-    task.filter_languages(list(languages))
+    try:
+        task.filter_languages(list(languages))
+    except ValueError:  # no subset is left
+        return False
     if task.metadata.is_multilingual:
         return bool(task.hf_subsets)
     return bool({name.split("-")[0] for name in task.metadata.languages} & {name.split("-")[0] for name in languages})
