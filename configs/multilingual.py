@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.vocab_size = 32_000
     config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)
 
-    optimizer = dict(learning_rate=1e-4, embedding_rate=3.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
+    optimizer = dict(learning_rate=1e-4, embedding_rate=10.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
     common = dict(matryoshka=(64, 128, 256, 512), temperature=0.05, execution=dict(checkpoint_every=100))
     # The number of rows is chosen from the lengths of the data: 95% of their tokens are text.
     rows = dict(length=256, spans=32, segments=32, groups=2, rows_per_group=0)
