@@ -53,10 +53,12 @@ inputs = {name: np.array(tokens[name], np.int64) for name in ("input_ids", "atte
 Outputs: last_hidden_state, pooler_output (float32), pooler_output_int8, pooler_output_binary (packed bits)."""
 PLAIN = """A float32 vector is the mean v of the token states. Training compared the int8 vectors, round(127 tanh v), by
 cosine. The cosine of v ranks texts almost the same and differs where single dimensions are large. A dot product of v
-also depends on the vectors' lengths, which training ignores: normalize them first."""
+also depends on the vectors' lengths, which training ignores: normalize them first. The precision "int8" of
+sentence-transformers is another int8: it calibrates each dimension on the batch."""
 TANH = """A float32 vector is tanh(v) for the mean v of the token states: the int8 vector round(127 tanh v) before
 rounding. Training compared its cosine. A dot product also depends on the vectors' lengths, which are at most
-√dimensions here. The int8 vectors of `embed.inference` are the same with and without tanh."""
+√dimensions here. The int8 vectors of `embed.inference` are the same with and without tanh. The precision "int8" of
+sentence-transformers is another int8: it calibrates each dimension on the batch."""
 
 
 def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, format: str = "") -> str:

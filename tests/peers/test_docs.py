@@ -1,4 +1,4 @@
-"""Runs the commands and programs of README.md, docs/checkpoints.md and docs/data.md in order, each in its own folder.
+"""Runs the commands and programs of README.md and of pages of docs/ in order, each in its own folder.
 
 Small random models replace those of the hub, tiny runs replace the quickstart and the one on the user's own pairs.
 """
@@ -69,7 +69,9 @@ def write_pairs(folder):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-@pytest.mark.parametrize("page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7), ("docs/data.md", 4)])
+@pytest.mark.parametrize(
+    "page, blocks", [("README.md", 1), ("docs/checkpoints.md", 7), ("docs/data.md", 4), ("docs/evaluation.md", 1)]
+)
 def test_every_command_of_a_page_runs_as_written(page, blocks, hub, workdir, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "runs").mkdir()

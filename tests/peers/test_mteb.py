@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import small
 from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores
+from mteb.models.model_meta import ModelMeta
 
 from embed import cli, inference
 from embed.evaluation import metrics, mteb_model, mteb_run, mteb_tasks, published, retrieval
@@ -137,6 +138,10 @@ def test_results_are_in_mtebs_layout_one_folder_a_form(evaluated, model):
     candidate = Candidate("local/small", revision.name, inference.load(model))
     for form in (Form("int8"), Form("binary", 16)):
         meta = mteb_model.make_meta(candidate, form)
+        file = cache.get_task_result_path("SciFact", meta).parent / "model_meta.json"
+        read = ModelMeta.model_validate_json_resolved(file.read_text())  # as docs/evaluation.md submits it
+        assert (read.name, read.revision, read.experiment_name) == (meta.name, meta.revision, meta.experiment_name)
+        assert read.framework == ["JAX", "safetensors"] and read.similarity_fn_name == "cosine"
         result = cache.load_task_result("SciFact", meta)
         assert result.scores["test"][0]["main_score"] == pytest.approx(
             values["SciFact", form.precision, form.dimensions or 32, "ndcg@10"]
