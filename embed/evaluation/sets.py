@@ -176,7 +176,10 @@ def _retrieval(source: Retrieval, name: str) -> RetrievalSet:
 
 
 def _conteb(source: Conteb, name: str) -> RetrievalSet:
-    """Documents in the order of the file, chunks by number. Equal queries are one with several relevant chunks."""
+    """Documents in the order of the file, chunks by number.
+
+    Each row is a query, as in ConTEB's evaluator, even if several ask the same.
+    """
     parts = source.parts()
     chunks: dict[str, dict[int, str]] = {}
     for row in _rows(parts["documents"]):
@@ -185,13 +188,12 @@ def _conteb(source: Conteb, name: str) -> RetrievalSet:
         if number in chunks.setdefault(document, {}):
             raise ValueError(f"{row.location}: the chunk {document}_{number} occurs twice")
         chunks[document][number] = text
-    relevant: dict[str, dict[str, int]] = {}
+    queries, judgments = [], []
     for row in _rows(parts["queries"]):
-        ids = next((row.value[key] for key in ("chunk_ids", "chunk_id") if row.value.get(key)), None)
-        answers = relevant.setdefault(_string(row, source.query_column), {})
-        for chunk_id in ids if isinstance(ids, list) else [ids]:
-            document, number = _chunk_id(row, chunk_id)
-            answers[f"{document}_{number}"] = 1
+        names = next((row.value[key] for key in ("chunk_ids", "chunk_id") if row.value.get(key)), None)
+        answers = [_chunk_id(row, name) for name in (names if isinstance(names, list) else [names])]
+        queries.append(_string(row, source.query_column))
+        judgments.append({f"{document}_{number}": 1 for document, number in answers})
     ids, corpus, documents = [], [], []
     for document, numbered in chunks.items():
         documents.append(np.arange(len(ids), len(ids) + len(numbered)))
@@ -200,16 +202,16 @@ def _conteb(source: Conteb, name: str) -> RetrievalSet:
             corpus.append(numbered[number])
     there = set(ids)
     counts = {
-        "queries": len(relevant),
+        "queries": len(queries),
         "texts": len(corpus),
         "documents": len(documents),
-        "judgments": sum(map(len, relevant.values())),
-        "empty queries": sum(not query.strip() for query in relevant),
+        "judgments": sum(map(len, judgments)),
+        "empty queries": sum(not query.strip() for query in queries),
         "empty texts": sum(not text for text in corpus),
-        "judgments of missing texts": sum(text not in there for each in relevant.values() for text in each),
+        "judgments of missing texts": sum(text not in there for each in judgments for text in each),
     }
-    query_ids = [f"q{i}" for i in range(len(relevant))]
-    return RetrievalSet(name, query_ids, list(relevant), ids, corpus, documents, list(relevant.values()), counts=counts)
+    query_ids = [f"q{i}" for i in range(len(queries))]
+    return RetrievalSet(name, query_ids, queries, ids, corpus, documents, judgments, counts=counts)
 
 
 def _chunk_id(row: Row, value) -> tuple[str, int]:

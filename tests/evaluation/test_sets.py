@@ -91,13 +91,13 @@ def write_conteb(folder):
     return folder
 
 
-def test_a_conteb_folder_gives_documents_in_order_and_equal_queries_once(tmp_path):
+def test_a_conteb_folder_gives_documents_in_order_and_a_query_per_row(tmp_path):
     with pytest.warns(UserWarning, match="1 judgments name texts that are not in the corpus: they are never found"):
         data = read_set(write_conteb(tmp_path / "set"))
     assert data.corpus_ids == ["b_0", "b_1", "a_x_0"] and data.corpus == ["first", "second", "other"]
     assert [rows.tolist() for rows in data.documents] == [[0, 1], [2]]
-    assert data.queries == ["?", "!", "several"]
-    assert data.judgments == [{"b_1": 1, "b_0": 1}, {"a_x_0": 1}, {"b_0": 1, "b_9": 1}]
+    assert data.queries == ["?", "!", "?", "several"]
+    assert data.judgments == [{"b_1": 1}, {"a_x_0": 1}, {"b_0": 1}, {"b_0": 1, "b_9": 1}]
 
 
 def test_subsets_of_a_folder_are_sets(tmp_path):

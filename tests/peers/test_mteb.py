@@ -1,6 +1,10 @@
 """Our adapter in mteb, beside mteb's own models and our evaluation without mteb."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import mteb
 import numpy as np
@@ -15,6 +19,7 @@ from embed.evaluation.models import Candidate
 from embed.evaluation.retrieval import Form
 from embed.evaluation.sets import read_set
 
+ROOT = Path(__file__).parents[2]
 TEXTS = small.sentences(90, seed=5, longest=20)
 
 
@@ -231,6 +236,23 @@ def test_candidates_of_a_reranking_task_are_scored_alone(root, model):
             among = sorted(top_ranked[query], key=lambda name: whole[query][name], reverse=True)
             fifth = whole[query][among[4]]
             assert len(found) == 5 and all(whole[query][name] >= fifth for name in found)
+
+
+def test_two_processes_evaluate_a_task_like_one_and_continue_it(evaluated, root, model, tmp_path):
+    _, ours = evaluated
+    command = [ROOT / "launch" / "local.sh", "2", "--", "evaluate", f"--model={model}", "--tasks", "SciFact"]
+    embed = tmp_path / "embed"
+    embed.write_text(f'#!/bin/sh\nexec {sys.executable} -m embed.cli "$@"\n')
+    embed.chmod(0o755)
+    environment = {**os.environ, "EMBED": str(embed), "JAX_PLATFORMS": "cpu", "LOGS": str(tmp_path / "logs")}
+    for precisions in (["int8"], ["int8", "binary"]):
+        more = [f"--data_root={root}", f"--output={tmp_path / 'out'}", "--precision", *precisions]
+        done = subprocess.run([*command, *more], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {row["precision"] for row in rows} == {"int8", "binary"}
+    for row in rows:
+        assert row["value"] == pytest.approx(ours["SciFact", row["precision"], 32, row["metric"]], abs=1e-6)
 
 
 # Other models
