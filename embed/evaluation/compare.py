@@ -166,13 +166,15 @@ def size(form: str, dimensions: int | None) -> float | None:
 
 def _overview(models: Sequence[Evaluated]) -> Iterator[str]:
     keys = common(models)
+    if not keys:
+        yield "No set was evaluated with every model, so there is no mean to compare."
+        return
     rows = []
     for model in models:
         for form in model.forms:
             bytes_ = size(form, model.dimensions)
-            rows.append(
-                [cell(model.label), form, f"{bytes_:,.0f}" if bytes_ else NONE, number(mean(model, keys, form))]
-            )
+            shown = f"{bytes_:,.0f}" if bytes_ else NONE
+            rows.append([cell(model.label), form, shown, number(mean(model, keys, form))])
     tasks = len({key[0] for key in keys})
     yield table(
         ["model", "vectors", "bytes", f"mean of {tasks} task{'s' * (tasks != 1)}"], bold_best(rows, [3]), left=2
@@ -281,8 +283,9 @@ def _lengths(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
 
 
 def _sizes(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
-    keys, points = common(models), {}
+    shared, points = common(models), {}
     for model in models:
+        keys = shared or list(model.records)
         found = [(size(form, model.dimensions), mean(model, keys, form), form) for form in model.forms]
         points[model.label] = sorted(point for point in found if point[0] and point[1] is not None)
     points = {label: found for label, found in points.items() if len(found) > 1}

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.figure
+import matplotlib.lines
 import numpy as np
 
 from embed.training.metrics import read_metrics
@@ -71,17 +72,19 @@ def slerp(path, merges: Mapping[str, Mapping]) -> None:
 def lengths(path, lines: Sequence[tuple[str, Sequence[float], Mapping[str, Sequence[float]]]]) -> None:
     """One panel per set: a line per model over the length of the text, (set, lengths, {model: values}) each."""
     shown = lines[:PANELS]
+    labels = list(dict.fromkeys(label for _, _, values in shown for label in values))
     figure, axes = _grid(len(shown), 2.5)
     for axis, (name, middles, values) in zip(axes, shown):
-        for k, (label, heights) in enumerate(values.items()):
-            axis.plot(middles, heights, marker="o", markersize=3.5, color=color(k), label=label)
+        for label, heights in values.items():
+            axis.plot(middles, heights, marker="o", markersize=3.5, color=color(labels.index(label)))
         axis.set_xscale("log")
         _plain_ticks(axis, middles)
         axis.set_title(name, loc="left", fontsize=9)
         axis.set_xlabel("characters")
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel("nDCG@10")
-    _legend(figure, axes[0])
+    handles = [matplotlib.lines.Line2D([], [], color=color(k), label=label) for k, label in enumerate(labels)]
+    figure.legend(handles=handles, frameon=False, fontsize=8, ncols=min(len(labels), 4), loc="outside upper center")
     figure.savefig(path)
 
 
@@ -166,8 +169,3 @@ def _plain_ticks(axis, values: Sequence[float]) -> None:
     """Ticks of a logarithmic axis at the values, as plain numbers."""
     axis.set_xticks(values, [f"{value:,.0f}" for value in values])
     axis.minorticks_off()
-
-
-def _legend(figure, axis) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=min(len(labels), 4), loc="outside upper center")
