@@ -213,6 +213,10 @@ def outputs(run: Run, node: Node) -> list:
     if node.kind == "evaluate":
         names = [name for name, e in run.config.evaluations.items() if node.of in e.checkpoints]
         return [file(run, node.of, name) for name in names for file in (nodes.ranking, nodes.record_file)]
+    if node.kind == "baselines":
+        fused = [f"BM25 + {name}" for name in run.config.report.fuse]
+        names = [name for name, e in run.config.evaluations.items() if e.bm25]
+        return [nodes.record_file(run, baseline, name) for baseline in ("BM25", *fused) for name in names]
     if node.kind == "export":
         return [run.workdir / "export" / name for name in run.config.exports]
     return []

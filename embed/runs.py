@@ -593,20 +593,27 @@ def vector_size(source: str) -> int:
     return model_folder.read_architecture(source).hidden_size
 
 
-def load_encoder(source: str, step: int = 0, revision: str | None = None) -> Encoder:
+def load_encoder(source: str, step: int = 0, revision: str | None = None, max_length: int | None = None) -> Encoder:
     """A model folder, hub id (at a `revision`) or stage folder as an encoder over all devices.
 
-    See `Run.checkpoint` for `step`.
+    See `Run.checkpoint` for `step`. `max_length` replaces the longest text of the model by a shorter one.
     """
-    if not is_stage(source):
-        if step:
-            raise ValueError(f"step {step} of {source}: only a stage folder has steps")
-        return inference.load(source, revision=revision)
-    checkpoint = stage_checkpoint(paths.path(source), step, None, source)
-    if jax.default_backend() == "cpu":
-        model = dataclasses.replace(checkpoint.model, dtype="float32")
-        checkpoint = dataclasses.replace(checkpoint, model=model)
-    return make_encoder(checkpoint, sharding.make_mesh())
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"--max_length={max_length} must be positive")
+    if is_stage(source):
+        checkpoint = stage_checkpoint(paths.path(source), step, None, source)
+        if jax.default_backend() == "cpu":
+            model = dataclasses.replace(checkpoint.model, dtype="float32")
+            checkpoint = dataclasses.replace(checkpoint, model=model)
+        encoder = make_encoder(checkpoint, sharding.make_mesh())
+    elif step:
+        raise ValueError(f"step {step} of {source}: only a stage folder has steps")
+    else:
+        encoder = inference.load(source, revision=revision)
+    if max_length and encoder.max_length and max_length > encoder.max_length:
+        raise ValueError(f"--max_length={max_length} must be at most {encoder.max_length}, the max_length of {source}")
+    encoder.max_length = max_length or encoder.max_length
+    return encoder
 
 
 def tokenizer_identity(tokenizer: tokenizers.Tokenizer) -> dict:

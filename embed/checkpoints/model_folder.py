@@ -83,6 +83,19 @@ def read_architecture(source) -> TransformerConfig:
     return config
 
 
+def is_encoder(source, revision: str | None = None) -> bool:
+    """Whether a model is one that we encode with, a bidirectional Qwen3, by its config.json. FileNotFoundError if none.
+
+    Other programs may read the rest: other architectures, and causal models with pooling of the last token.
+    """
+    folder = paths.path(source) if paths.is_bucket(source) else resolve(source, revision, files=[CONFIG])
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(f"{source} has no {CONFIG}")
+    fields = paths.read_json(folder / CONFIG)
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    return kind in ("qwen3", names.PPLX) and not model_config.is_causal(fields)
+
+
 def open_model(source, revision: str | None = None) -> "ModelFolder":
     """Check a model and read its config, but no tensor yet.
 

@@ -344,20 +344,11 @@ def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | Non
         check_precision(precision, size, truncate_dim)
 
 
-def load_encoder(arguments: argparse.Namespace, revision: str | None = None):
-    """Load the encoder of --model and --step, with --max_length; a hub id at a `revision`."""
+def load_encoder(arguments: argparse.Namespace):
+    """Load the encoder of --model and --step, with --max_length."""
     from embed import runs
 
-    longest = arguments.max_length
-    if longest is not None and longest < 1:
-        raise ValueError(f"--max_length={longest} must be positive")
-    encoder = runs.load_encoder(arguments.model, arguments.step, revision)
-    if longest and encoder.max_length and longest > encoder.max_length:
-        raise ValueError(
-            f"--max_length={longest} must be at most {encoder.max_length}, the max_length of {arguments.model}"
-        )
-    encoder.max_length = longest or encoder.max_length
-    return encoder
+    return runs.load_encoder(arguments.model, arguments.step, max_length=arguments.max_length)
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:

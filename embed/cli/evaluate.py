@@ -20,9 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run `embed evaluate arguments`; returns the exit code."""
     from embed import distributed, inference
     from embed.cli import common
-    from embed.evaluation import published, records, sets
+    from embed.evaluation import published
     from embed.evaluation.metrics import check_metrics
-    from embed.evaluation.published import TOLERANCE
 
     parser = common.Parser("evaluate", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -42,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         "--reproduce", help="a published model, such as pplx-embed-v1-0.6b; --tasks chooses some of its"
     )
     parser.add_argument(
-        "--tolerance", type=common.finite, default=TOLERANCE, help="of --reproduce, in 0..1 (default %(default)s)"
+        "--tolerance",
+        type=common.finite,
+        default=published.TOLERANCE,
+        help="of --reproduce, in 0..1 (default %(default)s)",
     )
     parser.add_argument("--data_root", help="folder of datasets, each named like the repository of its task")
     parser.add_argument("--languages", nargs="+", default=[], help="only tasks and subsets in these (ISO 639-3: eng)")
@@ -54,47 +56,52 @@ def main(argv: list[str] | None = None) -> int:
         "--metrics", nargs="+", default=[], help="of --data: ndcg, recall, mrr, map, precision @ a rank"
     )
     parser.add_argument("--corpus_sizes", nargs="+", type=int, default=[], help="of --data: also search in such parts")
-    parser.add_argument("--trec", type=int, help="of --data: write TREC run files with this many texts of a query")
+    parser.add_argument("--trec", type=int, default=0, help="of --data: write TREC run files, this many texts a query")
     parser.add_argument("--alone", action="store_true", help="encode each chunk of a document by itself")
     parser.add_argument("--output", help="folder of the results; required for tasks and benchmarks")
     common.add_distributed_arguments(parser)
     arguments = parser.parse_args(argv)
     scores = _prepare_reproduction(arguments) if arguments.reproduce else []
-    if not arguments.model:
-        raise ValueError("--model is needed: a model folder, a hub id, RUN:NAME or bm25")
-    if not (arguments.data or arguments.tasks or arguments.benchmark):
-        raise ValueError("name what to evaluate on: --data, --tasks, --benchmark or --reproduce")
-    if arguments.data_root and arguments.data:
-        raise ValueError("--data names folders itself: --data_root is for --tasks and --benchmark")
-    if not arguments.data and (arguments.metrics or arguments.corpus_sizes or arguments.trec):
-        raise ValueError("--metrics, --corpus_sizes and --trec are for --data")
-    if arguments.trec and not arguments.output:
-        raise ValueError("--trec needs --output, the folder of the run files")
-    if arguments.trec is not None and arguments.trec < 1:
-        raise ValueError(f"--trec={arguments.trec} must be positive")
+    _check(arguments)
     check_metrics(arguments.metrics)
-    if not arguments.output and not arguments.data:
-        raise ValueError("--output is needed: results are saved task by task")
     common.join(arguments, saves_at_sigterm=False)
+
+    from embed.evaluation import local_run, models, records, sets  # these import what uses the devices
+
     inputs = [arguments.model, *(file for folder in arguments.data or [] for file in sets.files(folder))]
     with common.output(arguments, inputs, is_ours=records.is_evaluation, continues=True), common.keeps_work():
-        local = list(_read_sets(arguments)) if arguments.data else []
-        tasks = _find_tasks(arguments) if not arguments.data else []
-        splits = {task.metadata.name: task.eval_splits for task in tasks}
-        scores = [score for score in scores if not score.split or score.split in splits[score.task]]
-        candidate = load_candidate(arguments, scores[0].revision if scores else None)
+        local, tasks = _read_sets(arguments), _find_tasks(arguments)
+        if scores:
+            scores = _possible(scores, tasks)
+        candidate = models.load(
+            arguments.model,
+            name=arguments.name or "",
+            step=arguments.step,
+            max_length=arguments.max_length,
+            revision=(scores[0].revision or None) if scores else None,
+        )
         forms = candidate.forms(arguments.precision, arguments.truncate_dim)
         if arguments.output:
             _start(arguments, candidate)
         made = []
         for data, subset, split in local:
-            found = _evaluate_set(arguments, candidate, forms, data, subset, split)
+            found = local_run.evaluate(
+                data,
+                candidate,
+                forms,
+                arguments.output,
+                subset=subset,
+                split=split,
+                alone=arguments.alone,
+                languages=arguments.languages,
+                metrics=arguments.metrics,
+                corpus_sizes=arguments.corpus_sizes,
+                trec=arguments.trec,
+            )
             made += found
-            _show(found, candidate)
-        for task in tasks:
-            found = _evaluate_task(arguments, candidate, forms, task)
-            made += found
-            _show(found, candidate)
+            _show(found)
+        if tasks:
+            made += _evaluate_tasks(arguments, candidate, forms, tasks)
         if distributed.is_first():
             if len(made) > 1:
                 print_means(made)
@@ -105,7 +112,33 @@ def main(argv: list[str] | None = None) -> int:
         comparisons = published.compare(scores, made)
         if arguments.languages:  # other subsets were not evaluated
             comparisons = [each for each in comparisons if each.ours is not None]
-        return int(_compare(comparisons, arguments.tolerance))
+        differs = distributed.is_first() and _compare(comparisons, arguments.tolerance, len(scores))
+        return int(distributed.any_process(differs))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """ValueError for arguments that do not fit together."""
+    import re
+
+    if not arguments.model:
+        raise ValueError("--model is needed: a model folder, a hub id, RUN:NAME or bm25")
+    if not (arguments.data or arguments.tasks or arguments.benchmark):
+        raise ValueError("name what to evaluate on: --data, --tasks, --benchmark or --reproduce")
+    if arguments.data_root and arguments.data:
+        raise ValueError("--data names folders itself: --data_root is for --tasks and --benchmark")
+    if arguments.data and arguments.types:
+        raise ValueError("--types is for --tasks and --benchmark")
+    if not arguments.data and (arguments.metrics or arguments.corpus_sizes or arguments.trec):
+        raise ValueError("--metrics, --corpus_sizes and --trec are for --data")
+    if arguments.trec < 0 or (arguments.trec and not arguments.output):
+        raise ValueError(f"--trec={arguments.trec} must be positive, and needs --output, the folder of the run files")
+    if not arguments.output and not arguments.data:
+        raise ValueError("--output is needed: results are saved task by task")
+    if not 0 <= arguments.tolerance <= 1:
+        raise ValueError(f"--tolerance={arguments.tolerance} must be in 0..1")
+    for language in arguments.languages:
+        if not re.fullmatch(r"[a-z]{3}(-[A-Z][a-z]{3})?", language):
+            raise ValueError(f"--languages={language} must be ISO 639-3, such as eng or eng-Latn")
 
 
 def _prepare_reproduction(arguments: argparse.Namespace) -> list:
@@ -117,116 +150,87 @@ def _prepare_reproduction(arguments: argparse.Namespace) -> list:
     scores = published.scores_of(arguments.reproduce)
     every = published.tasks_of(scores)
     if unknown := sorted(set(arguments.tasks or []) - set(every)):
-        raise ValueError(f"--tasks={unknown[0]}: {arguments.reproduce} has no published score; there are {every}")
+        raise ValueError(
+            f"--tasks={unknown[0]}: there is no published score of {arguments.reproduce}; there are those of "
+            f"{', '.join(every)}"
+        )
+    precisions = sorted({score.precision for score in scores})
+    if wrong := sorted(set(arguments.precision) - set(precisions)):
+        raise ValueError(f"--precision={wrong[0]}: published are scores in {', '.join(precisions)}")
     arguments.tasks = arguments.tasks or every
-    scores = [score for score in scores if score.task in arguments.tasks]
-    if arguments.model:
+    arguments.precision = arguments.precision or precisions
+    if arguments.model:  # another one has its own revision
         scores = [score._replace(revision="") for score in scores]
     arguments.model = arguments.model or scores[0].model
-    arguments.precision = arguments.precision or sorted({score.precision for score in scores})
-    return scores
+    return [score for score in scores if score.precision in arguments.precision]
 
 
-def _compare(comparisons: list, tolerance: float) -> bool:
+def _possible(scores: list, tasks: list) -> list:
+    """The published scores of the tasks, or of means over them. ValueError without any."""
+    from embed.evaluation import published
+
+    splits = {task.metadata.name: task.eval_splits for task in tasks}
+    chosen = [
+        score
+        for score in scores
+        if (score.subset == "(mean)" and set(published.BENCHMARKS.get(score.task, [score.task])) <= set(splits))
+        or (
+            score.subset != "(mean)" and score.task in splits and (not score.split or score.split in splits[score.task])
+        )
+    ]
+    if not chosen:
+        raise ValueError(f"there is no published score of {scores[0].model} in these tasks, splits and precisions")
+    return chosen
+
+
+def _compare(comparisons: list, tolerance: float, total: int) -> bool:
     """Print published scores beside ours; whether one differs by more than the tolerance or is missing."""
     from rich.table import Table
 
     from embed.console import print_table
-    from embed.evaluation import published
 
+    if not comparisons:
+        print("none of the published scores was evaluated")
+        return True
     title = f"{comparisons[0].published.model}: ours and published, tolerance {tolerance:g}"
     table = Table("task", "subset", "precision", "ours", "published", "difference", "", title=title)
     bad = 0
-    for score, ours in comparisons:
-        difference = published.Comparison(score, ours).difference
+    for comparison in comparisons:
+        score, ours, difference = comparison.published, comparison.ours, comparison.difference
         is_bad = difference is None or abs(difference) > tolerance
         bad += is_bad
         subset = " ".join(filter(None, (score.split, "" if score.subset == "default" else score.subset)))
-        shown = (
-            ("–", f"{score.value:.4f}", "–")
-            if ours is None
-            else (f"{ours:.4f}", f"{score.value:.4f}", f"{difference:+.4f}")
-        )
-        table.add_row(score.task, subset, score.precision, *shown, "differs" if is_bad else "")
+        shown = ("–", "–") if ours is None else (f"{ours:.4f}", f"{difference:+.4f}")
+        mark = "missing" if ours is None else "differs" if is_bad else ""
+        table.add_row(score.task, subset, score.precision, shown[0], f"{score.value:.4f}", shown[1], mark)
     print_table(table)
-    print(f"{len(comparisons) - bad:,} of {len(comparisons):,} published scores are reproduced")
+    left_out = f"; {total - len(comparisons):,} others were not evaluated" if total > len(comparisons) else ""
+    print(f"{len(comparisons) - bad:,} of {len(comparisons):,} published scores are reproduced{left_out}")
     return bool(bad)
 
 
-def load_candidate(arguments: argparse.Namespace, revision: str | None = None):
-    """The model of --model (at a `revision` of the hub), --step, --max_length and --name."""
-    import jax
-
-    from embed import paths
-    from embed.cli import common
-    from embed.evaluation import models
-
-    source = resolve(arguments.model)
-    if source == models.BM25:
-        return models.Candidate(arguments.name or "embed/bm25", "lucene-1.5-0.75", None)
-    default = source if not paths.path(source).exists() else f"local/{paths.path(source).name}"
-    name = arguments.name or default
-    if "/" not in name:
-        name = f"local/{name}"
-    if not _is_ours(source):
-        return models.Candidate(name, "no_revision_available", models.SentenceTransformers(source), {"path": source})
-    arguments = argparse.Namespace(**{**vars(arguments), "model": source})
-    encoder = common.load_encoder(arguments, revision or None)
-    sizes = [leaf.size for leaf in jax.tree.leaves(encoder.params)]
-    about = {
-        "path": source,
-        "digest": encoder.digest,
-        "max_length": encoder.max_length,
-        "parameters": sum(sizes),
-        "embedding_parameters": encoder.config.vocab_size * encoder.config.hidden_size,
-    }
-    revision = (encoder.digest or "unknown")[:16]
-    return models.Candidate(name, revision, encoder, about)
-
-
-def resolve(model: str) -> str:
-    """The folder of RUN:NAME, a stage or an export of a run; anything else unchanged."""
-    from embed import paths, runs
-
-    run, _, name = model.rpartition(":")
-    if not run or paths.is_bucket(model) and run in ("gs", "s3") or paths.path(model).exists():
-        return model
-    folders = [paths.path(run) / name, paths.path(run) / "export" / name]
-    for folder in folders:
-        if runs.is_stage(folder) or (folder / "config.json").exists():
-            return f"{folder}"
-    raise FileNotFoundError(f"--model={model}: neither {folders[0]} nor {folders[1]} is a stage or a model folder")
-
-
-def _is_ours(source: str) -> bool:
-    """Whether our engine reads a model; otherwise sentence-transformers does."""
-    from embed import paths, runs
-
-    if runs.is_stage(source):
-        return True
-    try:
-        runs.vector_size(source)
-    except ValueError as error:
-        folder = paths.path(source)
-        if "model_type" in str(error) and (not folder.exists() or (folder / "modules.json").exists()):
-            return False
-        raise
-    return True
-
-
-def _read_sets(arguments: argparse.Namespace):
+def _read_sets(arguments: argparse.Namespace) -> list:
     """(set, subset, split) of each folder and subset of --data."""
     from embed.evaluation import sets
 
-    for folder in arguments.data:
-        for split in arguments.splits or ["test"]:
-            for subset, data in sets.read_subsets(folder, split=split):
-                yield data, subset, split
+    found = [
+        (data, subset, split)
+        for folder in arguments.data or []
+        for split in arguments.splits or ["test"]
+        for subset, data in sets.read_subsets(folder, split=split)
+    ]
+    named = [(data.name, subset, split) for data, subset, split in found]
+    if repeated := [each for each in named if named.count(each) > 1]:
+        raise ValueError(f"--data names two sets that are called {repeated[0][0]}: evaluate them one by one")
+    return found
 
 
 def _find_tasks(arguments: argparse.Namespace) -> list:
+    """The tasks of --tasks or --benchmark."""
     from importlib.util import find_spec
 
+    if arguments.data:
+        return []
     if not find_spec("mteb"):
         raise ValueError(
             "--tasks and --benchmark need mteb: pip install torch==2.13.0, then pip install -e '.[mteb]'; "
@@ -245,98 +249,50 @@ def _find_tasks(arguments: argparse.Namespace) -> list:
 
 
 def _start(arguments: argparse.Namespace, candidate) -> None:
+    """Write evaluation.json, or check that --output has the same evaluation."""
     from embed import distributed
     from embed.checkpoints.provenance import made_with
     from embed.evaluation import records
 
-    settings = {"alone": arguments.alone}
+    # The words of BM25 depend on the language, and only of it.
+    language = arguments.languages[0] if arguments.languages and arguments.data and candidate.model is None else ""
+    settings = {"alone": arguments.alone, "language": language}
     model = {"name": candidate.name, "revision": candidate.revision, "dimensions": candidate.dimensions}
     about = {"model": {**model, **{k: v for k, v in candidate.about.items() if k != "path"}}, "settings": settings}
     distributed.on_first_process(lambda: records.start(arguments.output, about | made_with()))
 
 
-def _evaluate_set(arguments, candidate, forms, data, subset: str, split: str) -> list[dict]:
-    """The records of a local set, one per size of the corpus; what is there and complete is not computed again."""
-    import numpy as np
+def _evaluate_tasks(arguments: argparse.Namespace, candidate, forms: list, tasks: list) -> list[dict]:
+    """The records of tasks of mteb."""
+    from embed.evaluation import mteb_run
 
-    from embed import distributed, paths
-    from embed.evaluation import judgments, records
-
-    metrics = list(dict.fromkeys([*records.SUMMARIZED, *arguments.metrics]))
-    needed = np.unique(np.concatenate(data.relevant_rows)) if arguments.corpus_sizes else ()
-    parts = {"": np.arange(len(data.corpus))}
-    for size, rows in judgments.nested(data.corpus_ids, needed, arguments.corpus_sizes).items():
-        parts[f"{size}"] = rows
-    names = {name: " ".join(filter(None, ("" if subset == "default" and name else subset, name))) for name in parts}
-    files = {name: records.path(arguments.output or "", data.name, shown, split) for name, shown in names.items()}
-    before = {name: _read(file) if arguments.output else {} for name, file in files.items()}
-    for name, record in before.items():
-        if record and record["digest"] != records.digest(data):
-            raise ValueError(f"{files[name]} is of another content of {data.name}: choose another --output")
-    missing = [form for form in forms if any(_lacks(record, form, metrics) for record in before.values())]
-    if not missing and not arguments.trec:
-        return list(before.values())
-    depth = max(records.depth(metrics), arguments.trec or 0)
-    language = arguments.languages[0] if arguments.languages else ""
-    how = dict(alone=arguments.alone, language=language, depth=depth, show_progress_bar=True)
-    rankings = candidate.rank(data, forms if arguments.trec else missing, parts=parts, **how)
+    foreign = None
+    if candidate.model is not None and not candidate.is_own:
+        forms, foreign = mteb_run.only_float32(forms, candidate), mteb_run.foreign_model(candidate)
     made = []
-    for name, ranked in rankings.items():
-        about = {"task": data.name, "subset": names[name], "split": split, "type": "Retrieval"}
-        record = records.make(data, ranked, metrics, **about, languages=arguments.languages)
-        if before[name]:
-            record["values"] = before[name]["values"] | record["values"]
-            record["queries"]["values"] = before[name]["queries"]["values"] | record["queries"]["values"]
-        made.append(record)
-        if arguments.output and distributed.is_first():
-            records.write(paths.path(files[name]), record)
-            if arguments.trec and not name:
-                for form, ranking in ranked.items():
-                    records.write_trec(
-                        arguments.output, data, split, candidate.name, form, ranking[:, : arguments.trec]
-                    )
+    for task in tasks:
+        found = mteb_run.evaluate(task, candidate, forms, arguments.output, alone=arguments.alone, foreign=foreign)
+        made += found
+        _show(found)
     return made
 
 
-def _read(file) -> dict:
-    """The record of a file, {} if there is none; as process 0 sees it."""
-    import json
-
-    from embed import distributed
-
-    saved = distributed.from_first(file.read_text(encoding="utf-8") if distributed.is_first() and file.exists() else "")
-    return json.loads(saved) if saved else {}
-
-
-def _lacks(record: dict, form, metrics: list[str]) -> bool:
-    """Whether a record does not have all metrics of a form."""
-    return not set(metrics) <= set(record.get("values", {}).get(f"{form}", ()))
-
-
-def _evaluate_task(arguments, candidate, forms, task) -> list[dict]:
-    from embed.evaluation import models, mteb_run
-
-    foreign = None
-    if isinstance(candidate.model, models.SentenceTransformers):
-        foreign = mteb_run.foreign_model(resolve(arguments.model), candidate)
-        forms = mteb_run.only_float32(forms, candidate)
-    return mteb_run.evaluate(task, candidate, forms, arguments.output, alone=arguments.alone, foreign=foreign)
-
-
-def _show(made: list[dict], candidate) -> None:
-    """Print the table of a record."""
+def _show(made: list[dict]) -> None:
+    """Print a table of each record."""
     from rich.table import Table
 
     from embed import distributed
     from embed.console import print_table
+    from embed.evaluation import records
 
     if not distributed.is_first():
         return
     for record in made:
-        subset = "" if record["subset"] == "default" else f" {record['subset']}"
+        subset = records.shown_subset(record).removeprefix("default")
         queries = record["counts"].get("queries")
-        title = f"{record['task']}{subset} {record['split']}" + (f", {queries:,} queries" if queries else "")
+        title = f"{record['task']} {subset} {record['split']}".replace("  ", " ")
         metrics = list(dict.fromkeys(metric for values in record["values"].values() for metric in values))
+        title += f", {queries:,} queries" if queries else ""
         table = Table("", *metrics, title=title, title_justify="left")
         for form, values in record["values"].items():
             table.add_row(form, *(f"{values[m]:.4f}" if m in values else "–" for m in metrics))
@@ -344,7 +300,10 @@ def _show(made: list[dict], candidate) -> None:
 
 
 def print_means(made: list[dict]) -> None:
-    """Print the mean of the main metric over tasks: of each task, the mean over its subsets and splits."""
+    """Print the mean of the main metric over tasks: of each task, the mean over its subsets and splits.
+
+    Searches in parts of a corpus do not count.
+    """
     import numpy as np
     from rich.table import Table
 
@@ -353,7 +312,7 @@ def print_means(made: list[dict]) -> None:
     by_form: dict[str, dict[str, list[float]]] = {}
     for record in made:
         for form, values in record["values"].items():
-            if record["main"] in values:
+            if record["main"] in values and not record.get("corpus_size"):
                 by_form.setdefault(form, {}).setdefault(record["task"], []).append(values[record["main"]])
     table = Table("", "tasks", "mean", title="mean of the main metrics", title_justify="left")
     for form, tasks in by_form.items():

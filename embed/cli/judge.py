@@ -37,9 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("give either --log, or --queries, --corpus and --systems")
     if by_systems and not (arguments.queries and arguments.corpus and len(arguments.systems) > 1):
         raise ValueError("query2doc needs --queries, --corpus and at least two --systems")
-    for name in ("max_per_url", "relevant"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name}={getattr(arguments, name)} must be positive")
+    for name, least in (("max_per_url", 1), ("relevant", 1), ("max_queries", 0)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name}={getattr(arguments, name)} must be at least {least}")
+    if repeated := {system for system in arguments.systems if arguments.systems.count(system) > 1}:
+        raise ValueError(f"--systems names {sorted(repeated)[0]} twice: its ranking would count twice")
     common.join(arguments, saves_at_sigterm=False)
     with common.output(arguments, [arguments.log, arguments.queries, arguments.corpus], is_ours=is_set):
         if arguments.log:
@@ -83,12 +85,13 @@ def _click(source: str, row: dict) -> tuple[str, str]:
 def _by_systems(arguments: argparse.Namespace):
     import numpy as np
 
-    from embed.cli import evaluate
-    from embed.evaluation import judgments
+    from embed.evaluation import judgments, models, retrieval
     from embed.evaluation.sets import RetrievalSet
     from embed.inference.index import read_rows
 
     corpus, queries = read_rows(arguments.corpus), read_rows(arguments.queries, queries=True)
+    if chunked := [row for row in corpus if "chunks" in row.fields]:
+        raise ValueError(f'{chunked[0].source} has "chunks": query2doc ranks texts, expected "text"')
     texts = {row.id: row.chunks[0] for row in queries}
     asked = judgments.sample(list(texts), texts, arguments.max_queries)
     data = RetrievalSet(
@@ -102,10 +105,10 @@ def _by_systems(arguments: argparse.Namespace):
     )
     rankings = []
     for system in arguments.systems:
-        given = argparse.Namespace(model=system, step=0, max_length=None, name=None)
-        candidate = evaluate.load_candidate(given)
+        candidate = models.load(system)
         (form,) = candidate.forms(["float32"])
-        ranked = candidate.rank(data, [form], alone=True, language=arguments.language, show_progress_bar=True)
+        how = dict(alone=True, language=arguments.language, depth=max(retrieval.DEPTH, arguments.relevant))
+        ranked = candidate.rank(data, [form], **how, show_progress_bar=True)
         rankings.append(ranked[form])
     qrels = judgments.by_fusion(asked, data.corpus_ids, rankings, relevant=arguments.relevant)
     return judgments.Tables(

@@ -31,6 +31,7 @@ class Evaluated(NamedTuple):
     label: str
     dimensions: int | None
     records: dict[tuple[str, str, str], dict]  # by task, subset, split
+    parts: Sequence[dict] = ()  # the records of searches in parts of a corpus
 
     def value(self, key: tuple, form: str, metric: str = "") -> float | None:
         """A metric, by default the main one."""
@@ -38,7 +39,7 @@ class Evaluated(NamedTuple):
         return record and record["values"].get(form, {}).get(metric or record["main"])
 
     def queries(self, key: tuple, form: str) -> dict[str, float]:
-        """{query: its main metric}."""
+        """{query: its nDCG@10}."""
         found = self.records.get(key, {}).get("queries", {})
         return dict(zip(found.get("ids", ()), found.get("values", {}).get(form, ())))
 
@@ -65,34 +66,41 @@ def read(sources: Sequence) -> tuple[list[Evaluated], list[Curve]]:
         folder = paths.path(source)
         if records.is_evaluation(folder):
             models.append(_evaluated(folder, records.read_about(folder)["model"]["name"].removeprefix("local/")))
-            folders.append(folder.name)
+            folders.append(folder)
             continue
         found = sorted(file.parent for name, file in paths.files(folder).items() if name.endswith(f"/{FILE}"))
         inner = folder / records.EVALUATED
         if not found and not inner.is_dir():
             raise ValueError(f"{source} is neither a folder of `embed evaluate` nor of a run")
         if inner.is_dir():
-            order = (
-                paths.read_json(folder / "results.json")["checkpoints"] if (folder / "results.json").exists() else {}
-            )
+            file = folder / "results.json"
+            results = paths.read_json(file) if file.exists() else {"checkpoints": {}}
             each = {records.read_about(child)["model"]["name"]: child for child in sorted(inner.iterdir())}
-            for name in [*(n for n in order if n in each), *(n for n in each if n not in order)]:
-                models.append(_evaluated(each[name], name if len(sources) == 1 else f"{folder.name}: {name}"))
-                folders.append(f"{folder}")
+            for name in [*results["checkpoints"], *(n for n in each if not file.exists())]:
+                if name in each:
+                    label = name if len(sources) == 1 else f"{folder.name}: {name}"
+                    models.append(_evaluated(each[name], label, results.get("evaluations")))
+                    folders.append(folder)
         for stage in found:
             label = stage.name if len(sources) == 1 else f"{folder.name}: {stage.name}"
             curves.append(Curve(label, stage.name, read_metrics(stage / FILE)))
+    return [model._replace(label=label) for model, label in zip(models, _labels(models, folders))], curves
+
+
+def _labels(models: Sequence[Evaluated], folders: Sequence) -> list[str]:
+    """The labels of the models, with their folders where several have one name."""
     labels = [model.label for model in models]
-    models = [
-        model._replace(label=f"{model.label} ({folder})") if labels.count(model.label) > 1 else model
-        for model, folder in zip(models, folders)
+    short = [f"{label} ({folder.name})" if labels.count(label) > 1 else label for label, folder in zip(labels, folders)]
+    return [
+        f"{label} ({folder})" if short.count(name) > 1 else name for label, name, folder in zip(labels, short, folders)
     ]
-    return models, curves
 
 
-def _evaluated(folder, label: str) -> Evaluated:
-    found = {(r["task"], r["subset"], r["split"]): r for r in records.read(folder)}
-    return Evaluated(label, records.read_about(folder)["model"].get("dimensions"), found)
+def _evaluated(folder, label: str, tasks=None) -> Evaluated:
+    every = [record for record in records.read(folder) if tasks is None or record["task"] in tasks]
+    whole = {(r["task"], r["subset"], r["split"]): r for r in every if not r.get("corpus_size")}
+    parts = [record for record in every if record.get("corpus_size")]
+    return Evaluated(label, records.read_about(folder)["model"].get("dimensions"), whole, parts)
 
 
 def bootstrap(differences: Float64[np.ndarray, " q"], samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
@@ -135,6 +143,7 @@ def details(drawn: Path, models: Sequence[Evaluated], baseline: str = "") -> Ite
     yield from _languages(models)
     yield from _lengths(drawn, models)
     yield from _sizes(drawn, models)
+    yield from _corpora(models)
 
 
 def common(models: Sequence[Evaluated]) -> list[tuple[str, str, str]]:
@@ -180,7 +189,7 @@ def _overview(models: Sequence[Evaluated]) -> Iterator[str]:
         ["model", "vectors", "bytes", f"mean of {tasks} task{'s' * (tasks != 1)}"], bold_best(rows, [3]), left=2
     )
     left_out = {key for model in models for key in model.records} - set(keys)
-    note = f" {len(left_out):,} sets are left out, since not all models were evaluated on them." if left_out else ""
+    note = f" Left out: {len(left_out):,} sets that some models were not evaluated on." if left_out else ""
     yield f"The mean of the main metrics over the tasks that all models share, each task the mean of its subsets.{note}"
 
 
@@ -231,7 +240,8 @@ def _differences(models: Sequence[Evaluated]) -> Iterator[str]:
     yield (
         f"nDCG@10 in {form}, minus that of {cell(first.label)}, over the same queries, with the 95% interval of a "
         f"paired bootstrap ({SAMPLES:,} samples of the queries). Of {len(rows):,} differences, {better:,} are better "
-        f"and {worse:,} are worse: their interval is on one side of 0. About 1 in 20 would be without any difference."
+        f"and {worse:,} are worse: their interval is on one side of 0. Without any true difference, "
+        "about 1 in 20 would be marked too."
     )
     yield table(["set", "model", "", "queries", "difference", "low", "high"], rows, left=3)
 
@@ -277,6 +287,8 @@ def _lengths(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
     yield "## Length of the text"
     plots.lengths(drawn / "lengths.svg", lines)
     yield "![nDCG@10 by the length of the relevant text](plots/lengths.svg)"
+    if len(lines) > plots.PANELS:
+        yield f"The plot shows the first {plots.PANELS} of {len(lines)} sets."
     yield f"nDCG@10 in {form} by the characters of the longest relevant text of a query, in groups of equal size."
     heads = ["set", "characters", "median", "queries", *(cell(model.label) for model in models)]
     yield table(heads, rows, left=2)
@@ -301,3 +313,24 @@ def _sizes(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
             share = f"{value / full:.1%}" if full else NONE
             rows.append([cell(label), form, f"{bytes_:,.0f}", f"{math.floor(1e9 / bytes_):,}", number(value), share])
     yield table(["model", "vectors", "bytes", "vectors per GB", "mean", "of the largest"], rows, left=2)
+
+
+def _corpora(models: Sequence[Evaluated]) -> Iterator[str]:
+    """The metrics of searches in parts of a corpus, beside those of the whole."""
+    form, rows = main_form(models), []
+    for model in models:
+        for record in sorted(model.parts, key=lambda r: (r["task"], r["subset"], r["split"], r["corpus_size"])):
+            rows.append((model, record))
+        whole = {(r["task"], r["subset"], r["split"]) for r in model.parts}
+        rows += [(model, model.records[key]) for key in model.records if key in whole]
+    if not rows:
+        return
+    metrics = list(dict.fromkeys(m for _, record in rows for m in record["values"].get(form, {})))
+    yield "## Size of the corpus"
+    yield f"Vectors in {form}. A part has every relevant text and a fixed sample of the others."
+    lines = [
+        [cell(record["task"]), cell(model.label), f"{record['counts'].get('texts', 0):,}"]
+        + [number(record["values"].get(form, {}).get(metric)) for metric in metrics]
+        for model, record in sorted(rows, key=lambda row: (row[1]["task"], row[1]["counts"].get("texts", 0)))
+    ]
+    yield table(["set", "model", "texts", *metrics], lines, left=2)

@@ -89,7 +89,7 @@ def nested(ids: Sequence[str], needed: Iterable[int], sizes: Sequence[int]) -> d
     for size in sizes:
         if not len(first) <= size <= len(ids):
             raise ValueError(
-                f"a corpus of {size:,} texts must have the {len(first):,} relevant ones and at most all {len(ids):,}"
+                f"--corpus_sizes={size} must be in {len(first)}..{len(ids)}: the relevant texts, and all texts"
             )
         parts[size] = np.array(sorted([*first, *order[: size - len(first)]]), np.int32)
     return parts

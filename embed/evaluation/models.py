@@ -1,11 +1,16 @@
 """What is evaluated: an `Encoder`, BM25, or a model of sentence-transformers, behind one function that ranks a set."""
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from embed import paths, runs
+from embed.checkpoints import model_folder
+from embed.checkpoints.names import CONFIG
 from embed.evaluation import baselines, retrieval
 from embed.evaluation.retrieval import Form, Model
 from embed.evaluation.sets import RetrievalSet
@@ -13,6 +18,7 @@ from embed.inference.encoder import PRECISIONS, check_precision
 from embed.inference.encoder import quantize as quantize_vectors
 
 BM25 = "bm25"
+UNKNOWN = "no_revision_available"  # mteb's word
 
 
 class Candidate(NamedTuple):
@@ -21,7 +27,7 @@ class Candidate(NamedTuple):
     name: str  # owner/name, as in MTEB
     revision: str  # changes with the weights
     model: Model | None  # None: BM25
-    about: dict = {}  # for the record: path, digest, …
+    about: dict = {}  # for the records: path, digest, parameters, …
 
     @property
     def dimensions(self) -> int | None:
@@ -29,7 +35,7 @@ class Candidate(NamedTuple):
 
     @property
     def is_own(self) -> bool:
-        """Whether the model was trained for int8, and can do late chunking."""
+        """Whether our engine computes the vectors, with int8 as in training and late chunking."""
         return self.model is not None and not isinstance(self.model, SentenceTransformers)
 
     def forms(self, precisions: Sequence[str] = (), dimensions: Sequence[int] = ()) -> list[Form]:
@@ -45,7 +51,7 @@ class Candidate(NamedTuple):
             if precision == "int8" and not self.is_own:
                 raise ValueError(
                     f"--precision=int8: {self.name} has no int8 of its own, round(127·tanh v) is for models that were "
-                    f"trained with it; float32, binary and ubinary are possible"
+                    "trained with it; float32, binary and ubinary are possible"
                 )
         sizes = [None, *(size for size in dimensions if size != self.dimensions)]
         return [Form(precision, size) for size in sizes for precision in dict.fromkeys(precisions)]
@@ -59,6 +65,7 @@ class Candidate(NamedTuple):
         language: str = "",
         depth: int = retrieval.DEPTH,
         parts: Mapping[str, np.ndarray] | None = None,
+        counts: dict | None = None,
         show_progress_bar: bool = False,
     ) -> dict:
         """{form: ranking int32 [Q, depth]}; keywords as in `retrieval.rank`, `language` as in `baselines.bm25`."""
@@ -67,8 +74,8 @@ class Candidate(NamedTuple):
             if parts is None:
                 return {forms[0]: find()}
             return {name: {forms[0]: find(rows=rows)} for name, rows in parts.items()}
-        how = dict(alone=alone or not self.is_own, depth=depth, parts=parts, show_progress_bar=show_progress_bar)
-        return retrieval.rank(self.model, data, forms, **how)
+        how = dict(depth=depth, parts=parts, counts=counts, show_progress_bar=show_progress_bar)
+        return retrieval.rank(self.model, data, forms, alone=alone or not self.is_own, **how)
 
 
 class SentenceTransformers:
@@ -92,3 +99,68 @@ class SentenceTransformers:
         if precision not in set(PRECISIONS) - {"int8"}:
             raise ValueError(f"precision {precision!r} must be float32, binary or ubinary")
         return quantize_vectors(vectors, precision)
+
+
+def load(
+    model: str, *, name: str = "", step: int = 0, max_length: int | None = None, revision: str | None = None
+) -> Candidate:
+    """A model folder, RUN:NAME, a hub id (at a `revision`), bm25, or a model of sentence-transformers.
+
+    `name` is owner/name in MTEB's results, by default the hub id or local/FOLDER.
+    """
+    source = resolve(model)
+    if source == BM25:
+        return Candidate(name or "embed/bm25", "lucene-1.5-0.75", None)
+    folder = paths.path(source)
+    is_local = paths.is_bucket(source) or folder.is_dir()
+    name = name or (f"local/{folder.name}" if is_local else source)
+    name = name if "/" in name else f"local/{name}"
+    if not runs.is_stage(source) and not model_folder.is_encoder(source, revision):
+        about = {"path": source}
+        return Candidate(name, _digest(folder) if is_local else UNKNOWN, SentenceTransformers(source), about)
+    encoder = runs.load_encoder(source, step, revision, max_length)
+    about = {
+        "path": source,
+        "digest": encoder.digest,
+        "max_length": encoder.max_length,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(encoder.params)),
+        "embedding_parameters": encoder.config.vocab_size * encoder.config.hidden_size,
+        "matryoshka": list(encoder.matryoshka),
+        **({} if runs.is_stage(source) else _card(source, revision)),
+    }
+    # Of a hub id MTEB wants the commit, the name of the snapshot's folder.
+    commit = None if is_local else model_folder.resolve(source, revision, files=[CONFIG]).name
+    return Candidate(name, commit or (encoder.digest or "unknown")[:16], encoder, about)
+
+
+def resolve(model: str) -> str:
+    """The folder of RUN:NAME, a stage or an export of a run; anything else unchanged."""
+    run, _, name = model.rpartition(":")
+    if not run or name.startswith("//") or paths.path(model).exists():
+        return model
+    folders = [paths.path(run) / name, paths.path(run) / "export" / name]
+    for folder in folders:
+        if runs.is_stage(folder) or (folder / CONFIG).exists():
+            return f"{folder}"
+    raise FileNotFoundError(f"--model={model}: neither {folders[0]} nor {folders[1]} is a stage or a model folder")
+
+
+def _card(source: str, revision: str | None) -> dict:
+    """{"license"} of a model's card, if it has one."""
+    import huggingface_hub
+
+    folder = paths.path(source) if paths.is_bucket(source) else model_folder.resolve(source, revision, ["README.md"])
+    if not (folder / "README.md").exists():
+        return {}
+    card = huggingface_hub.ModelCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    return {"license": card.data.license.lower()} if isinstance(card.data.license, str) else {}
+
+
+def _digest(folder) -> str:
+    """Identifies the files of a folder."""
+    hashed = hashlib.sha256()
+    for name, file in paths.files(folder).items():
+        hashed.update(name.encode())
+        with file.open("rb") as opened:
+            hashed.update(hashlib.file_digest(opened, "sha256").digest())
+    return hashed.hexdigest()[:16]

@@ -21,7 +21,6 @@ from embed.evaluation.retrieval import Form
 from embed.evaluation.sets import RetrievalSet
 
 OUTPUTS = {"float32": OutputDType.FLOAT32, "int8": OutputDType.INT8, "binary": OutputDType.BINARY}
-CODE = "https://github.com/embed-jax/embed"
 NEEDS_COLUMNS = ("document", "chunk")  # of a corpus whose chunks are embedded in their documents
 
 
@@ -33,30 +32,35 @@ def experiment(form: Form, dimensions: int | None) -> dict:
 def make_meta(candidate: Candidate, form: Form) -> ModelMeta:
     """What mteb records of a model."""
     about, bm25 = candidate.about, candidate.model is None
-    return ModelMeta(
+    sizes = sorted({candidate.dimensions, *about.get("matryoshka", ())}, reverse=True) if candidate.dimensions else None
+    fields = dict(
         loader=None,
         name=candidate.name,
         revision=candidate.revision,
-        release_date=about.get("date"),
-        languages=about.get("languages"),
+        release_date=None,
+        languages=None,
         n_parameters=about.get("parameters"),
         n_embedding_parameters=about.get("embedding_parameters"),
         memory_usage_mb=about["parameters"] * 4 / 2**20 if "parameters" in about else None,
         max_tokens=about.get("max_length"),
-        embed_dim=candidate.dimensions,
+        embed_dim=sizes[0] if sizes and len(sizes) == 1 else sizes,
         license=about.get("license"),
         open_weights=True,
-        public_training_code=about.get("training_code"),
+        public_training_code=None,
         public_training_data=None,
         framework=[] if bm25 else ["JAX", "safetensors"],
         similarity_fn_name=None if bm25 else ScoringFunction.COSINE,
         use_instructions=False,
-        training_datasets=set(about["training_datasets"]) if "training_datasets" in about else None,
+        training_datasets=None,
         model_type=["sparse"] if bm25 else ["dense"],
         modalities=["text"],
         experiment_kwargs=experiment(form, candidate.dimensions) or None,
         output_dtypes=None if bm25 else OUTPUTS.get(form.precision),
     )
+    try:
+        return ModelMeta(**fields)
+    except ValueError:  # a license that mteb does not know
+        return ModelMeta(**fields | {"license": None})
 
 
 def comparable(vectors: np.ndarray, precision: str) -> np.ndarray:
@@ -120,9 +124,8 @@ class Adapter(AbsEncoder):
         texts = self.cache.get(
             (*where, "query texts"), lambda: list(_texts(queries, task_metadata, PromptType.query, len(queries)))[0]
         )
-        vectors = self.cache.get(
-            (*where, "queries"), functools.partial(self._embed, [[text] for text in texts], title, queries=True)
-        )
+        documents = [[text] for text in texts]
+        vectors = self.cache.get((*where, "queries"), functools.partial(self._embed, documents, title, queries=True))
         if top_ranked is None:
             scores, found = retrieval.search(
                 self.candidate.model.quantize, vectors, self._vectors, self.form, order=self._order, depth=top_k
@@ -156,14 +159,7 @@ class Adapter(AbsEncoder):
         return self.candidate.model.quantize(np.asarray(vectors[:, : self.form.dimensions]), self.form.precision)
 
     def _embed(self, documents: Sequence[Sequence[str]], title: str, queries: bool = False) -> np.ndarray:
-        model = self.candidate.model
-        encode = model.encode_documents
-        if queries:
-
-            def encode(documents, **keywords):
-                return model.encode([text for (text,) in documents], **keywords)[:, None]
-
-        return retrieval.embed(encode, documents, model.dimensions, progress=title)
+        return retrieval.embed(self.candidate.model, documents, queries=queries, progress=title)
 
     def _index(self, corpus, task_metadata, title: str):
         """(vectors, ids, the order of `retrieval.search`)."""
@@ -185,8 +181,8 @@ class Adapter(AbsEncoder):
 class Lexical:
     """BM25 as a model of mteb, in the language of a task."""
 
-    def __init__(self, candidate: Candidate, *, alone: bool = False, on_results=None):
-        self.mteb_model_meta, self.alone = make_meta(candidate, Form("float32")), alone
+    def __init__(self, candidate: Candidate, *, on_results=None):
+        self.mteb_model_meta = make_meta(candidate, Form("float32"))
         self.on_results = on_results or (lambda *_: None)
 
     def index(self, corpus, **keywords) -> None:
@@ -199,9 +195,8 @@ class Lexical:
         language = languages.pop() if len(languages) == 1 else "eng"
         chosen = {query: set(rows) for query, rows in (top_ranked or {}).items()}
         depth = len(data.corpus) if top_ranked else min(top_k, len(data.corpus))
-        ranking = baselines.bm25(
-            data._replace(query_ids=[""] * len(texts)), context=not self.alone, language=language, depth=depth
-        )
+        # mteb itself leaves out a query's own text, where a task asks for it.
+        ranking = baselines.bm25(data._replace(query_ids=[""] * len(texts)), language=language, depth=depth)
         results = {}
         for query, rows in zip(data.query_ids, ranking.tolist()):
             names = [data.corpus_ids[row] for row in rows if row >= 0]

@@ -1,10 +1,14 @@
 """Evaluate a model on a task of mteb: its own result files, and our records of every query."""
 
+import contextlib
+import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import datasets
 import mteb
+from mteb.abstasks.text.bitext_mining import AbsTaskBitextMining
 
 from embed import distributed, paths
 from embed.evaluation import records
@@ -32,45 +36,110 @@ def evaluate(
 ) -> list[dict]:
     """Evaluate every form of a model on a task; returns its records, which it also writes.
 
-    What `folder` has is not computed again: subsets of a task are saved one by one. `foreign` is a model of mteb that
-    is evaluated instead, in the one form that it has. All processes call this.
+    The subsets are done one after the other, each in all forms, so that the vectors of one are kept at a time. What
+    `folder` has is not computed again. `foreign` is a model of mteb that is evaluated instead, in the one form that it
+    has. All processes call this.
     """
-    vectors = Cache()
-    with tempfile.TemporaryDirectory(prefix="embed-results-") as other:
+    subsets, made = list(task.hf_subsets or []), {}
+    # mteb evaluates the subsets of these together.
+    whole = hasattr(task, "tasks") or isinstance(task, AbsTaskBitextMining)
+    with _own_data(task) as digest, tempfile.TemporaryDirectory(prefix="embed-results-") as other:
         # Only process 0 writes; the others need the same results, or they would wait for computations that it skips.
         cache = mteb.ResultCache(paths.path(folder) if distributed.is_first() else Path(other))
-        made = []
-        for form in forms:
+
+        def score(form: Form, vectors: Cache) -> list[dict]:
             noted = _Noted(task)
-            model = _model(candidate, form, vectors, alone, noted, foreign)
-            meta = model.mteb_model_meta
-            file = cache.get_task_result_path(task.metadata.name, meta)
-            saved = distributed.from_first(file.read_text(encoding="utf-8") if file.exists() else "")
-            if saved and not distributed.is_first():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(saved, encoding="utf-8")
-            result = cache.load_task_result(task.metadata.name, meta)
+            if foreign is not None:
+                model = Recorded(foreign, noted)
+            elif candidate.model is None:
+                model = Lexical(candidate, on_results=noted)
+            else:
+                model = Adapter(candidate, form, vectors, alone=alone, on_results=noted)
+            file = cache.get_task_result_path(task.metadata.name, model.mteb_model_meta)
+            if distributed.is_first():
+                _drop_unrecorded(file, folder, task, form, digest)
+            _share(file)
+            result = cache.load_task_result(task.metadata.name, model.mteb_model_meta)
             if result is None or result.get_missing_evaluations(task):
-                _load(task)
+                _load(task, subsets)
+            how = {"batch_size": 256, "show_progress_bar": progress}
             result = mteb.evaluate(
-                model,
-                task,
-                cache=cache,
-                co2_tracker=False,
-                show_progress_bar=False,
-                encode_kwargs={"batch_size": 256, "show_progress_bar": progress},
+                model, task, cache=cache, co2_tracker=False, show_progress_bar=False, encode_kwargs=how
             ).task_results[0]
             noted.flush()
-            made = _merge(folder, task, form, result, noted)
-    vectors.clear()
-    if task.data_loaded:
-        task.unload_data()
-    return made
+            return _record(folder, task, form, result, noted, digest)
+
+        for chosen in [subsets] if whole else [[subset] for subset in subsets]:
+            task.hf_subsets, vectors = chosen, Cache()
+            for form in forms:
+                made |= {(record["subset"], record["split"]): record for record in score(form, vectors)}
+        task.hf_subsets = subsets
+        if task.data_loaded:
+            task.unload_data()
+    return list(made.values())
 
 
-def _load(task) -> None:
+def _share(file: Path) -> None:
+    """Give the other processes process 0's results of a task."""
+    saved = distributed.from_first(file.read_text(encoding="utf-8") if distributed.is_first() and file.exists() else "")
+    if saved and not distributed.is_first():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(saved, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _own_data(task) -> Iterator[str]:
+    """The digest of a task's local data, "" for data of the hub.
+
+    `datasets` knows a folder by its name and card, not by its content. So local data get a cache of their own, which
+    ends with the block.
+    """
+    where = paths.path(task.metadata.dataset["path"]) if not hasattr(task, "tasks") else None
+    if where is None or not where.is_dir():
+        yield ""
+        return
+    hashed = hashlib.sha256()
+    for name, file in paths.files(where).items():
+        hashed.update(f"{name}\n".encode())
+        with file.open("rb") as opened:
+            hashed.update(hashlib.file_digest(opened, "sha256").digest())
+    before = datasets.config.HF_DATASETS_CACHE
+    with tempfile.TemporaryDirectory(prefix="embed-datasets-") as cache:
+        datasets.config.HF_DATASETS_CACHE = Path(cache)
+        try:
+            yield hashed.hexdigest()
+        finally:
+            datasets.config.HF_DATASETS_CACHE = before
+
+
+def _drop_unrecorded(file, folder, task, form: Form, digest: str) -> None:
+    """Remove the scores of subsets whose records were not written before an interruption, so that they are computed
+    again. ValueError if a record is of other data."""
+    if not file.exists() or hasattr(task, "tasks"):
+        return
+    document = paths.read_json(file)
+    for split, scores in document["scores"].items():
+        kept = []
+        for score in scores:
+            record_file = records.path(folder, task.metadata.name, score["hf_subset"], split)
+            record = paths.read_json(record_file) if record_file.exists() else {}
+            if record and record.get("digest", "") != digest:
+                raise ValueError(f"{record_file} is of other data of {task.metadata.name}: choose another --output")
+            if f"{form}" in record.get("values", {}):
+                kept.append(score)
+        document["scores"][split] = kept
+    document["scores"] = {split: scores for split, scores in document["scores"].items() if scores}
+    if document["scores"]:
+        paths.write_json(file, document)
+    else:
+        file.unlink()
+
+
+def _load(task, subsets: Sequence[str]) -> None:
+    """Load the data of all `subsets` of a task."""
     if task.data_loaded or hasattr(task, "tasks"):  # an aggregate loads its parts
         return
+    chosen, task.hf_subsets = task.hf_subsets, list(subsets)
     try:
         task.load_data()
     except Exception as error:  # each library has its own
@@ -80,19 +149,15 @@ def _load(task) -> None:
             f"the data of {task.metadata.name}, {where}, cannot be read: {first:.300}. Without a network, name a "
             "folder with --data_root"
         ) from error
-
-
-def _model(candidate: Candidate, form: Form, vectors: Cache, alone: bool, noted: "_Noted", foreign):
-    if foreign is not None:
-        return Recorded(foreign, noted)
-    if candidate.model is None:
-        return Lexical(candidate, alone=alone, on_results=noted)
-    return Adapter(candidate, form, vectors, alone=alone, on_results=noted)
+    finally:
+        task.hf_subsets = chosen
 
 
 class _Noted:
-    """nDCG@10 of each query, of the searches of a task. mteb may still drop texts from the results that it is given, so
-    each result is scored when the next one comes."""
+    """nDCG@10 of each query, of the searches of a task.
+
+    mteb may still drop texts from the results that it is given, so each result is scored when the next one comes.
+    """
 
     def __init__(self, task):
         self._task, self._waiting, self.queries = task, None, {}
@@ -102,6 +167,7 @@ class _Noted:
         self._waiting = subset, split, results
 
     def flush(self) -> None:
+        """Score the result that waits."""
         if not self._waiting:
             return
         (subset, split, results), self._waiting = self._waiting, None
@@ -129,43 +195,44 @@ def _characters(corpus, judgments: Mapping[str, Mapping[str, int]]) -> list[int]
     ]
 
 
-def _merge(folder, task, form: Form, result, noted: _Noted) -> list[dict]:
-    """Add the scores of a form to the records of a task; returns them."""
-    main = task.metadata.main_score.replace("_at_", "@")
-    found = []
+def _record(folder, task, form: Form, result, noted: _Noted, digest: str) -> list[dict]:
+    """Add the scores of a form to the records of a task's subsets; returns them."""
+    main, found = task.metadata.main_score.replace("_at_", "@"), []
     for split, scores in result.scores.items():
         for score in scores:
             subset = score["hf_subset"]
-            file = records.path(folder, task.metadata.name, subset, split)
-            record = paths.read_json(file) if file.exists() else {}
+            if not hasattr(task, "tasks") and subset not in task.hf_subsets:
+                continue
             names = {**(RETRIEVAL_SCORES if "ndcg_at_10" in score else {}), main: task.metadata.main_score}
-            record |= {
+            # Six digits, as in the files, so that a continued evaluation has the same values.
+            values = {name: round(score[key], 6) for name, key in names.items() if score.get(key) is not None}
+            record = {
                 "task": task.metadata.name,
                 "subset": subset,
                 "split": split,
                 "type": task.metadata.type,
                 "languages": languages_of(task.metadata, subset),
                 "main": main,
+                "digest": digest,
+                "values": {f"{form}": values},
+                "counts": {},
             }
-            # Six digits, as in the files, so that a continued evaluation has the same values.
-            values = {name: round(score[key], 6) for name, key in names.items() if score.get(key) is not None}
-            record["values"] = record.get("values", {}) | {f"{form}": values}
-            record.setdefault("counts", {})
             if queries := noted.queries.get((subset, split)):
                 about = {key: queries[key] for key in ("ids", "characters")}
-                record["queries"] = record.get("queries", {"values": {}}) | about
-                record["queries"]["values"][f"{form}"] = queries["values"]
+                record["queries"] = about | {"values": {f"{form}": queries["values"]}}
                 record["counts"]["queries"] = len(queries["ids"])
+            file = records.path(folder, task.metadata.name, subset, split)
+            record = records.merge(paths.read_json(file) if file.exists() else {}, record)
             if distributed.is_first():
                 records.write(file, record)
             found.append(record)
     return found
 
 
-def foreign_model(source: str, candidate: Candidate):
+def foreign_model(candidate: Candidate):
     """A model of another library as mteb loads it, with its own prompts."""
     try:
-        return mteb.get_model(source)
+        return mteb.get_model(candidate.about["path"])
     except (KeyError, ValueError, OSError, NotImplementedError):
         return mteb.models.SentenceTransformerEncoderWrapper(candidate.model.model)
 

@@ -108,9 +108,15 @@ def find(
     if languages:
         chosen = [task for task in chosen if _speaks(task, languages)]
     if splits:
-        chosen = [task.filter_eval_splits(list(splits)) for task in chosen]
+        known = sorted({split for task in chosen for split in task.metadata.eval_splits})
+        if wrong := sorted(set(splits) - set(known)):
+            raise ValueError(f"--splits={wrong[0]}: the tasks have the splits {brief(known)}")
+        chosen = [task.filter_eval_splits([s for s in task.metadata.eval_splits if s in splits]) for task in chosen]
+        chosen = [task for task in chosen if set(task.eval_splits) <= set(splits)]
     if not chosen:
-        raise ValueError("no task is left: check --languages, --types and --splits")
+        limits = {"languages": languages, "types": types, "splits": splits}
+        given = ", ".join(f"--{name}={' '.join(values)}" for name, values in limits.items() if values)
+        raise ValueError(f"no task is left by {given}; languages are ISO 639-3, such as eng or eng-Latn")
     for task in chosen:
         modalities = set(task.metadata.modalities) - {"text"}
         if modalities:

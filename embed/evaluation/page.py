@@ -1,6 +1,7 @@
 """A report as Markdown, and the same as one HTML page that needs no other file: plots inside, tables that sort."""
 
 import base64
+import functools
 import html
 import re
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ def write(folder, blocks: Iterable[str], name: str = "report") -> list[Path]:
 def to_html(text: str, folder) -> str:
     """One HTML page of Markdown whose images are files of `folder`."""
     body = markdown_it.MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
-    body = re.sub(r'src="([^":]+)"', lambda match: f'src="{_data(Path(folder) / match[1])}"', body)
+    body = re.sub(r'<img src="([^"]*)" alt="([^"]*)" ?/?>', functools.partial(_image, Path(folder)), body)
     body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
     body = body.replace("&lt;br&gt;", "<br>")  # the only HTML that our tables have
     heads = []
@@ -77,6 +78,10 @@ def to_html(text: str, folder) -> str:
     )
 
 
-def _data(file: Path) -> str:
-    kind = {".svg": "image/svg+xml", ".png": "image/png"}[file.suffix]
-    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+def _image(folder: Path, match: re.Match) -> str:
+    """A plot, with its content; of any other image, which may stand in a text, the words."""
+    name, words = match.groups()
+    kind = {".svg": "image/svg+xml", ".png": "image/png"}.get(Path(name).suffix)
+    if not kind or not re.fullmatch(r"plots/[\w.-]+", name) or not (folder / name).is_file():
+        return f"![{words}]({name})"
+    return f'<img src="data:{kind};base64,{base64.b64encode((folder / name).read_bytes()).decode()}" alt="{words}">'

@@ -9,11 +9,12 @@
 
 A record is written when its set is done, so a command that was interrupted does the rest. It is
 
-    {"task", "subset", "split", "type", "languages", "main": the metric of `queries`, "counts": {…},
+    {"task", "subset", "split", "type", "languages", "main": the main metric, "digest": of the data, "counts": {…},
      "values": {form: {metric: value}},
-     "queries": {"ids": […], "characters": [length of the longest relevant text, …], "values": {form: […]}}}
+     "queries": {"ids": […], "characters": [length of the longest relevant text, …], "values": {form: [nDCG@10, …]}}}
 
-`queries` is there for retrieval. A form is a precision or, for a prefix, PRECISION-DIMENSIONS.
+`queries` is there for retrieval. A form is a precision or, for a prefix, PRECISION-DIMENSIONS. A search in a part of a
+corpus has `corpus_size`, and the subset SUBSET@SIZE in summary.json.
 """
 
 import hashlib
@@ -64,20 +65,32 @@ def start(folder, about: Mapping) -> None:
     paths.write_json(file, dict(about))
 
 
-def path(folder, task: str, subset: str, split: str):
-    """The file of a record."""
-    return (
-        paths.path(folder) / RECORDS / quote(task, safe="") / f"{quote(subset, safe='')}.{quote(split, safe='')}.json"
-    )
+def path(folder, task: str, subset: str, split: str, corpus_size: int = 0):
+    """The file of a record; with `corpus_size`, of a search in a part of the corpus."""
+    parts = [quote(subset, safe=""), quote(split, safe=""), *([f"{corpus_size}"] if corpus_size else [])]
+    return paths.path(folder) / RECORDS / quote(task, safe="") / f"{'.'.join(parts)}.json"
 
 
 def digest(data: RetrievalSet) -> str:
     """Identifies the content of a set."""
     hashed = hashlib.sha256()
-    for part in (data.query_ids, data.queries, data.corpus_ids, data.corpus, data.judgments):
-        hashed.update(f"{part}".encode("utf-8", "surrogatepass"))
-    hashed.update(f"{[rows.tolist() for rows in data.documents]}".encode())
+    for part in (data.query_ids, data.queries, data.corpus_ids, data.corpus, data.judgments, data.documents):
+        for value in part:
+            hashed.update(f"{value!r}\n".encode())
+        hashed.update(b"\0")
     return hashed.hexdigest()
+
+
+def merge(before: Mapping, record: Mapping) -> dict:
+    """A record with the values that an earlier one of the same set has in addition."""
+    if not before:
+        return dict(record)
+    values = {form: {**before["values"].get(form, {}), **found} for form, found in record["values"].items()}
+    merged = {**record, "values": {**before["values"], **values}, "counts": {**before["counts"], **record["counts"]}}
+    if queries := record.get("queries") or before.get("queries"):
+        of_forms = {**before.get("queries", {}).get("values", {}), **record.get("queries", {}).get("values", {})}
+        merged["queries"] = {**queries, "values": of_forms}
+    return merged
 
 
 def make(data: RetrievalSet, rankings: Mapping[Form, np.ndarray], metrics: Sequence[str] = SUMMARIZED, **about) -> dict:
@@ -90,7 +103,6 @@ def make(data: RetrievalSet, rankings: Mapping[Form, np.ndarray], metrics: Seque
     return {
         **about,
         "main": MAIN,
-        "digest": digest(data),
         "counts": dict(data.counts),
         "values": values,
         "queries": {"ids": data.query_ids, "characters": characters(data), "values": of_queries},
@@ -143,7 +155,7 @@ def rows(records: Sequence[Mapping], dimensions: int | None) -> Iterator[dict]:
             for metric, value in values.items():
                 yield {
                     "task": record["task"],
-                    "subset": record["subset"],
+                    "subset": shown_subset(record),
                     "split": record["split"],
                     "precision": precision,
                     "dimensions": int(prefix) if prefix else dimensions,
@@ -151,6 +163,11 @@ def rows(records: Sequence[Mapping], dimensions: int | None) -> Iterator[dict]:
                     "value": value,
                     "queries": record["counts"].get("queries"),
                 }
+
+
+def shown_subset(record: Mapping) -> str:
+    """The subset of a record, with the size of a part of its corpus."""
+    return f"{record['subset']}@{record['corpus_size']}" if record.get("corpus_size") else record["subset"]
 
 
 def summarize(folder, dimensions: int | None) -> list[dict]:

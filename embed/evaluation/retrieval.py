@@ -7,6 +7,7 @@ score(rankings[forms[0]], data)                  {"ndcg@10", "recall@10", "mrr@1
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from embed import distributed
 from embed.evaluation.metrics import METRICS, score_queries
 from embed.evaluation.sets import RetrievalSet
+from embed.inference.encoder import Encoder
 from embed.inference.index import BLOCK_VECTORS, search_blocks
 
 PRECISIONS = ("float32", "int8", "binary")  # that are evaluated
@@ -58,41 +60,58 @@ def temporary(count: int, dimensions: int) -> Float32[np.ndarray, "n d"]:
 
 
 def embed(
-    encode: Callable,
+    model: Model,
     documents: Sequence[Sequence[str]],
-    dimensions: int,
     *,
-    names=None,
+    queries: bool = False,
+    names: Sequence[str] | None = None,
     progress: str = "",
     truncate: bool = True,
+    counts: dict | None = None,
 ) -> Float32[np.ndarray, "chunks d"]:
     """The vectors of all chunks of all documents in order, in a temporary file; an empty text has a zero vector.
 
-    `encode` is `Encoder.encode_documents`, with keywords `truncate` (cut too long documents, with a warning) and
-    `names`. A progress bar with the title `progress` shows documents.
+    With `queries`, a document is one query. With `truncate`, too long documents are cut, with a warning, and counted in
+    `counts`. Errors name a document by its entry in `names`. A progress bar has the title `progress`.
     """
+    noun = "queries" if queries else "texts"
     first = np.cumsum([0, *map(len, documents)])
-    vectors = temporary(int(first[-1]), dimensions)
+    vectors, cut = temporary(int(first[-1]), model.dimensions), 0
     bar = tqdm(total=len(documents), desc=progress, unit="text", disable=not progress or not distributed.is_first())
     with bar:
         for start in range(0, len(documents), SLICE):
             stop = min(start + SLICE, len(documents))
             filled = [i for i in range(start, stop) if any(chunk.strip() for chunk in documents[i])]
-            named = names and [names[i] for i in filled]
-            found = encode([documents[i] for i in filled], truncate=truncate, names=named) if filled else []
+            chosen, named = [documents[i] for i in filled], names and [names[i] for i in filled]
+            if not filled:
+                found = []
+            elif isinstance(model, Encoder):
+                with warnings.catch_warnings():  # which would tell the number of each slice
+                    warnings.simplefilter("ignore")
+                    segments, shortened = model.fit_documents(chosen, truncate=truncate, names=named)
+                cut += shortened
+                flat = model.encode_segments(segments, names=named)
+                found = np.split(flat, np.cumsum([segment.num_spans for segment in segments])[:-1])
+            elif queries:
+                found = model.encode([text for (text,) in chosen])[:, None]
+            else:
+                found = model.encode_documents(chosen)
             for i, chunks in zip(filled, found):
                 vectors[first[i] : first[i + 1]] = chunks
             bar.update(stop - start)
+    if cut:
+        said = f"{progress.rpartition(': ')[0]}: " if progress else ""
+        warnings.warn(
+            f"{said}{cut:,} of {len(documents):,} {noun} were cut to {model.max_length:,} tokens", stacklevel=3
+        )
+    if counts is not None:
+        counts[f"cut {noun}"] = cut
     return vectors
 
 
 def embed_queries(model: Model, data: RetrievalSet, **keywords) -> Float32[np.ndarray, "q d"]:
     """The vectors of a set's queries; `keywords` as in `embed`."""
-
-    def encode(documents, **keywords):
-        return model.encode([text for (text,) in documents], **keywords)[:, None]
-
-    return embed(encode, [[text] for text in data.queries], model.dimensions, names=data.query_names, **keywords)
+    return embed(model, [[text] for text in data.queries], queries=True, names=data.query_names, **keywords)
 
 
 def embed_corpus(model: Model, data: RetrievalSet, *, alone: bool = False, **keywords) -> Float32[np.ndarray, "c d"]:
@@ -103,7 +122,7 @@ def embed_corpus(model: Model, data: RetrievalSet, *, alone: bool = False, **key
     documents = [np.array([row]) for row in range(len(data.corpus))] if alone else data.documents
     names = data.corpus_names and [data.corpus_names[rows[0]] for rows in documents]
     texts = [[data.corpus[row] for row in rows] for rows in documents]
-    vectors = embed(model.encode_documents, texts, model.dimensions, names=names, **keywords)
+    vectors = embed(model, texts, names=names, **keywords)
     order = np.concatenate(documents)
     if np.array_equal(order, np.arange(len(order))):
         return vectors
@@ -165,18 +184,20 @@ def rank(
     queries: np.ndarray | None = None,
     depth: int = DEPTH,
     parts: Mapping[str, np.ndarray] | None = None,
+    counts: dict | None = None,
     show_progress_bar: bool = False,
 ) -> dict[Form, Int32[np.ndarray, "q depth"]] | dict[str, dict[Form, Int32[np.ndarray, "q depth"]]]:
     """{form: the best `depth` corpus rows of each query}. Texts are encoded once for all forms.
 
     `alone` is as in `embed_corpus`. `queries` are the query vectors if they are known already. A query without a text
     finds nothing, an empty text is never found, and a query's own text does not count (`RetrievalSet.own_rows`). With
-    `parts` {name: corpus rows}, it is {name: {form: …}} of searches in these parts of the corpus.
+    `parts` {name: corpus rows}, it is {name: {form: …}} of searches in these parts of the corpus. `counts` is as in
+    `embed`.
     """
     title = data.name if show_progress_bar else ""
     if queries is None:
-        queries = embed_queries(model, data, progress=title and f"{title}: queries")
-    corpus = embed_corpus(model, data, alone=alone, progress=title and f"{title}: corpus")
+        queries = embed_queries(model, data, progress=title and f"{title}: queries", counts=counts)
+    corpus = embed_corpus(model, data, alone=alone, progress=title and f"{title}: corpus", counts=counts)
     order = descending(data.corpus_ids, np.array([not text for text in data.corpus]))
     is_blank, own = np.array([not text.strip() for text in data.queries]), data.own_rows
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from embed import paths
 from embed.preparation.sources import Conteb, Retrieval, Row, Source, SourceError
+from embed.preparation.sources.hub import read_card
 
 
 class RetrievalSet(NamedTuple):
@@ -38,6 +39,7 @@ class RetrievalSet(NamedTuple):
     query_names: list[str] | None = None  # for errors
     corpus_names: list[str] | None = None
     counts: Mapping[str, int] = {}  # of what was read
+    own: Mapping[str, str] = {}  # {id of a corpus text that has a title: its text without the title}
 
     @property
     def relevant_rows(self) -> list[np.ndarray]:
@@ -48,10 +50,16 @@ class RetrievalSet(NamedTuple):
 
     @property
     def own_rows(self) -> np.ndarray:
-        """The corpus row that has the id and the text of query i, -1 for none, int32[Q]. It is no answer to itself."""
+        """The corpus row that has the id and the text of query i, with or without its title, -1 for none, int32[Q].
+
+        It is no answer to itself.
+        """
         row_of = {name: row for row, name in enumerate(self.corpus_ids)}
         rows = [row_of.get(name, -1) for name in self.query_ids]
-        same = [row >= 0 and self.corpus[row] == query.strip() for row, query in zip(rows, self.queries)]
+        same = [
+            row >= 0 and query.strip() in (self.corpus[row], self.own.get(name, self.corpus[row]))
+            for name, row, query in zip(self.query_ids, rows, self.queries)
+        ]
         return np.where(same, rows, -1).astype(np.int32)
 
 
@@ -59,20 +67,22 @@ PART = r"(.+-)?(corpus|queries|qrels|documents|default)[./]"  # the names of the
 
 # What `read_set` counts and warns about, in words.
 NOTICED = {
-    "unjudged queries": "queries without a judgment are left out",
-    "queries without a relevant text": "queries have no relevant text: they score 0",
-    "empty queries": "queries have no text: they find nothing",
-    "empty texts": "texts are empty: they are never found",
-    "judgments of missing texts": "judgments name texts that are not in the corpus: they are never found",
-    "judgments of missing queries": "judgments name queries that are not there: they are left out",
-    "own texts": "queries stand in the corpus: a query's own text does not count as found",
+    "unjudged queries": "without a judgment, left out",
+    "queries without a relevant text": "all judged irrelevant, score 0",
+    "empty queries": "find nothing",
+    "empty texts": "never found",
+    "judgments of missing texts": "texts that are not in the corpus, never found",
+    "judgments of missing queries": "queries that are not there, left out",
+    "own texts": "queries that stand in the corpus; a query's own text does not count as found",
 }
 
 
 def read_subsets(folder, *, split: str = "test") -> Iterator[tuple[str, RetrievalSet]]:
     """(subset, set) of each subset of a folder: of MTEB's layout those with a SUBSET-corpus, otherwise "default"."""
-    names = paths.files(folder) if paths.path(folder).is_dir() else {}
-    subsets = sorted({match[1] for name in names if (match := re.match(r"(.+?)-corpus[./]", name))})
+    files = paths.files(folder) if paths.path(folder).is_dir() else {}
+    card = files["README.md"].read_bytes().decode("utf-8", "replace") if "README.md" in files else ""
+    configs = [f"{config.get('config_name')}." for config in read_card(card).get("configs") or []]
+    subsets = sorted({match[1] for name in [*files, *configs] if (match := re.match(r"(.+?)-corpus[./]", name))})
     for subset in subsets or ["default"]:
         yield subset, read_set(folder, split=split, subset="" if subset == "default" else subset)
 
@@ -98,11 +108,20 @@ def read_set(folder, *, split: str = "test", subset: str = "", name: str = "") -
         )
     names = paths.files(folder)
     is_conteb = not any(n.startswith("corpus") for n in names) and any(n.startswith("documents") for n in names)
+    if split != "test" and any(re.match(r"(.+-)?qrels\.", n) for n in names):
+        raise ValueError(f"{folder} has one file of qrels, so it has no split {split!r}: leave out --splits")
     if is_conteb:
         source = Conteb(path=f"{folder}", split=split)
     else:
         source = Retrieval(path=f"{folder}", split=split, config=subset)
-    return read_source(source, name or folder.name or f"{folder}")
+    return read_source(source, name or set_name(folder))
+
+
+def set_name(folder) -> str:
+    """The name of a folder's set; that of SET/SPLIT in prepared data has both."""
+    folder = paths.path(folder)
+    is_prepared = folder.parent.parent.name == "evaluation"
+    return f"{folder.parent.name}/{folder.name}" if is_prepared else folder.name or f"{folder}"
 
 
 def read_source(source: Retrieval | Conteb, name: str) -> RetrievalSet:
@@ -117,7 +136,7 @@ def read_source(source: Retrieval | Conteb, name: str) -> RetrievalSet:
     made = made._replace(counts={**made.counts, **({"own texts": own} if own else {})})
     for count, words in NOTICED.items():
         if made.counts.get(count):
-            warnings.warn(f"{name}: {made.counts[count]:,} {words}", stacklevel=3)
+            warnings.warn(f"{name}: {count} {made.counts[count]:,} ({words})", stacklevel=3)
     return made
 
 
@@ -137,10 +156,11 @@ def _retrieval(source: Retrieval, name: str) -> RetrievalSet:
         unjudged += query not in judged
         if query in judged:
             queries[query] = (text, row.location)
-    corpus, located, seen, documents = [], [], {}, {}
-    ids = []
+    corpus, located, seen, documents, own, ids = [], [], {}, {}, {}, []
     for row in _rows(parts["corpus"]):
         text_id, text = _text(row)
+        if row.value.get("title") and text_id in queries:
+            own[text_id] = _text(row._replace(value={**row.value, "title": ""}))[1]
         _once(seen, text_id, row.location)
         _place(documents, row, len(ids))
         ids.append(text_id)
@@ -172,6 +192,7 @@ def _retrieval(source: Retrieval, name: str) -> RetrievalSet:
         [f"{location} (_id {query!r:.80})" for query, (_, location) in queries.items()],
         located,
         counts,
+        own,
     )
 
 

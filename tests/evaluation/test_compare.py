@@ -50,7 +50,7 @@ def test_the_report_compares_models_by_task_language_length_and_size(tmp_path, e
     assert [model.label for model in models] == ["owner/a", "b"] and curves == []
     text = page.write(tmp_path, compare.sections(tmp_path, models, curves))[0].read_text()
     overview = section(text, "Models")
-    assert "mean of 2 tasks" in overview and "1 sets are left out" in overview
+    assert "mean of 2 tasks" in overview and "Left out: 1 sets" in overview
     assert re.search(r"\| b \| float32 \| 256 \| \*\*0\.4\d\d\*\* \|", overview)
     assert "| owner/a | binary | 8 |" in overview and "| owner/a | float32-16 | 64 |" in overview
     assert re.search(r"\| other \| nDCG@10 \| 1 \| 40 \| – \| \*\*0.3\d\d\*\* \|", section(text, "Tasks"))
@@ -88,18 +88,23 @@ def test_the_interval_of_the_bootstrap_is_that_of_the_mean():
 def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
     folders = [write(tmp_path / name, "local/m", {"one": 0.5}) for name in ("x", "y")]
     assert [model.label for model in compare.read(folders)[0]] == ["m (x)", "m (y)"]
+    folders = [write(tmp_path / name / "results", "local/m", {"one": 0.5}) for name in ("x", "y")]
+    assert [model.label for model in compare.read(folders)[0]] == [f"m ({folder})" for folder in folders]
 
 
 def test_a_run_gives_its_checkpoints_and_training_curves(tmp_path):
     run = tmp_path / "run"
     for name in ("merged", "pair"):
         write(run / records.EVALUATED / name, name, {"one": 0.5})
-    (run / "results.json").write_text(json.dumps({"checkpoints": {"pair": {}, "merged": {}}}))
+    write(run / records.EVALUATED / "pair", "pair", {"gone": 0.5})  # of an evaluation that the config no longer has
+    results = {"checkpoints": {"pair": {}, "merged": {}}, "evaluations": {"one": "a set"}}
+    (run / "results.json").write_text(json.dumps(results))
     (run / "pair").mkdir()
     rows = [{"step": s, "loss": 5 / s, "seconds_per_step": 36.0} for s in range(1, 30)]
     (run / "pair" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     models, curves = compare.read([run])
     assert [model.label for model in models] == ["pair", "merged"]  # as in results.json
+    assert [key[0] for key in models[0].records] == ["one"]
     assert [(curve.label, len(curve.rows)) for curve in curves] == [("pair", 29)]
     assert [model.label for model in compare.read([run, write(tmp_path / "e", "o/e", {"one": 0.5})])[0]] == [
         "run: pair",
@@ -129,5 +134,7 @@ def test_the_page_needs_no_other_file_and_its_tables_sort(tmp_path, evaluations)
 
 
 def test_text_of_a_page_is_escaped(tmp_path):
+    image = page.to_html("![logo](logo.png) ![x](http://x.example/a.png) ![y](../plots/a.svg)", tmp_path)
+    assert "<img" not in image and "![logo](logo.png)" in image
     text = page.to_html("# A\n\n| a<b | <script>alert(1)</script> |\n| --- | --- |\n| x<br>y | **1** |\n", tmp_path)
     assert "<script>alert" not in text and "a&lt;b" in text and "x<br>y" in text and "<strong>1</strong>" in text

@@ -65,9 +65,7 @@ def test_parts_of_a_corpus_are_nested_and_have_what_is_relevant():
     for small_part, large in zip(list(parts.values()), list(parts.values())[1:]):
         assert set(small_part.tolist()) < set(large.tolist())
     for size in (1, 101):
-        with pytest.raises(
-            ValueError, match=f"a corpus of {size} texts must have the 2 relevant ones and at most all 100"
-        ):
+        with pytest.raises(ValueError, match=f"--corpus_sizes={size} must be in 2..100"):
             judgments.nested(ids, [7, 99], [size])
 
 
@@ -90,7 +88,7 @@ def test_query2query_is_made_and_evaluated_at_several_sizes(tmp_path, capsys):
     rows = json.loads((output / "summary.json").read_text())
     values = {(row["subset"], row["precision"], row["metric"]): row["value"] for row in rows}
     assert values["default", "int8", "recall@1000"] == 1
-    assert values[f"{len(set(texts))}", "int8", "recall@5"] == values["default", "int8", "recall@5"] < 1
+    assert values[f"default@{len(set(texts))}", "int8", "recall@5"] == values["default", "int8", "recall@5"] < 1
 
 
 def test_query2doc_is_judged_by_several_systems_and_a_smaller_corpus_is_easier(tmp_path):
@@ -103,6 +101,10 @@ def test_query2doc_is_judged_by_several_systems_and_a_smaller_corpus_is_easier(t
     folder, output = tmp_path / "set", tmp_path / "out"
     arguments = ["judge", f"--queries={queries}", f"--corpus={corpus}", f"--output={folder}", "--relevant=3"]
     assert cli.main([*arguments, "--systems", "bm25"]) == 2  # one system
+    assert cli.main([*arguments, "--systems", "bm25", "bm25"]) == 2  # twice
+    chunked = write(tmp_path / "chunks.jsonl", [{"_id": "a", "chunks": ["x", "y"]}])
+    assert cli.main([*arguments[:2], f"--corpus={chunked}", *arguments[3:], "--systems", "bm25", str(model)]) == 2
+    assert cli.main([*arguments, "--max_queries=-1", "--systems", "bm25", str(model)]) == 2
     assert cli.main([*arguments, "--systems", "bm25", str(model)]) == 0
     data = read_set(folder)
     assert len(data.queries) == 20 and all(len(judged) == 3 for judged in data.judgments)
@@ -111,7 +113,12 @@ def test_query2doc_is_judged_by_several_systems_and_a_smaller_corpus_is_easier(t
     assert cli.main(["evaluate", "--model=bm25", f"--data={folder}", f"--output={output}", *more]) == 0
     rows = json.loads((output / "summary.json").read_text())
     found = {row["subset"]: row["value"] for row in rows if row["metric"] == "recall@3"}
-    assert 0 < found["default"] <= found["60"] < 1
+    assert 0 < found["default"] <= found["default@60"] < 1
+    (record,) = (json.loads(file.read_text()) for file in (output / "records" / "set").glob("*.60.json"))
+    assert record["counts"]["texts"] == 60
+    assert cli.main(["report", str(output), f"--output={tmp_path / 'report'}"]) == 0
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "| set | o/m | 60 |" in report and "| set | nDCG@10 | 1 | 20 |" in report  # the part is not one of its sets
     run = (output / "runs" / "run.retrieve.top_7.set.test.o_m-float32.trec").read_text().splitlines()
     query, q0, text, rank, score, tag = run[0].split("\t")
     assert (query, q0, rank, score, tag) == ("q0", "Q0", "1", "1.0", "o_m-float32") and text in data.corpus_ids

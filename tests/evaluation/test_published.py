@@ -28,6 +28,17 @@ def test_the_means_of_the_papers_tables_are_those_of_their_rows():
     assert len(rows) == 8 and sum(rows) / 8 == pytest.approx(stated, abs=6e-5)
 
 
+def test_the_mean_over_a_benchmark_is_compared_if_all_its_tasks_are_there():
+    stated = published.Score("m", "", "ConTEB", "", "(mean)", "binary", 0.6, "Table 3")
+    records = [
+        record(task, "default", "test", k / 10, form="binary") for k, task in enumerate(published.BENCHMARKS["ConTEB"])
+    ]
+    (comparison,) = published.compare([stated], records)
+    assert comparison.ours == pytest.approx(0.35)
+    assert published.compare([stated], records[:-1]) == []
+    assert published.tasks_of([stated]) == sorted(published.BENCHMARKS["ConTEB"])
+
+
 def test_an_unknown_model_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="no published scores of 'pplx': .*perplexity-ai/pplx-embed-v1-0.6b"):
         published.scores_of("pplx")

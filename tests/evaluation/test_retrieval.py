@@ -108,8 +108,11 @@ def test_a_querys_own_text_does_not_count_and_empty_texts_are_never_found(tmp_pa
 
 def test_too_long_texts_are_cut_with_a_warning(tmp_path):
     encoder, data = small.encoder(max_length=4), read_set(make(tmp_path / "set", chunked=False))
-    with pytest.warns(UserWarning, match="of 24 documents were cut to 4 tokens"):
-        retrieval.embed_corpus(encoder, data)
+    counts = {}
+    with pytest.warns(UserWarning, match="^24 of 24 texts were cut to 4 tokens"):
+        retrieval.embed_corpus(encoder, data, counts=counts)
+    assert counts == {"cut texts": 24}
+    assert np.array_equal(retrieval.embed_queries(encoder, data), encoder.encode(data.queries, truncate=True))
 
 
 def test_a_corpus_is_encoded_in_slices(tmp_path, monkeypatch):

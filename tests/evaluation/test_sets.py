@@ -73,7 +73,7 @@ def test_beir_and_mteb_folders_are_read_as_downloaded(tmp_path, layout, suffix):
 
 
 def test_another_split_has_its_own_judgments_and_queries(tmp_path):
-    with pytest.warns(UserWarning, match="set: 1 queries without a judgment are left out"):
+    with pytest.warns(UserWarning, match="set: unjudged queries 1 .without a judgment, left out"):
         data = read_set(write_beir(tmp_path / "set", ""), split="dev")
     assert data.query_ids == ["8", "9"] and data.judgments == [{"1": 2}, {"1": 1, "2": 0}]
 
@@ -92,7 +92,7 @@ def write_conteb(folder):
 
 
 def test_a_conteb_folder_gives_documents_in_order_and_a_query_per_row(tmp_path):
-    with pytest.warns(UserWarning, match="1 judgments name texts that are not in the corpus: they are never found"):
+    with pytest.warns(UserWarning, match="judgments of missing texts 1 "):
         data = read_set(write_conteb(tmp_path / "set"))
     assert data.corpus_ids == ["b_0", "b_1", "a_x_0"] and data.corpus == ["first", "second", "other"]
     assert [rows.tolist() for rows in data.documents] == [[0, 1], [2]]
@@ -106,6 +106,38 @@ def test_subsets_of_a_folder_are_sets(tmp_path):
             (tmp_path / f"{subset}-{name}.jsonl").write_text(lines(rows))
     assert [(subset, data.corpus) for subset, data in read_subsets(tmp_path)] == [("de", ["x"]), ("en", ["x"])]
     assert [subset for subset, _ in read_subsets(make(tmp_path / "one", chunked=False))] == ["default"]
+
+
+def test_subsets_are_also_those_of_a_card(tmp_path):
+    (tmp_path / "data").mkdir()
+    configs = ""
+    for name, file, rows in (("corpus", "c", CORPUS), ("queries", "q", QUERIES), ("qrels", "r", [QREL])):
+        (tmp_path / "data" / f"{file}.jsonl").write_text(lines(rows))
+        configs += f"- config_name: de-{name}\n  data_files:\n  - split: test\n    path: data/{file}.jsonl\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert [(subset, data.queries) for subset, data in read_subsets(tmp_path)] == [("de", ["y"])]
+
+
+def test_a_query_with_the_text_of_a_titled_corpus_row_of_its_id_is_its_own(tmp_path):
+    """As in ArguAna, whose corpus has titles and whose queries have none."""
+    corpus = [{"_id": "q", "title": "animals", "text": "They feel."}, {"_id": "c", "title": "animals", "text": "No."}]
+    queries = [{"_id": "q", "text": "They feel."}, {"_id": "c", "text": "animals No."}]
+    qrels = [QREL, QREL | {"query-id": "c", "corpus-id": "q"}]
+    with pytest.warns(UserWarning, match="own texts 2"):
+        data = read_set(write(tmp_path / "set", corpus, queries, qrels))
+    assert data.own_rows.tolist() == [0, 1]
+
+
+def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has one file of qrels, so it has no split 'dev'"):
+        read_set(make(tmp_path / "set", chunked=False), split="dev")
+    with pytest.raises(ValueError, match="train"):
+        read_set(write_beir(tmp_path / "beir", ""), split="train")
+
+
+def test_a_set_of_prepared_data_is_named_with_its_split(tmp_path):
+    folder = make(tmp_path / "data" / "evaluation" / "functions" / "test", chunked=False)
+    assert read_set(folder).name == "functions/test"
 
 
 def test_what_a_metric_can_bear_is_counted_and_said(tmp_path):
@@ -124,13 +156,13 @@ def test_what_a_metric_can_bear_is_counted_and_said(tmp_path):
         data = read_set(write(tmp_path / "set", corpus, queries, qrels))
     said = [str(warning.message).removeprefix("set: ") for warning in caught]
     assert said == [
-        "1 queries without a judgment are left out",
-        "1 queries have no relevant text: they score 0",
-        "1 queries have no text: they find nothing",
-        "1 texts are empty: they are never found",
-        "1 judgments name texts that are not in the corpus: they are never found",
-        "1 judgments name queries that are not there: they are left out",
-        "1 queries stand in the corpus: a query's own text does not count as found",
+        "unjudged queries 1 (without a judgment, left out)",
+        "queries without a relevant text 1 (all judged irrelevant, score 0)",
+        "empty queries 1 (find nothing)",
+        "empty texts 1 (never found)",
+        "judgments of missing texts 1 (texts that are not in the corpus, never found)",
+        "judgments of missing queries 1 (queries that are not there, left out)",
+        "own texts 1 (queries that stand in the corpus; a query's own text does not count as found)",
     ]
     assert data.query_ids == ["q", "own", "e", "zero"]
     assert data.own_rows.tolist() == [-1, 2, -1, -1]

@@ -14,7 +14,7 @@ from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores
 from mteb.models.model_meta import ModelMeta
 
 from embed import cli, inference
-from embed.evaluation import metrics, mteb_model, mteb_run, mteb_tasks, published, retrieval
+from embed.evaluation import metrics, models, mteb_model, mteb_run, mteb_tasks, published, records, retrieval
 from embed.evaluation.models import Candidate
 from embed.evaluation.retrieval import Form
 from embed.evaluation.sets import read_set
@@ -255,6 +255,71 @@ def test_two_processes_evaluate_a_task_like_one_and_continue_it(evaluated, root,
         assert row["value"] == pytest.approx(ours["SciFact", row["precision"], 32, row["metric"]], abs=1e-6)
 
 
+def test_data_that_changed_under_one_name_are_read_again(root, model, tmp_path, capsys):
+    """`datasets` knows a folder by its name and card."""
+    arguments = [f"--model={model}", "--tasks", "SciFact", "--precision", "float32"]
+    found = []
+    for name in ("a", "b"):
+        folder = write_retrieval(tmp_path / name / "scifact")
+        if name == "b":
+            (folder / "qrels.jsonl").write_text(lines([{"query-id": "q0", "corpus-id": "c5", "score": 1}]))
+        _, values = evaluate(tmp_path / f"out_{name}", *arguments, f"--data_root={tmp_path / name}")
+        found.append(values["SciFact", "float32", 32, "recall@100"])
+        counts = json.loads((tmp_path / f"out_{name}" / "records" / "SciFact" / "default.test.json").read_text())[
+            "counts"
+        ]
+        assert counts["queries"] == (25 if name == "a" else 1)
+    assert evaluate(tmp_path / "out_a", *arguments, f"--data_root={tmp_path / 'b'}")[0] == 2
+    assert "is of other data of SciFact: choose another --output" in capsys.readouterr().err
+
+
+def test_an_interrupted_task_gets_the_queries_of_every_subset(tmp_path, model, monkeypatch):
+    """MLQA-like: subsets of one task, interrupted while the second is evaluated."""
+    root = tmp_path / "root" / "MLQARetrieval"
+    task = two_subsets()
+    monkeypatch.setattr(type(task), "load_data", _load_two_subsets(write_retrieval(root)))
+    candidate, folder, form = Candidate("local/small", "1", inference.load(model)), tmp_path / "out", Form("int8")
+    search, calls = mteb_model.Adapter.search, []
+
+    def interrupted(self, *arguments, **keywords):
+        calls.append(keywords["hf_subset"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return search(self, *arguments, **keywords)
+
+    monkeypatch.setattr(mteb_model.Adapter, "search", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mteb_run.evaluate(task, candidate, [form], folder, progress=False)
+    task = two_subsets()
+    made = mteb_run.evaluate(task, candidate, [form], folder, progress=False)
+    assert calls == ["deu-deu", "eng-eng", "eng-eng"]  # the first is not searched again
+    assert [record["subset"] for record in made] == ["deu-deu", "eng-eng"]
+    # A record that was lost, as by a kill between mteb's file and ours, is made again.
+    records.path(folder, "MLQARetrieval", "deu-deu", "test").unlink()
+    task = two_subsets()
+    again = mteb_run.evaluate(task, candidate, [form], folder, progress=False)
+    assert calls[3:] == ["deu-deu"] and again == made
+    for record in again:
+        assert np.mean(record["queries"]["values"]["int8"]) == pytest.approx(
+            record["values"]["int8"]["ndcg@10"], abs=6e-6
+        )
+
+
+def two_subsets():
+    return mteb.get_task("MLQARetrieval", hf_subsets=["deu-deu", "eng-eng"], eval_splits=["test"])
+
+
+def _load_two_subsets(folder):
+    """A loader of a multilingual task that gives every subset the data of a folder."""
+
+    def load(self, num_proc=None, **keywords):
+        if not self.data_loaded:
+            self.dataset = {s: {"test": mteb_tasks.tables(read_set(folder))} for s in self.hf_subsets}
+            self.data_loaded = True
+
+    return load
+
+
 # Other models
 
 
@@ -297,6 +362,25 @@ def test_a_model_of_sentence_transformers_is_evaluated_on_folders_and_tasks(root
         local["scifact", "float32", 32, "ndcg@10"], abs=1e-4
     )
     assert evaluate(tmp_path / "c", *given, "--precision", "int8")[0] == 2
+    # Other weights in a folder of the same name are another model.
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "st")
+    assert evaluate(tmp_path / "a", *given)[0] == 2
+
+
+def test_a_causal_model_with_pooling_of_the_last_token_is_left_to_sentence_transformers(tokenizer_folder, tmp_path):
+    """The layout of Qwen3-Embedding."""
+    import sentence_transformers
+    import transformers
+    from random_models import random_qwen3, save
+    from sentence_transformers.sentence_transformer import modules
+
+    folder = save(random_qwen3(transformers.Qwen3Model, is_causal=True), tokenizer_folder, tmp_path / "m")
+    small.edit_config(folder, is_causal=None)
+    transformer = modules.Transformer(str(folder))
+    pooling = modules.Pooling(transformer.get_embedding_dimension(), "lasttoken")
+    sentence_transformers.SentenceTransformer(modules=[transformer, pooling], device="cpu").save(str(tmp_path / "st"))
+    candidate = models.load(str(tmp_path / "st"))
+    assert not candidate.is_own and candidate.forms() == [Form("float32")]
 
 
 # Names
@@ -317,8 +401,16 @@ def test_names_of_tasks_and_benchmarks_are_found_and_near_ones_suggested():
         mteb_tasks.find(benchmark="ConTeb")
     with pytest.raises(ValueError, match="--types=retrieval must be one of .*Retrieval"):
         mteb_tasks.find(tasks=["SciFact"], types=["retrieval"])
-    with pytest.raises(ValueError, match="no task is left"):
+    with pytest.raises(ValueError, match="no task is left by --languages=jpn"):
         mteb_tasks.find(tasks=["SciFact"], languages=["jpn"])
+    with pytest.raises(ValueError, match="--splits=nonsense: the tasks have the splits test"):
+        mteb_tasks.find(tasks=["SciFact"], splits=["nonsense"])
+    for name, tasks in published.BENCHMARKS.items():
+        if name.startswith("MTEB"):
+            types = ["Retrieval"] if name.endswith(" Retrieval") else []
+            found = mteb_tasks.find(benchmark=name.removesuffix(" Retrieval"), types=types)
+            assert sorted(task.metadata.name for task in found) == sorted(tasks)
+    assert published.BENCHMARKS["ConTEB"] == list(mteb_tasks.CONTEB)
 
 
 def test_a_missing_folder_of_data_is_named_before_any_work(tmp_path, root):
@@ -329,7 +421,7 @@ def test_a_missing_folder_of_data_is_named_before_any_work(tmp_path, root):
 
 
 def test_every_published_task_of_pplx_embed_is_a_task_of_mteb_or_conteb():
-    for model in ("pplx-embed-v1-0.6b", "pplx-embed-v1-4b", "pplx-embed-context-v1-4b"):
+    for model in ("pplx-embed-v1-0.6b", "pplx-embed-v1-4b", "pplx-embed-context-v1-4b", "pplx-embed-context-v1-0.6b"):
         names = published.tasks_of(published.scores_of(model))
         tasks = {task.metadata.name: task for task in mteb_tasks.find(tasks=names)}
         assert list(tasks) == names
