@@ -114,11 +114,11 @@ def test_a_verb_locks_its_output_before_the_model_is_read_and_ignores_the_lock_o
 ):
     load, held = runs.load_encoder, []
 
-    def load_while_held(*given):
+    def load_while_held(*given, **how):
         with pytest.raises(paths.BusyError), paths.lock(tmp_path / "out"):
             pass
         held.append(verb)
-        return load(*given)
+        return load(*given, **how)
 
     (tmp_path / ".out.lock").write_text("")  # left by a process that was killed
     monkeypatch.setattr(runs, "load_encoder", load_while_held)

@@ -226,10 +226,10 @@ def test_an_empty_corpus_row_of_a_set_is_counted_and_never_found(model, tmp_path
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--model", model, "--data", str(tmp_path)]
     assert cli.main(["evaluate", *arguments, "--output", str(tmp_path / "e")]) == 0
-    assert f"embed: warning: {tmp_path.name}: 1 texts are empty" in (error := capsys.readouterr().err)
+    assert f"embed: warning: {tmp_path.name}: empty texts 1 (never found)" in (error := capsys.readouterr().err)
     assert "UserWarning" not in error
     encoder = inference.load(model)
-    with pytest.warns(UserWarning, match="1 texts are empty"):
+    with pytest.warns(UserWarning, match="empty texts 1 "):
         data = read_set(tmp_path)
     forms = [retrieval.Form(precision) for precision in inference.PRECISIONS]
     for ranking in retrieval.rank(encoder, data, forms, depth=4).values():
@@ -258,14 +258,15 @@ def test_a_long_text_is_named_by_line_and_id_and_cut_if_asked(verb, model, tmp_p
     arguments = [verb, f"--model={model}", source, *more, "--max_length=9"]
     if verb == "evaluate":  # which always cuts
         assert cli.main(arguments) == 0
-        assert "embed: warning: 1 of 3 documents were cut to 9 tokens" in capsys.readouterr().err
+        assert f"embed: warning: {tmp_path.name}: 1 of 3 texts were cut to 9 tokens" in capsys.readouterr().err
         return
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     line = "corpus.jsonl:2" if verb == "mine" else "corpus.jsonl, line 2"
     assert f"{line} (_id 'b') has" in error and "max_length (--max_length) is 9" in error and "--truncate" in error
     assert cli.main([*arguments, "--truncate"]) == 0
-    assert "embed: warning: 1 of 3 documents were cut to 9 tokens" in capsys.readouterr().err
+    noun = "texts" if verb == "mine" else "documents"
+    assert f"1 of 3 {noun} were cut to 9 tokens" in capsys.readouterr().err
 
 
 def test_max_length_may_not_exceed_that_of_the_model(tmp_path, capsys):
