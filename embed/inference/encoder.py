@@ -24,6 +24,7 @@ from embed.tokenizers import check_text
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 MIN_ROW_LENGTH = 64
 TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
+FINE_BATCHES, FINE_LENGTH = 128, 256  # with more batches on CPU, rows of more tokens than this have finer lengths
 
 
 class NotFiniteError(ValueError):
@@ -318,7 +319,9 @@ class Encoder:
             distributed.translate_peer_errors(but=(NotFiniteError, TooLongError)),
             _out_of_memory(name, segments, longest),
         ):
-            for members, row, shape, num_rows in _batches(segments, batch_tokens, shards):
+            tokens = sum(len(segment.tokens) for segment in segments)
+            fine = _on_cpu() and tokens > FINE_BATCHES * batch_tokens * shards
+            for members, row, shape, num_rows in _batches(segments, batch_tokens, shards, fine):
                 packed = write_rows([segments[i] for i in members], row, shape, num_rows)
                 rows = packed.rows
                 if self.mesh.size > 1:  # every process has packed all rows, and puts its shards on its devices
@@ -418,7 +421,7 @@ def _on_mesh(x, mesh, dtype) -> jax.Array:
 
 
 def _batches(
-    segments: Sequence[Segment], batch_tokens: int, shards: int = 1
+    segments: Sequence[Segment], batch_tokens: int, shards: int = 1, fine: bool = False
 ) -> Iterator[tuple[list, np.ndarray, RowShape, int]]:
     """(segment indices, row of each, row shape, number of rows), longest segments first, every segment once.
 
@@ -426,6 +429,9 @@ def _batches(
     the free tokens goes in, until none fits. Shapes repeat, so few programs are compiled: a batch has batch_tokens // L
     rows, the last one the smallest sufficient power of four, both rounded up to a multiple of `shards`. A segment
     claims max(tokens, 8 · spans), so that L / 8 span slots always suffice.
+
+    With `fine`, lengths above FINE_LENGTH are multiples of an eighth of that power. On CPU each token is compared with
+    its whole row, so many texts gain more by shorter rows than the additional programs cost.
     """
     stacks: dict[int, list[int]] = {}
     for i in reversed(range(len(segments))):
@@ -434,6 +440,8 @@ def _batches(
     claims = sorted(stacks)
     while claims:
         length = max(MIN_ROW_LENGTH, 1 << (claims[-1] - 1).bit_length())
+        if fine and length > FINE_LENGTH:
+            length = -(-claims[-1] // (length // 8)) * (length // 8)
         num_rows = -(-max(1, batch_tokens // length) // shards) * shards
         members, rows = [], []
         for row in range(num_rows):

@@ -405,14 +405,16 @@ def test_memory_that_is_used_up_is_one_sentence(encoder, monkeypatch):
 # Batches
 
 
-def test_batches_hold_every_segment_once_within_the_capacity_of_rows():
+@pytest.mark.parametrize("fine", [False, True])
+def test_batches_hold_every_segment_once_within_the_capacity_of_rows(fine):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 700, 500)
     spans = rng.integers(1, 30, 500)
     all_segments = [Segment(np.ones(n, np.int32), np.ones(n, np.int32), s) for n, s in zip(lengths, spans)]
     seen = []
-    for members, row, shape, num_rows in encoding._batches(all_segments, 4096):
+    for members, row, shape, num_rows in encoding._batches(all_segments, 4096, fine=fine):
         assert num_rows * shape.length <= max(4096, shape.length)
+        assert shape.length % (32 if fine else 64) == 0 and shape.spans * 8 == shape.length
         assert row.max() < num_rows
         assert np.bincount(row, lengths[members]).max() <= shape.length
         assert np.bincount(row, spans[members]).max() <= shape.spans
@@ -424,6 +426,24 @@ def test_rows_are_at_least_90_percent_full_with_varied_lengths():
     lengths = np.random.default_rng(0).lognormal(4.5, 0.6, 2000).astype(int) + 8
     capacity = sum(r * shape.length for _, _, shape, r in encoding._batches(segments(lengths), 4096))
     assert lengths.sum() / capacity > 0.9
+
+
+def test_many_texts_get_rows_of_about_their_length_and_the_same_vectors(encoder, monkeypatch):
+    """Of 5,000 texts of 100 to 700 tokens: tokens times the length of their row, which is the cost of attention."""
+    lengths = np.random.default_rng(0).normal(380, 90, 5000).clip(100, 700).astype(int)
+
+    def attention(fine):
+        batches = list(encoding._batches(segments(lengths), 4096, fine=fine))
+        rows = sum(r * shape.length for _, _, shape, r in batches)
+        return sum(r * shape.length**2 for _, _, shape, r in batches) / lengths.sum(), lengths.sum() / rows
+
+    (coarse, coarse_fill), (fine, fine_fill) = attention(False), attention(True)
+    assert fine < 0.75 * coarse and fine_fill > coarse_fill
+    texts = small.sentences(60, seed=2, longest=200)
+    few = encoder.encode(texts)
+    monkeypatch.setattr(encoding, "FINE_BATCHES", 0)
+    monkeypatch.setattr(encoding, "FINE_LENGTH", 64)
+    np.testing.assert_allclose(encoder.encode(texts), few, rtol=1e-5, atol=1e-5)
 
 
 def test_few_programs_are_compiled_and_reused(encoder):
