@@ -2,7 +2,7 @@
 
     embed pipeline --config=configs/laptop.py --workdir=runs/laptop
 
-Results of an older version are in docs/quickstart.md. `runlocal` keeps the width and shrinks steps, batches and data.
+Results are in docs/quickstart.md. `runlocal` keeps the width and shrinks steps, batches and data.
 """
 
 from ml_collections import ConfigDict
