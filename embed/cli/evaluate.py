@@ -14,6 +14,7 @@ the difference. Its exit code is 1 if a difference is larger than --tolerance.
 """
 
 import argparse
+import contextlib
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     from embed.evaluation import local_run, models, records, sets  # these import what uses the devices
 
     inputs = [arguments.model, *(file for folder in arguments.data or [] for file in sets.files(folder))]
-    with common.output(arguments, inputs, is_ours=records.is_evaluation, continues=True), common.keeps_work():
+    keeps = common.keeps_work() if arguments.output else contextlib.nullcontext()
+    with common.output(arguments, inputs, is_ours=records.is_evaluation, continues=True), keeps:
         local, tasks = _read_sets(arguments), _find_tasks(arguments)
         if scores:
             scores = _possible(scores, tasks)
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
             max_length=arguments.max_length,
             revision=(scores[0].revision or None) if scores else None,
         )
+        if arguments.languages and arguments.data and candidate.model is not None:
+            raise ValueError("--languages chooses among tasks, or the words of bm25: leave it out with --data")
         forms = candidate.forms(arguments.precision, arguments.truncate_dim)
         if arguments.output:
             _start(arguments, candidate)
@@ -211,10 +215,11 @@ def _compare(comparisons: list, tolerance: float, total: int) -> bool:
 
 def _read_sets(arguments: argparse.Namespace) -> list:
     """(set, subset, split) of each folder and subset of --data."""
+    from embed import paths
     from embed.evaluation import sets
 
     found = [
-        (data, subset, split)
+        (data, subset, paths.path(folder).name if sets.is_prepared(folder) else split)
         for folder in arguments.data or []
         for split in arguments.splits or ["test"]
         for subset, data in sets.read_subsets(folder, split=split)

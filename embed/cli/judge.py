@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             made = _by_systems(arguments)
         if not made.qrels:
-            raise ValueError(f"nothing is relevant to anything: {dict(made.counts)}")
+            counted = ", ".join(f"{name} {count:,}" for name, count in made.counts.items())
+            raise ValueError(f"no two queries have a URL in common, or no system finds a text ({counted})")
         if distributed.is_first():
             for name in ("corpus", "queries", "qrels"):
                 _write(paths.path(arguments.output) / f"{name}.jsonl", getattr(made, name))

@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = common.Parser("report", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("sources", nargs="+", metavar="RUN_OR_RESULTS", help="a workdir, or a folder of embed evaluate")
-    parser.add_argument("--baseline", default="", help="the model that others are compared with (default: the first)")
+    parser.add_argument(
+        "--baseline", default="", help="the model that others are compared with (default: BM25, or the first)"
+    )
     common.add_output_arguments(parser, "folder of the report")
     arguments = parser.parse_args(argv)
     with common.output(arguments, [], is_ours=is_report):
@@ -41,4 +43,5 @@ def is_report(folder) -> bool:
     """Whether a folder has what this verb writes."""
     from embed import paths
 
-    return {"report.html", "report.md"} <= set(paths.files(folder))
+    found = set(paths.files(folder))
+    return {"report.html", "report.md"} <= found and "results.json" not in found  # which is a run with its own report

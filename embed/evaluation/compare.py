@@ -8,6 +8,7 @@ paired bootstrap over the queries.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,16 +33,21 @@ class Evaluated(NamedTuple):
     dimensions: int | None
     records: dict[tuple[str, str, str], dict]  # by task, subset, split
     parts: Sequence[dict] = ()  # the records of searches in parts of a corpus
+    about: Mapping = {}  # evaluation.json
+
+    def form(self, form: str) -> str:
+        """The form that is shown beside others in `form`: a model without vectors has only one."""
+        return form if self.dimensions else "float32"
 
     def value(self, key: tuple, form: str, metric: str = "") -> float | None:
         """A metric, by default the main one."""
         record = self.records.get(key)
-        return record and record["values"].get(form, {}).get(metric or record["main"])
+        return record and record["values"].get(self.form(form), {}).get(metric or record["main"])
 
     def queries(self, key: tuple, form: str) -> dict[str, float]:
         """{query: its nDCG@10}."""
         found = self.records.get(key, {}).get("queries", {})
-        return dict(zip(found.get("ids", ()), found.get("values", {}).get(form, ())))
+        return dict(zip(found.get("ids", ()), found.get("values", {}).get(self.form(form), ())))
 
     @property
     def forms(self) -> list[str]:
@@ -64,11 +70,15 @@ def read(sources: Sequence) -> tuple[list[Evaluated], list[Curve]]:
     models, curves, folders = [], [], []  # folders: of each model, to tell models of one name apart
     for source in sources:
         folder = paths.path(source)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {source}: expected one of `embed evaluate`, or a workdir")
         if records.is_evaluation(folder):
+            if not records.read(folder):
+                raise ValueError(f"{source} has no result yet: no set of it was evaluated to the end")
             models.append(_evaluated(folder, records.read_about(folder)["model"]["name"].removeprefix("local/")))
             folders.append(folder)
             continue
-        found = sorted(file.parent for name, file in paths.files(folder).items() if name.endswith(f"/{FILE}"))
+        found = sorted(child for child in folder.iterdir() if (child / FILE).exists())
         inner = folder / records.EVALUATED
         if not found and not inner.is_dir():
             raise ValueError(f"{source} is neither a folder of `embed evaluate` nor of a run")
@@ -100,7 +110,8 @@ def _evaluated(folder, label: str, tasks=None) -> Evaluated:
     every = [record for record in records.read(folder) if tasks is None or record["task"] in tasks]
     whole = {(r["task"], r["subset"], r["split"]): r for r in every if not r.get("corpus_size")}
     parts = [record for record in every if record.get("corpus_size")]
-    return Evaluated(label, records.read_about(folder)["model"].get("dimensions"), whole, parts)
+    about = records.read_about(folder)
+    return Evaluated(label, about["model"].get("dimensions"), whole, parts, about)
 
 
 def bootstrap(differences: Float64[np.ndarray, " q"], samples: int = SAMPLES, seed: int = 0) -> tuple[float, float]:
@@ -117,15 +128,18 @@ def bootstrap(differences: Float64[np.ndarray, " q"], samples: int = SAMPLES, se
 
 def sections(folder, models: Sequence[Evaluated], curves: Sequence[Curve], baseline: str = "") -> Iterator[str]:
     """The blocks of the report; draws its plots in folder/plots. `baseline` is the label that others are compared with,
-    by default that of the first model."""
+    by default BM25 or else that of the first model."""
     drawn = Path(folder) / "plots"
     drawn.mkdir(parents=True, exist_ok=True)
-    yield "# Comparison"
+    yield "# Evaluation"
     if models:
         yield "## Models"
         yield from _overview(models)
         yield from _tasks(models)
         yield from details(drawn, models, baseline)
+    if models:
+        yield "## Evaluations"
+        yield from _about(models)
     if curves:
         yield "## Training curves"
         plots.curves(drawn / "training.svg", curves)
@@ -138,7 +152,7 @@ def sections(folder, models: Sequence[Evaluated], curves: Sequence[Curve], basel
 
 def details(drawn: Path, models: Sequence[Evaluated], baseline: str = "") -> Iterator[str]:
     """Differences from a baseline, languages, lengths and sizes; draws the plots in the folder `drawn`."""
-    first = next((model for model in models if model.label == baseline), models[0])
+    first = next((model for model in models if model.label == (baseline or "BM25")), models[0])
     yield from _differences([first, *(model for model in models if model is not first)])
     yield from _languages(models)
     yield from _lengths(drawn, models)
@@ -152,9 +166,10 @@ def common(models: Sequence[Evaluated]) -> list[tuple[str, str, str]]:
 
 
 def main_form(models: Sequence[Evaluated]) -> str:
-    """The form in which models are compared: float32, or else the first that all have. "" if there is none."""
-    shared = [form for form in models[0].forms if all(form in model.forms for model in models)]
-    return "float32" if "float32" in shared else shared[0] if shared else ""
+    """The form in which models are compared: of those that most models have, float32 or else the first."""
+    counted = Counter(form for model in models if model.dimensions for form in model.forms)
+    shared = [form for form, count in counted.items() if count == max(counted.values())]
+    return "float32" if "float32" in shared or not shared else shared[0]
 
 
 def mean(model: Evaluated, keys: Sequence[tuple], form: str) -> float | None:
@@ -171,6 +186,18 @@ def size(form: str, dimensions: int | None) -> float | None:
     precision, _, prefix = form.partition("-")
     kept = int(prefix) if prefix else dimensions
     return kept and kept * {"float32": 4, "int8": 1}.get(precision, 1 / 8)
+
+
+def _about(models: Sequence[Evaluated]) -> Iterator[str]:
+    """What was evaluated, and how."""
+    rows = []
+    for model in models:
+        made, settings = model.about.get("model", {}), model.about.get("settings", {})
+        how = [f"{name} {value}" for name, value in settings.items() if value]
+        how += [f"at most {made['max_length']:,} tokens"] if made.get("max_length") else []
+        revision = f"{made.get('revision') or made.get('digest') or NONE}"[:16]
+        rows.append([cell(model.label), revision, cell(", ".join(how) or NONE), model.about.get("commit") or NONE])
+    yield table(["model", "revision", "settings", "commit of embed"], rows, left=4)
 
 
 def _overview(models: Sequence[Evaluated]) -> Iterator[str]:
@@ -295,9 +322,8 @@ def _lengths(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
 
 
 def _sizes(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
-    shared, points = common(models), {}
+    keys, points = common(models), {}
     for model in models:
-        keys = shared or list(model.records)
         found = [(size(form, model.dimensions), mean(model, keys, form), form) for form in model.forms]
         points[model.label] = sorted(point for point in found if point[0] and point[1] is not None)
     points = {label: found for label, found in points.items() if len(found) > 1}

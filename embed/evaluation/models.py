@@ -109,7 +109,7 @@ def load(
     `name` is owner/name in MTEB's results, by default the hub id or local/FOLDER.
     """
     source = resolve(model)
-    if source == BM25:
+    if source.lower() == BM25:
         return Candidate(name or "embed/bm25", "lucene-1.5-0.75", None)
     folder = paths.path(source)
     is_local = paths.is_bucket(source) or folder.is_dir()

@@ -187,8 +187,9 @@ def _characters(corpus, judgments: Mapping[str, Mapping[str, int]]) -> list[int]
     """The length of the longest relevant text of each query."""
     wanted = {name for judged in judgments.values() for name, grade in judged.items() if grade > 0}
     rows = {name: row for row, name in enumerate(corpus["id"]) if name in wanted}
-    texts = corpus.select(list(rows.values()))["text"] if rows else []
-    length = {name: len(text) for name, text in zip(rows, texts)}
+    chosen = corpus.select(list(rows.values()))
+    titles = chosen["title"] if "title" in chosen.column_names else [""] * len(rows)
+    length = {name: len(f"{t or ''} {text}".strip()) for name, t, text in zip(rows, titles, chosen["text"])}
     return [
         max((length.get(name, 0) for name, grade in judged.items() if grade > 0), default=0)
         for judged in judgments.values()

@@ -116,7 +116,8 @@ def find(
     if not chosen:
         limits = {"languages": languages, "types": types, "splits": splits}
         given = ", ".join(f"--{name}={' '.join(values)}" for name, values in limits.items() if values)
-        raise ValueError(f"no task is left by {given}; languages are ISO 639-3, such as eng or eng-Latn")
+        codes = "; languages are ISO 639-3, such as eng or eng-Latn" if languages else ""
+        raise ValueError(f"no task is left by {given}{codes}")
     for task in chosen:
         modalities = set(task.metadata.modalities) - {"text"}
         if modalities:

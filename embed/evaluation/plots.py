@@ -10,7 +10,20 @@ import numpy as np
 from embed.training.metrics import read_metrics
 
 # The colors also differ in lightness, for print and for color-blind readers (Okabe and Ito).
-COLORS = ("#0072B2", "#E69F00", "#999999", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+COLORS = (
+    "#0072B2",
+    "#E69F00",
+    "#999999",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#000000",
+    "#8B5A2B",
+    "#4B0082",
+    "#7FA000",
+    "#B22222",
+)
 COLUMNS = 3  # of panels in a grid
 PANELS = 9  # at most, in a grid
 

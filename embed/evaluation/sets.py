@@ -118,10 +118,14 @@ def read_set(folder, *, split: str = "test", subset: str = "", name: str = "") -
 
 
 def set_name(folder) -> str:
-    """The name of a folder's set; that of SET/SPLIT in prepared data has both."""
+    """The name of a folder's set; of SET/SPLIT in prepared data, SET."""
     folder = paths.path(folder)
-    is_prepared = folder.parent.parent.name == "evaluation"
-    return f"{folder.parent.name}/{folder.name}" if is_prepared else folder.name or f"{folder}"
+    return folder.parent.name if is_prepared(folder) else folder.name or f"{folder}"
+
+
+def is_prepared(folder) -> bool:
+    """Whether a folder is SET/SPLIT in the evaluation sets of prepared data."""
+    return paths.path(folder).parent.parent.name == "evaluation"
 
 
 def read_source(source: Retrieval | Conteb, name: str) -> RetrievalSet:

@@ -115,6 +115,29 @@ def test_a_run_gives_its_checkpoints_and_training_curves(tmp_path):
     assert "plots/training.svg" in text and (tmp_path / "plots" / "training.svg").exists()
 
 
+def test_models_without_a_common_form_and_models_without_vectors_are_shown(tmp_path):
+    """BM25 has one form, which stands beside any other."""
+    bm25 = write(tmp_path / "bm25", "embed/bm25", {"one": 0.5}, dimensions=None, forms=("float32",))
+    model = write(tmp_path / "model", "o/m", {"one": 0.6}, forms=("int8", "binary"))
+    models, _ = compare.read([bm25, model])
+    text = page.write(tmp_path, compare.sections(tmp_path, models, []))[0].read_text()
+    assert "Vectors in int8." in text
+    assert re.search(r"\| one \| nDCG@10 \| 1 \| 40 \| 0.5\d\d \| \*\*0.6\d\d\*\* \|", section(text, "Tasks"))
+    assert "| one | o/m | better |" in section(text, "Differences from embed/bm25")
+
+
+def test_a_folder_without_a_result_and_the_folder_of_runs_are_refused(tmp_path):
+    records.write_about(tmp_path / "started", "o/m", 64)
+    with pytest.raises(ValueError, match="started has no result yet"):
+        compare.read([tmp_path / "started"])
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        compare.read([tmp_path / "nowhere"])
+    (tmp_path / "runs" / "run" / "pair").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "pair" / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n')
+    with pytest.raises(ValueError, match="neither a folder"):
+        compare.read([tmp_path / "runs"])
+
+
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither a folder of `embed evaluate` nor of a run"):
         compare.read([tmp_path])
@@ -131,6 +154,8 @@ def test_the_page_needs_no_other_file_and_its_tables_sort(tmp_path, evaluations)
     assert cli.main(["report", *map(str, evaluations), f"--output={output}"]) == 2  # without --overwrite
     assert cli.main(["report", *map(str, evaluations), f"--output={output}", "--overwrite"]) == 0
     assert cli.main(["report", str(evaluations[0]), f"--output={tmp_path / 'r'}", "--baseline=z"]) == 2
+    (output / "results.json").write_text("{}")  # the report of a run is its own
+    assert cli.main(["report", *map(str, evaluations), f"--output={output}", "--overwrite"]) == 2
 
 
 def test_text_of_a_page_is_escaped(tmp_path):

@@ -100,6 +100,7 @@ def test_the_name_of_a_run_and_its_stage_or_export_is_a_model(model, tmp_path):
         (["--model={model}", "--data={data}", "--metrics", "hits@3"], "metric 'hits@3' must be one of ndcg, recall"),
         (["--model={model}", "--data={data}", "--trec=5"], "--trec=5 must be positive, and needs --output"),
         (["--model={model}", "--data={data}", "--languages", "english"], "--languages=english must be ISO 639-3"),
+        (["--model={model}", "--data={data}", "--languages", "eng"], "leave it out with --data"),
         (["--model={model}", "--data={data}", "--splits", "dev"], "no split 'dev'"),
         (["--model={model}", "--data={data}", "--truncate_dim", "64"], "truncate_dim=64 must be in 1..32"),
         (["--model={model}", "--data={data}", "--corpus_sizes", "99"], "--corpus_sizes=99 must be in 13..24"),

@@ -135,9 +135,9 @@ def test_a_split_that_a_folder_does_not_have_is_refused(tmp_path):
         read_set(write_beir(tmp_path / "beir", ""), split="train")
 
 
-def test_a_set_of_prepared_data_is_named_with_its_split(tmp_path):
+def test_a_set_of_prepared_data_has_the_name_of_its_set(tmp_path):
     folder = make(tmp_path / "data" / "evaluation" / "functions" / "test", chunked=False)
-    assert read_set(folder).name == "functions/test"
+    assert read_set(folder).name == "functions"
 
 
 def test_what_a_metric_can_bear_is_counted_and_said(tmp_path):
