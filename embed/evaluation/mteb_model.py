@@ -6,6 +6,7 @@ it calibrates int8 on the batch and compares bits by cosine.
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import mteb
@@ -72,10 +73,11 @@ def comparable(vectors: np.ndarray, precision: str) -> np.ndarray:
 
 
 class Cache:
-    """The float32 vectors of one task, in temporary files, shared by the forms of a model."""
+    """The float32 vectors of a subset, in temporary files, shared by the forms of a model; and what was counted."""
 
     def __init__(self):
         self._kept: dict = {}
+        self.counts = Counter()
 
     def get(self, key, make: Callable):
         if key not in self._kept:
@@ -159,14 +161,19 @@ class Adapter(AbsEncoder):
         return self.candidate.model.quantize(np.asarray(vectors[:, : self.form.dimensions]), self.form.precision)
 
     def _embed(self, documents: Sequence[Sequence[str]], title: str, queries: bool = False) -> np.ndarray:
-        return retrieval.embed(self.candidate.model, documents, queries=queries, progress=title)
+        counts: dict[str, int] = {}
+        vectors = retrieval.embed(self.candidate.model, documents, queries=queries, progress=title, counts=counts)
+        self.cache.counts.update(counts)
+        return vectors
 
     def _index(self, corpus, task_metadata, title: str):
         """(vectors, ids, the order of `retrieval.search`)."""
         ids = list(corpus["id"])
         if set(NEEDS_COLUMNS) <= set(corpus.column_names) and not self.alone:
-            data = to_set(corpus, [], {}, task_metadata)
-            vectors = retrieval.embed_corpus(self.candidate.model, data, progress=title)
+            data, counts = to_set(corpus, [], {}, task_metadata), {}
+            vectors = retrieval.embed_corpus(self.candidate.model, data, progress=title, counts=counts)
+            empty = sum(not text for text in data.corpus)
+            self.cache.counts.update(counts | {"texts": len(ids), "empty texts": empty})
             return vectors, ids, retrieval.descending(ids, np.array([not text for text in data.corpus]))
         vectors = retrieval.temporary(len(ids), self.candidate.dimensions)
         is_empty, start = np.zeros(len(ids), bool), 0
@@ -175,6 +182,7 @@ class Adapter(AbsEncoder):
             vectors[start:stop] = self._embed([[text] for text in texts], title)
             is_empty[start:stop] = [not text.strip() for text in texts]
             start = stop
+        self.cache.counts.update({"texts": len(ids), "empty texts": int(is_empty.sum())})
         return vectors, ids, retrieval.descending(ids, is_empty)
 
 

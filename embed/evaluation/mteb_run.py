@@ -67,7 +67,7 @@ def evaluate(
                 model, task, cache=cache, co2_tracker=False, show_progress_bar=False, encode_kwargs=how
             ).task_results[0]
             noted.flush()
-            return _record(folder, task, form, result, noted, digest)
+            return _record(folder, task, form, result, noted, digest, vectors.counts)
 
         for chosen in [subsets] if whole else [[subset] for subset in subsets]:
             task.hf_subsets, vectors = chosen, Cache()
@@ -196,8 +196,11 @@ def _characters(corpus, judgments: Mapping[str, Mapping[str, int]]) -> list[int]
     ]
 
 
-def _record(folder, task, form: Form, result, noted: _Noted, digest: str) -> list[dict]:
-    """Add the scores of a form to the records of a task's subsets; returns them."""
+def _record(folder, task, form: Form, result, noted: _Noted, digest: str, counts: Mapping[str, int]) -> list[dict]:
+    """Add the scores of a form to the records of a task's subsets; returns them.
+
+    `counts` are those of the splits of a subset together, {} if nothing was computed.
+    """
     main, found = task.metadata.main_score.replace("_at_", "@"), []
     for split, scores in result.scores.items():
         for score in scores:
@@ -216,7 +219,7 @@ def _record(folder, task, form: Form, result, noted: _Noted, digest: str) -> lis
                 "main": main,
                 "digest": digest,
                 "values": {f"{form}": values},
-                "counts": {},
+                "counts": dict(counts),
             }
             if queries := noted.queries.get((subset, split)):
                 about = {key: queries[key] for key in ("ids", "characters")}

@@ -238,6 +238,15 @@ def test_candidates_of_a_reranking_task_are_scored_alone(root, model):
             assert len(found) == 5 and all(whole[query][name] >= fifth for name in found)
 
 
+def test_texts_of_a_task_that_were_cut_are_counted_and_said(root, model, tmp_path, capsys):
+    arguments = [f"--model={model}", "--tasks", "SciFact", f"--data_root={root}", "--max_length=6"]
+    assert evaluate(tmp_path / "out", *arguments, "--precision", "int8", "binary")[0] == 0
+    record = json.loads((tmp_path / "out" / "records" / "SciFact" / "default.test.json").read_text())
+    cut = record["counts"]["cut texts"]
+    assert record["counts"]["texts"] == 90 and record["counts"]["queries"] == 25 and 60 < cut <= 90
+    assert f"SciFact: {cut} of 90 texts were cut to 6 tokens" in capsys.readouterr().err
+
+
 def test_two_processes_evaluate_a_task_like_one_and_continue_it(evaluated, root, model, tmp_path):
     _, ours = evaluated
     command = [ROOT / "launch" / "local.sh", "2", "--", "evaluate", f"--model={model}", "--tasks", "SciFact"]
