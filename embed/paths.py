@@ -7,6 +7,7 @@ when its marker, one named file, is there, which is written last.
 import contextlib
 import datetime
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -193,6 +194,17 @@ def files(folder) -> dict[str, epath.Path]:
             else:
                 result[prefix + entry.name] = entry
     return dict(sorted(result.items()))
+
+
+def file_digest(file) -> str:
+    """The sha256 (hex) of a file."""
+    with path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def digest(folder) -> str:
+    """The sha256 (hex) over the names and contents of the `files` of a folder."""
+    return hashlib.sha256(json.dumps({n: file_digest(f) for n, f in files(folder).items()}).encode()).hexdigest()
 
 
 def is_partial(folder) -> bool:

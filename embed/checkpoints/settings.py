@@ -11,7 +11,6 @@
  "provenance": {...}}
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -61,14 +60,9 @@ def _is_count(value) -> bool:
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """{name: sha256} of files in a folder."""
-
-    def digest(name):
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     names = sorted(names)
     with ThreadPoolExecutor() as threads:
-        return dict(zip(names, threads.map(digest, names)))
+        return dict(zip(names, threads.map(lambda name: paths.file_digest(folder / name), names)))
 
 
 def write(folder: Path, embedding: Mapping, provenance: Mapping) -> None:
@@ -115,6 +109,6 @@ def is_export(folder) -> bool:
     for name, digest in document["files"].items():
         # A program that saves a model here rewrites its config.
         if name.endswith(".json") and name in existing:
-            if hashlib.sha256(existing[name].read_bytes()).hexdigest() != digest:
+            if paths.file_digest(existing[name]) != digest:
                 raise ValueError(f"{folder} holds a {name} that differs from the export's: {advice}")
     return True

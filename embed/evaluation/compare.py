@@ -137,7 +137,6 @@ def sections(folder, models: Sequence[Evaluated], curves: Sequence[Curve], basel
         yield from _overview(models)
         yield from _tasks(models)
         yield from details(drawn, models, baseline)
-    if models:
         yield "## Evaluations"
         yield from _about(models)
     if curves:
@@ -152,7 +151,8 @@ def sections(folder, models: Sequence[Evaluated], curves: Sequence[Curve], basel
 
 def details(drawn: Path, models: Sequence[Evaluated], baseline: str = "") -> Iterator[str]:
     """Differences from a baseline, languages, lengths and sizes; draws the plots in the folder `drawn`."""
-    first = next((model for model in models if model.label == (baseline or "BM25")), models[0])
+    wanted = (model for model in models if (model.label == baseline if baseline else not model.dimensions))
+    first = next(wanted, models[0])  # without vectors: BM25
     yield from _differences([first, *(model for model in models if model is not first)])
     yield from _languages(models)
     yield from _lengths(drawn, models)

@@ -1,7 +1,6 @@
 """What is evaluated: an `Encoder`, BM25, or a model of sentence-transformers, behind one function that ranks a set."""
 
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -117,7 +116,7 @@ def load(
     name = name if "/" in name else f"local/{name}"
     if not runs.is_stage(source) and not model_folder.is_encoder(source, revision):
         about = {"path": source}
-        return Candidate(name, _digest(folder) if is_local else UNKNOWN, SentenceTransformers(source), about)
+        return Candidate(name, paths.digest(folder)[:16] if is_local else UNKNOWN, SentenceTransformers(source), about)
     encoder = runs.load_encoder(source, step, revision, max_length)
     about = {
         "path": source,
@@ -154,13 +153,3 @@ def _card(source: str, revision: str | None) -> dict:
         return {}
     card = huggingface_hub.ModelCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
     return {"license": card.data.license.lower()} if isinstance(card.data.license, str) else {}
-
-
-def _digest(folder) -> str:
-    """Identifies the files of a folder."""
-    hashed = hashlib.sha256()
-    for name, file in paths.files(folder).items():
-        hashed.update(name.encode())
-        with file.open("rb") as opened:
-            hashed.update(hashlib.file_digest(opened, "sha256").digest())
-    return hashed.hexdigest()[:16]

@@ -80,12 +80,10 @@ class Cache:
         self.counts = Counter()
 
     def get(self, key, make: Callable):
+        """What `make` returned for this key."""
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
-
-    def clear(self) -> None:
-        self._kept.clear()
 
 
 class Adapter(AbsEncoder):

@@ -1,7 +1,6 @@
 """Evaluate a model on a task of mteb: its own result files, and our records of every query."""
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,16 +97,11 @@ def _own_data(task) -> Iterator[str]:
     if where is None or not where.is_dir():
         yield ""
         return
-    hashed = hashlib.sha256()
-    for name, file in paths.files(where).items():
-        hashed.update(f"{name}\n".encode())
-        with file.open("rb") as opened:
-            hashed.update(hashlib.file_digest(opened, "sha256").digest())
     before = datasets.config.HF_DATASETS_CACHE
     with tempfile.TemporaryDirectory(prefix="embed-datasets-") as cache:
         datasets.config.HF_DATASETS_CACHE = Path(cache)
         try:
-            yield hashed.hexdigest()
+            yield paths.digest(where)
         finally:
             datasets.config.HF_DATASETS_CACHE = before
 
@@ -237,6 +231,7 @@ def foreign_model(candidate: Candidate):
     """A model of another library as mteb loads it, with its own prompts."""
     try:
         return mteb.get_model(candidate.about["path"])
+    # A name that mteb does not know; one that the hub does not; no hub; a folder.
     except (KeyError, ValueError, OSError, NotImplementedError):
         return mteb.models.SentenceTransformerEncoderWrapper(candidate.model.model)
 

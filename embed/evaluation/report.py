@@ -116,7 +116,7 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path], model
     yield "\n".join(f"- {sentence}" for sentence in _about_figures(results))
 
     if models:
-        yield from compare.details(folder / "plots", models, baseline="BM25")
+        yield from compare.details(folder / "plots", models)
     if metrics:
         yield "## Training"
         plots.losses(folder / "plots" / "loss.png", metrics)

@@ -144,7 +144,7 @@ class Index:
                 "cut": self.cut,
                 "model": self.model,
                 "empty": self.empty.tolist(),
-                "vectors": {"shape": list(self.vectors.shape), "sha256": _file_digest(partial / VECTORS)},
+                "vectors": {"shape": list(self.vectors.shape), "sha256": paths.file_digest(partial / VECTORS)},
                 "ids": self.ids,
                 "texts": self.texts,
             }
@@ -158,7 +158,7 @@ class Index:
             raise FileNotFoundError(f"no index at {name}: expected a folder with {INFO} and {VECTORS}")
         info = _read_info(folder / INFO)
         with paths.local(folder, lambda name: name == VECTORS) as copy:
-            if _file_digest(copy / VECTORS) != info["vectors"]["sha256"]:
+            if paths.file_digest(copy / VECTORS) != info["vectors"]["sha256"]:
                 raise ValueError(
                     f"{folder / VECTORS} is not the file that {INFO} was written with: make the index again"
                 )
@@ -249,11 +249,6 @@ FIELDS = {
 
 def _digest(info: Mapping) -> str:
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(file) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def is_index(folder) -> bool:

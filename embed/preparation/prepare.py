@@ -15,7 +15,6 @@ Until info.json is there, directory/plan.json says what is being prepared and di
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import os
@@ -439,7 +438,7 @@ def _import_seqio():
 def _module_digest(name: str) -> str | None:
     """The SHA-256 of a module's file; None if it has none."""
     file = getattr(importlib.import_module(name), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+    return paths.file_digest(file) if file else None
 
 
 def _bytes(identity: Mapping) -> int:

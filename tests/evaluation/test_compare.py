@@ -116,13 +116,13 @@ def test_a_run_gives_its_checkpoints_and_training_curves(tmp_path):
 
 
 def test_models_without_a_common_form_and_models_without_vectors_are_shown(tmp_path):
-    """BM25 has one form, which stands beside any other."""
+    """BM25 has one form, which stands beside any other, and is the baseline."""
     bm25 = write(tmp_path / "bm25", "embed/bm25", {"one": 0.5}, dimensions=None, forms=("float32",))
     model = write(tmp_path / "model", "o/m", {"one": 0.6}, forms=("int8", "binary"))
-    models, _ = compare.read([bm25, model])
+    models, _ = compare.read([model, bm25])
     text = page.write(tmp_path, compare.sections(tmp_path, models, []))[0].read_text()
     assert "Vectors in int8." in text
-    assert re.search(r"\| one \| nDCG@10 \| 1 \| 40 \| 0.5\d\d \| \*\*0.6\d\d\*\* \|", section(text, "Tasks"))
+    assert re.search(r"\| one \| nDCG@10 \| 1 \| 40 \| \*\*0.6\d\d\*\* \| 0.5\d\d \|", section(text, "Tasks"))
     assert "| one | o/m | better |" in section(text, "Differences from embed/bm25")
 
 
