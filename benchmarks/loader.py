@@ -30,7 +30,7 @@ from header import header
 from embed import rows
 from embed.data import store as stores
 from embed.data.curriculum import Curriculum
-from embed.data.loader import ContrastiveLoader, DiffusionLoader
+from embed.data.loader import ContrastiveLoader, TextLoader
 from embed.data.prefetch import prefetch
 from embed.rows import RowShape
 
@@ -130,7 +130,7 @@ def make_loader(stage: str, store, shards=None):
     """The loader of a stage with the paper's shapes; `shards` are its rows or groups."""
     common = dict(stores={"task": store}, phases=[(1, {"task": 1.0})], seed=0, shards=shards)
     if stage == "diffusion":
-        return DiffusionLoader(rows=1024, length=4096, **common)
+        return TextLoader(rows=1024, length=4096, **common)
     return ContrastiveLoader(**STAGES[stage], **common)
 
 

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Sizes by name (embed/models/transformer.py); each is a field: config.model.num_layers.
     config.model = ConfigDict(SIZES["0.6b"])
     config.model.vocab_size = 0  # rows of the embedding table; 0 = the number of ids of the tokenizer
-    config.model.tied = True  # whether the embedding table is also the output layer of the diffusion stage
+    config.model.tied = True  # whether the embedding table is also the output layer of stages that predict tokens
     config.model.rope_theta = 1e6
     config.model.norm_eps = 1e-6
     config.model.dtype = "bfloat16"  # of the compute: bfloat16 on accelerators, float32 on CPU
@@ -76,9 +76,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def stage(kind: str, **changes) -> ConfigDict:
-    """A stage of one of the four kinds; `changes` override fields, nested ones as dictionaries."""
+    """A stage of one of the kinds; `changes` override fields, nested ones as dictionaries."""
     new = ConfigDict()
-    new.kind = kind  # diffusion, pair, contextual or triplet: the objective and its batches
+    new.kind = kind  # causal, diffusion, pair, contextual or triplet: the objective and its batches
     new.init = ""  # the checkpoint that the stage starts from; "" = random
     new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
     new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {task: rate}
@@ -113,12 +113,26 @@ def stage(kind: str, **changes) -> ConfigDict:
 
     if kind == "diffusion":
         new.left_shift = "auto"  # predict a token from the state before it: True, False, auto = as the parent did
+        # Distribution of the masked share t of a row: stratified and independent are uniform, bell is not. fixed is
+        # masked-token prediction as in LLM2Vec: t = mask_ratio.
+        new.noise = "stratified"
+        new.mask_ratio = 0.2  # LLM2Vec's; only for noise="fixed"
+        # The first share of the steps, in which attention opens from causal to bidirectional, computed by plain XLA.
+        # 0 = it is bidirectional at once.
+        new.anneal = 0.0
+    if kind in ("causal", "diffusion"):
         new.batch.rows = 1024
         new.batch.length = 4096
         new.batch.truncate_probability = 0.01  # of a row, which is then cut to a random length
         new.execution.logits_chunk = 2048  # tokens whose logits a device holds at once
     elif kind in ("pair", "contextual", "triplet"):
+        new.attention = "bidirectional"  # or causal
+        new.pooling = "mean"  # of a text's hidden states, or last: the state of its last token
+        # Of pooled vectors in training: int8, tanh (the same without rounding) or none. They are compared by cosine.
+        new.quantization = "int8"
         new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
+        new.matryoshka_weights = ()  # of the losses of the prefixes; () = equal
+        new.spread_out = 0.0  # weight of a term that spreads vectors over the sphere, for binary; 0 = none
         new.temperature = 0.02
         # A batch consists of groups of examples. Each group is packed into its own rows.
         new.batch.group_size = 128  # examples (in a contextual stage, documents)
@@ -126,13 +140,14 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.rows_per_group = 32  # 0 = chosen from the lengths of the data
         new.batch.spans = 32  # maximum of embeddings per row
         new.batch.segments = 32  # maximum of texts per row
-    else:
-        raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet")
-    if kind in ("pair", "triplet"):
         new.batch.homogeneous = False  # whether all examples of a batch are from one task
+    else:
+        raise ValueError(f"stage kind {kind!r} must be one of causal, diffusion, pair, contextual, triplet")
     if kind in ("pair", "contextual"):
-        new.margin = 0.1  # of the false-negative mask
+        new.margin = 0.1  # of the false-negative mask; 2 = no mask, because cosines differ by at most 2
+        new.query_negatives = True  # whether the other queries of a batch are negatives too
     if kind == "contextual":
+        new.chunking = "late"  # chunks are pooled from states that saw their document; early: only themselves
         new.alpha = 0.2  # weight of the in-document loss; 1 - alpha is that of the in-batch loss
         new.beta = (0.2, 0.5)  # weight of the document-level loss: (start, end), on a cosine
         new.batch.max_chunks = 16  # per document
@@ -161,9 +176,10 @@ def mining(**changes) -> ConfigDict:
 
 
 def merge(**changes) -> ConfigDict:
-    """The slerp of two checkpoints."""
+    """A mixture of two checkpoints."""
     new = ConfigDict()
     new.of = ("", "")
+    new.method = "slerp"  # or linear
     new.ratio = 0.5  # position between the first (0) and the second (1); the paper does not say
     new.sweep = ()  # ratios to try on development sets
     new.sweep_on = ()  # these sets, SET/SPLIT
@@ -184,6 +200,7 @@ def evaluation(**changes) -> ConfigDict:
     new = ConfigDict()
     new.data = ""  # SET/SPLIT of the data's evaluation sets
     new.alone = False  # whether each chunk of a document is encoded separately
+    new.rope_theta = 0.0  # of the encoder; 0 = that of its training
     new.checkpoints = ()
     new.bm25 = True  # whether to evaluate the lexical baseline too
     return _changed(new, changes)
@@ -196,6 +213,7 @@ def shrink(config: ConfigDict) -> None:
     )
     contrastive = dict(groups=2, length=128, spans=8, segments=8)
     batches = {
+        "causal": dict(rows=4, length=128),
         "diffusion": dict(rows=4, length=128),
         "pair": contrastive | dict(group_size=8, rows_per_group=8),
         "contextual": dict(group_size=2, groups=2, rows_per_group=6, length=512, spans=32, segments=32, max_chunks=8),
@@ -205,8 +223,8 @@ def shrink(config: ConfigDict) -> None:
         each.curriculum = tuple((2, mixture) for _, mixture in each.curriculum)
         each.execution.log_every = 1
         each.batch.update(batches[each.kind])
-        if each.kind != "diffusion":
-            each.matryoshka = (8, 32)
+        if "matryoshka" in each:
+            each.matryoshka, each.matryoshka_weights = (8, 32), each.matryoshka_weights and (1.0, 1.0)
     for each in config.merges.values():
         each.sweep = each.sweep and (each.ratio,)
 

@@ -43,6 +43,14 @@ def shipped() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 
 
+def base():
+    """The module configs/base.py. After this call any config can say `from configs import base`."""
+    if "configs" not in sys.modules:
+        sys.modules["configs"] = package = types.ModuleType("configs")
+        package.__path__ = [str(shipped())]
+    return importlib.import_module("configs.base")
+
+
 def find(name: str, config: str = "") -> Path:
     """The absolute path of a config or gin file; FileNotFoundError names the folders that were searched.
 
@@ -67,9 +75,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     name, _, arg = path.partition(":")
     if not name.endswith(".py"):
         raise ValueError(f"config {name} must be a Python file with get_config(arg): FILE.py or FILE.py:argument")
-    if "configs" not in sys.modules:  # so that any config can build on the shipped ones: from configs import base
-        sys.modules["configs"] = package = types.ModuleType("configs")
-        package.__path__ = [str(shipped())]
+    base()
     file = find(name)
     config = _call_get_config(file, arg)
     _check_complete(file, config)
@@ -114,16 +120,16 @@ def _check_complete(file: Path, config) -> None:
     """ValueError unless a config has every field of configs/base.py, and its graph has entries of the kinds there."""
     if not isinstance(config, ConfigDict):
         raise ValueError(f"config file {file}: get_config returns {config!r:.40}, expected a config of configs/base.py")
-    base = importlib.import_module("configs.base")
-    expected = dict(leaves(base.get_config()))
-    make = {"mining": base.mining, "merges": base.merge, "exports": base.export, "evaluations": base.evaluation}
+    defaults = base()
+    expected = dict(leaves(defaults.get_config()))
+    make = {part: getattr(defaults, part.removesuffix("s")) for part in ("mining", "merges", "exports", "evaluations")}
     for part in ("stages", *make):
         for name, entry in (config.get(part) or {}).items():
             if not isinstance(entry, ConfigDict):
                 raise ValueError(
                     f"config file {file}: config.{part}.{name} is {entry!r:.40}, expected an entry of base"
                 )
-            fresh = base.stage(entry.get("kind", "")) if part == "stages" else make[part]()
+            fresh = defaults.stage(entry.get("kind", "")) if part == "stages" else make[part]()
             expected |= {f"{part}.{name}.{key}": value for key, value in leaves(fresh)}
     present = {key for key, _ in leaves(config)}
     if missing := [key for key in expected if key not in present]:

@@ -52,10 +52,10 @@ def export_source(
     return write_model(checkpoint, folder, runs.over_all_devices, origin(checkpoint), format=format, tanh=tanh)
 
 
-def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder):
-    """Write the slerp of two models as a model folder. `a` and `b` are (source, step), with step 0 for models."""
+def merge_sources(a: tuple[str, int], b: tuple[str, int], ratio: float, folder, method: str = "slerp"):
+    """Write the mixture of two models as a model folder. `a` and `b` are (source, step), with step 0 for models."""
     export.check_output(folder)
-    checkpoint = runs.merged(f"{a[0]} and {b[0]}", runs.find(*a), runs.find(*b), ratio)
+    checkpoint = runs.merged(f"{a[0]} and {b[0]}", runs.find(*a), runs.find(*b), ratio, method)
     return write_model(checkpoint, folder, runs.over_all_devices, origin(checkpoint))
 
 
@@ -66,7 +66,8 @@ def origin(checkpoint: Checkpoint) -> dict:
     lineage = runs.lineage(checkpoint)
     provenance = {"checkpoint": checkpoint.name, "identity": checkpoint.identity, "lineage": lineage}
     if checkpoint.of:
-        provenance["merge"] = {"of": list(checkpoint.of), "ratio": checkpoint.identity["ratio"]}
+        made = {name: checkpoint.identity[name] for name in ("ratio", "method")}
+        provenance["merge"] = {"of": list(checkpoint.of), **made}
     return provenance
 
 
@@ -85,6 +86,7 @@ def write_model(
         "matryoshka": list(checkpoint.matryoshka),
         "separator": checkpoint.separator,
         "contextual": checkpoint.contextual,
+        "pooling": checkpoint.pooling,
         "max_length": checkpoint.max_length,
         "context_length": checkpoint.context_length,
     }

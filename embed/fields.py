@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 from embed.config import leaves, nearest
-from embed.models import transformer
+from embed.models import pooling, quantization, transformer
+from embed.objectives import masked_diffusion
 
 Rule = tuple[Callable, str]  # (whether a value is allowed, the allowed values in words)
 
@@ -62,6 +63,7 @@ POSITIVE = _number(lambda x: x > 0), "above 0"
 FRACTION = _is_fraction, "from 0 to 1"
 PAIR_OF_FRACTIONS = _are_two_fractions, "two numbers from 0 to 1"
 NAMES = _each((_is_name, "a name"))
+BOOLEAN = lambda value: type(value) is bool, "True or False"
 WINDOW = _is_window, "(lo, hi) with 0 <= lo < hi"
 
 # The first pattern that matches a field's name gives its rule. A field without a match may have any value of its type.
@@ -94,7 +96,7 @@ RULES: dict[str, Rule] = {
     "stages.*.optimizer.moment_dtype": _one_of("float32", "bfloat16"),
     "stages.*.batch.truncate_probability": FRACTION,
     "stages.*.batch.rows_per_group": COUNT_OR_0,
-    "stages.*.batch.homogeneous": (lambda value: type(value) is bool, "True or False"),
+    "stages.*.batch.homogeneous": BOOLEAN,
     "stages.*.batch.*": COUNT,
     "stages.*.execution.milestone_every": COUNT_OR_0,
     "stages.*.execution.evaluate_every": COUNT_OR_0,
@@ -102,6 +104,16 @@ RULES: dict[str, Rule] = {
     "stages.*.execution.evaluate_on": NAMES,
     "stages.*.execution.*": COUNT,
     "stages.*.left_shift": _one_of("auto", "True", "False"),
+    "stages.*.noise": _one_of(*masked_diffusion.NOISES),
+    "stages.*.mask_ratio": (_number(lambda x: 0 < x <= 1), "above 0 and at most 1"),
+    "stages.*.anneal": FRACTION,
+    "stages.*.attention": _one_of("bidirectional", "causal"),
+    "stages.*.pooling": _one_of(*pooling.POOLINGS),
+    "stages.*.quantization": _one_of(*quantization.QUANTIZERS),
+    "stages.*.matryoshka_weights": _each((_number(lambda x: x > 0), "above 0")),
+    "stages.*.spread_out": NOT_NEGATIVE,
+    "stages.*.query_negatives": BOOLEAN,
+    "stages.*.chunking": _one_of("late", "early"),
     "stages.*.temperature": POSITIVE,
     "stages.*.margin": NOT_NEGATIVE,
     "stages.*.alpha": FRACTION,
@@ -118,10 +130,12 @@ RULES: dict[str, Rule] = {
     ),
     "mining.*.pool": _one_of("own", "union"),
     "merges.*.of": (lambda names: NAMES[0](names) and len(names) == 2, "two names"),
+    "merges.*.method": _one_of("slerp", "linear"),
     "merges.*.ratio": FRACTION,
     "merges.*.sweep": _each(FRACTION),
     "merges.*.sweep_on": NAMES,
     "evaluations.*.checkpoints": NAMES,
+    "evaluations.*.rope_theta": NOT_NEGATIVE,
     "report.fuse": NAMES,
     "card.languages": NAMES,
     "exports.*.max_length": COUNT_OR_0,
@@ -130,7 +144,8 @@ RULES: dict[str, Rule] = {
 }
 # {kind of stage: a field that its batches or its loss need}.
 KINDS = {
-    "diffusion": "batch.rows",
+    "causal": "batch.rows",
+    "diffusion": "noise",
     "pair": "margin",
     "contextual": "batch.max_chunks",
     "triplet": "batch.num_negatives",
@@ -179,17 +194,20 @@ def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, st
         yield "curriculum", stage.curriculum, "((steps, mixture or {task: rate}), …) with at least one step each"
     if optimizer.warmup + optimizer.decay > 1:
         yield "optimizer.warmup", optimizer.warmup, f"at most {1 - optimizer.decay:g} (1 - optimizer.decay)"
-    rows = batch.rows if kind == "diffusion" else batch.groups * batch.rows_per_group
+    is_text = kind in ("causal", "diffusion")
+    rows = batch.rows if is_text else batch.groups * batch.rows_per_group
     for name in ("length", "spans", "segments"):
         if rows * batch.get(name, 0) > LARGEST:
             yield f"batch.{name}", batch[name], f"at most {LARGEST // rows}, because a batch has {rows} rows"
     if rows % stage.execution.microbatches:
         yield "execution.microbatches", stage.execution.microbatches, f"a divisor of the {rows} rows of a batch"
-    if kind == "diffusion":
+    if is_text:
         return
     prefixes = stage.matryoshka
     if not prefixes or not all(type(p) is int and 1 <= p <= dimensions for p in prefixes):
         yield "matryoshka", prefixes, f"prefixes from 1 to the {dimensions} dimensions of the model, at least one"
+    if stage.matryoshka_weights and len(stage.matryoshka_weights) != len(prefixes):
+        yield "matryoshka_weights", stage.matryoshka_weights, f"() or {len(prefixes)} weights, one for each prefix"
     examples = batch.groups * batch.group_size
     for name in ("max_chunks", "max_queries_per_document", "num_negatives"):
         if examples * batch.get(name, 0) > LARGEST:

@@ -118,7 +118,9 @@ def inputs(run: Run, node: Node) -> dict:
             "report": [report_.texts, report_.mask_fraction, report_.tokens_per_step],
         }
     elif node.kind == "evaluate":
-        evaluations = {name: [e.data, e.alone] for name, e in config.evaluations.items() if node.of in e.checkpoints}
+        evaluations = {
+            name: [e.data, e.alone, e.rope_theta] for name, e in config.evaluations.items() if node.of in e.checkpoints
+        }
         result |= {"evaluations": evaluations, "checkpoint": identity(node.of)}
     elif node.kind == "merge":
         entry = config.merges[node.of]

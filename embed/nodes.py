@@ -220,7 +220,9 @@ def hook_sets(run: Run, names: Sequence[str]) -> dict[str, RetrievalSet]:
 
 def hook(run: Run, stage: str, sets: Mapping[str, RetrievalSet], params) -> dict[str, float]:
     """{set: nDCG@10 in int8} of parameters in training, computed by all devices of all processes together."""
-    checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage)
+    config = run.config.stages[stage]
+    model, pooling = stages.stage_model(config, run.model), config.get("pooling", "mean")
+    checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage, model=model, pooling=pooling)
     encoder = run.encoder(checkpoint, params)
     return {
         name: retrieval.evaluate_retrieval(encoder, data, (HOOK_FORM,))[HOOK_FORM][HOOK_METRIC]
@@ -443,18 +445,20 @@ def evaluate(run: Run, name: str) -> dict:
 
     rankings/ and evaluated/ keep the results.
     """
-    encoder = run.encoder(run.checkpoint(name))
+    original = run.encoder(run.checkpoint(name))
     figures, queries = {}, {}
     if jax.process_index() == 0:
-        records.write_about(evaluated(run, name), name, encoder.dimensions, digest=encoder.digest)
+        records.write_about(evaluated(run, name), name, original.dimensions, digest=original.digest)
     for evaluation, config in run.config.evaluations.items():
         if name not in config.checkpoints:
             continue
         data = evaluation_set(run, config.data)
-        if config.data not in queries:  # of evaluations with and without context they are the same
-            queries[config.data] = retrieval.embed_queries(encoder, data)
+        encoder = original.with_rope_theta(config.rope_theta) if config.rope_theta else original
+        key = config.data, config.rope_theta
+        if key not in queries:  # of evaluations with and without context they are the same
+            queries[key] = retrieval.embed_queries(encoder, data)
         forms = [retrieval.Form(precision) for precision in retrieval.PRECISIONS]
-        ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[config.data])
+        ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[key])
         rankings = {form.precision: ranking for form, ranking in ranked.items()}
         if jax.process_index() == 0:
             buffer = io.BytesIO()
@@ -532,7 +536,7 @@ def merge_sweep(run: Run, name: str) -> dict:
     sets = {data.partition("/")[0]: evaluation_set(run, data) for data in config.sweep_on}
     sweep, form = [], retrieval.Form("float32")
     for ratio in config.sweep:
-        encoder = run.encoder(runs.merged(name, a, b, ratio))
+        encoder = run.encoder(runs.merged(name, a, b, ratio, config.method))
         figures = {
             title: retrieval.evaluate_retrieval(encoder, data, (form,))[form]["ndcg@10"] for title, data in sets.items()
         }

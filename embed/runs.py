@@ -37,11 +37,11 @@ RANDOM = "random init"
 RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", "compiled", RANDOM)
 # Fields of a stage's config that parent and phases stand for, or that do not change the result.
 NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")
-# Without the fields that say how to compute, and without `tied`: only the diffusion stage has an output layer.
+# Without the fields that say how to compute, and without those that stages decide (`stages.stage_model`).
 ARCHITECTURE = [
     field.name
     for field in dataclasses.fields(transformer.TransformerConfig)
-    if field.name not in ("attention", "dtype", "remat", "unroll", "dense_barrier", "tied")
+    if field.name not in ("attention", "dtype", "remat", "unroll", "dense_barrier", "tied", "causal")
 ]
 
 
@@ -69,7 +69,8 @@ class Checkpoint:
     context_length: int | None = None  # tokens of the longest document in training
     contextual: bool = False  # whether it is made for chunks in their document
     tanh: bool = False  # whether its float32 vectors are tanh(v)
-    causal: bool = False  # whether it is a language model, not an encoder
+    pooling: str = "mean"  # of `pool_spans`
+    language_model: bool = False  # whether it is a causal language model, not an encoder
     diffusion: bool = False  # whether it is of a diffusion stage, which predicts masked tokens
     left_shift: bool = False  # whether a token is predicted from the state before it
     matryoshka: tuple[int, ...] = ()  # prefixes trained
@@ -79,7 +80,7 @@ class Checkpoint:
 
     def check_encoder(self) -> None:
         """ValueError for a causal language model: its vectors mean nothing."""
-        if self.causal:
+        if self.language_model:
             raise ValueError(f"{self.name} is a causal language model, not an encoder: a stage can start from it")
 
     def params(self, shardings=None) -> dict:
@@ -247,7 +248,7 @@ class Run:
     def _merged(self, name: str) -> Checkpoint:
         config = self.config.merges[name]
         a, b = (self.checkpoint(part) for part in config.of)
-        return merged(name, a, b, config.ratio)
+        return merged(name, a, b, config.ratio, config.method)
 
     def check_start(self, stage: str, parent: Checkpoint) -> None:
         """ValueError that lists how the model or tokenizer of a stage differ from those of its parent."""
@@ -303,8 +304,8 @@ class Run:
             "stage": {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY},
             "phases": phases,
             "model": {
-                name: getattr(stages.stage_model(config.kind, self.model), name)
-                for name in [*ARCHITECTURE, "tied", "dtype"]
+                name: getattr(stages.stage_model(config, self.model), name)
+                for name in [*ARCHITECTURE, "tied", "causal", "dtype"]
             },
             "seed": self.config.seed,
             "data": {task: read_header(self.store_path(task))["digest"] for _, rates in phases for task in rates},
@@ -326,7 +327,7 @@ class Run:
         if name in self.config.merges:
             config, parts = self.config.merges[name], identity.get("merge", ())
             same = len(parts) == 2 and all(self.matches(part, 0, one) for part, one in zip(config.of, parts))
-            return same and identity["ratio"] == config.ratio
+            return same and (identity["ratio"], identity["method"]) == (config.ratio, config.method)
         folder = self.folder(name) if name in self.config.stages else name
         return identity.get("folder") in (str(folder), str(paths.path(folder))) and step in (0, identity["step"])
 
@@ -341,10 +342,10 @@ class Run:
 
 def model_problems(kind: str, ours: transformer.TransformerConfig, theirs: transformer.TransformerConfig) -> list[str]:
     """How the run's model differs from that of a checkpoint that starts a stage of `kind`, as sentences."""
-    # Only a diffusion stage keeps the output layer of its parent.
+    # Only stages that predict tokens keep the output layer of their parent.
     return [
         f"config.model.{name} is {getattr(ours, name)!r}, the checkpoint's {getattr(theirs, name)!r}"
-        for name in ARCHITECTURE + ["tied"] * (kind == "diffusion")
+        for name in ARCHITECTURE + ["tied"] * (kind in stages.TEXT)
         if getattr(ours, name) != getattr(theirs, name)
     ]
 
@@ -479,7 +480,9 @@ def stage_checkpoint(folder, step: int, execution, name: str = "") -> Checkpoint
         context_length=config["stage"]["batch"]["length"] if config["stage"]["kind"] == "contextual" else None,
         contextual=config["stage"]["kind"] == "contextual",
         diffusion=config["stage"]["kind"] == "diffusion",
-        left_shift=config.get("left_shift", False),
+        left_shift=config.get("left_shift", config["stage"]["kind"] == "causal"),
+        language_model=config["stage"]["kind"] == "causal",
+        pooling=config["stage"].get("pooling", "mean"),
         matryoshka=tuple(config["stage"].get("matryoshka", ())),
     )
 
@@ -501,36 +504,38 @@ def model_checkpoint(source: str, execution) -> Checkpoint:
         context_length=embedding.get("context_length"),
         contextual=embedding.get("contextual", False),
         tanh=embedding.get("tanh", False),
-        causal=opened.causal,
-        left_shift=opened.causal,
+        pooling=embedding.get("pooling", "mean"),
+        language_model=opened.language_model,
+        left_shift=opened.language_model,
         matryoshka=tuple(embedding.get("matryoshka", ())),
         provenance=opened.provenance,
         not_exported=opened.not_exported,
     )
 
 
-def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
-    """The slerp of two checkpoints, computed leaf by leaf, so that memory never holds a third tree.
+def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float, method: str = "slerp") -> Checkpoint:
+    """The mixture of two checkpoints by a method of `merge`, leaf by leaf, so that memory never holds a third tree.
 
     ValueError lists the differences that would change vectors.
     """
     if not 0 <= ratio <= 1:  # also not a number
         raise ValueError(f"ratio={ratio} must be between 0 and 1")
     a.check_encoder(), b.check_encoder()
-    compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in ARCHITECTURE}
+    merge.check_method(method)
+    compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in [*ARCHITECTURE, "causal"]}
     compared |= {f"tokenizer {n}": (a.tokenizer[n], b.tokenizer[n]) for n in a.tokenizer.keys() & b.tokenizer.keys()}
-    compared |= {n: (getattr(a, n), getattr(b, n)) for n in ("separator", "max_length", "tanh")}
+    compared |= {n: (getattr(a, n), getattr(b, n)) for n in ("separator", "max_length", "tanh", "pooling")}
     if problems := [f"{what} is {left!r} and {right!r}" for what, (left, right) in compared.items() if left != right]:
         raise ValueError(f"cannot merge {a.name} and {b.name}, because they embed differently: " + "; ".join(problems))
 
     def load(shardings):
         left, right = (transformer.encoder_only(x.model, x.params(shardings))[1] for x in (a, b))
-        return merge.merge_params(left, right, ratio, shardings or jax.tree.map(lambda x: x.sharding, left))
+        return merge.merge_params(left, right, ratio, method, shardings or jax.tree.map(lambda x: x.sharding, left))
 
     return dataclasses.replace(
         a,
         name=name,
-        identity={"merge": [a.identity, b.identity], "ratio": ratio},
+        identity={"merge": [a.identity, b.identity], "ratio": ratio, "method": method},
         load=load,
         of=(a.name, b.name),
         context_length=min((c.context_length for c in (a, b) if c.context_length), default=None),
@@ -569,6 +574,7 @@ def make_encoder(checkpoint: Checkpoint, mesh, params=None) -> Encoder:
         max_length=checkpoint.max_length,
         context_length=checkpoint.context_length,
         tanh=checkpoint.tanh,
+        pooling=checkpoint.pooling,
         matryoshka=checkpoint.matryoshka,
         mesh=mesh,
         path=checkpoint.name,
@@ -581,7 +587,8 @@ def _vectors_digest(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> 
     if checkpoint.provenance is not None:  # a model folder has a digest over all its files
         return checkpoint.identity["digest"]
     settings = [checkpoint.separator, checkpoint.max_length, checkpoint.context_length, checkpoint.tanh]
-    model = {name: getattr(checkpoint.model, name) for name in ARCHITECTURE}
+    settings.append(checkpoint.pooling)
+    model = {name: getattr(checkpoint.model, name) for name in [*ARCHITECTURE, "causal"]}
     parts = [portable(checkpoint.identity), model, tokenizer_identity(tokenizer), settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -593,11 +600,20 @@ def vector_size(source: str) -> int:
     return model_folder.read_architecture(source).hidden_size
 
 
-def load_encoder(source: str, step: int = 0, revision: str | None = None, max_length: int | None = None) -> Encoder:
+def load_encoder(
+    source: str,
+    step: int = 0,
+    revision: str | None = None,
+    max_length: int | None = None,
+    rope_theta: float | None = None,
+) -> Encoder:
     """A model folder, hub id (at a `revision`) or stage folder as an encoder over all devices.
 
-    See `Run.checkpoint` for `step`. `max_length` replaces the longest text of the model by a shorter one.
+    See `Run.checkpoint` for `step`. `max_length` replaces the longest text of the model by a shorter one, `rope_theta`
+    its base of the rotary angles.
     """
+    if rope_theta is not None and rope_theta <= 0:
+        raise ValueError(f"--rope_theta={rope_theta} must be positive")
     if max_length is not None and max_length < 1:
         raise ValueError(f"--max_length={max_length} must be positive")
     if is_stage(source):
@@ -613,7 +629,7 @@ def load_encoder(source: str, step: int = 0, revision: str | None = None, max_le
     if max_length and encoder.max_length and max_length > encoder.max_length:
         raise ValueError(f"--max_length={max_length} must be at most {encoder.max_length}, the max_length of {source}")
     encoder.max_length = max_length or encoder.max_length
-    return encoder
+    return encoder.with_rope_theta(rope_theta) if rope_theta else encoder
 
 
 def tokenizer_identity(tokenizer: tokenizers.Tokenizer) -> dict:

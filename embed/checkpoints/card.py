@@ -51,22 +51,24 @@ inputs = {name: np.array(tokens[name], np.int64) for name in ("input_ids", "atte
 ```
 
 Outputs: last_hidden_state, pooler_output (float32), pooler_output_int8, pooler_output_binary (packed bits)."""
-PLAIN = """A float32 vector is the mean v of the token states. Training compared the int8 vectors, round(127 tanh v), by
-cosine. The cosine of v ranks texts almost the same and differs where single dimensions are large. A dot product of v
-also depends on the vectors' lengths, which training ignores: normalize them first. The precision "int8" of
-sentence-transformers is another int8: it calibrates each dimension on the batch."""
-TANH = """A float32 vector is tanh(v) for the mean v of the token states: the int8 vector round(127 tanh v) before
-rounding. Training compared its cosine. A dot product also depends on the vectors' lengths, which are at most
-√dimensions here. The int8 vectors of `embed.inference` are the same with and without tanh. The precision "int8" of
-sentence-transformers is another int8: it calibrates each dimension on the batch."""
+POOLING = {"mean": "mean pooling", "last": "pooling of the last token"}
+STATES = {"mean": "the mean of the token states", "last": "the state of the last token"}
+PLAIN = """A float32 vector is the pooled vector v of the token states. Training compared the int8 vectors,
+round(127 tanh v), by cosine. The cosine of v ranks texts almost the same and differs where single dimensions are large.
+A dot product of v also depends on the vectors' lengths, which training ignores: normalize them first. The precision
+"int8" of sentence-transformers is another int8: it calibrates each dimension on the batch."""
+TANH = """A float32 vector is tanh(v) for the pooled vector v of the token states: the int8 vector
+round(127 tanh v) before rounding. Training compared its cosine. A dot product also depends on the vectors' lengths,
+which are at most √dimensions here. The int8 vectors of `embed.inference` are the same with and without tanh. The
+precision "int8" of sentence-transformers is another int8: it calibrates each dimension on the batch."""
 
 
 def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, format: str = "") -> str:
     """The README.md of a model in one of export.FORMATS.
 
     `provenance` may contain checkpoint (str), lineage (`embed.runs.lineage`: the stages that made the model), merge
-    ({of, ratio}), languages, license, figures ({benchmark: {precision: {metric: value}}}), source ({folder, digest} of
-    a model folder), commit and versions. The card omits a missing entry or calls it unknown.
+    ({of, ratio, method}), languages, license, figures ({benchmark: {precision: {metric: value}}}), source ({folder,
+    digest} of a model folder), commit and versions. The card omits a missing entry or calls it unknown.
     """
     languages, license = provenance.get("languages") or (), provenance.get("license")
     total, without_table = count_params(abstract_params(config))
@@ -95,8 +97,9 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         "",
         "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings",
         "",
-        f"A bidirectional Qwen3 encoder with mean pooling: {total:,} parameters ({without_table:,} without the "
-        f"embedding table), {config.num_layers} layers, {config.hidden_size} dimensions.",
+        f"A {'causal' if config.causal else 'bidirectional'} Qwen3 encoder with {POOLING[embedding['pooling']]}: "
+        f"{total:,} parameters ({without_table:,} without the embedding table), {config.num_layers} layers, "
+        f"{config.hidden_size} dimensions.",
         "",
         "| | |",
         "|---|---|",
@@ -105,7 +108,7 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         f"| longest text | {embedding['max_length'] or 'no limit'} tokens |",
         f"| context of a chunk | {context} |",
         f"| chunks of a document | {'with a separator token between them' if embedding['separator'] else 'joined'} |",
-        f"| float32 vectors | {'tanh of the mean' if embedding['tanh'] else 'the mean'} of the token states |",
+        f"| float32 vectors | {'tanh of ' if embedding['tanh'] else ''}{STATES[embedding['pooling']]} |",
         "| compare with | cosine for float32 and int8, Hamming distance for binary |",
         f"| languages | {', '.join(languages) or 'unknown'} |",
         f"| license | {license or 'unknown'} |",
@@ -147,7 +150,7 @@ def _origin(provenance: Mapping) -> list[str]:
     lines += ["", "## Training", "", f"Checkpoint: {provenance.get('checkpoint', 'unknown')}."]
     if merge:
         first, second = merge["of"]
-        lines.append(f"Merged by slerp, {merge['ratio']} of the way from {first} to {second}.")
+        lines.append(f"Merged by {merge['method']}, {merge['ratio']} of the way from {first} to {second}.")
     if stages:
         lines += [
             "",
@@ -165,7 +168,7 @@ def _parent(identity: Mapping) -> str:
     if "random init" in identity:
         return f"random init, seed {identity['random init']}"
     if "merge" in identity:
-        return f"slerp at {identity['ratio']} of " + " and ".join(map(_parent, identity["merge"]))
+        return f"{identity['method']} at {identity['ratio']} of " + " and ".join(map(_parent, identity["merge"]))
     return (
         f"{identity['folder']}"
         + (f", step {identity['step']}" if identity["step"] else "")

@@ -1,6 +1,6 @@
 """Writes the model folder that `embed.inference`, sentence-transformers, transformers and a stage's `init` read.
 
-config.json                qwen3 with "is_causal": false
+config.json                qwen3 with "is_causal": false, or true if its attention is causal
 model*.safetensors         float32
 tokenizer files            tokenizer.json or spiece.model, with tokenizer_config.json
 modules.json, 1_Pooling    for sentence-transformers; 2_Dense with tanh
@@ -48,10 +48,11 @@ def write(
     holds at most one file of weights (SHARD_BYTES) in memory; onnx needs four times the parameters.
 
     `embedding` has matryoshka (prefixes trained, list of int), separator (whether a separator token stands between the
-    chunks of a document), contextual (whether the model is made for chunks in their document), max_length (tokens of
-    the longest text, None for no limit) and context_length (tokens of the longest document in training, None if it is
-    unknown); its tanh, if any, is ignored. With `tanh`, float32 vectors are tanh(v), which int8 training saw, instead
-    of v. `provenance` is a JSON object (see `card`); commit and versions are added if it has none.
+    chunks of a document), contextual (whether the model is made for chunks in their document), pooling (mean or last),
+    max_length (tokens of the longest text, None for no limit) and context_length (tokens of the longest document in
+    training, None if it is unknown); its tanh, if any, is ignored. With `tanh`, float32 vectors are tanh(v), which int8
+    training saw, instead of v. `provenance` is a JSON object (see `card`); commit and versions are added if it has
+    none.
 
     ValueError lists all problems, or the tensors that are not finite, before anything is written.
     """
@@ -113,6 +114,8 @@ def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Ma
         if shapes[name] != expected[name]:
             problems.append(f"parameter {name} has shape {list(shapes[name])}, expected {list(expected[name])}")
     problems += settings.problems(embedding, config)
+    if format and (config.causal or embedding["pooling"] != "mean"):
+        problems.append(f"format {format} is for bidirectional encoders that pool the mean")
     if tokenizer.vocab_size > config.vocab_size:
         problems.append(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
     if problems:

@@ -150,7 +150,7 @@ def read_embedding(fields: Mapping, folder: Path, hidden_size: int | None) -> tu
     code = fields.get("auto_map")
     code = code.get("AutoModel") if isinstance(code, dict) and fields.get("model_type") == PPLX else None
     contextual = "Contextual" in str(code)
-    embedding = {"matryoshka": [], "separator": contextual, "contextual": contextual, "tanh": False}
+    embedding = {"matryoshka": [], "separator": contextual, "contextual": contextual, "tanh": False, "pooling": "mean"}
     embedding |= {"max_length": reader.limits(limits), "context_length": None}
     return embedding, reader.problems, reader.not_exported
 

@@ -1,10 +1,11 @@
-"""Merging checkpoints on the sphere (Shoemake 1985; arXiv 2602.11151)."""
+"""Merging checkpoints on the sphere (Shoemake 1985; arXiv 2602.11151), or linearly."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+METHODS = ("slerp", "linear")
 PARALLEL = 1e-6  # two tensors count as parallel if the sine of their angle is below this
 
 
@@ -21,22 +22,38 @@ def slerp(a, b, t: float):
     return jax.tree_util.tree_map_with_path(lambda path, x, y: _merge(_is_stacked(path), x, y, t), a, b)
 
 
-def merge_params(a, b, t: float, shardings):
-    """`slerp` of sharded trees, compiled array by array, with each result in its sharding.
+def linear(a, b, t: float):
+    """(1 - t) · a + t · b of two parameter trees, in at least float32."""
+    _check(a, b)
+    return jax.tree.map(lambda x, y: _linear(jnp.asarray(x), jnp.asarray(y), t), a, b)
+
+
+def check_method(method: str) -> None:
+    """ValueError unless there is a merge of this name."""
+    if method not in METHODS:
+        raise ValueError(f"the method {method!r} of a merge must be one of {', '.join(METHODS)}")
+
+
+def merge_params(a, b, t: float, method: str, shardings):
+    """`slerp` or `linear` of sharded trees, compiled array by array, with each result in its sharding.
 
     The results take the memory of `a`, which cannot be used afterwards. The peak is both trees and one more array.
     """
     _check(a, b)
+    check_method(method)
 
     def merge(path, x, y, sharding):
-        return _merge_sharded(sharding)(_is_stacked(path), x, y, jnp.float32(t))
+        return _merge_sharded(sharding)(method == "linear", _is_stacked(path), x, y, jnp.float32(t))
 
     return jax.tree_util.tree_map_with_path(merge, a, b, shardings)
 
 
 @functools.cache
 def _merge_sharded(sharding):
-    return jax.jit(_merge, static_argnums=0, donate_argnums=1, out_shardings=sharding)
+    def merge(is_linear: bool, stacked: bool, a, b, t):
+        return _linear(a, b, t) if is_linear else _merge(stacked, a, b, t)
+
+    return jax.jit(merge, static_argnums=(0, 1), donate_argnums=2, out_shardings=sharding)
 
 
 def _is_stacked(path) -> bool:
@@ -46,6 +63,11 @@ def _is_stacked(path) -> bool:
 def _merge(stacked: bool, a, b, t):
     a, b = jnp.asarray(a), jnp.asarray(b)
     return jax.vmap(_slerp_tensor, (0, 0, None))(a, b, t) if stacked else _slerp_tensor(a, b, t)
+
+
+def _linear(a, b, t):
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    return ((1 - t) * a.astype(dtype) + t * b.astype(dtype)).astype(a.dtype)
 
 
 def _check(a, b) -> None:

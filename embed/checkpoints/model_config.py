@@ -65,13 +65,14 @@ def read(fields) -> tuple[TransformerConfig | None, list[str]]:
     if problems:
         return None, problems
     try:
-        return TransformerConfig(**values, tied=fields.get("tie_word_embeddings", False) is True), []
+        tied = fields.get("tie_word_embeddings", False) is True
+        return TransformerConfig(**values, tied=tied, causal=is_causal(fields)), []
     except ValueError as error:
         return None, [f"config.json: {error}"]
 
 
 def is_causal(fields: Mapping) -> bool:
-    """Whether a config.json describes a causal language model."""
+    """Whether the attention of a config.json is causal."""
     return fields["model_type"] != PPLX and fields.get("is_causal", True)
 
 
@@ -108,14 +109,14 @@ def documents(config: TransformerConfig, format: str, embedding: Mapping, end_id
         "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
         "1_Pooling/config.json": {
             "embedding_dimension": D,
-            "pooling_mode": "mean",
+            "pooling_mode": {"mean": "mean", "last": "lasttoken"}[embedding["pooling"]],
             "include_prompt": True,
             # The names that older programs read.
             "word_embedding_dimension": D,
             "pooling_mode_cls_token": False,
-            "pooling_mode_mean_tokens": True,
+            "pooling_mode_mean_tokens": embedding["pooling"] == "mean",
             "pooling_mode_max_tokens": False,
-            "pooling_mode_lasttoken": False,
+            "pooling_mode_lasttoken": embedding["pooling"] == "last",
         },
         "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
@@ -136,8 +137,8 @@ def _config(config: TransformerConfig, format: str, embedding: Mapping, end_id: 
     model |= FIXED | {
         "architectures": ["Qwen3Model"],
         "model_type": "qwen3",
-        "is_causal": False,
-        "use_bidirectional_attention": True,
+        "is_causal": config.causal,
+        "use_bidirectional_attention": not config.causal,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "max_position_embeddings": embedding["max_length"] or 32768,

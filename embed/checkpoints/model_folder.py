@@ -4,8 +4,9 @@
     params = model.params(shardings)
 
 A folder contains config.json, *.safetensors and a tokenizer. Three kinds are read: `qwen3`, a causal language model;
-`qwen3` with `"is_causal": false`, an encoder as `embed.checkpoints.export` writes it; `bidirectional_pplx_qwen3`, an
-encoder, dense or contextual. Weights are read only from safetensors, and no code of a folder is run.
+`qwen3` with `"is_causal": false` or with embed.json, an encoder as `embed.checkpoints.export` writes it;
+`bidirectional_pplx_qwen3`, an encoder, dense or contextual. Weights are read only from safetensors, and no code of a
+folder is run.
 """
 
 import contextlib
@@ -84,16 +85,18 @@ def read_architecture(source) -> TransformerConfig:
 
 
 def is_encoder(source, revision: str | None = None) -> bool:
-    """Whether a model is one that we encode with, a bidirectional Qwen3, by its config.json. FileNotFoundError if none.
+    """Whether a model is one that we encode with: an export or a bidirectional Qwen3. FileNotFoundError if none.
 
-    Other programs may read the rest: other architectures, and causal models with pooling of the last token.
+    Other programs may read the rest: other architectures, and other causal models with pooling of the last token.
     """
-    folder = paths.path(source) if paths.is_bucket(source) else resolve(source, revision, files=[CONFIG])
+    files = [CONFIG, settings.FILE]
+    folder = paths.path(source) if paths.is_bucket(source) else resolve(source, revision, files=files)
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{source} has no {CONFIG}")
     fields = paths.read_json(folder / CONFIG)
     kind = fields.get("model_type") if isinstance(fields, dict) else None
-    return kind in ("qwen3", names.PPLX) and not model_config.is_causal(fields)
+    is_export = (folder / settings.FILE).exists()
+    return kind in ("qwen3", names.PPLX) and (is_export or not model_config.is_causal(fields))
 
 
 def open_model(source, revision: str | None = None) -> "ModelFolder":
@@ -131,8 +134,8 @@ class ModelFolder:
     source: str  # as given to `open_model`
     folder: Path
     config: TransformerConfig
-    causal: bool
-    embedding: dict  # settings.EMBEDDING: matryoshka, separator, contextual, tanh, max_length, context_length
+    language_model: bool  # whether it is a causal language model, not an encoder
+    embedding: dict  # settings.EMBEDDING: matryoshka, separator, contextual, tanh, pooling, max_length, context_length
     provenance: dict  # what an export says about its run; {} for third-party folders
     tensors: Mapping[str, Path]  # their name -> file
     prefix: str  # of their names, except the head
@@ -165,7 +168,7 @@ class ModelFolder:
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The folder's tokenizer. ValueError if an encoder's tokenizer adds tokens to each text."""
         tokenizer = tokenizers.load(self.folder)
-        if not self.causal and getattr(tokenizer, "adds_tokens", False):
+        if not self.language_model and getattr(tokenizer, "adds_tokens", False):
             raise ValueError(f"{self.source}: tokenizer.json adds tokens to each text, which is not supported")
         return tokenizer
 
@@ -231,7 +234,7 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
     """Read a folder with `document`, its embed.json, or without one as a third-party folder."""
     fields = paths.read_json(folder / CONFIG)
     config, problems = model_config.read(fields)
-    causal = bool(config) and model_config.is_causal(fields)
+    causal = bool(config) and document is None and config.causal
     for name, (what, advice) in foreign.UNSUPPORTED.items():
         if (folder / name).is_file():
             problems.append(f"{name} is {what}, which is not supported: {advice}")

@@ -4,6 +4,7 @@
                "separator": true,           a separator token stands between the chunks of a document
                "contextual": false,         the model is made for chunks in their document
                "tanh": false,               float32 vectors are tanh(v)
+               "pooling": "mean",           of a text's hidden states, or last
                "max_length": null,          tokens of the longest text; null means no limit
                "context_length": null},     tokens of the longest document in training; a longer one is encoded in
                                             windows; null means no windows
@@ -19,10 +20,11 @@ from pathlib import Path
 from embed import paths
 from embed.checkpoints import foreign
 from embed.checkpoints.names import CONFIG, INDEX, TOKENIZER_FILES
+from embed.models.pooling import POOLINGS
 from embed.models.transformer import TransformerConfig
 
 FILE, CARD = "embed.json", "README.md"
-EMBEDDING = ("matryoshka", "separator", "contextual", "tanh", "max_length", "context_length")
+EMBEDDING = ("matryoshka", "separator", "contextual", "tanh", "pooling", "max_length", "context_length")
 # The files that are read, besides weights and the folders of modules.
 READ = (CONFIG, INDEX, *TOKENIZER_FILES, *foreign.FILES)
 
@@ -41,6 +43,8 @@ def problems(embedding, config: TransformerConfig) -> list[str]:
     for name in ("separator", "contextual", "tanh"):
         if not isinstance(embedding[name], bool):
             messages.append(f"{name} is {embedding[name]!r}, expected true or false")
+    if embedding["pooling"] not in POOLINGS:
+        messages.append(f"pooling is {embedding['pooling']!r}, expected {' or '.join(POOLINGS)}")
     for name in ("max_length", "context_length"):
         if embedding[name] is not None and not _is_count(embedding[name]):
             messages.append(f"{name} is {embedding[name]!r}, expected a positive number of tokens or null")

@@ -307,10 +307,11 @@ def add_encoder_arguments(
     truncate: bool = True,
     required: bool = True,
 ) -> None:
-    """Add --model, --step, --max_length and --truncate: an encoder (`load_encoder`) and what it does to long texts."""
+    """Add --model, --step, --max_length, --rope_theta and --truncate: an encoder (`load_encoder`) and long texts."""
     parser.add_argument("--model", required=required, help=what)
     add_step_argument(parser)
     parser.add_argument("--max_length", type=int, help="most tokens of a text or document (default: that of the model)")
+    parser.add_argument("--rope_theta", type=finite, help="base of the rotary angles (default: that of the model)")
     if truncate:
         parser.add_argument(
             "--truncate",
@@ -345,10 +346,11 @@ def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | Non
 
 
 def load_encoder(arguments: argparse.Namespace):
-    """Load the encoder of --model and --step, with --max_length."""
+    """Load the encoder of --model and --step, with --max_length and --rope_theta."""
     from embed import runs
 
-    return runs.load_encoder(arguments.model, arguments.step, max_length=arguments.max_length)
+    how = dict(max_length=arguments.max_length, rope_theta=arguments.rope_theta)
+    return runs.load_encoder(arguments.model, arguments.step, **how)
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:

@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             name=arguments.name or "",
             step=arguments.step,
             max_length=arguments.max_length,
+            rope_theta=arguments.rope_theta,
             revision=(scores[0].revision or None) if scores else None,
         )
         if arguments.languages and arguments.data and candidate.model is not None:

@@ -1,4 +1,4 @@
-"""Merge two models by spherical interpolation (slerp): --a=FOLDER --b=FOLDER --ratio=0.5 --output=FOLDER."""
+"""Merge two models by spherical or linear interpolation: --a=FOLDER --b=FOLDER --ratio=0.5 --output=FOLDER."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     common.add_step_argument(parser, "--step_a")
     common.add_step_argument(parser, "--step_b")
     parser.add_argument("--ratio", type=common.finite, default=0.5, help="0 is a, 1 is b (default 0.5)")
+    parser.add_argument("--method", default="slerp", choices=["slerp", "linear"], help="default slerp")
     common.add_output_arguments(parser, "folder to write")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.ratio <= 1:
@@ -25,6 +26,6 @@ def main(argv: list[str] | None = None) -> int:
 
     a, b = (arguments.a, arguments.step_a), (arguments.b, arguments.step_b)
     with common.output(arguments, inputs=[arguments.a, arguments.b], is_ours=settings.is_export):
-        path = exports.merge_sources(a, b, arguments.ratio, arguments.output)
+        path = exports.merge_sources(a, b, arguments.ratio, arguments.output, arguments.method)
     say(str(path))
     return 0

@@ -1,6 +1,6 @@
 """Batches as a pure function of (seed, step): no iterator, no state, no TensorFlow.
 
-    DiffusionLoader     full rows: windows cut from the text of a task
+    TextLoader          full rows: windows cut from the text of a task
     ContrastiveLoader   pairs, triplets or chunked documents, packed group by group
     choose_rows         the rows of a group that the lengths of the data fill
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # {kind of stage: the columns that its loader reads}, all int32[length]. A store may have more of them, except of text.
 PAIR = ("query", "document")
 COLUMNS = {
+    "causal": ("tokens",),
     "diffusion": ("tokens",),
     "pair": PAIR,
     "contextual": ("document", "chunk_lengths", "queries", "query_lengths", "positives"),
@@ -49,7 +50,7 @@ def _consecutive_ranges(indices: np.ndarray) -> list[tuple[int, int]]:
 # --- diffusion --------------------------------------------------------------------------------------------------
 
 
-class DiffusionLoader:
+class TextLoader:
     """Rows of `length` tokens, cut from the text of a task.
 
     The text of a task is one flat array of T tokens: its documents, one after the other. It is read as a ring. In each
@@ -86,7 +87,7 @@ class DiffusionLoader:
         self.curriculum = Curriculum(phases, windows, seed=seed, slots=rows)
 
     def __str__(self) -> str:
-        return f"the diffusion loader of {', '.join(self.curriculum.tasks)}"
+        return f"the text loader of {', '.join(self.curriculum.tasks)}"
 
     def batch(self, step: int) -> dict:
         """The rows of this process in the batch of `step`.

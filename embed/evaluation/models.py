@@ -101,7 +101,13 @@ class SentenceTransformers:
 
 
 def load(
-    model: str, *, name: str = "", step: int = 0, max_length: int | None = None, revision: str | None = None
+    model: str,
+    *,
+    name: str = "",
+    step: int = 0,
+    max_length: int | None = None,
+    rope_theta: float | None = None,
+    revision: str | None = None,
 ) -> Candidate:
     """A model folder, RUN:NAME, a hub id (at a `revision`), bm25, or a model of sentence-transformers.
 
@@ -117,11 +123,12 @@ def load(
     if not runs.is_stage(source) and not model_folder.is_encoder(source, revision):
         about = {"path": source}
         return Candidate(name, paths.digest(folder)[:16] if is_local else UNKNOWN, SentenceTransformers(source), about)
-    encoder = runs.load_encoder(source, step, revision, max_length)
+    encoder = runs.load_encoder(source, step, revision, max_length, rope_theta)
     about = {
         "path": source,
         "digest": encoder.digest,
         "max_length": encoder.max_length,
+        **({"rope_theta": rope_theta} if rope_theta else {}),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(encoder.params)),
         "embedding_parameters": encoder.config.vocab_size * encoder.config.hidden_size,
         "matryoshka": list(encoder.matryoshka),

@@ -2,8 +2,10 @@
 
 import bisect
 import contextlib
+import copy
 import dataclasses
 import functools
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -22,6 +24,8 @@ from embed.rows import RowShape, Segment, chunked, cut, dense, windows, write_ro
 from embed.tokenizers import check_text
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
+# The settings of a model folder that `Encoder` takes.
+ENCODER_SETTINGS = ("separator", "max_length", "context_length", "matryoshka", "tanh", "pooling")
 MIN_ROW_LENGTH = 64
 TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
 FINE_BATCHES, FINE_LENGTH = 128, 256  # with more batches on CPU, rows of more tokens than this have finer lengths
@@ -35,28 +39,31 @@ class TooLongError(ValueError):
     """A text needs more memory than the machine has."""
 
 
-def load(path, *, dtype: str | None = None, revision: str | None = None, mesh=None) -> "Encoder":
+def load(
+    path, *, dtype: str | None = None, revision: str | None = None, mesh=None, rope_theta: float | None = None
+) -> "Encoder":
     """Load an encoder from a model folder: one that `embed export` wrote, pplx-embed, or another bidirectional Qwen3.
 
     `path` is a folder, a folder in a bucket (gs://), or the id of a repository on the Hugging Face hub, for example
     "perplexity-ai/pplx-embed-v1-0.6b", at `revision`. `dtype` of the computation is "float32" or "bfloat16"; the
     default is float32 on CPU and bfloat16 on accelerators. A causal language model is refused: it can only be trained
-    from. `mesh` is as in `Encoder`; parameters are sharded over it as in training.
+    from. `mesh` is as in `Encoder`; parameters are sharded over it as in training. `rope_theta` replaces the model's
+    base of the rotary angles: a larger one stretches positions, for texts longer than those of training.
     """
     dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
     mesh = sharding.make_mesh() if mesh is None else mesh
     model = model_folder.open_model(path, revision)
-    if model.causal:
+    if model.language_model:
         raise ValueError(
             f"{path} is a causal language model, not an encoder: it can be the `init` of a stage that trains one"
         )
     tokenizer = model.tokenizer()
     shardings = sharding.parameter_shardings(mesh, transformer.abstract_params(model.config))
     config, params = transformer.encoder_only(model.config, model.params(shardings, dtype))
-    how = {name: model.embedding[name] for name in ("separator", "max_length", "context_length", "matryoshka", "tanh")}
-    return Encoder(
-        params, dataclasses.replace(config, dtype=dtype), tokenizer, **how, mesh=mesh, path=path, digest=model.digest
-    )
+    how = {name: model.embedding[name] for name in ENCODER_SETTINGS}
+    config = dataclasses.replace(config, dtype=dtype)
+    encoder = Encoder(params, config, tokenizer, **how, mesh=mesh, path=path, digest=model.digest)
+    return encoder.with_rope_theta(rope_theta) if rope_theta else encoder
 
 
 def quantize(
@@ -112,6 +119,7 @@ class Encoder:
         context_length: int | None = None,
         matryoshka: Sequence[int] = (),
         tanh: bool = False,
+        pooling: str = "mean",
         path=None,
         digest: str | None = None,
     ):
@@ -121,8 +129,8 @@ class Encoder:
         data. Parameters that are on this mesh keep their shardings, others are copied to each of its devices.
         `max_length` is the largest number of tokens of a text or document, None for no limit. A document of more than
         `context_length` tokens, the longest in training, is encoded in windows of whole chunks; None means no windows.
-        With `tanh`, float32 vectors are tanh(v) of the pooled mean v; int8 and bits do not change. `digest` identifies
-        the model.
+        With `tanh`, float32 vectors are tanh(v) of the pooled v; int8 and bits do not change. `pooling` is that of
+        `pool_spans`. `digest` identifies the model.
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
@@ -134,7 +142,18 @@ class Encoder:
         self.tokenizer, self.separator = tokenizer, separator
         self.max_length = self._model_max_length = max_length  # the first may be changed, the second is the model's
         self.context_length = context_length
-        self.matryoshka, self.tanh, self.path, self.digest = tuple(matryoshka), tanh, path, digest
+        self.matryoshka, self.tanh, self.pooling = tuple(matryoshka), tanh, pooling
+        self.path, self.digest = path, digest
+
+    def with_rope_theta(self, theta: float) -> "Encoder":
+        """The same encoder with another base of the rotary angles; it shares the parameters."""
+        if not 0 < theta < float("inf"):
+            raise ValueError(f"rope_theta={theta!r} must be positive")
+        changed = copy.copy(self)
+        changed.config = dataclasses.replace(self.config, rope_theta=float(theta))
+        if self.digest and changed.config != self.config:
+            changed.digest = hashlib.sha256(f"{self.digest} rope_theta={theta:g}".encode()).hexdigest()
+        return changed
 
     @property
     def dimensions(self) -> int:
@@ -327,7 +346,7 @@ class Encoder:
                 if self.mesh.size > 1:  # every process has packed all rows, and puts its shards on its devices
                     rows = sharding.put_batch(self.mesh, rows._asdict()).values()
                 with jax.set_mesh(self.mesh):  # attention kernels read it
-                    arguments = {"config": self.config, "num_spans": shape.spans}
+                    arguments = {"config": self.config, "num_spans": shape.spans, "pooling": self.pooling}
                     # One row per shard exceeds the batch, so batch_tokens does not bound the memory.
                     if not waiting and shape.length * shards > batch_tokens:
                         _check_memory(_pooled.lower(self.params, *rows, **arguments), name(longest), segments[longest])
@@ -340,11 +359,11 @@ class Encoder:
         return out
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_spans"))
-def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spans):
-    """The mean of each span of rows [R, L], float32 [R, S, D], on every device; compiled per R, L, mesh and config."""
+@functools.partial(jax.jit, static_argnames=("config", "num_spans", "pooling"))
+def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spans, pooling):
+    """The vector of each span of rows [R, L], float32 [R, S, D], on every device. Compiled per R, L, mesh, config."""
     hidden = transformer.apply(config, params, tokens, segment_ids, positions)
-    return jax.lax.with_sharding_constraint(pool_spans(hidden, span_ids, num_spans), PartitionSpec())
+    return jax.lax.with_sharding_constraint(pool_spans(hidden, span_ids, num_spans, pooling), PartitionSpec())
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""Bidirectional attention inside segments: one function with a kernel for each platform."""
+"""Attention inside segments, bidirectional or causal: one function with a kernel for each platform."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from embed.typing import Array, typechecked
+from embed.typing import Array, Scalar, typechecked
 
 # Scores that `xla` holds at once per row and head: all up to 1,024 tokens, and a block of queries above that.
 MAX_SCORES = 2**20
@@ -25,6 +25,8 @@ def attention(
     value: Float[Array, "R L K d"],
     segment_ids: Int[Array, "R L"],
     *,
+    causal: bool = False,
+    lookahead: Scalar | None = None,
     kernel: str = "auto",
     interpret: bool = False,
 ) -> Float[Array, "R L H d"]:
@@ -40,6 +42,11 @@ def attention(
     Padding has segment id 0 and attends only to padding, so its (unused) output stays finite. Scores are scaled by
     1/√d. The softmax is computed in float32.
 
+    With `causal`, a token attends to none after it. With `lookahead`, a share from 0 to 1, it attends to about this
+    share of the tokens after it (arXiv 2410.17891 anneals the mask like this): 0 is causal, 1 bidirectional. Each pair
+    of positions has a fixed random threshold, so what is visible at one share is visible at every larger one. Only
+    `xla` can do this.
+
     `kernel` is one of
 
         xla      runs everywhere
@@ -54,6 +61,10 @@ def attention(
     if kernel not in KERNELS:
         raise ValueError(f"attention={kernel!r} must be one of {', '.join(KERNELS)}")
     fits = {"splash": length % LANES == 0 and head_dim % LANES == 0, "triton": length % 16 == 0}
+    if lookahead is not None and kernel not in ("auto", "xla"):
+        raise ValueError(f"attention={kernel!r} has no lookahead: annealing from a causal mask needs attention='xla'")
+    if kernel == "auto" and lookahead is not None:
+        kernel = "xla"
     if kernel == "auto":
         kernel = {"tpu": "splash", "gpu": "triton"}.get(jax.default_backend(), "xla")
         kernel = kernel if fits.get(kernel, True) else "xla"
@@ -61,13 +72,19 @@ def attention(
         needs = "rows and heads in multiples of 128" if kernel == "splash" else "rows in multiples of 16"
         raise ValueError(f"attention={kernel!r} needs {needs}, not length {length} and head_dim {head_dim}")
     if kernel == "xla":
-        return _xla(query, key, value, segment_ids)
+        return _xla(query, key, value, segment_ids, 0 if causal else lookahead)
     if kernel == "cudnn":
         lengths = (segment_ids > 0).sum(1)
         return jax.nn.dot_product_attention(
-            query, key, value, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+            query,
+            key,
+            value,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            is_causal=causal,
+            implementation="cudnn",
         )
-    function = functools.partial({"splash": _splash, "triton": _triton}[kernel], interpret=interpret)
+    function = functools.partial({"splash": _splash, "triton": _triton}[kernel], causal=causal, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(query, key, value, segment_ids)
@@ -118,7 +135,7 @@ def _softmax_attention_backward(saved, gradient):
 _softmax_attention.defvjp(_softmax_attention_forward, _softmax_attention_backward)
 
 
-def _xla(query, key, value, segment_ids):
+def _xla(query, key, value, segment_ids, lookahead):
     """`_whole`; on CPU for as many rows at a time as keep their scores in its cache, in the backward pass too."""
     rows, length, heads, _ = query.shape
     mesh = jax.sharding.get_abstract_mesh()
@@ -127,37 +144,59 @@ def _xla(query, key, value, segment_ids):
         most = max(1, CACHED_SCORES // (heads * length**2))
         at_once = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
     if at_once == rows:
-        return _whole(query, key, value, segment_ids)
+        return _whole(query, key, value, segment_ids, lookahead)
     blocks = (x.reshape(-1, at_once, *x.shape[1:]) for x in (query, key, value, segment_ids))
-    return jax.lax.map(jax.checkpoint(lambda x: _whole(*x)), tuple(blocks)).reshape(query.shape)
+    return jax.lax.map(jax.checkpoint(lambda x: _whole(*x, lookahead)), tuple(blocks)).reshape(query.shape)
 
 
-def _whole(query, key, value, segment_ids):
-    """Holds scores [R, H, b, L] of b queries at a time, with b · L ≤ MAX_SCORES, in the backward pass too."""
+def _whole(query, key, value, segment_ids, lookahead):
+    """Holds scores [R, H, b, L] of b queries at a time, with b · L ≤ MAX_SCORES, in the backward pass too.
+
+    `lookahead` is the visible share of later tokens; None is all of them.
+    """
     rows, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     # With heads before positions, the score and value products are plain matrix products on CPU.
     query = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # R K h L d
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # R K L d
 
-    def attend(query, query_segments):  # R K h b d, R b
-        same_segment = query_segments[:, :, None] == segment_ids[:, None, :]  # R b s
-        return _softmax_attention(query * head_dim**-0.5, key, value, same_segment[:, None, None])
+    def attend(query, query_segments, offsets):  # R K h b d, R b, b
+        allowed = query_segments[:, :, None] == segment_ids[:, None, :]  # R b s
+        if lookahead is not None:
+            allowed &= _visible(offsets, length, lookahead)
+        return _softmax_attention(query * head_dim**-0.5, key, value, allowed[:, None, None])
 
     block = max(1, MAX_SCORES // length)
     if block >= length:
-        out = attend(query, segment_ids)
+        out = attend(query, segment_ids, jnp.arange(length))
     else:
         padding = -length % block  # queries that fill the last block; their outputs are dropped
         queries = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
         queries = jnp.moveaxis(queries.reshape(*query.shape[:3], -1, block, head_dim), 3, 0)  # L/b R K h b d
         segments = jnp.moveaxis(jnp.pad(segment_ids, ((0, 0), (0, padding))).reshape(rows, -1, block), 1, 0)  # L/b R b
-        blocks = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (queries, segments))
+        offsets = jnp.arange(length + padding).reshape(-1, block)
+        blocks = jax.lax.map(jax.checkpoint(lambda x: attend(*x)), (queries, segments, offsets))
         out = jnp.moveaxis(blocks, 0, 3).reshape(*query.shape[:3], -1, head_dim)[..., :length, :]
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, head_dim)
 
 
-def _splash(query, key, value, segment_ids, *, interpret: bool):
+def _visible(offsets, length: int, lookahead):
+    """Whether tokens at `offsets` int[b] of a row see each of its tokens, bool[b, L]: earlier ones, some later ones.
+
+    A padded token sees itself, so its softmax stays finite.
+    """
+    others = jnp.arange(length)
+    earlier = others[None, :] <= offsets[:, None]
+    if isinstance(lookahead, int) and lookahead == 0:  # causal
+        return earlier
+    pair = (offsets[:, None] * length + others).astype(jnp.uint32)  # a hash of the pair, uniform in 0..1
+    pair = (pair ^ (pair >> 16)) * jnp.uint32(0x7FEB352D)
+    pair = (pair ^ (pair >> 15)) * jnp.uint32(0x846CA68B)
+    threshold = (pair ^ (pair >> 16)).astype(jnp.float32) / 2**32
+    return earlier | (threshold < lookahead)
+
+
+def _splash(query, key, value, segment_ids, *, causal: bool, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask
 
@@ -172,8 +211,9 @@ def _splash(query, key, value, segment_ids, *, interpret: bool):
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )
-    everything = mask.MultiHeadMask([mask.FullMask((length, length))] * heads)  # not materialized
-    attend = kernel.make_splash_mha(everything, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+    kind = mask.CausalMask if causal else mask.FullMask
+    masks = mask.MultiHeadMask([kind((length, length))] * heads)  # not materialized
+    attend = kernel.make_splash_mha(masks, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
 
     def row(q, k, v, ids):  # H L d, K L d, L
         return attend(q, k, v, kernel.SegmentIds(ids, ids))
@@ -182,7 +222,7 @@ def _splash(query, key, value, segment_ids, *, interpret: bool):
     return jax.vmap(row)(query, key, value, segment_ids).transpose(0, 2, 1, 3).astype(value.dtype)
 
 
-def _triton(query, key, value, segment_ids, *, interpret: bool):
+def _triton(query, key, value, segment_ids, *, causal: bool, interpret: bool):
     from jax.experimental.pallas.ops.gpu import attention as kernel
 
     _, length, heads, head_dim = query.shape
@@ -205,7 +245,7 @@ def _triton(query, key, value, segment_ids, *, interpret: bool):
         value,
         segment_ids,
         head_dim**-0.5,
-        False,
+        causal,
         kernel.BlockSizes(**blocks),
         "triton",
         None,

@@ -24,6 +24,10 @@ def straight_through_int8(pooled: Float[Array, "*shape"]) -> Float[Array, "*shap
     return smooth + jax.lax.stop_gradient(jnp.round(smooth) - smooth)
 
 
+# What a contrastive stage may do to pooled vectors before it compares them; `int8` is the paper's.
+QUANTIZERS = {"int8": straight_through_int8, "tanh": jnp.tanh, "none": lambda pooled: pooled}
+
+
 @typechecked
 def binary(pooled: Float[Array, "*shape"]) -> Int8[Array, "*shape"]:
     """+1 where v >= 0, else -1. Takes the pooled vector, not int8: a small negative v has int8 0 but binary -1."""

@@ -1,4 +1,4 @@
-"""The encoder: the Qwen3 architecture with bidirectional attention (arXiv 2602.11151), in Flax NNX.
+"""The encoder: the Qwen3 architecture with bidirectional attention (arXiv 2602.11151), in Flax NNX. It can be causal.
 
 Parameters stay outside the module as a plain nested dict of arrays, so that checkpoints, sharding rules, merging and
 export see one simple tree. `apply` binds them to the module for one call:
@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from embed.models.attention import KERNELS, attention
-from embed.typing import Array, typechecked
+from embed.typing import Array, Scalar, typechecked
 
 FINAL_NORM = 0.4  # scale of the final norm at random init
 REMAT_POLICIES = {
@@ -40,7 +40,8 @@ class TransformerConfig:
     intermediate_size: int
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
-    tied: bool = True  # whether the embedding table is also the output layer of the diffusion stage
+    tied: bool = True  # whether the embedding table is also the output layer of stages that predict tokens
+    causal: bool = False  # whether a token attends to none after it
     attention: str = "auto"  # embed.models.attention.KERNELS
     dtype: str = "float32"  # of the compute; parameters are always float32
     remat: str = "none"  # a key of REMAT_POLICIES
@@ -170,7 +171,9 @@ class Layer(nnx.Module):
         self.up = weight((D, F), D)
         self.down = weight((F, D), F, gain)
 
-    def __call__(self, x: Float[Array, "R L D"], segment_ids: Int[Array, "R L"], rope) -> Float[Array, "R L D"]:
+    def __call__(
+        self, x: Float[Array, "R L D"], segment_ids: Int[Array, "R L"], rope, lookahead=None
+    ) -> Float[Array, "R L D"]:
         dtype, eps = x.dtype, self.config.norm_eps
         product = dense if self.config.dense_barrier else jnp.matmul
 
@@ -182,7 +185,8 @@ class Layer(nnx.Module):
         query = apply_rope(rms_norm(project(y, self.query), self.query_norm[...], eps), rope)
         key = apply_rope(rms_norm(project(y, self.key), self.key_norm[...], eps), rope)
         value = project(y, self.value)
-        mixed = attention(query, key, value, segment_ids, kernel=self.config.attention)  # R L H d
+        how = dict(causal=self.config.causal, lookahead=lookahead, kernel=self.config.attention)
+        mixed = attention(query, key, value, segment_ids, **how)  # R L H d
         output = self.output[...].astype(dtype)
         x = x + product(mixed.reshape(*x.shape[:-1], -1), output.reshape(-1, output.shape[-1]))
         y = rms_norm(x, self.mlp_norm[...], eps)
@@ -205,7 +209,7 @@ class Transformer(nnx.Module):
             self.head = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
 
     def __call__(
-        self, tokens: Int[Array, "R L"], segment_ids: Int[Array, "R L"], positions: Int[Array, "R L"]
+        self, tokens: Int[Array, "R L"], segment_ids: Int[Array, "R L"], positions: Int[Array, "R L"], lookahead=None
     ) -> Float[Array, "R L D"]:
         config = self.config
         x = self.embedding[...].astype(config.dtype)[tokens]
@@ -213,7 +217,7 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def block(x, layer):
-            return nnx.merge(graph, layer)(x, segment_ids, rope), None
+            return nnx.merge(graph, layer)(x, segment_ids, rope, lookahead), None
 
         if config.remat != "none":
             block = jax.checkpoint(block, policy=REMAT_POLICIES[config.remat], prevent_cse=False)
@@ -245,12 +249,13 @@ def apply(
     tokens: Int[Array, "R L"],
     segment_ids: Int[Array, "R L"],
     positions: Int[Array, "R L"],
+    lookahead: Scalar | None = None,
 ) -> Float[Array, "R L D"]:
-    """Hidden states after the final norm, in the compute dtype."""
+    """Hidden states after the final norm, in the compute dtype. `lookahead` is that of `attention`."""
     graph, state = _abstract(config)
     state = jax.tree.map(lambda x: x, state)  # a copy: the cached one stays abstract
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(tokens, segment_ids, positions)
+    return nnx.merge(graph, state)(tokens, segment_ids, positions, lookahead)
 
 
 def output_embedding(params: dict) -> Float[Array, "V D"]:

@@ -46,16 +46,22 @@ def _same(ids: Array | None, other: Array | None = None) -> Array | bool:
     return False if ids is None else ids[:, None] == (ids if other is None else other)[None, :]
 
 
+def _within(scores: Float[Array, "N M"], positive: Float[Array, "N"], margin: Scalar | None) -> Array | bool:
+    """m_i(x) of the losses, bool[N, M]: whether s(q_i, x) exceeds that of the positive by at most `margin`."""
+    return True if margin is None else scores <= positive[:, None] + margin
+
+
 @typechecked
 def pair_loss(
     queries: Float[Array, "N D"],
     documents: Float[Array, "N D"],
     *,
     temperature: Scalar,
-    margin: Scalar = 0.1,
+    margin: Scalar | None = 0.1,
     query_ids: Int[Array, "N"] | None = None,
     document_ids: Int[Array, "N"] | None = None,
     valid: Bool[Array, "N"] | None = None,
+    query_negatives: bool = True,
 ) -> Float[Array, ""]:
     """InfoNCE over in-batch documents and in-batch queries with a false-negative mask (arXiv 2602.11151).
 
@@ -64,15 +70,16 @@ def pair_loss(
         m_i(x) = 1[ s(q_i,x) <= s(q_i,d_i) + margin ]
 
     Examples that share a query id or a document id are not negatives of each other in either sum. The mean is over
-    valid examples; invalid examples are never negatives.
+    valid examples; invalid examples are never negatives. With margin=None, m is 1; without `query_negatives`, the sum
+    over queries is left out.
     """
     n = queries.shape[0]
     q, d, valid = normalize(queries), normalize(documents), _all(n, valid)
-    qd, qq = cosine(q, d), cosine(q, q)
+    qd = cosine(q, d)
     positive = jnp.diagonal(qd)
     other = ~jnp.eye(n, dtype=bool) & valid & ~(_same(query_ids) | jnp.asarray(_same(document_ids)))
-    limit = positive[:, None] + margin
-    return _mean(_nll(positive, [(qd, other & (qd <= limit)), (qq, other & (qq <= limit))], temperature), valid)
+    terms = [qd, cosine(q, q)] if query_negatives else [qd]
+    return _mean(_nll(positive, [(s, other & _within(s, positive, margin)) for s in terms], temperature), valid)
 
 
 @typechecked
@@ -86,11 +93,12 @@ def contextual_loss(
     temperature: Scalar,
     beta: Scalar,
     alpha: Scalar = 0.2,
-    margin: Scalar = 0.1,
+    margin: Scalar | None = 0.1,
     query_ids: Int[Array, "N"] | None = None,
     chunk_ids: Int[Array, "C"] | None = None,
     valid: Bool[Array, "N"] | None = None,
     chunk_valid: Bool[Array, "C"] | None = None,
+    query_negatives: bool = True,
 ) -> Float[Array, ""]:
     """Chunk- and document-level InfoNCE for late chunking (arXiv 2602.11151).
 
@@ -104,7 +112,7 @@ def contextual_loss(
     `chunk_document[c]` is the content id of the document that contains chunk c. Mdup removes every j≠i whose document
     has the content of d_i, in the query–document sum only. The margin applies in L_global only. An example is a query
     with its positive chunk. Examples that share a query id or a chunk id are not negatives of each other in any term,
-    and neither is a chunk with the content of the positive.
+    and neither is a chunk with the content of the positive. `margin` and `query_negatives` are as in `pair_loss`.
     """
     n, c = queries.shape[0], chunks.shape[0]
     q, k, d = normalize(queries), normalize(chunks), normalize(documents)
@@ -125,15 +133,11 @@ def contextual_loss(
     seq = _nll(chunk_score, [(qk, allowed & same_document)], temperature)
     batch = _nll(chunk_score, [(qk, allowed)], temperature)
 
-    qd, qq = cosine(q, d), cosine(q, q)
+    qd = cosine(q, d)
     document_score = jnp.diagonal(qd)
-    limit = document_score[:, None] + margin
     other = ~jnp.eye(n, dtype=bool) & valid & ~(twin | jnp.asarray(_same(positive_ids)))
-    global_ = _nll(
-        document_score,
-        [(qd, other & ~_same(document_ids) & (qd <= limit)), (qq, other & (qq <= limit))],
-        temperature,
-    )
+    terms = [(qd, other & ~_same(document_ids))] + ([(cosine(q, q), other)] if query_negatives else [])
+    global_ = _nll(document_score, [(s, ok & _within(s, document_score, margin)) for s, ok in terms], temperature)
     local = alpha * _mean(seq, valid) + (1 - alpha) * _mean(batch, valid)
     return beta * _mean(global_, valid) + (1 - beta) * local
 
@@ -169,3 +173,22 @@ def triplet_loss(
     hard = jnp.broadcast_to(negative_valid.reshape(n * k) & ~jnp.asarray(content), (n, n * k))
     positive = jnp.diagonal(qd)
     return _mean(_nll(positive, [(qd, other), (cosine(q, h), hard)], temperature), valid)
+
+
+@typechecked
+def spread_out(
+    vectors: Float[Array, "N D"], *, ids: Int[Array, "N"] | None = None, valid: Bool[Array, "N"] | None = None
+) -> Float[Array, ""]:
+    """Global orthogonal regularization (Zhang et al. 2017, arXiv 1708.06320, equation 6), over pairs of unequal texts.
+
+        L = M1² + max(0, M2 - 1/D),    M1 = mean s(x_i, x_j),    M2 = mean s(x_i, x_j)²,    i≠j
+
+    These are the moments of vectors that are uniform on the sphere. The bits of such vectors carry most.
+    """
+    n, dim = vectors.shape
+    valid, x = _all(n, valid), normalize(vectors)
+    scores = cosine(x, x)
+    pairs = ~jnp.eye(n, dtype=bool) & valid[:, None] & valid & ~jnp.asarray(_same(ids))
+    count = jnp.maximum(pairs.sum(), 1)
+    first, second = (jnp.where(pairs, s, 0).sum() / count for s in (scores, scores**2))
+    return first**2 + jnp.maximum(second - 1 / dim, 0)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int, Num
 from embed.typing import Array, Scalar, typechecked
 
 T_MIN = 1e-3
+NOISES = ("stratified", "independent", "bell", "fixed")
 
 
 def stratified_ranks(rows: int) -> np.ndarray:
@@ -23,57 +24,89 @@ def stratified_ranks(rows: int) -> np.ndarray:
     return np.argsort(np.argsort(reversed_bits, kind="stable"), kind="stable")
 
 
+def bell_quantile(unit):
+    """The quantile function of the density 6 t (1 - t) on (0, 1), NumPy or jax: the root of 3 t² - 2 t³ = `unit`."""
+    xp = jnp if isinstance(unit, jax.Array) else np
+    return 0.5 - xp.sin(xp.arcsin(1 - 2 * unit) / 3)
+
+
 @typechecked
 def corrupt(
-    key: Array, tokens: Int[Array, "R L"], valid: Bool[Array, "R L"], *, mask_id: int, t_min: Scalar = T_MIN
+    key: Array,
+    tokens: Int[Array, "R L"],
+    valid: Bool[Array, "R L"],
+    *,
+    mask_id: int,
+    t_min: Scalar = T_MIN,
+    noise: str = "stratified",
+    mask_ratio: float = 0.2,
 ) -> tuple[Int[Array, "R L"], Bool[Array, "R L"], Float[Array, "R"]]:
     """Draw one t per row and replace each valid token by `mask_id` with probability t. Returns (noised, masked, t).
 
-    t_j = frac(u + rank_j / R) scaled to (t_min, 1). Each row's t is uniform, and the t of all rows are evenly spaced,
-    which removes most of the variance of the 1/t weights. Invalid tokens are never masked.
+    `noise` is the distribution of t in (t_min, 1):
+
+        stratified   t_j = frac(u + rank_j / R), scaled. Each row's t is uniform, and the t of all rows are evenly
+                     spaced, which removes most of the variance of the 1/t weights
+        independent  uniform, drawn for each row (arXiv 2602.11151)
+        bell         density 6 t (1 - t), stratified: fewer rows that are almost clean or almost all masks
+        fixed        t = mask_ratio in every row: masked-token prediction as in LLM2Vec (arXiv 2404.05961)
+
+    Invalid tokens are never masked.
     """
     rows, _ = tokens.shape
+    if noise not in NOISES:
+        raise ValueError(f"noise={noise!r} must be one of {', '.join(NOISES)}")
     key_t, key_mask = jax.random.split(key)
-    u = jax.random.uniform(key_t)
-    unit = (u + jnp.asarray(stratified_ranks(rows), u.dtype) / rows) % 1.0
-    t = t_min + (1 - t_min) * unit
+    u = jax.random.uniform(key_t, (rows,) if noise == "independent" else ())
+    unit = u if noise == "independent" else (u + jnp.asarray(stratified_ranks(rows), u.dtype) / rows) % 1.0
+    t = t_min + (1 - t_min) * (bell_quantile(unit) if noise == "bell" else unit)
+    t = jnp.full_like(t, mask_ratio) if noise == "fixed" else t
     masked = (jax.random.uniform(key_mask, tokens.shape) < t[:, None]) & valid
     return jnp.where(masked, mask_id, tokens), masked, t
 
 
 @functools.lru_cache
-def largest_mean_t(rows: int, parts: int, t_min: float = T_MIN) -> float:
-    """The largest mean t, over all u, of any of `parts` equal blocks of neighboring rows in `corrupt`.
+def largest_mean_t(
+    rows: int, parts: int, t_min: float = T_MIN, noise: str = "stratified", mask_ratio: float = 0.2
+) -> float:
+    """The largest mean t of any of `parts` equal blocks of neighboring rows in `corrupt`.
 
-    The mean grows with u except where a row's t wraps from 1 to t_min, so it is largest just before a wrap. With
-    t_min=0, the row about to wrap has t = 1 and each other row has ((its rank - that row's rank) mod R) / R. If blocks
-    have n rows, a power of two, the result is 1/2 + 1/(2n).
+    With stratified t it is the largest over all u. The mean grows with u except where a row's unit wraps from 1 to 0,
+    so it is largest just before a wrap. Then that row has the unit 1 and each other row ((its rank - that row's rank)
+    mod R) / R. With independent t it is the mean plus six standard deviations, at most 1.
     """
-    ranks = np.sort(stratified_ranks(rows).reshape(parts, -1))
-    size = ranks.shape[1]
-    # For each row of a block as the one that wraps: the sum over the block of (rank - this row's rank) mod R.
-    differences = ranks.sum(1, keepdims=True) - size * ranks + rows * np.arange(size)
-    mean = float(differences.max() + rows) / (rows * size)
-    return t_min + (1 - t_min) * mean
+    if noise == "fixed":
+        return mask_ratio
+    if noise == "independent":
+        return min(1.0, t_min + (1 - t_min) * (0.5 + 6 * (12 * rows / parts) ** -0.5))
+    largest = 0.0
+    for block in stratified_ranks(rows).reshape(parts, -1):
+        for wrapping in block:
+            units = np.where(block == wrapping, rows, (block - wrapping) % rows) / rows
+            largest = max(largest, float((bell_quantile(units) if noise == "bell" else units).mean()))
+    return t_min + (1 - t_min) * largest
 
 
-def capacity(rows: int, length: int, shards: int = 1, microbatches: int = 1) -> float:
+def capacity(rows: int, length: int, shards: int = 1, microbatches: int = 1, **noise) -> float:
     """The share of a block's tokens that need slots in `masked_nll`: the largest mean t plus six standard deviations.
 
     A block is what a device holds at a time: rows / shards / microbatches neighboring rows of `length` tokens. The
     standard deviation of its number of masked tokens is at most √tokens / 2, that of fair coins. A block of one row may
-    be masked completely.
+    be masked completely. `noise` has the keywords of `corrupt`.
     """
     parts = shards * microbatches
     if rows % parts:
         raise ValueError(
             f"{rows} rows per batch do not divide into {shards} devices (data x fsdp) times microbatches={microbatches}"
         )
-    return min(1.0, largest_mean_t(rows, parts) + 3 / (rows // parts * length) ** 0.5)
+    return min(1.0, largest_mean_t(rows, parts, **noise) + 3 / (rows // parts * length) ** 0.5)
 
 
 def elbo_weights(t: Float[Array, "R"], valid: Bool[Array, "R L"]) -> Float[Array, "R"]:
-    """The ELBO's weight of the cross-entropy of a row's masked tokens: 1 / (t · number of valid tokens)."""
+    """The ELBO's weight of the cross-entropy of a row's masked tokens: 1 / (t · number of valid tokens).
+
+    It assumes a uniform t. Under another distribution p(t), the loss weights the noise levels by p(t).
+    """
     t = jnp.asarray(t)
     return 1 / (t.astype(jnp.promote_types(t.dtype, jnp.float32)) * jnp.maximum(valid.sum(), 1))
 

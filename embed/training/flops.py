@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from embed.models import sharding, transformer
 from embed.objectives import masked_diffusion
-from embed.training.stages import abstract_batch
+from embed.training.stages import TEXT, abstract_batch, noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,8 @@ def forward_flops(
     """FLOPs of one forward pass of the global batch, by part: {part: FLOPs}.
 
     layers       2 · tokens · (matrix parameters of a layer) · layers
-    attention    4 · squares · heads · head_dim · layers        scores and mixed values, not causal
-    logits       2 · tokens / 2 · vocabulary · width            diffusion: half of the tokens are masked, on average
+    attention    4 · squares · heads · head_dim · layers        scores and mixed values; half of it if causal
+    logits       2 · tokens · predicted · vocabulary · width    predicted: the share of masked tokens, 1 if causal
     similarity   2 · queries · vectors per query · Σ prefixes   contrastive: unused entries of the tables included
 
     `tokens` is the number of tokens that are not padding, `squares` the sum of the squared segment lengths. Their
@@ -94,10 +94,10 @@ def forward_flops(
     squares = rows * length**2 if squares is None else squares
     flops = {
         "layers": 2.0 * tokens * model.num_layers * (D * d * (2 * H + 2 * K) + 3 * D * F),
-        "attention": 4.0 * squares * H * d * model.num_layers,
+        "attention": 4.0 * squares * H * d * model.num_layers / (2 if model.causal else 1),
     }
-    if stage.kind == "diffusion":
-        return flops | {"logits": 2.0 * tokens / 2 * model.vocab_size * D}
+    if stage.kind in TEXT:
+        return flops | {"logits": 2.0 * tokens * predicted(stage) * model.vocab_size * D}
     queries = shapes["query_slots"][0]
     compared = {  # vectors per query
         "pair": 2 * queries,
@@ -117,17 +117,25 @@ def model_flops(
 def passes(stage, model: transformer.TransformerConfig) -> int:
     """The cost of the layers in forward passes: three, and one for each recomputation in the backward pass.
 
-    Microbatches of the diffusion stage recompute nothing: its loss is a sum over rows (`summed_over_microbatches`).
+    Microbatches of stages on text recompute nothing: their loss is a sum over rows (`summed_over_microbatches`).
     """
-    return 3 + (model.remat == "full") + (stage.execution.microbatches > 1 and stage.kind != "diffusion")
+    return 3 + (model.remat == "full") + (stage.execution.microbatches > 1 and stage.kind not in TEXT)
+
+
+def predicted(stage) -> float:
+    """The mean share of the tokens of a batch of text that a step predicts."""
+    if stage.kind == "causal":
+        return 1.0
+    return stage.mask_ratio if stage.noise == "fixed" else 0.5
 
 
 def capacity(stage, mesh) -> float:
-    """The share of a diffusion batch's tokens that fit into the logits buffer of every device."""
+    """The share of the tokens of a batch of text that fit into the logits buffer of every device."""
     batch = stage.batch
-    return masked_diffusion.capacity(
-        batch.rows, batch.length, sharding.batch_shards(mesh), stage.execution.microbatches
-    )
+    if stage.kind == "causal":
+        return 1.0
+    shards = sharding.batch_shards(mesh)
+    return masked_diffusion.capacity(batch.rows, batch.length, shards, stage.execution.microbatches, **noise(stage))
 
 
 def hardware_flops(stage, model: transformer.TransformerConfig, mesh) -> float:
@@ -137,8 +145,8 @@ def hardware_flops(stage, model: transformer.TransformerConfig, mesh) -> float:
     """
     parts = forward_flops(stage, model)
     total = passes(stage, model) * (parts["layers"] + parts["attention"]) + 4 * parts.get("similarity", 0)
-    if stage.kind == "diffusion":
-        total += 3 * parts["logits"] * 2 * capacity(stage, mesh)
+    if stage.kind in TEXT:
+        total += 3 * parts["logits"] / predicted(stage) * capacity(stage, mesh)
     return total
 
 
@@ -160,7 +168,7 @@ def hbm_bytes(stage, model: transformer.TransformerConfig, mesh) -> float:
     activations = times * local_tokens * model.num_layers * width * size / mesh.shape["tensor"]
     weights = times * stage.execution.microbatches * total * size / mesh.shape["tensor"]
     logits = 0.0
-    if stage.kind == "diffusion":
+    if stage.kind in TEXT:
         masked, table = capacity(stage, mesh) * local_tokens, model.vocab_size * model.hidden_size
         chunks = max(stage.execution.microbatches, masked / stage.execution.logits_chunk)
         logits = masked * model.vocab_size * 3 * (4 + size) + chunks * table * 2 * (4 + size)

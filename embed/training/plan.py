@@ -18,7 +18,7 @@ import numpy as np
 
 from embed.models import sharding, transformer
 from embed.objectives import masked_diffusion
-from embed.training import flops
+from embed.training import flops, stages
 from embed.training.flops import CHIPS, Chip
 from embed.training.hlo import BETWEEN, collective_bytes
 from embed.training.step import make_step
@@ -137,10 +137,10 @@ def check_capacity(stage, shards: int, draws: int = 8) -> None:
     if stage.kind != "diffusion":
         return
     rows, length, microbatches = stage.batch.rows, stage.batch.length, stage.execution.microbatches
-    share = masked_diffusion.capacity(rows, length, shards, microbatches)
+    share = masked_diffusion.capacity(rows, length, shards, microbatches, **stages.noise(stage))
     capacity = int(share * rows * length / shards / microbatches)
-    full = np.ones((rows, length), np.int32)
-    corrupt = jax.jit(lambda key: masked_diffusion.corrupt(key, full, full > 0, mask_id=0)[1].sum(1))
+    full, how = np.ones((rows, length), np.int32), stages.noise(stage)
+    corrupt = jax.jit(lambda key: masked_diffusion.corrupt(key, full, full > 0, mask_id=0, **how)[1].sum(1))
     for k in range(draws):
         masked = np.asarray(corrupt(jax.random.key(k))).reshape(shards * microbatches, -1).sum(1)
         if masked.max() > capacity:

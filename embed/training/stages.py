@@ -22,15 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from embed.data.loader import ContrastiveLoader, DiffusionLoader, choose_rows
+from embed.data.loader import ContrastiveLoader, TextLoader, choose_rows
 from embed.models import sharding, transformer
 from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
-from embed.models.quantization import straight_through_int8
+from embed.models.quantization import QUANTIZERS
 from embed.objectives import contrastive, masked_diffusion
 from embed.rows import RowShape
 
-KINDS = ("diffusion", "pair", "contextual", "triplet")
+TEXT = ("causal", "diffusion")  # stages that predict the tokens of rows of text
+NO_MARGIN = 2.0  # cosines differ by at most 2, so a margin of 2 masks nothing
+KINDS = (*TEXT, "pair", "contextual", "triplet")
 
 
 def _microbatches(count: int, rows: int) -> tuple[Callable, Callable]:
@@ -128,10 +130,38 @@ def on_each_device(function: Callable, arrays: tuple, table):
     )
 
 
+def causal_loss(params, batch, key, progress, *, model, microbatches: int, chunk: int):
+    """Cross-entropy of each token given those before it in its segment, in nats per token: a language model.
+
+    Metric: `accuracy`, the share of tokens that are the most likely ones.
+    """
+    valid = (batch["segment_ids"] > 0) & (batch["positions"] > 0)
+    weights = jnp.broadcast_to(1 / jnp.maximum(valid.sum(), 1), len(valid)).astype(jnp.float32)
+    rows = batch["tokens"], batch["segment_ids"], batch["positions"], batch["tokens"], valid, weights
+    options = dict(model=model, left_shift=True, capacity=1.0, microbatches=microbatches, chunk=chunk)
+    loss, (_, correct, counted) = _predict_tokens(params, rows, **options)
+    return loss, {"accuracy": correct / jnp.maximum(counted, 1)}
+
+
 def diffusion_loss(
-    params, batch, key, progress, *, model, mask_id: int, left_shift: bool, microbatches: int, chunk: int
+    params,
+    batch,
+    key,
+    progress,
+    *,
+    model,
+    mask_id: int,
+    left_shift: bool,
+    microbatches: int,
+    chunk: int,
+    noise: str = "stratified",
+    mask_ratio: float = 0.2,
+    anneal: float = 0.0,
 ):
     """Masked-diffusion ELBO in nats per token (arXiv 2602.11151).
+
+    `noise` and `mask_ratio` are those of `masked_diffusion.corrupt`. In the first `anneal` of the steps, attention
+    opens from causal to bidirectional, linearly.
 
     Metrics: `masked` counts the masked tokens; `overflow` those of them that exceed the logits buffer
     (`masked_diffusion.capacity`) and are left out of the loss; `accuracy` and `masked_nll` are means over the rest.
@@ -139,14 +169,27 @@ def diffusion_loss(
     tokens, segment_ids, positions = batch["tokens"], batch["segment_ids"], batch["positions"]
     # With the shift, a token is predicted from its predecessor. The first token of a segment does not have one.
     valid = (segment_ids > 0) & (positions > 0) if left_shift else segment_ids > 0
-    noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id)
+    how = dict(noise=noise, mask_ratio=mask_ratio)
+    noised, masked, t = masked_diffusion.corrupt(key, tokens, valid, mask_id=mask_id, **how)
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else sharding.batch_shards(mesh)
-    capacity = masked_diffusion.capacity(*tokens.shape, shards, microbatches)
-    weights = masked_diffusion.elbo_weights(t, valid)
+    capacity = masked_diffusion.capacity(*tokens.shape, shards, microbatches, **how)
+    rows = noised, segment_ids, positions, tokens, masked, masked_diffusion.elbo_weights(t, valid)
+    options = dict(model=model, left_shift=left_shift, capacity=capacity, microbatches=microbatches, chunk=chunk)
+    lookahead = jnp.minimum(progress / anneal, 1) if anneal else None
+    loss, (nll, correct, counted) = _predict_tokens(params, rows, lookahead=lookahead, **options)
+    count, total = jnp.maximum(counted, 1), masked.sum()
+    return loss, {"accuracy": correct / count, "masked_nll": nll / count, "masked": total, "overflow": total - counted}
 
-    def predict(params, noised, segment_ids, positions, *rest):
-        hidden = transformer.apply(model, params, noised, segment_ids, positions)
+
+def _predict_tokens(
+    params, rows, *, model, left_shift: bool, capacity: float, microbatches: int, chunk: int, lookahead=None
+):
+    """(loss, sums over the counted tokens of [CE, correct, 1]) of rows: input, segment ids, positions, targets, masked,
+    weights; see `masked_diffusion.masked_nll`."""
+
+    def predict(params, inputs, segment_ids, positions, *rest):
+        hidden = transformer.apply(model, params, inputs, segment_ids, positions, lookahead)
         if left_shift:
             hidden = masked_diffusion.left_shift(hidden)
         table = transformer.output_embedding(params).astype(model.dtype)
@@ -157,67 +200,95 @@ def diffusion_loss(
         terms = masked_diffusion.masked_nll(hidden, table, tokens, masked, weights, capacity=capacity, chunk=chunk)
         return [x.sum()[None] for x in terms]
 
-    rows = noised, segment_ids, positions, tokens, masked, weights
-    loss, (nll, correct, counted) = summed_over_microbatches(predict, microbatches, params, *rows)
-    count, total = jnp.maximum(counted, 1), masked.sum()
-    return loss, {"accuracy": correct / count, "masked_nll": nll / count, "masked": total, "overflow": total - counted}
+    return summed_over_microbatches(predict, microbatches, params, *rows)
 
 
-def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False):
-    """[spans], or with `documents` [spans, segments]: quantized embeddings [R * S, D] and [R * G, D] of a batch."""
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """How a contrastive stage makes vectors from rows."""
 
-    def pool(tokens, segment_ids, positions, span_ids):
-        hidden = transformer.apply(model, params, tokens, segment_ids, positions)
-        tables = [pool_spans(hidden, span_ids, shape.spans)]
-        if documents:
-            tables.append(pool_spans(hidden, jnp.where(span_ids > 0, segment_ids, 0), shape.segments))
-        return tables
+    model: transformer.TransformerConfig
+    shape: RowShape
+    microbatches: int
+    pooling: str = "mean"  # of `pool_spans`
+    quantization: str = "int8"  # a key of QUANTIZERS
+    early: bool = False  # whether each chunk attends only to itself (early chunking), not to its document
 
-    rows = (batch[name] for name in ("tokens", "segment_ids", "positions", "span_ids"))
-    tables = in_microbatches(pool, microbatches, *rows)
-    return [straight_through_int8(table.reshape(-1, table.shape[-1])) for table in tables]
+    def __call__(self, params, batch, *, documents: bool = False):
+        """[spans], or with `documents` [spans, segments]: embeddings [R * S, D] and [R * G, D] of a batch."""
+
+        def pool(tokens, segment_ids, positions, span_ids):
+            if self.early:
+                hidden = transformer.apply(self.model, params, tokens, span_ids, _restart(positions, span_ids))
+            else:
+                hidden = transformer.apply(self.model, params, tokens, segment_ids, positions)
+            tables = [pool_spans(hidden, span_ids, self.shape.spans, self.pooling)]
+            if documents:
+                segments = jnp.where(span_ids > 0, segment_ids, 0)
+                tables.append(pool_spans(hidden, segments, self.shape.segments, self.pooling))
+            return tables
+
+        rows = (batch[name] for name in ("tokens", "segment_ids", "positions", "span_ids"))
+        tables = in_microbatches(pool, self.microbatches, *rows)
+        return [QUANTIZERS[self.quantization](table.reshape(-1, table.shape[-1])) for table in tables]
 
 
-def over_prefixes(prefixes, dimensions: int, loss: Callable):
-    """The mean of `loss(p)` over Matryoshka prefixes p, the first p dimensions of each embedding (arXiv 2602.11151).
-
-    The backward pass recomputes the similarities of each prefix: for 16,384 pairs, one float32 matrix of them is
-    1.07 GB.
-    """
-    if not prefixes:
-        raise ValueError(f"matryoshka=() needs at least one prefix; ({dimensions},) trains only the whole embedding")
-    for p in prefixes:
-        if not 0 < p <= dimensions:
-            raise ValueError(f"Matryoshka prefix {p} must be between 1 and the {dimensions} dimensions of the model")
-    return sum(jax.checkpoint(loss, static_argnums=0)(p) for p in prefixes) / len(prefixes)
+def _restart(positions, span_ids):
+    """Positions [R, L] that restart at 0 in each span of adjacent tokens."""
+    index = jnp.broadcast_to(jnp.arange(span_ids.shape[1], dtype=positions.dtype), span_ids.shape)
+    is_start = jnp.diff(span_ids, axis=1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(is_start, index, 0), axis=1)
 
 
-def pair_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin):
+@dataclasses.dataclass(frozen=True)
+class Prefixes:
+    """A loss over Matryoshka prefixes p, the first p dimensions of each embedding (arXiv 2602.11151)."""
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...] = ()  # of their losses; () = equal
+
+    def __call__(self, dimensions: int, loss: Callable):
+        """The mean of `loss(p)`, weighted.
+
+        The backward pass recomputes the similarities of each prefix: for 16,384 pairs, one float32 matrix of them is
+        1.07 GB.
+        """
+        if not self.sizes:
+            raise ValueError(
+                f"matryoshka=() needs at least one prefix; ({dimensions},) trains only the whole embedding"
+            )
+        for p in self.sizes:
+            if not 0 < p <= dimensions:
+                raise ValueError(
+                    f"Matryoshka prefix {p} must be between 1 and the {dimensions} dimensions of the model"
+                )
+        weights = self.weights or (1.0,) * len(self.sizes)
+        pairs = zip(weights, self.sizes, strict=True)
+        return sum(w * jax.checkpoint(loss, static_argnums=0)(p) for w, p in pairs) / sum(weights)
+
+
+def pair_loss(params, batch, key, progress, *, embedding, prefixes, temperature, margin, query_negatives, spread_out):
     """The loss of the pair stage (arXiv 2602.11151): N queries and N documents, in-batch negatives."""
-    (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
+    (spans,) = embedding(params, batch)
     q, d = spans[batch["query_slots"]], spans[batch["document_slots"]]
+    ids, valid = {"query_ids": batch["query_ids"], "document_ids": batch["document_ids"]}, batch["valid"]
 
     def loss(p):
-        return contrastive.pair_loss(
-            q[:, :p],
-            d[:, :p],
-            temperature=temperature,
-            margin=margin,
-            query_ids=batch["query_ids"],
-            document_ids=batch["document_ids"],
-            valid=batch["valid"],
-        )
+        options = dict(temperature=temperature, margin=margin, query_negatives=query_negatives, valid=valid)
+        value = contrastive.pair_loss(q[:, :p], d[:, :p], **options, **ids)
+        return value + _spread(spread_out, p, (q, ids["query_ids"], valid), (d, ids["document_ids"], valid))
 
-    return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
+    return prefixes(embedding.model.hidden_size, loss), {"top1": _top1(q, d, valid)}
 
 
-def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature):
+def triplet_loss(params, batch, key, progress, *, embedding, prefixes, temperature, spread_out):
     """The loss of the triplet stage (arXiv 2602.11151): N queries, N documents, N · K hard negatives."""
-    (spans,) = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches)
+    (spans,) = embedding(params, batch)
     q, d, h = (spans[batch[name]] for name in ("query_slots", "document_slots", "negative_slots"))
+    valid = batch["valid"]
 
     def loss(p):
-        return contrastive.triplet_loss(
+        value = contrastive.triplet_loss(
             q[:, :p],
             d[:, :p],
             h[..., :p],
@@ -225,26 +296,40 @@ def triplet_loss(params, batch, key, progress, *, model, shape, microbatches, pr
             query_ids=batch["query_ids"],
             document_ids=batch["document_ids"],
             negative_ids=batch["negative_ids"],
-            valid=batch["valid"],
+            valid=valid,
             negative_valid=batch["negative_valid"],
         )
+        return value + _spread(spread_out, p, (q, batch["query_ids"], valid), (d, batch["document_ids"], valid))
 
-    return over_prefixes(prefixes, model.hidden_size, loss), {"top1": _top1(q, d, batch["valid"])}
+    return prefixes(embedding.model.hidden_size, loss), {"top1": _top1(q, d, valid)}
 
 
 def contextual_loss(
-    params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, margin, alpha, beta
+    params,
+    batch,
+    key,
+    progress,
+    *,
+    embedding,
+    prefixes,
+    temperature,
+    margin,
+    query_negatives,
+    spread_out,
+    alpha,
+    beta,
 ):
     """The loss of the contextual stage (arXiv 2602.11151): N queries, C chunks and the N queries' whole documents.
 
     β follows a cosine from beta[0] to beta[1] over the stage.
     """
-    spans, segments = embed_rows(params, batch, model=model, shape=shape, microbatches=microbatches, documents=True)
+    spans, segments = embedding(params, batch, documents=True)
     q, c, d = spans[batch["query_slots"]], spans[batch["chunk_slots"]], segments[batch["document_slots"]]
     beta_now = beta[1] + (beta[0] - beta[1]) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    valid, chunk_valid = batch["valid"], batch["chunk_valid"]
 
     def loss(p):
-        return contrastive.contextual_loss(
+        value = contrastive.contextual_loss(
             q[:, :p],
             c[:, :p],
             d[:, :p],
@@ -254,14 +339,23 @@ def contextual_loss(
             beta=beta_now,
             alpha=alpha,
             margin=margin,
+            query_negatives=query_negatives,
             query_ids=batch["query_ids"],
             chunk_ids=batch["chunk_ids"],
-            valid=batch["valid"],
-            chunk_valid=batch["chunk_valid"],
+            valid=valid,
+            chunk_valid=chunk_valid,
         )
+        return value + _spread(spread_out, p, (q, batch["query_ids"], valid), (c, batch["chunk_ids"], chunk_valid))
 
-    top1 = _top1(q, c[batch["positive"]], batch["valid"])
-    return over_prefixes(prefixes, model.hidden_size, loss), {"top1": top1, "beta": beta_now}
+    top1 = _top1(q, c[batch["positive"]], valid)
+    return prefixes(embedding.model.hidden_size, loss), {"top1": top1, "beta": beta_now}
+
+
+def _spread(weight: float, prefix: int, *tables):
+    """`weight` times the sum of `contrastive.spread_out` of tables (vectors [N, D], content ids, valid), 0 for 0."""
+    if not weight:
+        return 0.0
+    return weight * sum(contrastive.spread_out(x[:, :prefix], ids=ids, valid=ok) for x, ids, ok in tables)
 
 
 def _top1(q, d, valid):
@@ -276,44 +370,54 @@ def row_shape(batch) -> RowShape:
     return RowShape(batch.length, batch.spans, batch.segments)
 
 
-def stage_model(kind: str, model: transformer.TransformerConfig) -> transformer.TransformerConfig:
-    """The model that a stage of this kind trains: only the diffusion stage has an output layer."""
-    return model if kind == "diffusion" else dataclasses.replace(model, tied=True)
+def stage_model(stage, model: transformer.TransformerConfig) -> transformer.TransformerConfig:
+    """The model that a stage trains: with an output layer only if it predicts tokens, causal if its config says so."""
+    if stage.kind in TEXT:
+        return dataclasses.replace(model, causal=stage.kind == "causal")
+    return dataclasses.replace(model, tied=True, causal=stage.attention == "causal")
 
 
 def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_shift: bool = False) -> Callable:
     """The loss function of a stage's config. With several devices, call it under `jax.set_mesh`."""
-    if stage.kind == "diffusion":
-        return functools.partial(
-            diffusion_loss,
-            model=model,
-            mask_id=mask_id,
-            left_shift=left_shift,
-            microbatches=stage.execution.microbatches,
-            chunk=stage.execution.logits_chunk,
-        )
-    common = dict(
-        model=model,
-        shape=row_shape(stage.batch),
-        prefixes=tuple(stage.matryoshka),
-        temperature=stage.temperature,
-        microbatches=stage.execution.microbatches,
+    if stage.kind in TEXT:
+        options = dict(model=model, microbatches=stage.execution.microbatches, chunk=stage.execution.logits_chunk)
+        if stage.kind == "causal":
+            return functools.partial(causal_loss, **options)
+        how = noise(stage) | dict(anneal=stage.anneal)
+        return functools.partial(diffusion_loss, mask_id=mask_id, left_shift=left_shift, **how, **options)
+    if stage.kind not in KINDS:
+        raise ValueError(f"stage kind {stage.kind!r} must be one of {', '.join(KINDS)}")
+    embedding = Embedding(
+        model,
+        row_shape(stage.batch),
+        stage.execution.microbatches,
+        pooling=stage.pooling,
+        quantization=stage.quantization,
+        early=stage.get("chunking") == "early",
     )
-    if stage.kind == "pair":
-        return functools.partial(pair_loss, **common, margin=stage.margin)
+    common = dict(
+        embedding=embedding,
+        prefixes=Prefixes(tuple(stage.matryoshka), tuple(stage.matryoshka_weights)),
+        temperature=stage.temperature,
+        spread_out=stage.spread_out,
+    )
     if stage.kind == "triplet":
         return functools.partial(triplet_loss, **common)
-    if stage.kind == "contextual":
-        return functools.partial(
-            contextual_loss, **common, margin=stage.margin, alpha=stage.alpha, beta=tuple(stage.beta)
-        )
-    raise ValueError(f"stage kind {stage.kind!r} must be one of {', '.join(KINDS)}")
+    common |= dict(margin=stage.margin if stage.margin < NO_MARGIN else None, query_negatives=stage.query_negatives)
+    if stage.kind == "pair":
+        return functools.partial(pair_loss, **common)
+    return functools.partial(contextual_loss, **common, alpha=stage.alpha, beta=tuple(stage.beta))
+
+
+def noise(stage) -> dict:
+    """The keywords of `masked_diffusion.corrupt` and `capacity` that a diffusion stage sets."""
+    return dict(noise=stage.noise, mask_ratio=stage.mask_ratio)
 
 
 def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
     """{name: (shape, dtype)} of a stage's global batch, as `embed.data.loader` builds it."""
     batch = stage.batch
-    if stage.kind == "diffusion":
+    if stage.kind in TEXT:
         names = ("tokens", "segment_ids", "positions")
         return {name: ((batch.rows, batch.length), np.int32) for name in names}
     if not batch.rows_per_group:
@@ -337,7 +441,7 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
 
 def with_rows(stage, stores: dict, phases, *, separator_id: int | None):
     """A stage's config with a number for batch.rows_per_group=0 (`embed.data.loader.choose_rows`)."""
-    if stage.kind == "diffusion" or stage.batch.rows_per_group:
+    if stage.kind in TEXT or stage.batch.rows_per_group:
         return stage
     microbatches, result = stage.execution.microbatches, stage.copy_and_resolve_references()
     multiple = microbatches // math.gcd(microbatches, stage.batch.groups)  # all rows divide into microbatches
@@ -352,10 +456,10 @@ def make_loader(stage, stores: dict, phases, *, seed: int, separator_id: int | N
     `phases` is [(steps, {task: rate}), …], see `embed.data.curriculum.Curriculum`.
     """
     batch = stage.batch
-    num_shards = batch.rows if stage.kind == "diffusion" else batch.groups
+    num_shards = batch.rows if stage.kind in TEXT else batch.groups
     common = dict(seed=seed, shards=None if mesh is None else sharding.local_shards(mesh, num_shards))
-    if stage.kind == "diffusion":
-        return DiffusionLoader(
+    if stage.kind in TEXT:
+        return TextLoader(
             stores,
             phases,
             rows=batch.rows,

@@ -5,7 +5,7 @@ from embed import rows
 from embed.data import curriculum
 from embed.data import loader as loading
 from embed.data.curriculum import BLOCK, PERIOD, Curriculum, random_bits
-from embed.data.loader import ContrastiveLoader, DiffusionLoader, choose_rows
+from embed.data.loader import ContrastiveLoader, TextLoader, choose_rows
 from embed.data.store import Lengths, Store, Writer
 from embed.rows import RowShape
 
@@ -93,7 +93,7 @@ def make(stage_name, process_index=0, process_count=1, seed=0, stores=None, shar
     common = dict(seed=seed, shards=shards)
     if stage == "diffusion":
         arguments = dict(rows=8, length=16, truncate_probability=0.3) | changes
-        return DiffusionLoader(stores or diffusion_stores(), PHASES, **common, **arguments)
+        return TextLoader(stores or diffusion_stores(), PHASES, **common, **arguments)
     arguments = dict(stage=stage, group_size=5, groups=4, shape=SHAPE) | STAGES[stage] | changes
     phases = [(3, {"a": 1.0}), (4, {"a": 0.25, "b": 0.75})]
     return ContrastiveLoader(stores or contrastive_stores(stage), phases, **common, **arguments)
@@ -320,7 +320,7 @@ LENGTHS = [5, 0, 1, 30, 7, 12, 0, 3, 16, 9, 22, 1, 1, 8]
 
 def numbered_loader(**changes):
     arguments = dict(seed=0, rows=7, length=16, truncate_probability=0.0) | changes
-    return DiffusionLoader({"x": numbered_store(LENGTHS)}, [(1, {"x": 1})], **arguments)  # 115 tokens: 7 windows
+    return TextLoader({"x": numbered_store(LENGTHS)}, [(1, {"x": 1})], **arguments)  # 115 tokens: 7 windows
 
 
 @pytest.mark.parametrize("epoch", range(6))
@@ -378,9 +378,7 @@ def test_less_text_than_a_row_is_an_error():
 
 def test_a_store_with_more_columns_than_text_is_an_error():
     with pytest.raises(ValueError, match="the task 'x' has the columns query, document; text has one, tokens"):
-        DiffusionLoader(
-            {"x": MemoryStore(query=[[1] * 99], document=[[1] * 99])}, [(1, {"x": 1})], seed=0, rows=1, length=4
-        )
+        TextLoader({"x": MemoryStore(query=[[1] * 99], document=[[1] * 99])}, [(1, {"x": 1})], seed=0, rows=1, length=4)
 
 
 # --- contrastive ------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from embed import config as configs
 from embed.inference import denoise
 from embed.models import transformer
 from embed.training import optimizer, stages
@@ -21,21 +21,9 @@ def counting(rows: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module", params=[False, True], ids=["same position", "left shift"])
 def trained(request):
     """(left shift, parameters) after a short diffusion stage on that language."""
-    stage = ConfigDict(dict(kind="diffusion", execution=dict(microbatches=1, logits_chunk=LENGTH)))
-    config = ConfigDict(
-        dict(
-            learning_rate=1e-2,
-            embedding_rate=1.0,
-            warmup=0.1,
-            decay=0.5,
-            b1=0.9,
-            b2=0.98,
-            eps=1e-8,
-            weight_decay=0.0,
-            clip=1.0,
-            moment_dtype="float32",
-        )
-    )
+    rates = dict(learning_rate=1e-2, warmup=0.1, decay=0.5, b2=0.98, weight_decay=0.0)
+    stage = configs.base().stage("diffusion", execution=dict(logits_chunk=LENGTH), optimizer=rates)
+    config = stage.optimizer
     steps = 300
     tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(config.learning_rate, steps, 0.1, 0.5))
     step = jax.jit(make_train_step(stages.make_loss(stage, MODEL, MASK, request.param), tx, 0, steps))

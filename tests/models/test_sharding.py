@@ -58,7 +58,7 @@ def test_shards_are_put_in_the_order_of_their_indices():
 EQUAL_LOSSES = textwrap.dedent(
     """
     import jax, jax.numpy as jnp, numpy as np
-    from ml_collections import ConfigDict
+    from embed.config import base
     from embed.models import transformer
     from embed.rows import RowShape
     from embed.models import sharding
@@ -69,7 +69,7 @@ EQUAL_LOSSES = textwrap.dedent(
     assert len(devices) == 8
     # Sums in another order differ in their last bits, and rounding to int8 can turn that into a whole level. Rounding
     # is element-wise, so it is not needed to test sharding.
-    stages.straight_through_int8 = lambda pooled: 127 * jnp.tanh(pooled)
+    stages.QUANTIZERS = {"int8": lambda pooled: 127 * jnp.tanh(pooled)}
     model = transformer.make_config("micro", 64)
     rng = np.random.default_rng(0)
     R, L, N = 16, 24, 32
@@ -88,11 +88,13 @@ EQUAL_LOSSES = textwrap.dedent(
         batch |= dict(chunk_slots=np.arange(N) // 2 * 4 + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
                       chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
     batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}
-    config = ConfigDict(dict(learning_rate=1e-3, warmup=0, decay=0, b1=.9, b2=.98, eps=1e-6, weight_decay=.1, clip=1.,
-                             moment_dtype="float32", embedding_rate=1.))
-    stage = ConfigDict(dict(kind="KIND", matryoshka=(16, 32), temperature=0.1, margin=0.1,
-                            alpha=0.2, beta=(0.2, 0.5), execution=dict(logits_chunk=8, microbatches=1),
-                            batch=dict(length=L, spans=4, segments=4), optimizer=config))
+    rates = dict(learning_rate=1e-3, warmup=0.0, decay=0.0, b2=.98, eps=1e-6)
+    stage = base().stage("KIND", optimizer=rates, batch=dict(length=L))
+    if stage.kind in stages.TEXT:
+        stage.execution.logits_chunk = 8
+    else:
+        stage.update(matryoshka=(16, 32), temperature=0.1)
+        stage.batch.update(spans=4, segments=4)
 
     def losses(mesh, microbatches=1):
         stage.execution.microbatches = microbatches
@@ -119,7 +121,7 @@ EQUAL_LOSSES = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "pair", "contextual", "triplet"])
+@pytest.mark.parametrize("kind", ["causal", "diffusion", "pair", "contextual", "triplet"])
 def test_losses_on_eight_devices_equal_those_on_one(kind):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -7,6 +7,7 @@ that runs to the end. A moment is a batch read or a file operation in the folder
 no clock is involved. The program prints the last logged step of each process.
 """
 
+import copy
 import os
 import random
 import signal
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from embed import config
 from embed.models import sharding, transformer
 from embed.training import loop
 from embed.training import step as embed_step
@@ -24,34 +25,11 @@ from embed.training.metrics import read_metrics
 
 LIFE = 200  # steps of the program's run
 MODEL = transformer.make_config("micro", 64)
-STAGE = ConfigDict(
-    dict(
-        kind="diffusion",
-        batch=dict(rows=4, length=16),
-        execution=dict(
-            microbatches=1,
-            logits_chunk=8,
-            log_every=1,
-            checkpoint_every=5,
-            keep=2,
-            milestone_every=0,
-            evaluate_every=0,
-            evaluate_on=(),
-            max_skipped=0,
-        ),
-        optimizer=dict(
-            learning_rate=1e-2,
-            embedding_rate=1.0,
-            warmup=0.1,
-            decay=0.5,
-            b1=0.9,
-            b2=0.98,
-            eps=1e-8,
-            weight_decay=0.1,
-            clip=1.0,
-            moment_dtype="float32",
-        ),
-    )
+STAGE = config.base().stage(
+    "diffusion",
+    batch=dict(rows=4, length=16),
+    execution=dict(logits_chunk=8, log_every=1, checkpoint_every=5, max_skipped=0),
+    optimizer=dict(learning_rate=1e-2, warmup=0.1, decay=0.5, b2=0.98),
 )
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree")
 
@@ -76,7 +54,7 @@ class Loader:
 
 def make_step(*, steps: int = 12, mesh=None, loss=None, **execution):
     """The step of the small model; `execution` overrides fields of STAGE.execution."""
-    stage = ConfigDict(STAGE.to_dict())
+    stage = copy.deepcopy(STAGE)
     stage.execution.update(execution)
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
     return embed_step.make_step(stage, MODEL, mesh, steps=steps, seed=0, mask_id=2, loss=loss)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
+from embed import config as configs
 from embed.data import store as stores
 from embed.models import transformer
 from embed.objectives import masked_diffusion
@@ -13,14 +13,7 @@ from embed.training import stages
 
 MODEL = transformer.make_config("micro", 64)
 R, L, N, S = 16, 24, 32, 4
-STAGE = dict(
-    matryoshka=(16, 32),
-    temperature=0.05,
-    margin=0.1,
-    alpha=0.2,
-    beta=(0.2, 0.5),
-    batch=dict(length=L, spans=S, segments=S),
-)
+BATCH = dict(length=L, spans=S, segments=S)
 
 
 @functools.cache
@@ -55,9 +48,10 @@ def params():
     return transformer.init(MODEL, jax.random.key(0))
 
 
-def loss_of(kind, microbatches, model=MODEL):
-    stage = ConfigDict(STAGE | {"kind": kind, "execution": {"microbatches": microbatches}})
-    loss = stages.make_loss(stage, model, mask_id=2)
+def loss_of(kind, microbatches, model=MODEL, **changes):
+    changes = dict(matryoshka=(16, 32), temperature=0.05) | changes
+    stage = configs.base().stage(kind, batch=BATCH, execution=dict(microbatches=microbatches), **changes)
+    loss = stages.make_loss(stage, stages.stage_model(stage, model), mask_id=2)
     return lambda params, batch: loss(params, batch, jax.random.key(0), 0.5)[0]
 
 
@@ -116,12 +110,12 @@ def test_rows_that_do_not_divide_into_microbatches_are_an_error():
 )
 def test_prefixes_outside_the_dimensions_of_the_model_are_an_error(prefixes, message):
     with pytest.raises(ValueError, match=message):
-        stages.over_prefixes(prefixes, 32, lambda p: jnp.float32(p))
+        stages.Prefixes(prefixes)(32, lambda p: jnp.float32(p))
 
 
 def diffusion_loss(microbatches, left_shift=False):
     execution = dict(microbatches=microbatches, logits_chunk=8)
-    return stages.make_loss(ConfigDict(dict(kind="diffusion", execution=execution)), MODEL, 2, left_shift)
+    return stages.make_loss(configs.base().stage("diffusion", execution=execution), MODEL, 2, left_shift)
 
 
 def test_microbatches_of_a_diffusion_batch_give_the_gradient_of_the_whole():
@@ -139,7 +133,7 @@ def test_the_logits_buffer_holds_every_masked_token(microbatches, monkeypatch):
     full = batch() | dict(segment_ids=np.ones((R, L), np.int32))
     limited = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
     results = [limited(params(), jax.random.key(k)) for k in range(20)]
-    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 1.0)
+    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_, **__: 1.0)
     unlimited = jax.jit(lambda params, key: diffusion_loss(microbatches)(params, full, key, 0.0))
     for k, (loss, metrics) in enumerate(results):
         want, all_metrics = unlimited(params(), jax.random.key(k))
@@ -163,14 +157,13 @@ def test_microbatches_recompute_the_network_in_contrastive_stages_but_not_in_the
 
 
 def test_the_diffusion_loss_counts_masked_tokens_beyond_the_logits_buffer(monkeypatch):
-    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.25)
+    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_, **__: 0.25)
     metrics = diffusion_loss(1)(params(), batch(), jax.random.key(0), 0.0)[1]
     capacity = R * L // 4
     assert metrics["overflow"] == metrics["masked"] - capacity > 0
 
 
 def test_rows_per_group_of_zero_is_chosen_from_the_data_so_that_microbatches_divide_it():
-    from configs import base
 
     lengths = stores.Lengths(60, 6000, np.array([60]), np.array([100]))
 
@@ -182,7 +175,7 @@ def test_rows_per_group_of_zero_is_chosen_from_the_data_so_that_microbatches_div
             return lengths
 
     batch = dict(rows_per_group=0, group_size=32, groups=2, length=128)
-    stage = base.stage("pair", batch=batch, execution=dict(microbatches=4))
+    stage = configs.base().stage("pair", batch=batch, execution=dict(microbatches=4))
     with pytest.raises(ValueError, match="rows_per_group=0 is chosen from the data, which are not read here: give a n"):
         stages.abstract_batch(stage)
     chosen = stages.with_rows(stage, {"a": Header()}, [(1, {"a": 1.0})], separator_id=None)

@@ -2,24 +2,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from small_run import MODEL, Loader, make_step
+from small_run import MODEL, STAGE, Loader, make_step
 
 from embed import config as configs
 from embed.models import sharding, transformer
 from embed.training import stages
 from embed.training.step import make_step as make
 
-PAIR = ConfigDict(
-    dict(
-        kind="pair",
-        matryoshka=(16, 32),
-        temperature=0.05,
-        margin=0.1,
-        batch=dict(groups=2, rows_per_group=2, group_size=3, length=8, spans=4, segments=4),
-        execution=dict(microbatches=1),
-        optimizer=make_step().stage.optimizer.to_dict(),
-    )
+PAIR = configs.base().stage(
+    "pair",
+    matryoshka=(16, 32),
+    temperature=0.1,
+    batch=dict(length=16, spans=4, segments=4, groups=2, group_size=4, rows_per_group=4),
+    optimizer=STAGE.optimizer.to_dict(),
 )
 
 
@@ -62,11 +57,14 @@ def test_the_lowered_batch_has_the_shapes_of_abstract_batch():
 
 
 @pytest.mark.parametrize("kind", stages.KINDS)
-def test_only_the_diffusion_stage_has_an_output_layer(kind):
-    untied = transformer.make_config("micro", 64, tied=False)
-    model = stages.stage_model(kind, untied)
-    assert ("head" in transformer.abstract_params(model)) == (kind == "diffusion")
-    assert stages.stage_model(kind, MODEL) == MODEL
+def test_only_stages_that_predict_tokens_have_an_output_layer_and_only_causal_ones_a_causal_mask(kind):
+    stage, untied = configs.base().stage(kind), transformer.make_config("micro", 64, tied=False)
+    model = stages.stage_model(stage, untied)
+    assert ("head" in transformer.abstract_params(model)) == (kind in ("causal", "diffusion"))
+    assert model.causal == (kind == "causal")
+    if kind not in stages.TEXT:
+        stage.attention = "causal"
+        assert stages.stage_model(stage, untied).causal
 
 
 def test_the_parameters_of_a_contrastive_step_have_no_output_layer():
