@@ -39,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.mask_id = -1  # the diffusion mask of a tokenizer.json; -1 = the first id after the vocabulary
     config.data.vocab_size = 8192  # of the trained SentencePiece model
     config.data.split_identifiers = True  # lower-case, and split parse_config and parseConfig into two words
+    config.data.seed = 0  # of the order of examples, and of the sample that the vocabulary is trained on
     config.data.limit = 0  # rows per task; 0 = all
     config.data.separator = True  # put a separator token between the chunks of a document
 
@@ -54,6 +55,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.report.tokens_per_step = 4  # tokens that denoising unmasks at once
     config.report.search = ""  # an export that answers an example query; "" = none
     config.report.fuse = ()  # checkpoints whose rankings are fused with BM25's
+
+    config.ablation = ConfigDict()  # what `embed ablate` compares
+    # ((name, {"stages.pair.pooling": "last", …}), …): the fields in which each variant differs from this config. Others
+    # are compared with the first.
+    config.ablation.variants = ()
+    config.ablation.checkpoint = ""  # a stage or merge; evaluations measure it. A variant may have another
+    config.ablation.seeds = (0, 1, 2)  # values of config.seed
+    config.ablation.plot = "dots"  # or curve: over evaluations whose names end in a number
 
     config.card = ConfigDict()  # fields of the model card that the run does not determine
     config.card.languages = ()  # ("en", …)
@@ -201,6 +210,8 @@ def evaluation(**changes) -> ConfigDict:
     new.data = ""  # SET/SPLIT of the data's evaluation sets
     new.alone = False  # whether each chunk of a document is encoded separately
     new.rope_theta = 0.0  # of the encoder; 0 = that of its training
+    new.truncate_dim = 0  # dimensions of the vectors, a prefix; 0 = all
+    new.needle_tokens = 0  # texts of this length, each with one relevant text hidden among others; 0 = the texts
     new.checkpoints = ()
     new.bm25 = True  # whether to evaluate the lexical baseline too
     return _changed(new, changes)
@@ -227,6 +238,7 @@ def shrink(config: ConfigDict) -> None:
             each.matryoshka, each.matryoshka_weights = (8, 32), each.matryoshka_weights and (1.0, 1.0)
     for each in config.merges.values():
         each.sweep = each.sweep and (each.ratio,)
+    config.ablation.seeds = config.ablation.seeds[:2]
 
 
 def _changed(new: ConfigDict, changes: dict) -> ConfigDict:

@@ -138,6 +138,26 @@ def _check_complete(file: Path, config) -> None:
         )
 
 
+def changed(config: ConfigDict, changes: Mapping) -> ConfigDict:
+    """A copy of a config in which the fields named in `changes`, {"key.key": value}, have other values.
+
+    ValueError for a key that the config does not have, which names the nearest key, and for a value of another type.
+    """
+    new = config.copy_and_resolve_references().lock()
+    known = dict(leaves(new))
+    for name, value in changes.items():
+        if name not in known:
+            raise ValueError(f"unknown config key {name!r}{nearest(name, known)}")
+        try:
+            new.update_from_flattened_dict({name: value})
+        except TypeError:
+            kind = type(known[name]).__name__
+            raise ValueError(
+                f"config key {name!r} must be of type {kind} like {known[name]!r}, got {value!r}"
+            ) from None
+    return new.unlock()
+
+
 def leaves(config, prefix: str = "") -> Iterator[tuple[str, object]]:
     """(key, value) of every field of a config; nested keys are joined with dots."""
     for key, value in config.items():

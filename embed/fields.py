@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ml_collections import ConfigDict
 
@@ -55,6 +55,12 @@ def _is_window(values) -> bool:
     return _is_list(values) and len(values) == 2 and all(map(COUNT_OR_0[0], values)) and values[0] < values[1]
 
 
+def _are_variants(values) -> bool:
+    return _is_list(values) and all(
+        _is_list(value) and len(value) == 2 and _is_name(value[0]) and isinstance(value[1], Mapping) for value in values
+    )
+
+
 COUNT = _whole(lambda n: n >= 1), f"at least 1 and at most {LARGEST}"
 COUNT_OR_0 = _whole(lambda n: n >= 0), f"at least 0 and at most {LARGEST}"
 NUMBER = _number(), "a finite number"
@@ -77,6 +83,7 @@ RULES: dict[str, Rule] = {
     "model.*_size": COUNT,
     "data.mask_id": (_whole(lambda n: n >= -1), f"at least -1 and at most {LARGEST}"),
     "data.vocab_size": COUNT_OR_0,
+    "data.seed": COUNT_OR_0,
     "data.gin_bindings": NAMES,
     "data.limit": COUNT_OR_0,
     "execution.mesh.*": (_whole(lambda n: n >= 1 or n == -1), "at least 1, or -1"),
@@ -136,6 +143,14 @@ RULES: dict[str, Rule] = {
     "merges.*.sweep_on": NAMES,
     "evaluations.*.checkpoints": NAMES,
     "evaluations.*.rope_theta": NOT_NEGATIVE,
+    "evaluations.*.truncate_dim": COUNT_OR_0,
+    "evaluations.*.needle_tokens": COUNT_OR_0,
+    "ablation.variants": (_are_variants, '((name, {"key.key": value}), …)'),
+    "ablation.seeds": (
+        lambda seeds: _is_list(seeds) and 0 < len(seeds) == len(set(seeds)) and all(map(COUNT_OR_0[0], seeds)),
+        "at least one whole number from 0, each only once",
+    ),
+    "ablation.plot": _one_of("dots", "curve"),
     "report.fuse": NAMES,
     "card.languages": NAMES,
     "exports.*.max_length": COUNT_OR_0,
@@ -166,6 +181,10 @@ def check(config: ConfigDict) -> None:
     for name, stage in config.stages.items():
         for key, value, allowed in _stage(stage, config.model.hidden_size):
             _refuse(f"stages.{name}.{key}", value, allowed)
+    for name, entry in config.evaluations.items():
+        if entry.truncate_dim % 8 or entry.truncate_dim > config.model.hidden_size:
+            allowed = f"a multiple of 8, at most the {config.model.hidden_size} dimensions of the model"
+            _refuse(f"evaluations.{name}.truncate_dim", entry.truncate_dim, allowed)
     data = config.data
     if not data.tokenizer and data.vocab_size < (least := least_vocabulary(data.split_identifiers)):
         _refuse("data.vocab_size", data.vocab_size, f"at least {least}: the control pieces and single characters")

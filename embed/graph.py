@@ -119,7 +119,9 @@ def inputs(run: Run, node: Node) -> dict:
         }
     elif node.kind == "evaluate":
         evaluations = {
-            name: [e.data, e.alone, e.rope_theta] for name, e in config.evaluations.items() if node.of in e.checkpoints
+            name: [e.data, e.alone, e.rope_theta, e.truncate_dim, e.needle_tokens]
+            for name, e in config.evaluations.items()
+            if node.of in e.checkpoints
         }
         result |= {"evaluations": evaluations, "checkpoint": identity(node.of)}
     elif node.kind == "merge":

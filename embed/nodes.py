@@ -25,7 +25,7 @@ from embed.checkpoints.provenance import made_with
 from embed.console import say
 from embed.data.loader import COLUMNS
 from embed.data.store import Store, Writer, read_header
-from embed.evaluation import baselines, records, retrieval
+from embed.evaluation import baselines, needles, records, retrieval
 from embed.evaluation.metrics import METRICS
 from embed.evaluation.sets import RetrievalSet, read_set
 from embed.inference import denoise, load
@@ -33,7 +33,7 @@ from embed.inference.index import Index
 from embed.models import sharding, transformer
 from embed.rows import content_ids
 from embed.runs import Run
-from embed.training import loop, stages
+from embed.training import flops, loop, stages
 from embed.training.metrics import MetricsWriter, progress_bar
 from embed.training.step import make_step
 
@@ -65,7 +65,7 @@ def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_
             tokenizer=_given_tokenizer(run),
             vocab_size=run.config.data.vocab_size,
             split_identifiers=run.config.data.split_identifiers,
-            seed=run.config.seed,
+            seed=run.config.data.seed,
             processes=processes,
             runner=runner,
             runner_options=runner_options,
@@ -148,7 +148,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
         lambda: run.is_complete(name, run.identity(name)) and training_state.is_finished(folder / "checkpoints")
     ):
         say(f"{name} is complete: {folder}, step {steps}")
-        return {"steps": steps}
+        return _trained(run, name)
     evaluate_params, sets = None, {}
     if stage.execution.evaluate_every:
         sets = hook_sets(run, stage.execution.evaluate_on)
@@ -160,7 +160,7 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
         if distributed.on_first_process(lambda: run.is_complete(name, identity)):
             training_state.finish(folder / "checkpoints", evaluated_on)
             say(f"{name} is complete: {folder}, step {steps}")
-            return {"steps": steps}
+            return _trained(run, name)
         step, loader = _stage_parts(run, name, identity)
         if step.stage != stage:
             say(f"{name}: batch.rows_per_group={step.stage.batch.rows_per_group}, chosen from the lengths of the data")
@@ -185,15 +185,27 @@ def train_stage(run: Run, name: str, *, profile_steps: range = range(0), wandb: 
             warn=lambda sentence: say(f"embed: warning: {sentence}"),
             log=lambda sentence: say(f"{name} {sentence}"),
         )
-    return {"steps": steps}
+    return _trained(run, name)
+
+
+def _trained(run: Run, name: str) -> dict:
+    """The result of a complete stage: its steps, and the model FLOPs of all of them by formula, for full rows."""
+    stage, *_ = _batches(run, name)
+    model = stages.stage_model(stage, run.model)
+    return {"steps": run.steps(name), "flops": flops.model_flops(stage, model) * run.steps(name)}
+
+
+def _batches(run: Run, name: str):
+    """(the config of a stage with the rows of its groups, its stores, phases, separator) for its loader."""
+    stage, phases = run.config.stages[name], run.phases(name)
+    stores = {task: run.store(task) for _, rates in phases for task in rates}
+    separator = run.tokenizer.separator_id if run.config.data.separator else None
+    return stages.with_rows(stage, stores, phases, separator_id=separator), stores, phases, separator
 
 
 def _stage_parts(run: Run, name: str, identity: Mapping):
     """(Step, loader) of a stage."""
-    stage, phases, mesh = run.config.stages[name], run.phases(name), run.mesh
-    stores = {task: run.store(task) for _, rates in phases for task in rates}
-    separator = run.tokenizer.separator_id if run.config.data.separator else None
-    stage = stages.with_rows(stage, stores, phases, separator_id=separator)
+    (stage, stores, phases, separator), mesh = _batches(run, name), run.mesh
     step = make_step(
         stage,
         run.model,
@@ -454,10 +466,12 @@ def evaluate(run: Run, name: str) -> dict:
             continue
         data = evaluation_set(run, config.data)
         encoder = original.with_rope_theta(config.rope_theta) if config.rope_theta else original
-        key = config.data, config.rope_theta
+        if config.needle_tokens:
+            data = needles.hide(data, config.needle_tokens, encoder.tokenizer)
+        key = config.data, config.rope_theta, config.needle_tokens
         if key not in queries:  # of evaluations with and without context they are the same
             queries[key] = retrieval.embed_queries(encoder, data)
-        forms = [retrieval.Form(precision) for precision in retrieval.PRECISIONS]
+        forms = [retrieval.Form(precision, config.truncate_dim or None) for precision in retrieval.PRECISIONS]
         ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[key])
         rankings = {form.precision: ranking for form, ranking in ranked.items()}
         if jax.process_index() == 0:

@@ -11,6 +11,7 @@ ROOT = Path(embed.__file__).parent
 # From the top down. Modules in the same layer do not import each other.
 LAYERS = [
     {"cli"},
+    {"ablation"},
     {"graph"},
     {"nodes", "exports"},
     {"evaluation"},

@@ -1,5 +1,6 @@
 """Plots of reports. No pyplot, so there is no global state; the file's extension says whether it is PNG or SVG."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -80,6 +81,39 @@ def slerp(path, merges: Mapping[str, Mapping]) -> None:
         axis.legend(frameon=False, fontsize=8)
     axes[0].set_ylabel("nDCG@10, development split")
     figure.savefig(path, dpi=160)
+
+
+def dots(path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """One panel per task: the value of each seed of each variant, {variant: {task: values}}, and their mean."""
+    names, tasks = list(values), list(next(iter(values.values())))
+    figure, axes = _grid(len(tasks), 0.9 + 0.24 * len(names))
+    for k, (axis, task) in enumerate(zip(axes, tasks)):
+        for i, name in enumerate(names):
+            found = values[name][task]
+            axis.plot(found, [i] * len(found), marker="o", markersize=3, color="#9DC3E6", linestyle="none")
+            axis.plot([np.mean(found)], [i], marker="|", markersize=13, markeredgewidth=2, color=COLORS[0])
+        axis.set_yticks(range(len(names)), names if k % COLUMNS == 0 else [""] * len(names))
+        axis.invert_yaxis()
+        axis.grid(axis="x", color="#E4E4E4", linewidth=0.7)
+        axis.margins(y=0.12)
+        axis.set_title(task, loc="left", fontsize=9)
+        axis.set_xlabel("nDCG@10, int8")
+    figure.savefig(path)
+
+
+def curve_over_tasks(path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """A line per variant over tasks whose names end in a number, {variant: {task: values of the seeds}}."""
+    figure, (axis,) = _figure(1, (7, 3.4))
+    sizes: list[float] = []
+    for k, (name, of_tasks) in enumerate(values.items()):
+        sizes = [float(re.search(r"\d+$", task)[0]) for task in of_tasks]
+        means, spreads = ([f(found) for found in of_tasks.values()] for f in (np.mean, np.std))
+        axis.errorbar(sizes, means, spreads, marker="o", markersize=3.5, capsize=2, color=color(k), label=name)
+    axis.set_xscale("log", base=2)
+    _plain_ticks(axis, sizes)
+    axis.set_ylabel("nDCG@10, int8")
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path)
 
 
 def lengths(path, lines: Sequence[tuple[str, Sequence[float], Mapping[str, Sequence[float]]]]) -> None:

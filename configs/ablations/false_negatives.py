@@ -1,0 +1,24 @@
+"""Which negatives does the pair stage need? The false-negative mask, the query-query term, homogeneous batches.
+
+embed ablate --config=configs/ablations/false_negatives.py --workdir=runs/false_negatives
+"""
+
+from ml_collections import ConfigDict
+
+from configs.ablations import small
+from embed.config import parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    arg = parse_arg(arg, runlocal=False)
+    config = small.get_config("runlocal" if arg.runlocal else "")
+    small.only(config, "functions", "contextual_alone")
+    config.ablation.checkpoint = "pair"
+    config.ablation.variants = (
+        ("margin 0.1", {}),
+        ("margin 0", {"stages.pair.margin": 0.0}),
+        ("no mask", {"stages.pair.margin": 2.0}),
+        ("no query negatives", {"stages.pair.query_negatives": False}),
+        ("homogeneous batches", {"stages.pair.batch.homogeneous": True}),
+    )
+    return config

@@ -1,0 +1,146 @@
+"""The table of an ablation: every variant over its seeds, differences with intervals, cost, a plot.
+
+ablation.json          [{"variant", "seed", "task", "metric", "value"}, …]; a metric of other vectors than int8 names
+                       them: "ndcg@10 binary". The task "training" has "seconds" and "petaflops"
+ablation.md, .html     the same for people
+plots/ablation.svg
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from embed import paths
+from embed.checkpoints.provenance import made_with
+from embed.evaluation import page, plots
+from embed.evaluation.compare import MEASURES, bootstrap
+from embed.evaluation.tables import NONE, cell, table
+
+FORM = "int8"  # the vectors that are compared
+COST = "training"
+
+
+class Result(NamedTuple):
+    """A variant with one seed."""
+
+    variant: str
+    seed: int
+    records: Mapping[str, dict]  # {task: record}, see `records`
+    cost: Mapping[str, float]  # of its training
+
+    def value(self, task: str, form: str = FORM) -> float:
+        record = self.records[task]
+        return record["values"][form][record["main"]]
+
+
+def rows(results: Sequence[Result]) -> Iterator[dict]:
+    """The rows of ablation.json."""
+    for result in results:
+        about = {"variant": result.variant, "seed": result.seed}
+        for task, record in result.records.items():
+            for form, values in record["values"].items():
+                for metric, value in values.items():
+                    named = metric if form == FORM else f"{metric} {form}"
+                    yield about | {"task": task, "metric": named, "value": value}
+        for metric, value in result.cost.items():
+            yield about | {"task": COST, "metric": metric, "value": value}
+
+
+def write(folder, results: Sequence[Result], *, command: str, missing: int = 0, plot: str = "dots") -> None:
+    """Write the files of an ablation into a folder; `missing` runs are not complete yet."""
+    folder = Path(folder)
+    paths.write_json(folder / "ablation.json", list(rows(results)))
+    page.write(folder, sections(folder, results, command=command, missing=missing, plot=plot), name="ablation")
+
+
+def sections(folder: Path, results: Sequence[Result], *, command: str, missing: int, plot: str) -> Iterator[str]:
+    """The blocks of the page; draws the plot."""
+    variants: dict[str, list[Result]] = {}
+    for result in results:
+        variants.setdefault(result.variant, []).append(result)
+    yield "# Ablation"
+    made = made_with()
+    yield f"`{command}`, commit {made['commit']}, {made['device']}."
+    if missing:
+        yield f"{missing} of {missing + len(results)} runs are not complete and not in the figures."
+    if not results:
+        return
+    tasks = list(results[0].records)
+    forms = [form for form in results[0].records[tasks[0]]["values"]]
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    draw = plots.curve_over_tasks if plot == "curve" else plots.dots
+    draw(folder / "plots" / "ablation.svg", {name: _by_task(each, tasks) for name, each in variants.items()})
+    yield from _table(variants, tasks, FORM)
+    yield "![Every variant on every task](plots/ablation.svg)"
+    if len(variants) > 1:
+        yield from _differences(variants, tasks)
+    for form in forms:
+        if form != FORM:
+            yield from _table(variants, tasks, form)
+
+
+def _by_task(results: Sequence[Result], tasks: Sequence[str]) -> dict[str, list[float]]:
+    return {task: [result.value(task) for result in results] for task in tasks}
+
+
+def _table(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str], form: str) -> Iterator[str]:
+    main = next(iter(variants.values()))[0].records[tasks[0]]["main"]
+    yield f"## {MEASURES.get(main, main)}, {form}"
+    heads = ["variant", "seeds", *map(cell, tasks)] + (["mean"] if len(tasks) > 1 else [])
+    with_cost = form == FORM
+    lines = []
+    for name, results in variants.items():
+        values = np.array([[result.value(task, form) for task in tasks] for result in results])
+        shown = [*values.T, values.mean(1)] if len(tasks) > 1 else [*values.T]
+        line = [cell(name), f"{len(results)}", *(spread(column) for column in shown)]
+        if with_cost:
+            costs = {key: [result.cost[key] for result in results] for key in results[0].cost}
+            line += [f"{np.mean(costs['seconds']):,.0f}", f"{np.mean(costs['petaflops']):,.3g}"]
+        lines.append(line)
+    yield table(heads + (["seconds", "PFLOP"] if with_cost else []), lines)
+    if with_cost:
+        yield (
+            "Mean ± standard deviation over the seeds. Seconds and PFLOP (by formula, for full rows) are those of all "
+            "training stages of a variant, also of stages that it shares with others."
+        )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation."""
+    values = np.asarray(values)
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def _differences(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str]) -> Iterator[str]:
+    """Each variant against the first: the mean difference over the seeds of both, and its interval over the queries."""
+    first, *others = variants
+    yield f"## Difference from {first}"
+    lines = []
+    for name in others:
+        cells = [difference(variants[name], variants[first], task) for task in tasks]
+        lines.append([cell(name), *cells])
+    yield table(["variant", *map(cell, tasks)], lines)
+    yield (
+        "In brackets the 95% interval of a paired bootstrap over the queries, of their means over the seeds that both "
+        "variants have. It does not contain the variation between seeds."
+    )
+
+
+def difference(results: Sequence[Result], others: Sequence[Result], task: str) -> str:
+    """The mean of paired differences of queries and its interval; bold if it excludes zero."""
+    ours, theirs = ({result.seed: _queries(result.records[task]) for result in each} for each in (results, others))
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds or any(ours[seed].keys() != theirs[seed].keys() for seed in seeds):
+        return NONE
+    ids = list(ours[seeds[0]])
+    paired = np.mean([[ours[seed][i] - theirs[seed][i] for i in ids] for seed in seeds], 0)
+    low, high = bootstrap(paired)
+    text = f"{paired.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _queries(record: Mapping) -> dict[str, float]:
+    found = record["queries"]
+    return dict(zip(found["ids"], found["values"][FORM]))
