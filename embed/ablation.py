@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from embed import config as configs
 from embed import distributed, graph, nodes, paths
-from embed.console import say
+from embed.console import print_table, say
 from embed.evaluation import ablated
 from embed.runs import Run
 
@@ -64,7 +64,9 @@ def variants(config: ConfigDict, workdir) -> list[Variant]:
             changed.data.directory = changed.data.directory or _data_folder(changed, workdir, data)
             folder = workdir / "runs" / quote(name, safe=" ,+") / f"{seed}"
             made_by = _share(changed, folder, made)
-            found.append(Variant(name, seed, changed, folder, made_by.get(checkpoint, checkpoint), made_by))
+            if checkpoint not in (*changed.stages, *changed.merges):
+                checkpoint = made_by[checkpoint]
+            found.append(Variant(name, seed, changed, folder, checkpoint, made_by))
             graph.check(changed, whole=False)
     return found
 
@@ -168,6 +170,7 @@ def ablate(config: ConfigDict, workdir, config_path: str, only: Sequence[str] = 
             say(f"{variant.name}, seed {variant.seed}")
             graph.walk(Run(variant.config, variant.folder, config_path))
             distributed.on_first_process(lambda: write(config, every, workdir, config_path))
+    distributed.on_first_process(lambda: _show(config, every, workdir, config_path))
 
 
 def commands(config: ConfigDict, workdir, config_path: str, launcher: str = "embed") -> Iterator[str]:
@@ -186,8 +189,15 @@ def commands(config: ConfigDict, workdir, config_path: str, launcher: str = "emb
         yield f"{launcher} ablate {shlex.join([*where, f'--only={name}'])}"
 
 
-def write(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str) -> None:
-    """Write ablation.json and the table from the runs that are complete."""
+def _show(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str) -> None:
+    results = write(config, every, workdir, config_path)
+    if results:
+        print_table(ablated.render(results))
+    say(f"Table: {paths.path(workdir) / 'ablation.html'}; {len(results)} of {len(every)} runs are complete")
+
+
+def write(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str) -> list[ablated.Result]:
+    """Write ablation.json and the table from the runs that are complete, and return their results."""
     found, names = [], {str(variant.folder): variant for variant in every}
     for variant in every:
         run = Run(variant.config, variant.folder, config_path)
@@ -201,6 +211,7 @@ def write(config: ConfigDict, every: Sequence[Variant], workdir, config_path: st
         ablated.write(folder, found, **about)
         for name, file in paths.files(folder).items():
             paths.copy_file(file, paths.path(workdir) / name)
+    return found
 
 
 def _cost(variant: Variant, folders: Mapping[str, Variant], config_path: str) -> dict[str, float]:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import rich.box
+import rich.table
 
 from embed import paths
 from embed.checkpoints.provenance import made_with
@@ -57,9 +59,7 @@ def write(folder, results: Sequence[Result], *, command: str, missing: int = 0, 
 
 def sections(folder: Path, results: Sequence[Result], *, command: str, missing: int, plot: str) -> Iterator[str]:
     """The blocks of the page; draws the plot."""
-    variants: dict[str, list[Result]] = {}
-    for result in results:
-        variants.setdefault(result.variant, []).append(result)
+    variants = _by_variant(results)
     yield "# Ablation"
     made = made_with()
     yield f"`{command}`, commit {made['commit']}, {made['device']}."
@@ -88,23 +88,46 @@ def _by_task(results: Sequence[Result], tasks: Sequence[str]) -> dict[str, list[
 def _table(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str], form: str) -> Iterator[str]:
     main = next(iter(variants.values()))[0].records[tasks[0]]["main"]
     yield f"## {MEASURES.get(main, main)}, {form}"
-    heads = ["variant", "seeds", *map(cell, tasks)] + (["mean"] if len(tasks) > 1 else [])
-    with_cost = form == FORM
-    lines = []
-    for name, results in variants.items():
-        values = np.array([[result.value(task, form) for task in tasks] for result in results])
-        shown = [*values.T, values.mean(1)] if len(tasks) > 1 else [*values.T]
-        line = [cell(name), f"{len(results)}", *(spread(column) for column in shown)]
-        if with_cost:
-            costs = {key: [result.cost[key] for result in results] for key in results[0].cost}
-            line += [f"{np.mean(costs['seconds']):,.0f}", f"{np.mean(costs['petaflops']):,.3g}"]
-        lines.append(line)
-    yield table(heads + (["seconds", "PFLOP"] if with_cost else []), lines)
-    if with_cost:
+    heads, lines = _lines(variants, tasks, form)
+    yield table(list(map(cell, heads)), [[cell(text) for text in line] for line in lines])
+    if form == FORM:
         yield (
             "Mean ± standard deviation over the seeds. Seconds and PFLOP (by formula, for full rows) are those of all "
             "training stages of a variant, also of stages that it shares with others."
         )
+
+
+def _lines(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str], form: str) -> tuple[list, list[list[str]]]:
+    """(heads, rows) of the table of a form; that of FORM has the cost."""
+    heads = ["variant", "seeds", *tasks, *(["mean"] if len(tasks) > 1 else [])]
+    lines = []
+    for name, results in variants.items():
+        values = np.array([[result.value(task, form) for task in tasks] for result in results])
+        shown = [*values.T, values.mean(1)] if len(tasks) > 1 else [*values.T]
+        line = [name, f"{len(results)}", *(spread(column) for column in shown)]
+        if form == FORM:
+            seconds, flops = (np.mean([result.cost[key] for result in results]) for key in ("seconds", "petaflops"))
+            line += [f"{seconds:,.0f}", f"{flops:,.3g}"]
+        lines.append(line)
+    return heads + ["seconds", "PFLOP"] * (form == FORM), lines
+
+
+def render(results: Sequence[Result]) -> rich.table.Table:
+    """The table of FORM for a terminal."""
+    heads, lines = _lines(_by_variant(results), list(results[0].records), FORM)
+    shown = rich.table.Table(title=f"nDCG@10, {FORM}", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for k, head in enumerate(heads):
+        shown.add_column(head.replace(" ", "\n"), justify="right" if k else "left", vertical="bottom", no_wrap=True)
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
+    variants: dict[str, list[Result]] = {}
+    for result in results:
+        variants.setdefault(result.variant, []).append(result)
+    return variants
 
 
 def spread(values: Sequence[float]) -> str:
