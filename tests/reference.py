@@ -41,7 +41,17 @@ def share(ids, i, j):
 # --- contrastive losses -----------------------------------------------------------------------------------------
 
 
-def pair_loss(queries, documents, *, temperature, margin=0.1, query_ids=None, document_ids=None, valid=None):
+def pair_loss(
+    queries,
+    documents,
+    *,
+    temperature,
+    margin=0.1,
+    query_ids=None,
+    document_ids=None,
+    valid=None,
+    query_negatives=True,
+):
     to_documents, to_queries = cosines(queries, documents), cosines(queries, queries)
     total, count = 0.0, 0
     for i in range(len(queries)):
@@ -54,8 +64,8 @@ def pair_loss(queries, documents, *, temperature, margin=0.1, query_ids=None, do
                 continue
             if share(query_ids, i, j) or share(document_ids, i, j):
                 continue
-            for score in (to_documents[i, j], to_queries[i, j]):
-                if np.real(score) <= np.real(positive) + margin:
+            for score in (to_documents[i, j], to_queries[i, j])[: 1 + query_negatives]:
+                if margin is None or np.real(score) <= np.real(positive) + margin:
                     denominator += np.exp(score / temperature)
         total -= np.log(np.exp(positive / temperature) / denominator)
         count += 1
@@ -114,6 +124,7 @@ def contextual_loss(
     chunk_ids=None,
     valid=None,
     chunk_valid=None,
+    query_negatives=True,
 ):
     def is_valid_chunk(c):
         return chunk_valid is None or chunk_valid[c]
@@ -151,12 +162,25 @@ def contextual_loss(
             if j == i or same_example(i, j):
                 continue
             same_document = chunk_document[positive[i]] == chunk_document[positive[j]]
-            for s, left_out in ((to_documents[i, j], same_document), (to_queries[i, j], False)):
-                if not left_out and np.real(s) <= np.real(score) + margin:
+            for s, left_out in ((to_documents[i, j], same_document), (to_queries[i, j], not query_negatives)):
+                if not left_out and (margin is None or np.real(s) <= np.real(score) + margin):
                     denominator = denominator + np.exp(s / temperature)
         global_ -= np.log(np.exp(score / temperature) / denominator)
     local = alpha * seq + (1 - alpha) * batch
     return (beta * global_ + (1 - beta) * local) / len(examples)
+
+
+def spread_out(vectors, *, ids=None, valid=None):
+    scores = cosines(vectors, vectors)
+    pairs = [
+        scores[i, j]
+        for i in range(len(vectors))
+        for j in range(len(vectors))
+        if i != j and not share(ids, i, j) and (valid is None or (valid[i] and valid[j]))
+    ]
+    first, second = (sum(s**power for s in pairs) / max(len(pairs), 1) for power in (1, 2))
+    excess = second - 1 / vectors.shape[1]
+    return first**2 + (excess if np.real(excess) > 0 else 0)
 
 
 # --- masked diffusion -------------------------------------------------------------------------------------------
@@ -192,21 +216,21 @@ def rope(x, position, theta):
     return np.concatenate([rotated.real, rotated.imag])
 
 
-def attention(query, key, value, segment_ids):
+def attention(query, key, value, segment_ids, causal=False):
     """[L, H, d], [L, K, d], [L, K, d] of one row; head h uses key head h // (H / K)."""
     length, heads, dim = query.shape
     out = np.zeros((length, heads, dim))
     for h in range(heads):
         kv = h // (heads // key.shape[1])
         for i in range(length):
-            visible = [j for j in range(length) if segment_ids[j] == segment_ids[i]]
+            visible = [j for j in range(i + 1 if causal else length) if segment_ids[j] == segment_ids[i]]
             weights = np.exp([query[i, h] @ key[j, kv] / np.sqrt(dim) for j in visible])
             out[i, h] = (weights / weights.sum()) @ value[visible, kv]
     return out
 
 
 def encoder(config, params, tokens, segment_ids, positions):
-    """Qwen3 without the causal mask, for one row: token ids [L] to hidden states [L, D]."""
+    """Qwen3, with the causal mask only if config.causal, for one row: token ids [L] to hidden states [L, D]."""
     eps, x = config.norm_eps, np.asarray(params["embedding"], np.float64)[tokens]
     for n in range(config.num_layers):
         w = {name: np.asarray(stacked[n], np.float64) for name, stacked in params["layers"].items()}
@@ -217,7 +241,7 @@ def encoder(config, params, tokens, segment_ids, positions):
             np.stack([[rope(head, p, config.rope_theta) for head in heads] for heads, p in zip(z, positions)])
             for z in (q, k)
         )
-        x = x + np.tensordot(attention(q, k, v, segment_ids), w["output"], 2)
+        x = x + np.tensordot(attention(q, k, v, segment_ids, config.causal), w["output"], 2)
         y = rms_norm(x, w["mlp_norm"], eps)
         gate = y @ w["gate"]
         x = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]

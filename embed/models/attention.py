@@ -192,7 +192,7 @@ def _visible(offsets, length: int, lookahead):
     pair = (offsets[:, None] * length + others).astype(jnp.uint32)  # a hash of the pair, uniform in 0..1
     pair = (pair ^ (pair >> 16)) * jnp.uint32(0x7FEB352D)
     pair = (pair ^ (pair >> 15)) * jnp.uint32(0x846CA68B)
-    threshold = (pair ^ (pair >> 16)).astype(jnp.float32) / 2**32
+    threshold = (pair ^ (pair >> 16)).astype(jnp.float32) * 2.0**-32
     return earlier | (threshold < lookahead)
 
 

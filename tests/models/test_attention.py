@@ -15,21 +15,28 @@ def random_heads(heads, kv_heads, dim=4, dtype=np.float32):
     return [rng.normal(size=(2, 8, h, dim)).astype(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 2), (3, 1)])
-def test_grouped_query_attention_equals_the_reference(heads, kv_heads):
+def test_grouped_query_attention_equals_the_reference(heads, kv_heads, causal):
     arrays = random_heads(heads, kv_heads)
-    got = attention(*arrays, SEGMENTS)
+    got = attention(*arrays, SEGMENTS, causal=causal)
     for row in range(2):
-        want = reference.attention(*(a[row].astype(np.float64) for a in arrays), SEGMENTS[row])
+        want = reference.attention(*(a[row].astype(np.float64) for a in arrays), SEGMENTS[row], causal)
         np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-6)
 
 
-def test_a_token_attends_to_its_own_segment_before_and_after_it_and_to_nothing_else():
-    length = 8
+def seen(segment_ids, **options) -> list[str]:
+    """Which tokens each token of a row attends to: "1" or "."."""
+    length = len(segment_ids)
     flat = np.zeros((1, length, 1, length), np.float32)  # equal scores: the weights are uniform over the visible tokens
     values = np.eye(length, dtype=np.float32)[None, :, None]  # so the output is the weights
-    weights = np.asarray(attention(flat, flat, values, SEGMENTS[:1]))[0, :, 0]
-    expected = [
+    weights = np.asarray(attention(flat, flat, values, np.array([segment_ids]), **options))[0, :, 0]
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+    return ["".join("1" if w > 0 else "." for w in row) for row in weights]
+
+
+def test_a_token_attends_to_its_own_segment_before_and_after_it_and_to_nothing_else():
+    assert seen(SEGMENTS[0]) == [
         "111.....",
         "111.....",
         "111.....",
@@ -39,8 +46,35 @@ def test_a_token_attends_to_its_own_segment_before_and_after_it_and_to_nothing_e
         "......11",  # padding attends only to padding
         "......11",
     ]
-    assert ["".join("1" if w > 0 else "." for w in row) for row in weights] == expected
-    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+
+
+def test_with_a_causal_mask_a_token_attends_to_none_after_it():
+    expected = ["1.......", "11......", "111.....", "...1....", "...11...", ".....1..", "......1.", "......11"]
+    assert seen(SEGMENTS[0], causal=True) == seen(SEGMENTS[0], lookahead=0.0) == expected
+
+
+def test_lookahead_opens_the_causal_mask_pair_by_pair_until_it_is_bidirectional(monkeypatch):
+    one = np.ones(32, int)
+    shares, before = [], set()
+    for lookahead in (0.0, 0.25, 0.5, 0.75, 1.0):
+        rows = seen(one, lookahead=jnp.float32(lookahead))
+        pairs = {(i, j) for i, row in enumerate(rows) for j, mark in enumerate(row) if mark == "1"}
+        assert before <= pairs and {(i, j) for i in range(32) for j in range(i + 1)} <= pairs
+        shares.append((len(pairs) - 32 * 33 / 2) / (32 * 31 / 2))
+        before = pairs
+    np.testing.assert_allclose(shares, [0, 0.25, 0.5, 0.75, 1], atol=0.06)
+    assert shares[0] == 0 and shares[-1] == 1
+    monkeypatch.setattr(module, "MAX_SCORES", 96)  # blocks of three queries see the same
+    half = seen(one, lookahead=0.5)
+    monkeypatch.undo()
+    assert half == seen(one, lookahead=0.5)
+
+
+@pytest.mark.parametrize("kernel", ["splash", "triton", "cudnn"])
+def test_a_kernel_without_lookahead_refuses_it(kernel):
+    arrays = [np.zeros((1, 128, 1, 128), np.float32)] * 3
+    with pytest.raises(ValueError, match=f"attention='{kernel}' has no lookahead"):
+        attention(*arrays, np.ones((1, 128), int), lookahead=0.5, kernel=kernel)
 
 
 def test_no_value_and_no_gradient_crosses_a_segment():
@@ -117,8 +151,8 @@ def test_no_more_than_a_row_of_scores_is_held_on_cpu():
 
 
 @pytest.mark.parametrize("kernel, length, dim", [("splash", 256, 128), ("triton", 128, 32)])
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (4, 2)])
-def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads, kv_heads):
+@pytest.mark.parametrize("heads, kv_heads, causal", [(2, 2, False), (4, 2, False), (4, 2, True)])
+def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads, kv_heads, causal):
     """In interpret mode, which runs the kernel's own program without its platform."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(2, length, h, dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads)]
@@ -129,7 +163,7 @@ def test_kernels_give_the_values_and_gradients_of_xla(kernel, length, dim, heads
 
     def outputs(kernel, interpret):
         def loss(*arrays):
-            out = attention(*arrays, segment_ids, kernel=kernel, interpret=interpret)
+            out = attention(*arrays, segment_ids, causal=causal, kernel=kernel, interpret=interpret)
             return (out * weights).sum(), out
 
         gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)

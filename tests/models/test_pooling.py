@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from embed.models.pooling import pool_spans
 
@@ -35,6 +36,22 @@ def test_gradients_reach_only_the_tokens_of_a_span_divided_by_their_number():
         span = SPANS[row, column]
         want[row, column] = weights[row, span - 1] / (SPANS[row] == span).sum()
     np.testing.assert_allclose(pull(weights)[0], want, rtol=1e-6)
+
+
+def test_the_last_state_of_each_span_is_pooled_and_takes_the_whole_gradient():
+    states, weights = hidden(), np.random.default_rng(1).normal(size=(2, 4, 5)).astype(np.float32)
+    got, pull = jax.vjp(lambda h: pool_spans(h, SPANS, 4, "last"), states)
+    last = {(0, 0): 1, (0, 1): 5, (0, 3): 7, (1, 2): 5}  # (row, span): token
+    want, gradient = np.zeros((2, 4, 5), np.float32), np.zeros((2, 8, 5), np.float32)
+    for (row, span), token in last.items():
+        want[row, span], gradient[row, token] = states[row, token], weights[row, span]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(pull(weights)[0], gradient)
+
+
+def test_an_unknown_pooling_is_an_error():
+    with pytest.raises(ValueError, match="pooling='max' must be one of mean, last"):
+        pool_spans(hidden(), SPANS, 4, "max")
 
 
 def test_bfloat16_states_are_averaged_in_float32():

@@ -65,6 +65,14 @@ def test_hidden_states_equal_the_float64_reference():
     np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-5)
 
 
+def test_hidden_states_of_a_causal_model_equal_the_float64_reference():
+    config = dataclasses.replace(CONFIG, causal=True)
+    packed = rows.pack([rows.dense(t) for t in texts([5, 3, 2])], rows.RowShape(12, 4, 4)).rows
+    got = transformer.apply(config, params(), packed.tokens, packed.segment_ids, packed.positions)
+    want = reference.encoder(config, params(), packed.tokens[0], packed.segment_ids[0], packed.positions[0])
+    np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-5)
+
+
 def test_rope_turns_the_halves_of_a_head_against_each_other():
     x = np.random.default_rng(0).normal(size=(1, 6, 2, 8)).astype(np.float32)
     positions = np.array([[0, 1, 2, 7, 100, 1000]])

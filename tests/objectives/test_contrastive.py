@@ -15,6 +15,7 @@ LOSSES = {  # shapes of the arrays
     "pair_loss": [(N, D), (N, D)],
     "triplet_loss": [(N, D), (N, D), (N, K, D)],
     "contextual_loss": [(N, D), (C, D), (N, D)],
+    "spread_out": [(N, D)],
 }
 
 
@@ -34,6 +35,7 @@ REQUIRED = {
         "positive": np.array([0, 1, 3, 4, 8, 5, 5]),  # the last two queries have one chunk
         "chunk_document": np.array([50, 50, 50, 60, 60, 70, 70, 50, 50]),  # document 50 occurs twice
     },
+    "spread_out": {},
 }
 NEUTRAL = {
     "pair_loss": {"margin": 0.1, "query_ids": np.arange(N), "document_ids": np.arange(N), "valid": some(N)},
@@ -52,6 +54,7 @@ NEUTRAL = {
         "valid": some(N),
         "chunk_valid": some(C),
     },
+    "spread_out": {"ids": np.arange(N), "valid": some(N)},
 }
 
 
@@ -61,13 +64,18 @@ def random_arrays(name):
 
 
 @functools.cache
-def compiled(name):
-    return jax.jit(jax.value_and_grad(lambda arrays, kwargs: getattr(contrastive, name)(*arrays, **kwargs)))
+def compiled(name, switches=()):
+    def loss(arrays, kwargs):
+        return getattr(contrastive, name)(*arrays, **kwargs, **dict(switches))
+
+    return jax.jit(jax.value_and_grad(loss))
 
 
 def value_and_grad(name, arrays, dtype=np.float32, **kwargs):
+    kwargs = REQUIRED[name] | NEUTRAL[name] | kwargs
+    switches = tuple((k, kwargs.pop(k)) for k in list(kwargs) if kwargs[k] is None or isinstance(kwargs[k], bool))
     with jax.enable_x64(dtype == np.float64):
-        return compiled(name)([a.astype(dtype) for a in arrays], REQUIRED[name] | NEUTRAL[name] | kwargs)
+        return compiled(name, switches)([a.astype(dtype) for a in arrays], kwargs)
 
 
 def check(name, arrays, **kwargs):
@@ -101,6 +109,8 @@ CASES = {
         "cold": {"temperature": 0.05},
         "loose margin": {"margin": 3.0},
         "tight margin": {"margin": -0.2},
+        "no margin": {"margin": None},
+        "no query negatives": {"query_negatives": False},
         "query ids": QUERY_IDS,
         "document ids": DOCUMENT_IDS,
         "one text": {"query_ids": np.zeros(N, int)},
@@ -128,12 +138,21 @@ CASES = {
         "only documents": {"beta": 1.0},
         "loose margin": {"margin": 3.0},
         "tight margin": {"margin": -0.3},
+        "no margin": {"margin": None},
+        "no query negatives": {"query_negatives": False, "beta": 1.0},
         "query ids": QUERY_IDS,
         "chunk ids": CHUNK_IDS,
         "padding": VALID,
         "one valid": ONE_VALID,
         "missing chunks": CHUNK_VALID,
         "everything": QUERY_IDS | CHUNK_IDS | VALID | CHUNK_VALID,
+    },
+    "spread_out": {
+        "plain": {},
+        "ids": {"ids": QUERY_IDS["query_ids"]},
+        "padding": VALID,
+        "one valid": ONE_VALID,
+        "everything": {"ids": QUERY_IDS["query_ids"]} | VALID,
     },
 }
 

@@ -122,6 +122,48 @@ def test_no_masked_token_of_thousands_of_draws_is_without_a_slot(rows, shards, m
         assert counts.max() > (mean - 0.05) * rows * length / parts  # and the bound is tight
 
 
+@pytest.mark.parametrize("rows", [1, 6, 16])
+@pytest.mark.parametrize("noise, distribution", [("independent", lambda t: t), ("bell", lambda t: 3 * t**2 - 2 * t**3)])
+def test_t_has_the_distribution_that_is_named(rows, noise, distribution):
+    one, keys = np.zeros((rows, 1), np.int32), jax.random.split(jax.random.key(0), 2000)
+    t = jax.jit(jax.vmap(lambda key: md.corrupt(key, one, one > -1, mask_id=MASK, t_min=0.0, noise=noise)[2]))(keys)
+    for row in range(rows):  # Kolmogorov-Smirnov, 1 in 10^6
+        grid = distribution(np.sort(np.asarray(t, np.float64)[:, row]))
+        assert np.abs(grid - (np.arange(2000) + 0.5) / 2000).max() < math.sqrt(math.log(2e6) / 4000)
+    apart = np.sort(t, 1)
+    if rows > 1:  # bell is stratified: its strata have equal probability
+        cells = np.floor(distribution(apart.astype(np.float64)) * rows - distribution(apart[:, :1]) * rows + 1e-3)
+        assert (cells == np.arange(rows)).all() == (noise == "bell")
+
+
+def test_a_fixed_ratio_masks_that_share_of_the_tokens_and_weights_them_by_their_mean():
+    tokens = np.ones((8, 4096), np.int32)
+    how = dict(noise="fixed", mask_ratio=0.15)
+    _, masked, t = md.corrupt(jax.random.key(0), tokens, tokens > 0, mask_id=MASK, **how)
+    np.testing.assert_array_equal(t, np.float32(0.15))
+    assert abs(masked.mean() - 0.15) < 5 * math.sqrt(0.15 * 0.85 / tokens.size)
+    assert md.capacity(8, 4096, **how) == pytest.approx(0.15 + 3 / math.sqrt(tokens.size))
+
+
+@pytest.mark.parametrize("noise", ["independent", "bell", "fixed"])
+@pytest.mark.parametrize("rows, shards, microbatches, length", BLOCKS[1:5])
+def test_no_masked_token_is_without_a_slot_under_any_noise(rows, shards, microbatches, length, noise):
+    tokens, parts = np.ones((rows, length), np.int32), shards * microbatches
+    slots = np.ceil(md.capacity(rows, length, shards, microbatches, noise=noise) * rows * length / parts)
+
+    def largest(key):
+        masked = md.corrupt(key, tokens, tokens > 0, mask_id=MASK, noise=noise)[1]
+        return masked.reshape(parts, -1).sum(1).max()
+
+    counts = jax.jit(lambda keys: jax.lax.map(largest, keys))(jax.random.split(jax.random.key(0), 2000))
+    assert counts.max() <= slots
+
+
+def test_an_unknown_noise_is_an_error():
+    with pytest.raises(ValueError, match="noise='cosine' must be one of stratified, independent, bell, fixed"):
+        md.corrupt(jax.random.key(0), np.ones((2, 2), int), np.ones((2, 2), bool), mask_id=MASK, noise="cosine")
+
+
 def test_a_block_of_one_row_has_slots_for_all_its_tokens():
     assert md.capacity(64, 4096, 64, 1) == md.capacity(64, 4096, 16, 4) == 1.0
     assert md.capacity(1024, 4096, 64) == pytest.approx(0.5 + 1 / 32 + 3 / 256, abs=5e-4)
