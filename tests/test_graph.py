@@ -76,7 +76,8 @@ def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, sh
         run = make_run(tmp_path / "run", f"--config.data.root={tmp_path}", path=f"configs/{path}:runlocal")
         nodes.prepare(run)
     for name in graph.order(run.config):
-        assert nodes.train_stage(run, name) == {"steps": 2}
+        trained = nodes.train_stage(run, name)
+        assert trained["steps"] == 2 and trained["flops"] > 0
         assert all(np.isfinite(row["loss"]) for row in read_metrics(run.folder(name) / "metrics.jsonl"))
     folder = run.workdir / "mining"
     mined = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.exists() else set()
@@ -899,7 +900,7 @@ def test_a_teacher_of_another_tokenizer_judges_the_candidates_and_is_part_of_the
 
 def test_a_stage_mixes_mined_tasks_and_prepared_triplets_by_rate(mining_graph, tmp_path):
     run = runs.Run(config.load(str(mining_graph[0]), mining_graph[1:]), tmp_path / "run")
-    assert nodes.train_stage(run, "mixed") == {"steps": 2}
+    assert nodes.train_stage(run, "mixed")["steps"] == 2
     assert all(np.isfinite(row["loss"]) for row in read_metrics(run.folder("mixed") / "metrics.jsonl"))
     rates = {"own": 0.5, "union": 0.25, "triplets": 0.25}
     assert run.phases("mixed") == [(2, rates)]

@@ -1,14 +1,18 @@
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 from embed import config as configs
+from embed import rows as embed_rows
 from embed.data import store as stores
 from embed.models import transformer
 from embed.objectives import masked_diffusion
+from embed.rows import RowShape
 from embed.training import stages
 
 MODEL = transformer.make_config("micro", 64)
@@ -181,3 +185,84 @@ def test_rows_per_group_of_zero_is_chosen_from_the_data_so_that_microbatches_div
     chosen = stages.with_rows(stage, {"a": Header()}, [(1, {"a": 1.0})], separator_id=None)
     assert chosen.batch.rows_per_group == 30  # 3,840 tokens; two groups of 30 rows divide by 4
     assert stages.abstract_batch(chosen)["tokens"][0] == (60, 128) and stage.batch.rows_per_group == 0
+
+
+def test_the_causal_loss_is_the_mean_cross_entropy_of_each_token_given_those_before_it():
+    stage = configs.base().stage("causal", execution=dict(logits_chunk=R * L))
+    model = stages.stage_model(stage, MODEL)
+    loss, metrics = stages.make_loss(stage, model, mask_id=2)(params(), batch(), jax.random.key(0), 0.0)
+    rows = {name: batch()[name] for name in ("tokens", "segment_ids", "positions")}
+    nll = []
+    for tokens, segment_ids, positions in zip(*rows.values()):
+        hidden = reference.encoder(model, params(), tokens, segment_ids, positions)
+        each = reference.token_nll(hidden[:-1], np.asarray(params()["embedding"], np.float64), tokens[1:])
+        nll += each[(segment_ids[1:] > 0) & (positions[1:] > 0)].tolist()
+    np.testing.assert_allclose(loss, np.mean(nll), rtol=1e-5)
+    assert 0 <= metrics["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_annealing_starts_with_a_causal_mask_and_ends_with_a_bidirectional_one(microbatches):
+    def value(progress, model=MODEL, **changes):
+        execution = dict(microbatches=microbatches, logits_chunk=R * L)
+        stage = configs.base().stage("diffusion", execution=execution, **changes)
+        return float(stages.make_loss(stage, model, 2)(params(), batch(), jax.random.key(0), jnp.float32(progress))[0])
+
+    causal, both = value(0.0, dataclasses.replace(MODEL, causal=True)), value(0.0)
+    assert abs(causal - both) > 1e-4
+    np.testing.assert_allclose(value(0.0, anneal=0.5), causal, rtol=1e-6)
+    np.testing.assert_allclose([value(p, anneal=0.5) for p in (0.5, 0.9)], both, rtol=1e-6)
+    assert value(0.25, anneal=0.5) not in (causal, both)
+
+
+def contextual_batch(texts):
+    """A document whose chunks are `texts`, and each of them alone, in one row of each kind."""
+    packed = [embed_rows.pack([embed_rows.chunked(texts, 3)], RowShape(L, S, S))]
+    packed.append(embed_rows.pack([embed_rows.dense(text) for text in texts], RowShape(L, S, S)))
+    return [each.rows._asdict() for each in packed]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_early_chunking_embeds_each_chunk_as_if_it_stood_alone_and_late_chunking_does_not(pooling):
+    rng = np.random.default_rng(0)
+    document, alone = contextual_batch([rng.integers(4, 64, n) for n in (5, 3, 7)])
+    how = dict(model=MODEL, shape=RowShape(L, S, S), microbatches=1, quantization="none", pooling=pooling)
+    (want,) = stages.Embedding(**how)(params(), alone)
+    early, whole = stages.Embedding(**how, early=True)(params(), document, documents=True)
+    np.testing.assert_allclose(early[:3], want[:3], rtol=1e-4, atol=1e-5)
+    (late,) = stages.Embedding(**how)(params(), document)
+    assert np.abs(late[:3] - want[:3]).max() > 1e-2
+    if pooling == "mean":  # the document is the mean over the tokens of its chunks
+        np.testing.assert_allclose(whole[0], np.array([5, 3, 7]) @ want[:3] / 15, rtol=1e-4, atol=1e-5)
+
+
+def test_training_compares_int8_values_or_their_tanh_or_the_pooled_vectors_themselves():
+    how = dict(model=MODEL, shape=RowShape(L, S, S), microbatches=1)
+    tables = {
+        name: stages.Embedding(**how, quantization=name)(params(), batch())[0] for name in ("none", "tanh", "int8")
+    }
+    np.testing.assert_allclose(tables["tanh"], np.tanh(tables["none"]), rtol=1e-6)
+    np.testing.assert_allclose(tables["int8"], np.round(127 * np.tanh(tables["none"])), atol=1e-4)
+
+
+def test_prefixes_have_equal_weights_or_those_of_the_config():
+    def value(*arguments):
+        return float(stages.Prefixes(*arguments)(32, lambda p: jnp.float32(p)))
+
+    assert value((8, 32)) == 20 and value((8, 32), (1.0, 3.0)) == 26 and value((8, 32), (2.0, 6.0)) == 26
+
+
+@pytest.mark.parametrize("kind", ["pair", "contextual"])
+def test_a_margin_of_two_masks_nothing_and_a_smaller_one_does(kind):
+    def keywords(**changes):
+        return stages.make_loss(configs.base().stage(kind, **changes), MODEL, 2).keywords
+
+    assert keywords(margin=2.0)["margin"] is None and keywords()["margin"] == 0.1
+    assert keywords()["query_negatives"] and not keywords(query_negatives=False)["query_negatives"]
+
+
+@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet"])
+def test_the_spread_out_term_is_added_to_the_loss_with_its_weight(kind):
+    plain, once, twice = (float(loss_of(kind, 1, spread_out=w)(params(), batch())) for w in (0.0, 1.0, 2.0))
+    assert once > plain + 1e-3
+    np.testing.assert_allclose(twice - plain, 2 * (once - plain), rtol=1e-3)

@@ -1,0 +1,204 @@
+"""Variants of a config, on a small part of this machine's Python sources."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embed import ablation, cli, config, nodes, paths
+from embed.evaluation import ablated
+from embed.runs import Run
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(file.stem for file in (ROOT / "configs" / "ablations").glob("*.py") if file.stem != "small")
+ABLATION = """
+from configs import base
+from configs.ablations import small
+
+def get_config(arg=""):
+    config = small.get_config("runlocal")
+    small.only(config, "functions")
+    config.data.update(limit=30, gin_bindings=("evaluation.max_queries = 20",))
+    config.stages.pair.init = ""
+    config.stages.more = config.stages.pair.copy_and_resolve_references()
+    config.stages.more.init = "pair"
+    config.ablation.update(checkpoint="more", seeds=(3, 5))
+    config.ablation.variants = (
+        ("mean", {}),
+        ("last + causal", {"stages.more.pooling": "last", "stages.more.attention": "causal"}),
+        ("one stage", {"ablation.checkpoint": "pair"}),
+    )
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def ablated_run(tmp_path_factory):
+    """(config file, folder) of a complete ablation."""
+    folder = tmp_path_factory.mktemp("ablation")
+    (folder / "own.py").write_text(ABLATION)
+    assert cli.main(["ablate", f"--config={folder / 'own.py'}", f"--workdir={folder / 'runs'}"]) == 0
+    return folder / "own.py", folder / "runs"
+
+
+def rows(folder, **wanted):
+    found = json.loads((folder / "ablation.json").read_text())
+    return [row for row in found if wanted.items() <= row.items()]
+
+
+def test_ablation_json_has_every_variant_seed_task_and_metric(ablated_run):
+    _, folder = ablated_run
+    found = rows(folder)
+    assert {tuple(row) for row in found} == {("variant", "seed", "task", "metric", "value")}
+    assert {(row["variant"], row["seed"]) for row in found} == {
+        (name, seed) for name in ("mean", "last + causal", "one stage") for seed in (3, 5)
+    }
+    metrics = {row["metric"] for row in rows(folder, task="functions", variant="mean", seed=3)}
+    assert {"ndcg@10", "ndcg@10 float32", "ndcg@10 binary", "recall@10"} <= metrics
+    for row in rows(folder, task="training"):
+        assert row["metric"] in ("seconds", "petaflops") and row["value"] > 0
+
+
+def test_the_values_are_those_of_the_records_of_each_run(ablated_run):
+    file, folder = ablated_run
+    for variant in ablation.variants(config.load(str(file)), folder):
+        record = paths.read_json(
+            nodes.record_file(Run(variant.config, variant.folder), variant.checkpoint, "functions")
+        )
+        (row,) = rows(folder, variant=variant.name, seed=variant.seed, task="functions", metric="ndcg@10")
+        assert row["value"] == record["values"]["int8"]["ndcg@10"]
+    values = [row["value"] for row in rows(folder, task="functions", metric="ndcg@10 float32")]
+    assert len(set(values)) > 3  # variants and seeds differ
+
+
+def test_a_stage_that_an_earlier_variant_has_is_not_trained_again(ablated_run):
+    _, folder = ablated_run
+    assert (folder / "data" / "info.json").exists()
+    for seed in ("3", "5"):
+        first = folder / "runs" / "mean" / seed
+        assert (first / "pair").is_dir() and (first / "more").is_dir()
+        later = folder / "runs" / "last + causal" / seed
+        assert (later / "more").is_dir() and not (later / "pair").exists() and not (later / "data").exists()
+        parent = paths.read_json(later / "more" / "config.json")["parent"]
+        assert parent["folder"] == str(first / "pair")
+        assert parent["digest"] == paths.read_json(first / "more" / "config.json")["parent"]["digest"]
+        assert not any((folder / "runs" / "one stage" / seed).glob("*/checkpoints"))
+    assert len({p["value"] for p in rows(folder, task="training", metric="petaflops", variant="one stage")}) == 1
+    (one,), (two,) = (
+        rows(folder, task="training", metric="petaflops", variant=name, seed=3) for name in ("one stage", "mean")
+    )
+    assert two["value"] == pytest.approx(2 * one["value"])
+
+
+def test_a_complete_ablation_trains_nothing_and_keeps_its_figures(ablated_run, monkeypatch):
+    file, folder = ablated_run
+    before = (folder / "ablation.json").read_text()
+    monkeypatch.setattr(nodes, "train_stage", lambda *_, **__: pytest.fail("trained again"))
+    assert cli.main(["ablate", f"--config={file}", f"--workdir={folder}", "--only", "one stage", "mean"]) == 0
+    assert (folder / "ablation.json").read_text() == before
+
+
+def test_the_page_has_mean_and_deviation_over_seeds_differences_with_intervals_and_a_plot(ablated_run):
+    _, folder = ablated_run
+    page = (folder / "ablation.md").read_text()
+    values = [row["value"] for row in rows(folder, task="functions", metric="ndcg@10", variant="last + causal")]
+    assert f"| last + causal | 2 | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in page
+    assert "## Difference from mean" in page and page.count("[") >= 2
+    assert "not complete" not in page
+    html = (folder / "ablation.html").read_text()
+    assert "data:image/svg+xml" in html and (folder / "plots" / "ablation.svg").exists()
+
+
+def result(variant, seed, values, task="functions"):
+    ids = [f"q{i}" for i in range(len(values))]
+    record = {
+        "main": "ndcg@10",
+        "values": {"int8": {"ndcg@10": float(np.mean(values))}},
+        "queries": {"ids": ids, "values": {"int8": values}},
+    }
+    return ablated.Result(variant, seed, {task: record}, {"seconds": 1.0, "petaflops": 2.0})
+
+
+def test_differences_are_paired_by_query_and_averaged_over_the_seeds_of_both():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)  # queries differ more than variants do
+    base = [result("a", seed, (hard + 0.01 * rng.random(200)).tolist()) for seed in (0, 1)]
+    better = [result("b", seed, (hard + 0.05).tolist()) for seed in (0, 1, 2)]
+    text = ablated.difference(better, base, "functions")
+    assert text.startswith("**+0.045 [+0.04") and text.endswith("]**")
+    assert ablated.difference(base, base, "functions") == "+0.000 [+0.000, +0.000]"
+    other = [result("b", 7, hard.tolist())]
+    assert ablated.difference(other, base, "functions") == "–"  # no common seed
+
+
+def test_runs_that_are_not_complete_are_counted(tmp_path):
+    ablated.write(tmp_path, [result("a", 0, [0.5, 1.0])], command="embed ablate", missing=3)
+    assert "3 of 4 runs are not complete and not in the figures." in (tmp_path / "ablation.md").read_text()
+
+
+@pytest.mark.parametrize("argument", ["", ":runlocal"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_ablation_has_consistent_variants(name, argument, tmp_path):
+    loaded = config.load(f"configs/ablations/{name}.py{argument}")
+    found = ablation.variants(loaded, tmp_path)
+    seeds = loaded.ablation.seeds
+    assert len(seeds) == (2 if argument else 3) and len(found) == len(seeds) * len(loaded.ablation.variants)
+    made = set()
+    for variant in found:  # every stage is trained once, before it is used
+        assert set(variant.parents) <= made
+        new = {str(variant.folder / stage) for stage in variant.config.stages}
+        assert not new & made
+        made |= new
+        assert variant.config.evaluations and not variant.config.exports
+        Run(variant.config, variant.folder)  # all fields are allowed
+
+
+def test_the_table_of_the_paper_has_its_four_cells_and_the_controls():
+    for size in ("small", "0.6b"):
+        loaded = config.load(f"configs/ablations/table9.py:size={size}")
+        names = [name for name, _ in loaded.ablation.variants]
+        assert names == [
+            f"{backbone}, {pooling}"
+            for backbone in ("causal", "bidirectional", "MNTP", "diffusion")
+            for pooling in ("last", "mean")
+        ]
+        assert loaded.stages.mntp.noise == "fixed" and loaded.stages.diffusion.noise == "stratified"
+        if size == "small":  # as many steps for the decoder as for what converts it
+            steps = {sum(n for n, _ in loaded.stages[s].curriculum) for s in ("decoder", "mntp", "diffusion")}
+            assert len(steps) == 1
+
+
+def test_dry_run_prints_the_preparation_and_one_command_per_variant_in_order(capsys, tmp_path):
+    arguments = ["--config=configs/ablations/table9.py:size=0.6b", "--workdir=gs://bucket/table9", "--dry-run"]
+    assert cli.main(["ablate", *arguments, "--launcher=launch/slurm.sh 4 --"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "embed prepare --config=configs/ablations/table9.py:size=0.6b --workdir=gs://bucket/table9"
+    )
+    commands = [line for line in lines if line.startswith("launch/slurm.sh 4 -- ablate ")]
+    assert len(commands) == 8 and commands[0].endswith("'--only=causal, last'")
+    assert "# after MNTP, last, which trains stages of it" in lines
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"ablation.variants": ()}, "config.ablation.variants is empty"),
+        ({"ablation.variants": (("a", {}), ("a", {}))}, "has a name twice"),
+        ({"ablation.variants": (("a", {"stages.pair.poling": "last"}),)}, "did you mean 'stages.pair.pooling'"),
+        ({"ablation.variants": (("a", {"seed": "x"}),)}, "'seed' must be of type int like 0, got 'x'"),
+        ({"ablation.checkpoint": "nothing"}, "config.ablation.checkpoint='nothing' must be one of"),
+    ],
+)
+def test_an_ablation_that_cannot_run_is_refused_before_any_work(changes, message, tmp_path):
+    loaded = config.changed(config.load("configs/ablations/quantization.py:runlocal"), changes)
+    with pytest.raises(ValueError, match=message):
+        ablation.variants(loaded, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_unknown_variant_is_refused(ablated_run, capsys):
+    file, folder = ablated_run
+    assert cli.main(["ablate", f"--config={file}", f"--workdir={folder}", "--only=median"]) == 2
+    assert "--only='median' must be one of mean, last + causal, one stage" in capsys.readouterr().err
