@@ -530,7 +530,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float, method: str = 
 
     def load(shardings):
         left, right = (transformer.encoder_only(x.model, x.params(shardings))[1] for x in (a, b))
-        return merge.merge_params(left, right, ratio, method, shardings or jax.tree.map(lambda x: x.sharding, left))
+        return merge.merge_params(left, right, ratio, shardings or jax.tree.map(lambda x: x.sharding, left), method)
 
     return dataclasses.replace(
         a,

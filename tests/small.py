@@ -19,7 +19,14 @@ from embed.models import transformer
 from embed.tokenizers import SentencePieceTokenizer
 
 WORDS = "the a of parse file config token return list number string open read write index vector search query".split()
-EMBEDDING = {"matryoshka": [8, 32], "separator": True, "contextual": False, "max_length": None, "context_length": None}
+EMBEDDING = {
+    "matryoshka": [8, 32],
+    "separator": True,
+    "contextual": False,
+    "pooling": "mean",
+    "max_length": None,
+    "context_length": None,
+}
 
 
 def sentences(count: int, seed: int = 0, longest: int = 40) -> list[str]:

@@ -34,7 +34,7 @@ def check_method(method: str) -> None:
         raise ValueError(f"the method {method!r} of a merge must be one of {', '.join(METHODS)}")
 
 
-def merge_params(a, b, t: float, method: str, shardings):
+def merge_params(a, b, t: float, shardings, method: str = "slerp"):
     """`slerp` or `linear` of sharded trees, compiled array by array, with each result in its sharding.
 
     The results take the memory of `a`, which cannot be used afterwards. The peak is both trees and one more array.

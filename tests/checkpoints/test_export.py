@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import socket
@@ -136,7 +137,8 @@ def test_a_tensor_that_is_not_finite_is_named_and_nothing_is_written(tmp_path, f
         ("contextual", None, "contextual is None, expected true or false"),
         ("max_length", 0, "max_length is 0, expected a positive number"),
         ("context_length", -1, "context_length is -1, expected a positive number"),
-        ("pooling", "cls", "unknown field pooling"),
+        ("pooling", "cls", "pooling is 'cls', expected mean or last"),
+        ("pool", "mean", "unknown field pool"),
     ],
 )
 def test_a_wrong_embedding_setting_is_named(tmp_path, field, value, message):
@@ -423,7 +425,7 @@ def test_a_card_has_the_known_facts_and_calls_the_rest_unknown():
         "commit": "abc",
         "languages": ["en"],
         "license": "mit",
-        "merge": {"of": ["contextual", "triplet"], "ratio": 0.8},
+        "merge": {"of": ["contextual", "triplet"], "ratio": 0.8, "method": "slerp"},
         "figures": {"functions": {"int8": {"ndcg@10": 0.4567}}},
         "source": {"folder": "someone/model", "step": 0, "digest": "123"},
     }
@@ -435,7 +437,7 @@ def test_a_card_has_the_known_facts_and_calls_the_rest_unknown():
         "| pair | pair | 300 of a and b, 100 of a | 400 | 0123 | random init, seed 7 |",
         "8, 32",
         "| triplet | triplet | 50 of hard | 50 | 4567 | gs://b/run/pair, step 400 (0123) |",
-        "0.8 of the way from contextual to triplet",
+        "Merged by slerp, 0.8 of the way from contextual to triplet",
         "| functions | int8 | 0.457 |",
         "Made from someone/model (sha256 123).",
         'SentenceTransformer("FOLDER")',
@@ -449,6 +451,9 @@ def test_a_card_has_the_known_facts_and_calls_the_rest_unknown():
 def test_a_card_shows_how_a_contextual_model_is_used_and_what_tanh_means():
     embedding = small.EMBEDDING | {"tanh": False}
     plain, tanh = (model_card(small.config(), embedding | {"tanh": on}, {}) for on in (False, True))
-    assert "A float32 vector is the mean v" in plain and "A float32 vector is tanh(v)" in tanh
-    assert "encode_documents" not in plain
+    assert "A float32 vector is the pooled vector v" in plain and "A float32 vector is tanh(v)" in tanh
+    assert "encode_documents" not in plain and "bidirectional Qwen3 encoder with mean pooling" in plain
+    causal = dataclasses.replace(small.config(), causal=True)
+    last = model_card(causal, embedding | {"pooling": "last"}, {})
+    assert "causal Qwen3 encoder with pooling of the last token" in last and "the state of the last token" in last
     assert "encode_documents" in model_card(small.config(), embedding | {"contextual": True}, {})

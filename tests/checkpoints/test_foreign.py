@@ -17,6 +17,7 @@ EMBEDDING = {
     "matryoshka": [16, 32],
     "separator": False,
     "contextual": False,
+    "pooling": "mean",
     "max_length": None,
     "context_length": None,
 }
@@ -227,14 +228,14 @@ def test_a_token_that_a_file_adds_to_a_sentencepiece_model_is_refused(file, fiel
     edit(folder / "added_tokens.json", **{"<sep>": 3, "<mask>": 2})
     edit(folder / "special_tokens_map.json", unk_token="<unk>", sep_token="<sep>", cls_token="\ud800")
     edit(folder / TOKENIZER, added_tokens_decoder={"0": {"content": "<pad>"}, "1": {"content": "<unk>"}})
-    assert not model_folder.open_model(folder).causal
+    assert not model_folder.open_model(folder).language_model
     edit(folder / file, **fields)
     assert_refused(folder, message)
 
 
 def test_a_module_folder_that_modules_json_does_not_name_is_not_read(folder):
     edit(folder / "2_Dense" / "config.json", in_features=7)
-    assert not model_folder.open_model(folder).causal
+    assert not model_folder.open_model(folder).language_model
 
 
 def test_exports_and_merges_warn_in_one_line_about_settings_that_they_leave_out(folder, tmp_path, capsys):
@@ -293,7 +294,7 @@ def test_modules_of_other_packages_are_refused(folder):
 def test_a_normalize_of_tokens_is_refused_and_one_of_vectors_is_not(folder):
     modules = [("Transformer", ""), ("Pooling", NAME), ("Normalize", "2_Normalize")]
     (folder / "modules.json").write_text(json.dumps([dict(type=ST + kind, path=path) for kind, path in modules]))
-    assert not model_folder.open_model(folder).causal
+    assert not model_folder.open_model(folder).language_model
     edit(folder / "2_Normalize" / "config.json", module_input_name="token_embeddings")
     assert_refused(
         folder, "2_Normalize/config.json has module_input_name='token_embeddings', expected .sentence_embedding."
@@ -304,7 +305,7 @@ def test_the_modules_of_the_released_pplx_embed_are_read(folder):
     modules = [dict(type=ST + "Transformer", path=""), dict(type=ST + "Pooling", path=NAME)]
     modules.append(dict(type="st_quantize.FlexibleQuantizer", path="", kwargs=["quantization"]))
     (folder / "modules.json").write_text(json.dumps([dict(m, idx=i, name=str(i)) for i, m in enumerate(modules)]))
-    assert not model_folder.open_model(folder).causal
+    assert not model_folder.open_model(folder).language_model
 
 
 def test_every_wrong_file_is_listed_in_one_error(folder):
@@ -342,7 +343,7 @@ def test_fields_about_vectors_are_ignored_for_a_causal_model(folder):
     edit_config(folder, is_causal=None, use_bidirectional_attention=None)
     edit(folder / POOLING, pooling_mode="lasttoken")
     edit(folder / TRANSFORMER, do_lower_case=True)
-    assert model_folder.open_model(folder).causal
+    assert model_folder.open_model(folder).language_model
 
 
 def test_the_digest_covers_every_file_that_is_read(folder):

@@ -134,11 +134,21 @@ def test_merging_folders_equals_merging_their_files_tensor_by_tensor(parents, tm
         np.testing.assert_allclose(x, want, rtol=1e-6, atol=1e-6 * np.abs(want).max(), err_msg=name)
 
 
+def test_a_linear_merge_is_the_weighted_mean_of_every_tensor(parents, tmp_path):
+    assert merge(*parents, tmp_path / "m", "--ratio=0.3", "--method=linear") == 0
+    a, b, got = (safetensors.numpy.load_file(f / "model.safetensors") for f in (*parents, tmp_path / "m"))
+    for name, x in got.items():
+        want = 0.7 * a[name].astype(np.float64) + 0.3 * b[name].astype(np.float64)
+        np.testing.assert_allclose(x, want, rtol=1e-6, atol=1e-6 * np.abs(want).max(), err_msg=name)
+    about = model_folder.open_model(tmp_path / "m").provenance
+    assert about["merge"]["method"] == about["identity"]["method"] == "linear"
+
+
 def test_a_merged_folder_names_its_parents(parents, tmp_path):
     assert merge(*parents, tmp_path / "m", "--ratio=0.25") == 0
     model = model_folder.open_model(tmp_path / "m")
     digests = [model_folder.open_model(folder).digest for folder in parents]
-    assert model.provenance["merge"] == {"of": [str(p) for p in parents], "ratio": 0.25}
+    assert model.provenance["merge"] == {"of": [str(p) for p in parents], "ratio": 0.25, "method": "slerp"}
     assert [parent["digest"] for parent in model.provenance["identity"]["merge"]] == digests
     assert model.embedding == small.EMBEDDING | {"tanh": False}
     assert f"0.25 of the way from {parents[0]} to {parents[1]}" in (tmp_path / "m" / "README.md").read_text()

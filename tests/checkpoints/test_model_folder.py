@@ -24,6 +24,7 @@ EMBEDDING = {
     "matryoshka": [16, 32],
     "separator": False,
     "contextual": False,
+    "pooling": "mean",
     "max_length": None,
     "context_length": None,
 }
@@ -73,7 +74,7 @@ def causal(exported, config):
 
 def test_what_was_written_is_read_bit_for_bit(encoder_folder, config):
     checkpoint = model_folder.open_model(encoder_folder)
-    assert (checkpoint.config, checkpoint.causal) == (config, False)
+    assert (checkpoint.config, checkpoint.language_model) == (config, False)
     assert checkpoint.embedding == EMBEDDING | {"tanh": False} and checkpoint.source == str(encoder_folder)
     want = names.flatten(random_params(config))
     for name, got in names.flatten(checkpoint.params()).items():
@@ -97,7 +98,7 @@ def test_a_sentencepiece_model_is_exported_and_loaded(tmp_path):
 
 def test_causal_tensors_come_back_bit_for_bit_in_their_own_names_and_type(causal, config):
     checkpoint = model_folder.open_model(causal)
-    assert checkpoint.causal and checkpoint.config == dataclasses.replace(config, tied=False)
+    assert checkpoint.language_model and checkpoint.config == dataclasses.replace(config, tied=False, causal=True)
     assert len(set(checkpoint.tensors.values())) == 2
     for dtype in (np.float32, ml_dtypes.bfloat16):
         original = {n: x.astype(dtype) for n, x in names.tensors(random_params(checkpoint.config), "model.")}

@@ -1,5 +1,6 @@
 """Exports in sentence-transformers, transformers and onnxruntime give the vectors of `embed.inference`."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -57,6 +58,21 @@ def test_sentence_transformers_gives_our_vectors_without_remote_code(attention, 
     np.testing.assert_allclose(theirs.encode(SAMPLES), encoder.encode(SAMPLES), atol=1e-4, rtol=0)
     one_by_one = np.stack([theirs.encode(text) for text in SAMPLES])
     np.testing.assert_allclose(one_by_one, encoder.encode(SAMPLES), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("causal, pooling", [(True, "last"), (True, "mean"), (False, "last")])
+def test_a_causal_model_and_pooling_of_the_last_token_give_our_vectors_too(causal, pooling, model, tmp_path):
+    params, config, tokenizer = model
+    config = dataclasses.replace(config, causal=causal)
+    folder = small.write_model(tmp_path / "m", params, config, tokenizer, embedding={"pooling": pooling})
+    want = inference.Encoder(params, config, tokenizer, pooling=pooling).encode(SAMPLES)
+    assert np.abs(want - inference.Encoder(*model).encode(SAMPLES)).max() > 0.1
+    np.testing.assert_allclose(inference.load(folder).encode(SAMPLES), want, atol=1e-6, rtol=0)
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    np.testing.assert_allclose(theirs.encode(SAMPLES), want, atol=1e-4, rtol=0)
+    for format in ("pplx", "onnx"):
+        assert cli.main(["export", f"--model={folder}", f"--format={format}", f"--output={tmp_path / format}"]) == 2
+        assert not (tmp_path / format).exists()
 
 
 def test_with_tanh_sentence_transformers_and_ours_both_give_tanh_of_the_vectors(model, encoder, tmp_path):
