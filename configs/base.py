@@ -178,7 +178,7 @@ def mining(**changes) -> ConfigDict:
     new.precision = "int8"  # of the vectors; training compares int8
     new.queries = 0  # maximum per task; 0 = all
     new.num_negatives = 4  # maximum per query
-    new.rank_window = (0, 100)  # ranks lo..hi-1 are candidates, 0 = best; the paper does not say
+    new.rank_window = (0, 100)  # documents at ranks lo..hi-1 are candidates, 0 = best; the paper does not say
     new.margin = 0.05  # a negative must score this much below the positive, -2 = any score; the paper does not say
     new.relative = False  # whether the margin is a fraction of the positive's score
     new.teacher = ""  # a checkpoint whose float32 cosines the margin compares; "" = those of the ranking
