@@ -153,7 +153,7 @@ def test_an_unknown_field_or_kind_is_refused():
 
     with pytest.raises(KeyError, match="temprature"):
         base.stage("pair", temprature=0.1)
-    with pytest.raises(ValueError, match="stage kind 'pairs' must be one of diffusion, pair, contextual, triplet"):
+    with pytest.raises(ValueError, match="stage kind 'pairs' must be one of causal, diffusion, pair"):
         base.stage("pairs")
 
 

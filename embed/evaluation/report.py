@@ -212,6 +212,7 @@ def _markdown(
 
 # How to read the loss of each objective, in any stage.
 LOSSES = {
+    "causal": "cross-entropy of each token given those before it, in nats per token",
     "diffusion": "the bound on the negative log-likelihood per token, in nats, at noise levels drawn at each step",
     "pair": "cross-entropy of finding a query's document among the other documents and queries of its batch. Batch "
     "size and temperature change its level",

@@ -4,7 +4,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from embed import config as configs
 from embed.models import transformer
@@ -13,17 +12,9 @@ from embed.training import flops, loop
 MODEL = transformer.TransformerConfig(
     vocab_size=100, hidden_size=8, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=5, intermediate_size=7
 )
-DIFFUSION = ConfigDict(
-    dict(kind="diffusion", batch=dict(rows=2, length=6), execution=dict(microbatches=1, logits_chunk=4))
-)
-PAIR = ConfigDict(
-    dict(
-        kind="pair",
-        matryoshka=(2, 8),
-        batch=dict(groups=1, rows_per_group=2, group_size=3, length=6),
-        execution=dict(microbatches=1),
-    )
-)
+DIFFUSION = configs.base().stage("diffusion", batch=dict(rows=2, length=6), execution=dict(logits_chunk=4))
+CAUSAL = configs.base().stage("causal", batch=dict(rows=2, length=6), execution=dict(logits_chunk=4))
+PAIR = configs.base().stage("pair", matryoshka=(2, 8), batch=dict(groups=1, rows_per_group=2, group_size=3, length=6))
 WHOLE = types.SimpleNamespace(shards=[0], num_shards=1)
 MESH = jax.sharding.AbstractMesh((1, 2, 1), ("data", "fsdp", "tensor"))
 
@@ -56,6 +47,15 @@ def test_mfu_counts_tokens_and_pairs_of_tokens_only_inside_segments():
     whole = flops.model_flops(DIFFUSION, MODEL)
     assert whole == counted_by_hand([6, 6]) + 3 * 2 * 12 / 2 * 100 * 8
     assert flops.model_flops(DIFFUSION, MODEL, *sizes(batch)) < whole
+    fixed = configs.base().stage("diffusion", noise="fixed", mask_ratio=0.25, batch=DIFFUSION.batch.to_dict())
+    assert flops.model_flops(fixed, MODEL) == counted_by_hand([6, 6]) + 3 * 2 * 12 / 4 * 100 * 8
+
+
+def test_a_causal_stage_predicts_every_token_and_attends_to_half_of_the_pairs():
+    causal = dataclasses.replace(MODEL, causal=True)
+    attention = flops.forward_flops(DIFFUSION, MODEL)["attention"]
+    parts = flops.forward_flops(CAUSAL, causal)
+    assert parts["logits"] == 2 * 12 * 100 * 8 and parts["attention"] == attention / 2
 
 
 @pytest.mark.parametrize("stage", [DIFFUSION, PAIR])

@@ -112,7 +112,7 @@ def test_a_plan_that_masks_more_tokens_than_the_logits_buffer_holds_is_an_error(
     for shards, microbatches in ((1, 1), (32, 1), (4, 8), (4, 2)):
         stage.execution.microbatches = microbatches
         plan.check_capacity(stage, shards)
-    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.55)
+    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_, **__: 0.55)
     with pytest.raises(
         ValueError, match=r"\d+ masked tokens in a device's 4 rows exceed the capacity of 281 .*microbatches=2"
     ):
