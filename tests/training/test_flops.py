@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import types
 
@@ -78,7 +79,8 @@ def test_only_the_hardware_flops_contain_recomputation():
     )
     again = flops.hardware_flops(DIFFUSION, full, MESH) - flops.hardware_flops(DIFFUSION, MODEL, MESH)
     assert again == pytest.approx(parts["layers"] + parts["attention"])
-    cached = ConfigDict(PAIR.to_dict() | {"execution": {"microbatches": 2}})
+    cached = copy.deepcopy(PAIR)
+    cached.execution.microbatches = 2
     assert [flops.passes(s, m) for s in (PAIR, cached) for m in (MODEL, full)] == [3, 4, 4, 5]
     assert flops.model_flops(DIFFUSION, full) == flops.model_flops(DIFFUSION, MODEL)
 
