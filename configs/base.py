@@ -88,7 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def stage(kind: str, **changes) -> ConfigDict:
     """A stage of one of the kinds; `changes` override fields, nested ones as dictionaries."""
     new = ConfigDict()
-    new.kind = kind  # causal, diffusion, pair, contextual or triplet: the objective and its batches
+    new.kind = kind  # causal, diffusion, pair, contextual, triplet or distill: the objective and its batches
     new.init = ""  # the checkpoint that the stage starts from; "" = random
     new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
     new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {task: rate}
@@ -135,7 +135,7 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.length = 4096
         new.batch.truncate_probability = 0.01  # of a row, which is then cut to a random length
         new.execution.logits_chunk = 2048  # tokens whose logits a device holds at once
-    elif kind in ("pair", "contextual", "triplet"):
+    elif kind in ("pair", "contextual", "triplet", "distill"):
         new.attention = "bidirectional"  # or causal
         new.pooling = "mean"  # of a text's hidden states, or last: the state of its last token
         # Of pooled vectors in training: int8, tanh (the same without rounding) or none. They are compared by cosine.
@@ -152,7 +152,7 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.segments = 32  # maximum of texts per row
         new.batch.homogeneous = False  # whether all examples of a batch are from one task
     else:
-        raise ValueError(f"stage kind {kind!r} must be one of causal, diffusion, pair, contextual, triplet")
+        raise ValueError(f"stage kind {kind!r} must be one of causal, diffusion, pair, contextual, triplet, distill")
     if kind in ("pair", "contextual"):
         new.margin = 0.1  # of the false-negative mask; 2 = no mask, because cosines differ by at most 2
         new.query_negatives = True  # whether the other queries of a batch are negatives too
@@ -165,6 +165,12 @@ def stage(kind: str, **changes) -> ConfigDict:
     if kind == "triplet":
         new.temperature = 0.03
         new.batch.num_negatives = 4  # maximum per query
+    if kind == "distill":
+        new.teacher_dimensions = 1024  # numbers of each vector of the teacher, as the data have them
+        new.cosine = 1.0  # weight of 1 - the cosine of the student's and the teacher's vector of a text
+        new.mse = 0.0  # weight of their mean squared error, before quantization and normalization
+        new.kl = 1.0  # weight of the KL divergence of similarities to the other texts of a batch, at the temperature
+        new.temperature = 0.05
     return _changed(new, changes)
 
 
@@ -231,6 +237,7 @@ def shrink(config: ConfigDict) -> None:
         "pair": contrastive | dict(group_size=8, rows_per_group=8),
         "contextual": dict(group_size=2, groups=2, rows_per_group=6, length=512, spans=32, segments=32, max_chunks=8),
         "triplet": contrastive | dict(group_size=8, rows_per_group=16, num_negatives=2),
+        "distill": contrastive | dict(group_size=8, rows_per_group=8),
     }
     for each in config.stages.values():
         each.curriculum = tuple((2, mixture) for _, mixture in each.curriculum)

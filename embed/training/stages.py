@@ -27,12 +27,12 @@ from embed.models import sharding, transformer
 from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
 from embed.models.quantization import QUANTIZERS
-from embed.objectives import contrastive, masked_diffusion
+from embed.objectives import contrastive, distillation, masked_diffusion
 from embed.rows import RowShape
 
 TEXT = ("causal", "diffusion")  # stages that predict the tokens of rows of text
 NO_MARGIN = 2.0  # cosines differ by at most 2, so a margin of 2 masks nothing
-KINDS = (*TEXT, "pair", "contextual", "triplet")
+KINDS = (*TEXT, "pair", "contextual", "triplet", "distill")
 
 
 def _microbatches(count: int, rows: int) -> tuple[Callable, Callable]:
@@ -351,6 +351,37 @@ def contextual_loss(
     return prefixes(embedding.model.hidden_size, loss), {"top1": top1, "beta": beta_now}
 
 
+def distill_loss(params, batch, key, progress, *, embedding, prefixes, temperature, spread_out, cosine, mse, kl):
+    """The loss of the distill stage: N texts, each with the vector of a teacher; the weighted sum of three losses.
+
+    `cosine` and `kl` weight directions and similarities of quantized vectors, which a model is used with. `mse` weights
+    the error of pooled vectors before quantization, so that it teaches the teacher's scale too, by which int8 rounds.
+    Prefixes of the student are compared with the same prefixes of the teacher; their similarities with those of the
+    whole teacher. `top1` is the share of texts whose most similar other text of the batch is the teacher's.
+    """
+    (pooled,) = dataclasses.replace(embedding, quantization="none")(params, batch)
+    pooled, teacher, ids, valid = pooled[batch["slots"]], batch["teacher"], batch["ids"], batch["valid"]
+    student = QUANTIZERS[embedding.quantization](pooled)
+
+    def loss(p):
+        value = _spread(spread_out, p, (student, ids, valid))
+        if cosine:
+            value += cosine * distillation.cosine_loss(student[:, :p], teacher[:, :p], valid=valid)
+        if mse:
+            value += mse * distillation.squared_error(pooled[:, :p], teacher[:, :p], valid=valid)
+        if kl:
+            options = dict(temperature=temperature, ids=ids, valid=valid)
+            value += kl * distillation.similarity_kl(student[:, :p], teacher, **options)
+        return value
+
+    def nearest(vectors):
+        unit = contrastive.normalize(jax.lax.stop_gradient(vectors))
+        return jnp.where((ids[:, None] != ids) & valid, contrastive.cosine(unit, unit), -2).argmax(1)
+
+    top1 = ((nearest(student) == nearest(teacher)) & valid).sum() / jnp.maximum(valid.sum(), 1)
+    return prefixes(embedding.model.hidden_size, loss), {"top1": top1}
+
+
 def _spread(weight: float, prefix: int, *tables):
     """`weight` times the sum of `contrastive.spread_out` of tables (vectors [N, D], content ids, valid), 0 for 0."""
     if not weight:
@@ -403,6 +434,8 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
     )
     if stage.kind == "triplet":
         return functools.partial(triplet_loss, **common)
+    if stage.kind == "distill":
+        return functools.partial(distill_loss, **common, cosine=stage.cosine, mse=stage.mse, kl=stage.kl)
     common |= dict(margin=stage.margin if stage.margin < NO_MARGIN else None, query_negatives=stage.query_negatives)
     if stage.kind == "pair":
         return functools.partial(pair_loss, **common)
@@ -430,6 +463,9 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
         arrays |= {name: ((c,), np.int32) for name in ("chunk_slots", "chunk_ids", "chunk_document")}
         arrays |= {name: ((q,), np.int32) for name in ("query_slots", "query_ids", "positive", "document_slots")}
         return arrays | {"chunk_valid": ((c,), np.bool_), "valid": ((q,), np.bool_)}
+    if stage.kind == "distill":
+        arrays |= {"slots": ((n,), np.int32), "ids": ((n,), np.int32), "valid": ((n,), np.bool_)}
+        return arrays | {"teacher": ((n, stage.teacher_dimensions), np.float32)}
     names = ("query_slots", "document_slots", "query_ids", "document_ids")
     arrays |= {name: ((n,), np.int32) for name in names} | {"valid": ((n,), np.bool_)}
     if stage.kind == "triplet":
@@ -490,4 +526,5 @@ def _contrastive_arguments(stage) -> dict:
         max_chunks=batch.get("max_chunks", 0),
         max_queries_per_document=batch.get("max_queries_per_document", 0),
         homogeneous=batch.get("homogeneous", False),
+        teacher_dimensions=stage.get("teacher_dimensions", 0),
     )

@@ -17,6 +17,7 @@ from embed.training import stages
 
 MODEL = transformer.make_config("micro", 64)
 R, L, N, S = 16, 24, 32, 4
+T = 40  # dimensions of the teacher
 BATCH = dict(length=L, spans=S, segments=S)
 
 
@@ -43,8 +44,11 @@ def batch() -> dict:
         chunk_document=np.arange(N) // 4,
         chunk_valid=np.arange(N) != 6,
         positive=np.arange(N) // 2 * 2,
+        slots=np.arange(N) // 2 * S + np.arange(N) % 2,
+        ids=np.arange(N) // 2,
     )
-    return {k: v.astype(bool if "valid" in k else np.int32) for k, v in arrays.items()}
+    arrays = {k: v.astype(bool if "valid" in k else np.int32) for k, v in arrays.items()}
+    return arrays | {"teacher": rng.normal(size=(N, T)).astype(np.float32)}
 
 
 @functools.cache
@@ -60,7 +64,7 @@ def loss_of(kind, microbatches, model=MODEL, **changes):
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 16])
-@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet"])
+@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet", "distill"])
 def test_gradient_caching_gives_the_gradient_of_the_whole_batch(kind, microbatches):
     whole = jax.jit(jax.value_and_grad(loss_of(kind, 1)))(params(), batch())
     cached = jax.jit(jax.value_and_grad(loss_of(kind, microbatches)))(params(), batch())
@@ -102,6 +106,26 @@ def test_only_the_activations_of_one_microbatch_are_held():
 
     assert memory(8, 8) < memory(1, 8) / 4
     assert memory(32, 32) < 2 * memory(8, 8)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_distillation_is_the_weighted_sum_of_its_losses_on_each_prefix(quantization):
+    loss = loss_of("distill", 1, cosine=1.0, mse=0.5, kl=2.0, quantization=quantization)(params(), batch())
+    (pooled,) = stages.Embedding(MODEL, RowShape(**BATCH), 1, quantization="none")(params(), batch())
+    student = np.asarray(pooled, np.float64)[batch()["slots"]]
+    quantized = np.round(127 * np.tanh(student)) if quantization == "int8" else student
+    teacher, total, known = batch()["teacher"].astype(np.float64), 0.0, {"valid": batch()["valid"]}
+    for p in (16, 32):
+        total += reference.cosine_loss(quantized[:, :p], teacher[:, :p], **known)
+        total += 0.5 * reference.squared_error(student[:, :p], teacher[:, :p], **known)
+        total += 2 * reference.similarity_kl(quantized[:, :p], teacher, temperature=0.05, ids=batch()["ids"], **known)
+    np.testing.assert_allclose(loss, total / 2, rtol=1e-4)
+
+
+def test_a_student_may_be_wider_than_its_teacher_if_only_similarities_are_compared():
+    narrow, loss = batch() | {"teacher": batch()["teacher"][:, :8]}, loss_of("distill", 1, cosine=0.0)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params(), narrow)
+    assert value > 0 and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 def test_rows_that_do_not_divide_into_microbatches_are_an_error():
