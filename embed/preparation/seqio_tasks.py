@@ -216,7 +216,7 @@ def _is_tokens(task: seqio.Task) -> bool:
 
 
 def _decoded(row: Mapping) -> dict:
-    def text(value):
-        return value.decode() if isinstance(value, bytes) else [item.decode() for item in value]
+    def text(item):
+        return item.decode() if isinstance(item, bytes) else item  # a number of a vector
 
-    return {name: text(value) for name, value in row.items()}
+    return {name: text(value) if isinstance(value, bytes) else list(map(text, value)) for name, value in row.items()}

@@ -88,6 +88,9 @@ EQUAL_LOSSES = textwrap.dedent(
         batch |= dict(chunk_slots=np.arange(N) // 2 * 4 + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
                       chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
     batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}
+    if "KIND" == "distill":
+        batch |= dict(slots=batch["query_slots"], ids=batch["query_ids"] // 2,
+                      teacher=rng.normal(size=(N, 40)).astype(np.float32))
     rates = dict(learning_rate=1e-3, warmup=0.0, decay=0.0, b2=.98, eps=1e-6)
     stage = base().stage("KIND", optimizer=rates, batch=dict(length=L))
     if stage.kind in stages.TEXT:
@@ -121,7 +124,7 @@ EQUAL_LOSSES = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kind", ["causal", "diffusion", "pair", "contextual", "triplet"])
+@pytest.mark.parametrize("kind", ["causal", "diffusion", "pair", "contextual", "triplet", "distill"])
 def test_losses_on_eight_devices_equal_those_on_one(kind):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
