@@ -83,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_root", required=True, type=Path)
     parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     parser.add_argument("--teacher_steps", type=int, default=200)
     parser.add_argument("--student_steps", type=int, default=200)
     arguments = parser.parse_args()
@@ -96,21 +97,22 @@ def main() -> None:
     if not vectors.exists():
         corpus = f"--corpus={data / 'texts.jsonl'}"
         commands.append(embed("encode", f"--model={teacher}", corpus, f"--output={vectors}"))
-    for name, overrides in STUDENTS.items():
+    for name in arguments.students:
         run = ["pipeline", f"--config=configs/distill.py:teacher={teacher},compare", data_root]
         stages = {"distill": "texts", "pair": "pairs"}
         how = [STEPS.format(stage=s, steps=arguments.student_steps, mixture=m) for s, m in stages.items()]
-        commands.append(embed(*run, f"--workdir={work / name}", *overrides, *how))
+        commands.append(embed(*run, f"--workdir={work / name}", *STUDENTS[name], *how))
     print(header() + "\n\n" + "\n".join(f"    {command}" for command in commands) + "\n")
-    report(work, data, teacher)
+    report(work, data, teacher, arguments.students)
 
 
-def report(work: Path, data: Path, teacher: Path) -> None:
+def report(work: Path, data: Path, teacher: Path, students: Iterable[str]) -> None:
     from embed import inference
     from embed.models.transformer import abstract_params, count_params
 
-    results = {name: json.loads((work / name / "results.json").read_text())["checkpoints"] for name in STUDENTS}
-    rows = [("teacher", "", teacher, results["256x1"][str(teacher)])]
+    results = {name: json.loads((work / name / "results.json").read_text())["checkpoints"] for name in students}
+    of_all = next(iter(results.values()))  # the evaluation set is the same
+    rows = [("teacher", "", teacher, of_all[str(teacher)])]
     for name, of_student in results.items():
         rows.append((name, "untrained", None, of_student["random init"]))
         for stage, how in (("pair", "pairs alone"), ("distill", "distilled")):
@@ -124,7 +126,7 @@ def report(work: Path, data: Path, teacher: Path) -> None:
             start = time.perf_counter()
             encoder.encode(texts, precision="int8")
             seconds[folder] += [time.perf_counter() - start] if turn else []
-    figures = results["256x1"]["BM25"]["pairs"]
+    figures = of_all["BM25"]["pairs"]
     pairs, to_train = (len(lines(data / f"{name}.jsonl")) for name in ("train", "texts"))
     print(f"{pairs:,} pairs and {to_train:,} texts to train on, {len(texts):,} texts in the evaluation set.")
     print(f"BM25: nDCG@10 {figures['float32']['ndcg@10']:.3f}\n")
