@@ -13,7 +13,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -73,9 +72,10 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def embed(*arguments: str) -> str:
-    """Run a command of embed; returns it."""
-    subprocess.run([sys.executable, "-m", "embed.cli", *arguments], check=True, stdout=sys.stderr, env=os.environ)
+def embed(*arguments: str, output: Path | None = None) -> str:
+    """Run a command of embed, unless its output exists; returns it."""
+    if output is None or not output.exists():
+        subprocess.run([sys.executable, "-m", "embed.cli", *arguments], check=True, stdout=sys.stderr)
     return f"embed {shlex.join(arguments)}"
 
 
@@ -94,9 +94,8 @@ def main() -> None:
     steps = STEPS.format(stage="pair", steps=arguments.teacher_steps, mixture="pairs")
     run = ["pipeline", "--config=configs/pairs.py", data_root, f"--workdir={work / 'teacher'}"]
     commands = [embed(*run, *TEACHER, steps)]
-    if not vectors.exists():
-        corpus = f"--corpus={data / 'texts.jsonl'}"
-        commands.append(embed("encode", f"--model={teacher}", corpus, f"--output={vectors}"))
+    encode = ["encode", f"--model={teacher}", f"--corpus={data / 'texts.jsonl'}", f"--output={vectors}"]
+    commands.append(embed(*encode, output=vectors))
     for name in arguments.students:
         run = ["pipeline", f"--config=configs/distill.py:teacher={teacher},compare", data_root]
         stages = {"distill": "texts", "pair": "pairs"}
