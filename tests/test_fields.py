@@ -48,7 +48,7 @@ def test_only_a_few_numbers_of_a_config_may_be_negative():
         ("stages.pair.batch.group_size=0", "config.stages.pair.batch.group_size=0 must be at least 1"),
         (
             "stages.pair.kind=pairs",
-            "config.stages.pair.kind='pairs' must be one of causal, diffusion, pair, contextual, triplet",
+            "config.stages.pair.kind='pairs' must be one of causal, diffusion, pair, contextual, triplet, distill",
         ),
         ("stages.pair.kind=triplet", "config.stages.pair.kind='triplet' must be the kind given to base.stage"),
         ("stages.pair.curriculum=((-1, 'pairs'),)", "config.stages.pair.curriculum=((-1, 'pairs'),) must be ((steps, "),
