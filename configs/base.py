@@ -76,9 +76,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def stage(kind: str, **changes) -> ConfigDict:
-    """A stage of one of the four kinds; `changes` override fields, nested ones as dictionaries."""
+    """A stage of one of the kinds; `changes` override fields, nested ones as dictionaries."""
     new = ConfigDict()
-    new.kind = kind  # diffusion, pair, contextual or triplet: the objective and its batches
+    new.kind = kind  # diffusion, pair, contextual, triplet or distill: the objective and its batches
     new.init = ""  # the checkpoint that the stage starts from; "" = random
     new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
     new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {task: rate}
@@ -117,7 +117,7 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.length = 4096
         new.batch.truncate_probability = 0.01  # of a row, which is then cut to a random length
         new.execution.logits_chunk = 2048  # tokens whose logits a device holds at once
-    elif kind in ("pair", "contextual", "triplet"):
+    elif kind in ("pair", "contextual", "triplet", "distill"):
         new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
         new.temperature = 0.02
         # A batch consists of groups of examples. Each group is packed into its own rows.
@@ -127,7 +127,7 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.spans = 32  # maximum of embeddings per row
         new.batch.segments = 32  # maximum of texts per row
     else:
-        raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet")
+        raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet, distill")
     if kind in ("pair", "triplet"):
         new.batch.homogeneous = False  # whether all examples of a batch are from one task
     if kind in ("pair", "contextual"):
@@ -140,6 +140,12 @@ def stage(kind: str, **changes) -> ConfigDict:
     if kind == "triplet":
         new.temperature = 0.03
         new.batch.num_negatives = 4  # maximum per query
+    if kind == "distill":
+        new.teacher_dimensions = 1024  # numbers of each vector of the teacher, as the data have them
+        new.cosine = 1.0  # weight of 1 - the cosine of the student's and the teacher's vector of a text
+        new.mse = 0.0  # weight of their mean squared error, before quantization and normalization
+        new.kl = 1.0  # weight of the KL divergence of similarities to the other texts of a batch, at the temperature
+        new.temperature = 0.05
     return _changed(new, changes)
 
 
@@ -200,6 +206,7 @@ def shrink(config: ConfigDict) -> None:
         "pair": contrastive | dict(group_size=8, rows_per_group=8),
         "contextual": dict(group_size=2, groups=2, rows_per_group=6, length=512, spans=32, segments=32, max_chunks=8),
         "triplet": contrastive | dict(group_size=8, rows_per_group=16, num_negatives=2),
+        "distill": contrastive | dict(group_size=8, rows_per_group=8),
     }
     for each in config.stages.values():
         each.curriculum = tuple((2, mixture) for _, mixture in each.curriculum)

@@ -106,6 +106,10 @@ RULES: dict[str, Rule] = {
     "stages.*.margin": NOT_NEGATIVE,
     "stages.*.alpha": FRACTION,
     "stages.*.beta": PAIR_OF_FRACTIONS,
+    "stages.*.teacher_dimensions": COUNT,
+    "stages.*.cosine": NOT_NEGATIVE,
+    "stages.*.mse": NOT_NEGATIVE,
+    "stages.*.kl": NOT_NEGATIVE,
     "mining.*.step": COUNT_OR_0,
     "mining.*.precision": _one_of("float32", "int8"),
     "mining.*.queries": COUNT_OR_0,
@@ -134,6 +138,7 @@ KINDS = {
     "pair": "margin",
     "contextual": "batch.max_chunks",
     "triplet": "batch.num_negatives",
+    "distill": "teacher_dimensions",
 }
 
 
@@ -198,10 +203,26 @@ def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, st
                 batch[name],
                 f"at most {LARGEST // examples}, because a batch has {examples} examples",
             )
+    if kind == "distill":
+        if not stage.cosine + stage.mse + stage.kl:
+            yield "kl", stage.kl, "above 0 where cosine and mse are 0: the stage would have no loss"
+        if max(prefixes) > stage.teacher_dimensions and stage.cosine + stage.mse:
+            yield (
+                "matryoshka",
+                prefixes,
+                f"prefixes of at most teacher_dimensions={stage.teacher_dimensions}: cosine={stage.cosine} and "
+                f"mse={stage.mse} compare vectors of the same dimensions; with both 0, kl compares any",
+            )
+        if examples * stage.teacher_dimensions > LARGEST:
+            yield (
+                "teacher_dimensions",
+                stage.teacher_dimensions,
+                f"at most {LARGEST // examples}, because a batch has {examples} texts",
+            )
     if kind == "contextual" and batch.max_chunks > batch.spans:
         yield "batch.max_chunks", batch.max_chunks, f"at most batch.spans={batch.spans}"
     # Every text has a token, an embedding and a segment of its own. A document has at least one chunk and one query.
-    texts = batch.group_size * (2 + batch.get("num_negatives", 0))
+    texts = batch.group_size * (1 if kind == "distill" else 2 + batch.get("num_negatives", 0))
     per_row = min(batch.length, batch.spans, batch.segments)
     if 0 < batch.rows_per_group * per_row < texts:
         allowed = f"at least {-(-texts // per_row)}: a group has {texts} texts, and a row holds at most {per_row}, the "

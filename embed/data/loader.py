@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step): no iterator, no state, no TensorFlow.
 
     DiffusionLoader     full rows: windows cut from the text of a task
-    ContrastiveLoader   pairs, triplets or chunked documents, packed group by group
+    ContrastiveLoader   pairs, triplets, chunked documents or texts with vectors, packed group by group
     choose_rows         the rows of a group that the lengths of the data fill
 
 Batch k costs the same for every k, a restart needs only the step number, and the global batch does not depend on the
@@ -23,13 +23,25 @@ if TYPE_CHECKING:
 
 
 # {kind of stage: the columns that its loader reads}, all int32[length]. A store may have more of them, except of text.
+# A vector is stored as `float_values`.
 PAIR = ("query", "document")
 COLUMNS = {
     "diffusion": ("tokens",),
     "pair": PAIR,
     "contextual": ("document", "chunk_lengths", "queries", "query_lengths", "positives"),
     "triplet": (*PAIR, "negatives", "negative_lengths"),
+    "distill": ("tokens", "vector"),
 }
+
+
+def float_values(numbers: np.ndarray) -> np.ndarray:
+    """float32 numbers as values of a store, which are never negative: their halves, int32[2 n] in 0..65535."""
+    return np.ascontiguousarray(numbers, "<f4").view("<u2").astype(np.int32)
+
+
+def floats(values: np.ndarray) -> np.ndarray:
+    """The numbers of `float_values`, float32[..., n] of int32[..., 2 n], bit by bit."""
+    return values.astype("<u2").view("<f4").astype(np.float32)
 
 
 def _local_shards(name: str, total: int, shards: Sequence[int] | None) -> np.ndarray:
@@ -124,7 +136,7 @@ class DiffusionLoader:
 
 # --- contrastive ------------------------------------------------------------------------------------------------
 
-STAGES = ("pair", "triplet", "contextual")
+STAGES = ("pair", "triplet", "contextual", "distill")
 
 
 def split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -152,6 +164,8 @@ class ContrastiveLoader:
                     positive                      int32[N] index of the query's chunk, in 0..C-1 of the global batch
                     document_slots                int32[N] into the segment table
                     valid                         bool[N]  query and positive chunk have tokens
+        distill     slots, ids, valid             [N] of the texts: into the span table, hashes, which have tokens
+                    teacher                       float32[N, teacher_dimensions] vectors of the texts by a teacher
         stats       fill   share of tokens that are not padding
                     cut    number of segments that were shortened so that their group fits
                     lost   number of examples (contextual: queries) that are not valid because one side has no tokens
@@ -177,12 +191,14 @@ class ContrastiveLoader:
         max_chunks: int = 0,
         separator_id: int | None = None,
         homogeneous: bool = False,
+        teacher_dimensions: int = 0,
         shards: Sequence[int] | None = None,
     ):
         """`groups`: in the global batch; `shards`: the indices of the groups that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`. Only the triplet stage uses `num_negatives`, only the
-        contextual stage the three arguments after it. With `homogeneous`, a batch has examples of one task.
+        contextual stage the three arguments after it, only the distill stage `teacher_dimensions`. With `homogeneous`,
+        a batch has examples of one task.
         """
         if stage not in STAGES:
             raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
@@ -204,6 +220,8 @@ class ContrastiveLoader:
                     f"the task {task!r} has a document of {most} chunks, more than batch.max_chunks={max_chunks}: "
                     "raise it, or prepare the data with it"
                 )
+        for task in self.curriculum.tasks if stage == "distill" else ():
+            check_vectors(task, stores[task], teacher_dimensions)
 
     def __str__(self) -> str:
         return f"the {self.stage} loader of {', '.join(self.curriculum.tasks)}"
@@ -213,7 +231,7 @@ class ContrastiveLoader:
         size = self.group_size
         ranges = _consecutive_ranges(self.shards)
         examples = [e for start, stop in ranges for e in self._read(step, start * size, stop * size)]
-        build = self._text_group if self.stage != "contextual" else self._document_group
+        build = {"contextual": self._document_group, "distill": self._vector_group}.get(self.stage, self._text_group)
         groups = [build(step, g, examples[i * size : (i + 1) * size]) for i, g in enumerate(self.shards)]
         stats = [group.pop("stats") for group in groups]
         batch = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
@@ -266,6 +284,16 @@ class ContrastiveLoader:
             out["negative_valid"] = used & nonempty[negative_index]
         return out
 
+    def _vector_group(self, step: int, group: int, examples: list[dict]) -> dict:
+        """The arrays of one group of n texts with the vectors of a teacher."""
+        packed, segments, out = self._pack(group, [rows.dense(e["tokens"]) for e in examples])
+        valid = _lengths(segments) > 0
+        out |= dict(slots=packed.span_slots().astype(np.int32), valid=valid)
+        out |= dict(ids=rows.content_ids([s.tokens for s in segments]))
+        out["teacher"] = floats(np.stack([e["vector"] for e in examples]))
+        out["stats"]["lost"] = int((~valid).sum())
+        return out
+
     def _document_group(self, step: int, group: int, examples: list[dict]) -> dict:
         """The arrays of one group of n documents of up to c chunks, with up to q queries each."""
         n, q, c = len(examples), self.max_queries, self.max_chunks
@@ -316,6 +344,17 @@ class ContrastiveLoader:
         return out
 
 
+def check_vectors(task: str, store: "Store", dimensions: int) -> None:
+    """ValueError unless every vector of a distill task has `dimensions` numbers. Reads only the header."""
+    known = store.lengths("vector")
+    if known.max != 2 * dimensions or known.total != 2 * dimensions * len(store):
+        mean = f"{known.mean / 2:g} on average, " if known.total != known.max * len(store) else ""
+        raise ValueError(
+            f"the task {task!r} has vectors of {mean}at most {known.max // 2} numbers; each needs as many as the "
+            f"stage's teacher_dimensions={dimensions}"
+        )
+
+
 def _lengths(segments: Sequence[rows.Segment]) -> np.ndarray:
     return np.array([len(s.tokens) for s in segments], np.int64)
 
@@ -339,6 +378,7 @@ def choose_rows(
     max_chunks: int = 0,
     separator_id: int | None = None,
     homogeneous: bool = False,
+    teacher_dimensions: int = 0,
     multiple: int = 1,
 ) -> int:
     """The rows per group, a multiple of `multiple`: as many as are filled to FILL on average, the arguments as above.
@@ -378,6 +418,9 @@ def choose_rows(
             queries = lengths("query_lengths", max_queries_per_document) * mean("queries", "query_lengths")
             tokens[of_task] = np.minimum(lengths("document", shape.length) + separators, shape.length) + queries
             continue
+        if stage == "distill":
+            tokens[of_task] = lengths("tokens", shape.length)
+            continue
         documents = lengths("document", shape.length)
         tokens[of_task] = lengths("query", shape.length) + documents
         if stage == "triplet":
@@ -388,7 +431,8 @@ def choose_rows(
 
     total = tokens.sum(1)
     # A row may stay short of `widest` spans, because the next segment needs them.
-    segments = group_size * (1 + max_queries_per_document if stage == "contextual" else 2 + num_negatives)
+    texts = {"contextual": 1 + max_queries_per_document, "distill": 1}.get(stage, 2 + num_negatives)  # of an example
+    segments = group_size * texts
     widest = max_chunks if stage == "contextual" else 1
     spans = group_size * (max_chunks + max_queries_per_document) if stage == "contextual" else segments
     per_row = min(shape.length, shape.segments)

@@ -185,6 +185,8 @@ LOSSES = {
     "triplet": "cross-entropy of finding a query's document among the documents of the batch and the mined negatives, "
     "which a checkpoint ranked high for these queries. These are harder than random texts, so a loss above that of the "
     "previous stage does not mean a worse model",
+    "distill": "a weighted sum of distances between the vectors of the student and those of its teacher, and between "
+    "the similarities that both give to the texts of a batch; 0 if the student agrees with the teacher in everything",
 }
 
 

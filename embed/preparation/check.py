@@ -120,7 +120,7 @@ def _row(task: Task, tokenizer: Tokenizer | None) -> tuple[tuple[str, ...], str]
         return " ".join(str(error).split())
     texts = [text for example in made for text in all_texts(example)]
     lengths = [len(tokens) for tokens in tokenizer.encode(texts)] if tokenizer else list(map(len, texts))
-    shown = " → ".join(" ".join(text.split())[:SHOWN] for text in texts[: 1 if task.kind == "text" else 2])
+    shown = " → ".join(" ".join(text.split())[:SHOWN] for text in texts[: 1 if task.kind in ("text", "distill") else 2])
     bad = f"{counts.rows[BAD]:,} of {counts.rows_read:,} rows are bad: {counts.errors[0]}" if counts.rows[BAD] else ""
     cells = (
         task.kind,

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 
 def pick(row: Mapping, field: str):
     """The value of "a.b" or "a.*.b" in a row; "*" is every item of a list or mapping.
@@ -70,6 +72,22 @@ def number_of(row: Mapping, field: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"field {field!r} is {value!r:.40}, expected a number") from None
+
+
+def vector_of(row: Mapping, field: str) -> np.ndarray:
+    """The vector in a field, float32[n]; finite, with a direction."""
+    value = pick(row, field)
+    try:
+        vector = np.asarray(value, np.float32)
+    except (TypeError, ValueError, OverflowError):
+        vector = np.zeros(())
+    if vector.ndim != 1 or not len(vector):
+        raise TypeError(f"field {field!r} is {value!r:.40}, expected a list of numbers")
+    if not np.isfinite(vector).all():
+        raise ValueError(f"field {field!r} has a number that is not finite in float32")
+    if not vector.any():
+        raise ValueError(f"field {field!r} is a zero vector, which has no direction")
+    return vector
 
 
 def query_text(query) -> str:

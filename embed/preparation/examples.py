@@ -6,12 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from embed.data.loader import float_values
 from embed.preparation.tasks import Task
 from embed.tokenizers import Tokenizer
 
 # Of the first `length` tokens of a text, `CHARACTERS_PER_TOKEN * length` characters usually give all.
 CHARACTERS_PER_TOKEN = 20
-STAGES = {"text": "diffusion", "pair": "pair", "triplet": "triplet", "contextual": "contextual"}
+STAGES = {
+    "text": "diffusion",
+    "distill": "distill",
+    "pair": "pair",
+    "triplet": "triplet",
+    "contextual": "contextual",
+}
 NO_TOKENS, NO_QUERY = "without tokens", "documents without a query"
 PARTS, NO_QUERY_TOKENS = "parts of documents without a query", "queries without tokens or of a chunk without tokens"
 
@@ -41,7 +48,8 @@ def tokenize(
     """
     if task.kind == "contextual":
         return _documents(task, examples, tokenizer, cut, dropped)
-    limits = {"text": 0, "query": task.query_length, "document": task.document_length}
+    text = 0 if task.kind == "text" else task.document_length
+    limits = {"text": text, "query": task.query_length, "document": task.document_length}
     result: list[Columns] = [{} for _ in examples]
     for name in [name for name in ("text", "query", "document") if name in examples[0]]:
         tokens, shortened = encode([example[name] for example in examples], tokenizer, limits[name])
@@ -58,8 +66,11 @@ def tokenize(
             start += len(negatives)
             columns["negatives"] = _joined(negatives)
             columns["negative_lengths"] = np.array([len(n) for n in negatives], np.int32)
+    if task.kind == "distill":
+        for columns, example in zip(result, examples):
+            columns["vector"] = float_values(example["vector"])
     # An example with an empty side, such as a query without tokens, has no training signal.
-    sides = ("tokens",) if task.kind == "text" else ("query", "document")
+    sides = ("tokens",) if "text" in examples[0] else ("query", "document")
     kept = [(e, c) for e, c in zip(examples, result) if all(len(c[side]) for side in sides)]
     dropped[NO_TOKENS] += len(examples) - len(kept)
     return kept
@@ -141,9 +152,12 @@ def split_text(example: dict, tokenizer: Tokenizer, chunk_length: int) -> dict:
 
 
 def digest(columns: Columns) -> bytes:
-    """128 bits of BLAKE2b over the tokens of an example: equal examples are equal in training."""
+    """128 bits of BLAKE2b over the tokens of an example: equal examples are equal in training.
+
+    A teacher's vector does not count: of one text, it may differ in its last digits.
+    """
     state = hashlib.blake2b(digest_size=16)
-    for name in sorted(columns):
+    for name in sorted(columns.keys() - {"vector"}):
         state.update(len(columns[name]).to_bytes(8, "little"))
         state.update(np.ascontiguousarray(columns[name], "<i4"))
     return state.digest()

@@ -3,6 +3,7 @@
 Kinds, with their text examples:
 
     text         {"text"}
+    distill      {"text", "vector": float32[n]}, the vector of the text by a teacher
     pair         {"query", "document"}
     triplet      {"query", "document", "negatives": [text, …]}
     contextual   {"chunks": [text, …], "queries": [(text, index of its chunk), …], "headers": [[index, …], …]}
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from embed.preparation import numbers
-from embed.preparation.columns import index_of, number_of, pick, query_text, text_of, texts_of
+from embed.preparation.columns import index_of, number_of, pick, query_text, text_of, texts_of, vector_of
 from embed.preparation.counts import (
     EARLY,
     EMPTY,
@@ -44,10 +45,11 @@ from embed.preparation.counts import (
 )
 from embed.preparation.sources import Row, Shard, Source, SourceError
 
-KINDS = ("text", "pair", "triplet", "contextual", "retrieval")
+KINDS = ("text", "distill", "pair", "triplet", "contextual", "retrieval")
 # The columns that a kind takes from its rows; those in brackets are optional.
 COLUMNS = {
     "text": (("text",), ()),
+    "distill": (("text", "vector"), ()),
     "pair": (("query", "document"), ()),
     "triplet": (("query", "document", "negatives"), ()),
     "contextual": ((), ("chunks", "text", "queries", "answers", "headers")),
@@ -152,7 +154,7 @@ class Task:
                 f"task.columns: {unknown[0]!r} is no column of a {self.kind} task: {', '.join(sorted(allowed))}{hint}"
             )
         removed = self.remove if isinstance(self.remove, Mapping) else {"": self.remove}
-        fixed = {"answers", "headers", *(("text",) if self.kind == "contextual" else ())}
+        fixed = {"answers", "headers", "vector", *(("text",) if self.kind == "contextual" else ())}
         if unknown := [name for name in removed if name and name not in allowed - fixed]:
             raise ValueError(
                 f"task.remove: {unknown[0]!r} must be one of {', '.join(sorted(allowed - fixed))}"
@@ -183,6 +185,8 @@ class Task:
             raise ValueError(
                 f"task.group_sizes={self.group_sizes!r} must be at least 1 each, in a contextual task without group_by"
             )
+        if self.group_by and self.kind == "distill":
+            raise ValueError("task.group_by: a distill task has one text and its vector in each row")
         if self.group_sizes and self.weight_field:
             raise ValueError(
                 "task.weight_field repeats documents, whose rows differ with task.group_sizes: leave it out"
@@ -301,6 +305,8 @@ class Task:
         if self.kind == "text":
             for text in self._texts(row, "text"):
                 yield {"text": text}
+        elif self.kind == "distill":
+            yield {"text": text_of(row, self._field("text")), "vector": vector_of(row, self._field("vector"))}
         elif self.kind == "contextual":
             yield self._contextual(row, cut)
         else:
@@ -389,7 +395,7 @@ class Task:
         result = dict(example)
         for name in example:
             pattern = self.remove if isinstance(self.remove, str) else self.remove.get(self._column(name), "")
-            if pattern and name != "headers" and not (name == "text" and self.kind == "contextual"):
+            if pattern and name not in ("headers", "vector") and not (name == "text" and self.kind == "contextual"):
                 result[name] = _without(pattern, example[name])
         return result
 

@@ -77,6 +77,7 @@ def forward_flops(
     attention    4 · squares · heads · head_dim · layers        scores and mixed values, not causal
     logits       2 · tokens / 2 · vocabulary · width            diffusion: half of the tokens are masked, on average
     similarity   2 · queries · vectors per query · Σ prefixes   contrastive: unused entries of the tables included
+                 2 · texts² · Σ (prefix + dimensions of the teacher)                                       distill
 
     `tokens` is the number of tokens that are not padding, `squares` the sum of the squared segment lengths. Their
     defaults are those of full rows.
@@ -98,6 +99,9 @@ def forward_flops(
     }
     if stage.kind == "diffusion":
         return flops | {"logits": 2.0 * tokens / 2 * model.vocab_size * D}
+    if stage.kind == "distill":
+        n, dimensions = shapes["teacher"]
+        return flops | {"similarity": 2.0 * n**2 * (sum(stage.matryoshka) + len(stage.matryoshka) * dimensions)}
     queries = shapes["query_slots"][0]
     compared = {  # vectors per query
         "pair": 2 * queries,

@@ -27,10 +27,10 @@ from embed.models import sharding, transformer
 from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
 from embed.models.quantization import straight_through_int8
-from embed.objectives import contrastive, masked_diffusion
+from embed.objectives import contrastive, distillation, masked_diffusion
 from embed.rows import RowShape
 
-KINDS = ("diffusion", "pair", "contextual", "triplet")
+KINDS = ("diffusion", "pair", "contextual", "triplet", "distill")
 
 
 def _microbatches(count: int, rows: int) -> tuple[Callable, Callable]:
@@ -163,7 +163,9 @@ def diffusion_loss(
     return loss, {"accuracy": correct / count, "masked_nll": nll / count, "masked": total, "overflow": total - counted}
 
 
-def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False):
+def embed_rows(
+    params, batch, *, model, shape: RowShape, microbatches: int, documents: bool = False, quantize=straight_through_int8
+):
     """[spans], or with `documents` [spans, segments]: quantized embeddings [R * S, D] and [R * G, D] of a batch."""
 
     def pool(tokens, segment_ids, positions, span_ids):
@@ -175,7 +177,7 @@ def embed_rows(params, batch, *, model, shape: RowShape, microbatches: int, docu
 
     rows = (batch[name] for name in ("tokens", "segment_ids", "positions", "span_ids"))
     tables = in_microbatches(pool, microbatches, *rows)
-    return [straight_through_int8(table.reshape(-1, table.shape[-1])) for table in tables]
+    return [quantize(table.reshape(-1, table.shape[-1])) for table in tables]
 
 
 def over_prefixes(prefixes, dimensions: int, loss: Callable):
@@ -264,6 +266,41 @@ def contextual_loss(
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": top1, "beta": beta_now}
 
 
+def distill_loss(
+    params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, cosine, mse, kl
+):
+    """The loss of the distill stage: N texts, each with the vector of a teacher; the weighted sum of three losses.
+
+    `cosine` and `kl` weight directions and similarities of int8 vectors, which a model is used with. `mse` weights the
+    error of the pooled vectors before quantization, so that it teaches the teacher's scale too, by which int8 rounds.
+    Prefixes of the student are compared with the same prefixes of the teacher; their similarities with those of the
+    whole teacher. `top1` is the share of texts whose most similar other text of the batch is the teacher's.
+    """
+    (pooled,) = embed_rows(
+        params, batch, model=model, shape=shape, microbatches=microbatches, quantize=lambda table: table
+    )
+    pooled, teacher, ids, valid = pooled[batch["slots"]], batch["teacher"], batch["ids"], batch["valid"]
+    student = straight_through_int8(pooled)
+
+    def loss(p):
+        terms = []
+        if cosine:
+            terms.append(cosine * distillation.cosine_loss(student[:, :p], teacher[:, :p], valid=valid))
+        if mse:
+            terms.append(mse * distillation.squared_error(pooled[:, :p], teacher[:, :p], valid=valid))
+        if kl:
+            options = dict(temperature=temperature, ids=ids, valid=valid)
+            terms.append(kl * distillation.similarity_kl(student[:, :p], teacher, **options))
+        return sum(terms)
+
+    def nearest(vectors):
+        unit = contrastive.normalize(jax.lax.stop_gradient(vectors))
+        return jnp.where((ids[:, None] != ids) & valid, contrastive.cosine(unit, unit), -2).argmax(1)
+
+    top1 = ((nearest(student) == nearest(teacher)) & valid).sum() / jnp.maximum(valid.sum(), 1)
+    return over_prefixes(prefixes, model.hidden_size, loss), {"top1": top1}
+
+
 def _top1(q, d, valid):
     """The share of valid queries q [N, D] whose own positive d [N, D] is the most similar in the batch; no gradient."""
     q, d = jax.lax.stop_gradient((contrastive.normalize(q), contrastive.normalize(d)))
@@ -303,6 +340,8 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
         return functools.partial(pair_loss, **common, margin=stage.margin)
     if stage.kind == "triplet":
         return functools.partial(triplet_loss, **common)
+    if stage.kind == "distill":
+        return functools.partial(distill_loss, **common, cosine=stage.cosine, mse=stage.mse, kl=stage.kl)
     if stage.kind == "contextual":
         return functools.partial(
             contextual_loss, **common, margin=stage.margin, alpha=stage.alpha, beta=tuple(stage.beta)
@@ -326,6 +365,9 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
         arrays |= {name: ((c,), np.int32) for name in ("chunk_slots", "chunk_ids", "chunk_document")}
         arrays |= {name: ((q,), np.int32) for name in ("query_slots", "query_ids", "positive", "document_slots")}
         return arrays | {"chunk_valid": ((c,), np.bool_), "valid": ((q,), np.bool_)}
+    if stage.kind == "distill":
+        arrays |= {"slots": ((n,), np.int32), "ids": ((n,), np.int32), "valid": ((n,), np.bool_)}
+        return arrays | {"teacher": ((n, stage.teacher_dimensions), np.float32)}
     names = ("query_slots", "document_slots", "query_ids", "document_ids")
     arrays |= {name: ((n,), np.int32) for name in names} | {"valid": ((n,), np.bool_)}
     if stage.kind == "triplet":
@@ -386,4 +428,5 @@ def _contrastive_arguments(stage) -> dict:
         max_chunks=batch.get("max_chunks", 0),
         max_queries_per_document=batch.get("max_queries_per_document", 0),
         homogeneous=batch.get("homogeneous", False),
+        teacher_dimensions=stage.get("teacher_dimensions", 0),
     )
