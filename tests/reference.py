@@ -159,6 +159,39 @@ def contextual_loss(
     return (beta * global_ + (1 - beta) * local) / len(examples)
 
 
+# --- distillation -----------------------------------------------------------------------------------------------
+
+
+def cosine_loss(student, teacher, *, valid=None):
+    rows = [i for i in range(len(student)) if valid is None or valid[i]]
+    return sum(1 - cosines(student[i : i + 1], teacher[i : i + 1])[0, 0] for i in rows) / max(len(rows), 1)
+
+
+def squared_error(student, teacher, *, valid=None):
+    rows = [i for i in range(len(student)) if valid is None or valid[i]]
+    total = sum((student[i, d] - teacher[i, d]) ** 2 for i in rows for d in range(student.shape[1]))
+    return total / max(len(rows) * student.shape[1], 1)
+
+
+def similarity_kl(student, teacher, *, temperature, ids=None, valid=None):
+    by_student, by_teacher = cosines(student, student), cosines(teacher, teacher)
+    total, count = 0.0, 0
+    for i in range(len(student)):
+        others = [
+            j
+            for j in range(len(student))
+            if j != i and not share(ids, i, j) and (valid is None or (valid[i] and valid[j]))
+        ]
+        if not others:
+            continue
+        q = np.exp(np.array([by_student[i, j] for j in others]) / temperature)
+        p = np.exp(np.array([by_teacher[i, j] for j in others]) / temperature)
+        p, q = p / p.sum(), q / q.sum()
+        total += sum(a * np.log(a / b) for a, b in zip(p, q))
+        count += 1
+    return total / max(count, 1)
+
+
 # --- masked diffusion -------------------------------------------------------------------------------------------
 
 
