@@ -1,6 +1,7 @@
 """Wrong values of config fields are refused by name, before any data are read."""
 
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -190,6 +191,33 @@ def test_a_group_needs_the_rows_that_hold_one_token_of_each_text(kind, batch, ro
             fields.check(loaded)
         with pytest.raises(ValueError, match="do not fit"):
             pack_group(segments, shape, count)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(teacher_dimensions=0), "config.stages.student.teacher_dimensions=0 must be at least 1"),
+        (dict(kl=-1.0), "config.stages.student.kl=-1.0 must be at least 0"),
+        (dict(cosine=0.0, kl=0.0), "config.stages.student.kl=0.0 must be above 0 where cosine and mse are 0"),
+        (dict(teacher_dimensions=128), "prefixes of at most teacher_dimensions=128: cosine=1.0 and mse=0.0 compare"),
+        (dict(teacher_dimensions=128, cosine=0.0, mse=1.0), "prefixes of at most teacher_dimensions=128"),
+        (dict(teacher_dimensions=128, cosine=0.0), None),  # similarities are compared between any dimensions
+        (dict(batch=dict(rows_per_group=3)), "rows_per_group=3 must be at least 4: a group has 128 texts, and a row"),
+        (dict(batch=dict(rows_per_group=4)), None),
+    ],
+)
+def test_a_distill_stage_has_a_loss_that_its_teacher_allows(changes, sentence):
+    from configs import base
+
+    loaded = config.load(QUICKSTART)
+    loaded.unlock()
+    how = dict(teacher_dimensions=512, matryoshka=(64, 256), curriculum=((1, "texts"),), batch={}) | changes
+    loaded.stages.student = base.stage("distill", **how)
+    if sentence is None:
+        fields.check(loaded)
+        return
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        fields.check(loaded)
 
 
 def test_every_kind_of_stage_has_a_required_field():

@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 
 from embed import cli, config, distributed, exports, graph, inference, nodes, runs, tokenizers
 from embed.checkpoints import training_state
+from embed.cli import encode
 from embed.data.curriculum import Curriculum
 from embed.data.loader import COLUMNS
 from embed.data.store import Store, Writer
@@ -69,10 +70,15 @@ def said(capsys):
 )
 def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, shared, tmp_path):
     run = make_run(tmp_path / "run", shared, path=f"configs/{path}:runlocal")
-    if run.config.data.gin_file != config.load(CONFIG).data.gin_file:  # it reads pairs
+    if run.config.data.gin_file != config.load(CONFIG).data.gin_file:  # it reads pairs or texts with vectors
         paragraphs = [p for page in (ROOT / "docs").glob("*.md") for p in page.read_text().split("\n\n")]
         rows = [{"query": " ".join(p.split()[:4]), "document": p} for p in paragraphs if len(p) > 40]
-        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if "distill" in run.config.stages:
+            texts = [row["document"] for row in rows[20:]]
+            vectors = np.random.default_rng(0).normal(size=(len(texts), 1024)).astype(np.float32)
+            (tmp_path / "vectors.parquet").write_bytes(encode.parquet(list(map(str, range(len(texts)))), texts, vectors))
+            rows = rows[:20]  # test.jsonl
+        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         run = make_run(tmp_path / "run", f"--config.data.root={tmp_path}", path=f"configs/{path}:runlocal")
         nodes.prepare(run)
     for name in graph.order(run.config):

@@ -67,6 +67,9 @@ def contrastive_stores(stage, count=50):
                 query_lengths=query_lengths,
                 positives=positives,
             )
+        if stage == "distill":
+            vectors = [loading.float_values(vector) for vector in rng.normal(size=(count, 3))]
+            return MemoryStore(tokens=texts(rng, count, 1, 20), vector=vectors)
         columns = dict(query=texts(rng, count, 1, 8), document=texts(rng, count, 4, 20))
         if stage == "triplet":
             columns["negatives"], columns["negative_lengths"] = pieces(0, 5, 10)
@@ -82,6 +85,7 @@ STAGES = {
     "pair": dict(rows_per_group=4),
     "triplet": dict(rows_per_group=8, num_negatives=3),
     "contextual": dict(rows_per_group=6, max_queries_per_document=2, max_chunks=4, separator_id=3),
+    "distill": dict(rows_per_group=3, teacher_dimensions=3),
 }
 
 
@@ -159,9 +163,9 @@ def test_a_batch_costs_the_same_at_step_50000_as_at_step_100(stage, monkeypatch)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_array_is_int32_or_bool(stage):
+def test_every_array_is_int32_or_bool_but_the_vectors_of_a_teacher(stage):
     for name, array in make(stage).batch(0).items():
-        assert name == "stats" or array.dtype in (np.int32, np.bool_), name
+        assert name == "stats" or array.dtype in ((np.float32,) if name == "teacher" else (np.int32, np.bool_)), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -525,6 +529,8 @@ def long_tailed(stage, scale, seed):
             query_lengths=[[9] * len(q) for q in queries],
             positives=[[0] * len(q) for q in queries],
         )
+    if stage == "distill":
+        return MemoryStore(tokens=column(60 * scale), vector=[loading.float_values(np.ones(3))] * 2000)
     columns = dict(query=column(10), document=column(60 * scale))
     if stage == "triplet":
         negatives = [column(60 * scale, rng.integers(0, 6)) for _ in range(2000)]
@@ -536,12 +542,13 @@ def long_tailed(stage, scale, seed):
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("stage", ["pair", "triplet", "contextual"])
+@pytest.mark.parametrize("stage", ["pair", "triplet", "contextual", "distill"])
 def test_the_rows_that_are_chosen_from_the_lengths_are_filled_to_95_percent(stage, multiple):
     stores = {"short": long_tailed(stage, 1, 0), "long": long_tailed(stage, 3, 1), "unused": long_tailed(stage, 9, 2)}
     phases = [(1, {"short": 0.8, "long": 0.2, "unused": 0}), (1, {"short": 0.7, "long": 0.3})]
     group = dict(group_size=16 if stage == "contextual" else 64, shape=RowShape(512, 64, 64), stage=stage)
-    group |= {name: STAGES[stage].get(name, 0) for name in ("num_negatives", "max_queries_per_document")}
+    names = ("num_negatives", "max_queries_per_document", "teacher_dimensions")
+    group |= {name: STAGES[stage].get(name, 0) for name in names}
     group |= dict(separator_id=3, max_chunks=8)
     count = choose_rows(stores, phases, multiple=multiple, **group)
     assert count % multiple == 0
@@ -611,6 +618,38 @@ def test_a_text_without_tokens_makes_its_example_invalid_and_counted():
 def test_invalid_arguments_are_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
         make("contextual", **changes)
+
+
+SPECIAL = np.array([-0.0, 1e-45, -3.4e38, np.pi], np.float32)
+
+
+def test_a_text_has_the_vector_of_its_teacher_bit_by_bit():
+    values = loading.float_values(SPECIAL)
+    assert values.dtype == np.int32 and values.min() >= 0 and values.max() < 2**16
+    assert loading.floats(values).tobytes() == SPECIAL.tobytes()
+    stores = contrastive_stores("distill")
+    batch = make("distill", stores=stores).batch(5)
+    starts = {  # the row and the position of the embedding in each slot
+        slot: np.argwhere(batch["span_ids"][slot // SHAPE.spans] == slot % SHAPE.spans + 1)[:, 0]
+        for slot in batch["slots"].tolist()
+    }
+    known = {
+        tuple(tokens): loading.floats(vector).tobytes()
+        for store in stores.values()
+        for tokens, vector in zip(*store.columns.values())
+    }
+    for slot, vector in zip(batch["slots"].tolist(), batch["teacher"]):
+        assert known[tuple(batch["tokens"][slot // SHAPE.spans, starts[slot]])] == vector.tobytes()
+    assert batch["valid"].all() and batch["teacher"].shape == (20, 3)
+
+
+def test_vectors_of_other_dimensions_than_the_stage_expects_are_an_error():
+    stores = contrastive_stores("distill")
+    with pytest.raises(ValueError, match="task 'a' has vectors of at most 3 numbers; each .* teacher_dimensions=4"):
+        make("distill", stores=stores, teacher_dimensions=4)
+    stores["b"].columns["vector"][7] = stores["b"].columns["vector"][7][:4]
+    with pytest.raises(ValueError, match="'b' has vectors of 2.98 on average, at most 3 numbers"):
+        make("distill", stores=stores)
 
 
 def test_a_document_with_more_than_max_chunks_is_an_error():

@@ -79,6 +79,23 @@ def test_encode_writes_a_row_per_text_or_chunk(model, corpus, tmp_path):
     assert np.load(output).shape == (2, 32)
 
 
+def test_encode_writes_parquet_rows_of_ids_texts_and_vectors(model, corpus, tmp_path, capsys):
+    output = tmp_path / "v.parquet"
+    encode = ["encode", "--model", model, "--corpus", corpus, "--output"]
+    assert cli.main([*encode, str(output)]) == 0 and cli.main([*encode, str(tmp_path / "v.npy")]) == 0
+    rows = parquet.read_table(output).to_pylist()
+    assert [row["_id"] for row in rows] == ["0", "1", "2", "d#0", "d#1"]
+    assert [row["text"] for row in rows] == [*TEXTS, *TEXTS[:2]]
+    np.testing.assert_array_equal(
+        np.array([row["vector"] for row in rows], np.float32), np.load(tmp_path / "v.npy"), strict=True
+    )
+    assert cli.main([*encode, str(output), "--overwrite"]) == 0
+    for content in (b"PAR1", b"other"):
+        output.write_bytes(content)
+        assert cli.main([*encode, str(output), "--overwrite"]) == 2
+        assert "was not written by this command" in capsys.readouterr().err and output.read_bytes() == content
+
+
 def test_mine_writes_negatives_that_are_not_relevant_to_the_query(model, tmp_path, capsys):
     files = {
         "corpus": [{"_id": f"c{i}", "text": text} for i, text in enumerate([*TEXTS, TEXTS[0]])],

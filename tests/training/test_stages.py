@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from ml_collections import ConfigDict
 
 from embed.data import store as stores
@@ -13,12 +14,16 @@ from embed.training import stages
 
 MODEL = transformer.make_config("micro", 64)
 R, L, N, S = 16, 24, 32, 4
+T = 40  # dimensions of the teacher
 STAGE = dict(
     matryoshka=(16, 32),
     temperature=0.05,
     margin=0.1,
     alpha=0.2,
     beta=(0.2, 0.5),
+    cosine=1.0,
+    mse=0.5,
+    kl=2.0,
     batch=dict(length=L, spans=S, segments=S),
 )
 
@@ -46,8 +51,11 @@ def batch() -> dict:
         chunk_document=np.arange(N) // 4,
         chunk_valid=np.arange(N) != 6,
         positive=np.arange(N) // 2 * 2,
+        slots=np.arange(N) // 2 * S + np.arange(N) % 2,
+        ids=np.arange(N) // 2,
     )
-    return {k: v.astype(bool if "valid" in k else np.int32) for k, v in arrays.items()}
+    arrays = {k: v.astype(bool if "valid" in k else np.int32) for k, v in arrays.items()}
+    return arrays | {"teacher": rng.normal(size=(N, T)).astype(np.float32)}
 
 
 @functools.cache
@@ -62,7 +70,7 @@ def loss_of(kind, microbatches, model=MODEL):
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 16])
-@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet"])
+@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet", "distill"])
 def test_gradient_caching_gives_the_gradient_of_the_whole_batch(kind, microbatches):
     whole = jax.jit(jax.value_and_grad(loss_of(kind, 1)))(params(), batch())
     cached = jax.jit(jax.value_and_grad(loss_of(kind, microbatches)))(params(), batch())
@@ -104,6 +112,29 @@ def test_only_the_activations_of_one_microbatch_are_held():
 
     assert memory(8, 8) < memory(1, 8) / 4
     assert memory(32, 32) < 2 * memory(8, 8)
+
+
+def test_distillation_is_the_weighted_sum_of_its_losses_on_each_prefix():
+    stage = ConfigDict(STAGE | {"kind": "distill", "execution": {"microbatches": 1}})
+    loss = stages.make_loss(stage, MODEL, mask_id=2)(params(), batch(), jax.random.key(0), 0.5)[0]
+    how = dict(model=MODEL, shape=stages.row_shape(stage.batch), microbatches=1)
+    (pooled,) = stages.embed_rows(params(), batch(), **how, quantize=np.asarray)
+    student = np.asarray(pooled, np.float64)[batch()["slots"]]
+    int8, teacher = np.round(127 * np.tanh(student)), batch()["teacher"].astype(np.float64)
+    total, known = 0.0, {"valid": batch()["valid"]}
+    for p in STAGE["matryoshka"]:
+        total += reference.cosine_loss(int8[:, :p], teacher[:, :p], **known)
+        total += 0.5 * reference.squared_error(student[:, :p], teacher[:, :p], **known)
+        total += 2 * reference.similarity_kl(int8[:, :p], teacher, temperature=0.05, ids=batch()["ids"], **known)
+    np.testing.assert_allclose(loss, total / 2, rtol=1e-4)
+
+
+def test_a_student_may_be_wider_than_its_teacher_if_only_similarities_are_compared():
+    narrow = batch() | {"teacher": batch()["teacher"][:, :8]}
+    stage = ConfigDict(STAGE | {"kind": "distill", "execution": {"microbatches": 1}, "cosine": 0.0, "mse": 0.0})
+    loss = stages.make_loss(stage, MODEL, mask_id=2)
+    value, gradients = jax.jit(jax.value_and_grad(lambda p: loss(p, narrow, jax.random.key(0), 0.5)[0]))(params())
+    assert value > 0 and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 def test_rows_that_do_not_divide_into_microbatches_are_an_error():
