@@ -125,8 +125,9 @@ def report(work: Path, data: Path, teacher: Path) -> None:
             encoder.encode(texts, precision="int8")
             seconds[folder] += [time.perf_counter() - start] if turn else []
     figures = results["256x1"]["BM25"]["pairs"]
-    print(f"{len(lines(data / 'train.jsonl')):,} pairs and {len(lines(data / 'texts.jsonl')):,} texts to train on, ", end="")
-    print(f"{len(texts):,} texts of the evaluation; BM25: nDCG@10 {next(iter(figures.values()))['ndcg@10']:.3f}\n")
+    pairs, to_train = (len(lines(data / f"{name}.jsonl")) for name in ("train", "texts"))
+    print(f"{pairs:,} pairs and {to_train:,} texts to train on, {len(texts):,} texts in the evaluation set.")
+    print(f"BM25: nDCG@10 {figures['float32']['ndcg@10']:.3f}\n")
     print("| model | trained | layers | dimensions | vocabulary | parameters | of these outside the table | ", end="")
     print("nDCG@10 float32 | int8 | binary | texts/s |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name, how, folder, figures in rows:

@@ -76,7 +76,8 @@ def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, sh
         if "distill" in run.config.stages:
             texts = [row["document"] for row in rows[20:]]
             vectors = np.random.default_rng(0).normal(size=(len(texts), 1024)).astype(np.float32)
-            (tmp_path / "vectors.parquet").write_bytes(encode.parquet(list(map(str, range(len(texts)))), texts, vectors))
+            content = encode.parquet([str(i) for i in range(len(texts))], texts, vectors)
+            (tmp_path / "vectors.parquet").write_bytes(content)
             rows = rows[:20]  # test.jsonl
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         run = make_run(tmp_path / "run", f"--config.data.root={tmp_path}", path=f"configs/{path}:runlocal")

@@ -266,9 +266,7 @@ def contextual_loss(
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": top1, "beta": beta_now}
 
 
-def distill_loss(
-    params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, cosine, mse, kl
-):
+def distill_loss(params, batch, key, progress, *, model, shape, microbatches, prefixes, temperature, cosine, mse, kl):
     """The loss of the distill stage: N texts, each with the vector of a teacher; the weighted sum of three losses.
 
     `cosine` and `kl` weight directions and similarities of int8 vectors, which a model is used with. `mse` weights the

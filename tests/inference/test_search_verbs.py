@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import small
 
@@ -83,7 +84,7 @@ def test_encode_writes_parquet_rows_of_ids_texts_and_vectors(model, corpus, tmp_
     output = tmp_path / "v.parquet"
     encode = ["encode", "--model", model, "--corpus", corpus, "--output"]
     assert cli.main([*encode, str(output)]) == 0 and cli.main([*encode, str(tmp_path / "v.npy")]) == 0
-    rows = parquet.read_table(output).to_pylist()
+    rows = pq.read_table(output).to_pylist()
     assert [row["_id"] for row in rows] == ["0", "1", "2", "d#0", "d#1"]
     assert [row["text"] for row in rows] == [*TEXTS, *TEXTS[:2]]
     np.testing.assert_array_equal(
