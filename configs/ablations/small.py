@@ -16,7 +16,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # A third of the quickstart's steps, so that a table takes tens of minutes on two cores.
     for stage in config.stages.values():
         stage.curriculum = tuple((-(-steps // 3), mixture) for steps, mixture in stage.curriculum)
-    config.data.gin_bindings = ("evaluation.max_queries = 1500",) if not arg else config.data.gin_bindings
+    if not arg:
+        config.data.gin_bindings = ("evaluation.max_queries = 1500",)
     return config
 
 

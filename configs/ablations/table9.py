@@ -6,7 +6,7 @@
 A causal decoder is converted in four ways, {kept causal, bidirectional without further training, bidirectional +
 masked-token prediction at a fixed ratio (MNTP), bidirectional + diffusion}, each with pooling of the last token and of
 the mean. Then all are trained on the same pairs. The paper has the first and the last of the four. At the small size
-the decoder is trained first, as long as MNTP and diffusion are; at size=0.6b and 4b it is Qwen3.
+the decoder is trained first, as long as MNTP and diffusion are (`steps=N`); at size=0.6b and 4b it is Qwen3.
 """
 
 from ml_collections import ConfigDict
@@ -24,19 +24,21 @@ BACKBONES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False, size="small")
+    arg = parse_arg(arg, runlocal=False, size="small", steps=400)
     if arg.size == "small":
         config, decoder = small.get_config("runlocal" if arg.runlocal else ""), "decoder"
         small.only(config, "functions", "contextual_alone")
         # Two layers: attention has little to mix in the quickstart's one.
         config.model.update(num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=256)
         text = dict(learning_rate=1e-3, embedding_rate=1.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
-        steps = 2 if arg.runlocal else 400
-        batch = config.stages.diffusion.batch.to_dict() | dict(rows=4 if arg.runlocal else 32)
-        common = dict(curriculum=((steps, "diffusion"),), optimizer=text, execution=dict(logits_chunk=256))
-        own = batch | dict(length=128)
-        config.stages.decoder = base.stage("causal", batch=own, **common)
-        config.stages.diffusion = base.stage("diffusion", init="decoder", batch=own, **common)
+        common = dict(
+            curriculum=((2 if arg.runlocal else arg.steps, "diffusion"),),
+            optimizer=text,
+            batch=dict(rows=4 if arg.runlocal else 16, length=128),
+            execution=dict(logits_chunk=256),
+        )
+        config.stages.decoder = base.stage("causal", **common)
+        config.stages.diffusion = base.stage("diffusion", init="decoder", **common)
         # The decoder's embeddings have been trained: pairs need less than from random weights.
         config.stages.pair.optimizer.update(learning_rate=3e-4, embedding_rate=10.0)
     else:
