@@ -64,7 +64,7 @@ SIZES = {
     "0.6b": dict(hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128, intermediate_size=3072),
     "4b": dict(hidden_size=2560, num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=9728),
     # Our own, for CPUs: wide vectors, because lexical matching needs dimensions, and a thin network, which saves time.
-    # Values have half the dimensions of a vector (docs/experiments.md, "Ablations of the pair stage").
+    # Values have half the dimensions of a vector (docs/experiments.md, "The quickstart's pair stage").
     "tiny": dict(hidden_size=256, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=64, intermediate_size=128),
     "small": dict(hidden_size=512, num_layers=1, num_heads=4, num_kv_heads=4, head_dim=64, intermediate_size=256),
     "micro": dict(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, intermediate_size=48),
