@@ -17,15 +17,19 @@ pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
 
 def compile_stage(kind, topology, slices=1, **changes):
     """(plan, model, stage) of the 0.6B config with two layers: they are scanned, so more compile to the same loop."""
-    config = configs.load(f"configs/pplx_embed.py:size=0.6b,stage={kind}")
+    config = configs.load("configs/pplx_embed.py:size=0.6b").unlock()
+    config.stages.causal = configs.base().stage("causal", batch=config.stages.diffusion.batch.to_dict())
+    config.stages.causal_pair = config.stages.pair.copy_and_resolve_references()
+    config.stages.causal_pair.update(attention="causal", pooling="last")
+    stage = config.stages[kind]
     model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
-    model = dataclasses.replace(stages.stage_model(kind, model), num_layers=2)
+    model = dataclasses.replace(stages.stage_model(stage, model), num_layers=2)
     axes = config.execution.mesh.to_dict() | changes
-    return plan.make_plan(config.stages[kind], model, topology, axes, slices=slices), model, config.stages[kind]
+    return plan.make_plan(stage, model, topology, axes, slices=slices), model, stage
 
 
 @pytest.mark.parametrize("topology", ["v6e:8x8", "v5p:4x4x4"])
-@pytest.mark.parametrize("kind", ["diffusion", "pair", "contextual", "triplet"])
+@pytest.mark.parametrize("kind", ["causal", "diffusion", "pair", "causal_pair", "contextual", "triplet"])
 def test_a_stage_compiles_and_fits(kind, topology):
     result, model, stage = compile_stage(kind, topology)
     assert result.fits and result.chips == 64
