@@ -50,11 +50,12 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.report = ConfigDict()  # what the report of `embed pipeline` shows besides the figures
     config.report.denoise = ""  # a diffusion stage: its bound is measured and it denoises a text; "" = none
-    config.report.texts = ""  # SET/SPLIT of the data's evaluation sets, the texts for both
+    config.report.texts = ""  # SET/SPLIT of the data's evaluation sets, or a folder: the texts for both
     config.report.mask_fraction = 0.5  # of the denoised text
     config.report.tokens_per_step = 4  # tokens that denoising unmasks at once
     config.report.search = ""  # an export that answers an example query; "" = none
     config.report.fuse = ()  # checkpoints whose rankings are fused with BM25's
+    config.report.baseline = ""  # the checkpoint that others are compared with, query by query; "" = BM25
 
     config.ablation = ConfigDict()  # what `embed ablate` compares
     # ((name, {"stages.pair.pooling": "last", …}), …): the fields in which each variant differs from this config. Others
@@ -190,8 +191,9 @@ def merge(**changes) -> ConfigDict:
     new.of = ("", "")
     new.method = "slerp"  # or linear
     new.ratio = 0.5  # position between the first (0) and the second (1); the paper does not say
-    new.sweep = ()  # ratios to try on development sets
-    new.sweep_on = ()  # these sets, SET/SPLIT
+    new.sweep = ()  # ratios to try
+    new.sweep_on = ()  # these sets: SET/SPLIT of the data, or folders
+    new.alone = False  # whether the sweep encodes each chunk of a document separately
     return _changed(new, changes)
 
 
@@ -207,7 +209,7 @@ def export(**changes) -> ConfigDict:
 def evaluation(**changes) -> ConfigDict:
     """Retrieval metrics of checkpoints on one set, at every precision."""
     new = ConfigDict()
-    new.data = ""  # SET/SPLIT of the data's evaluation sets
+    new.data = ""  # SET/SPLIT of the data's evaluation sets, or a folder
     new.alone = False  # whether each chunk of a document is encoded separately
     new.rope_theta = 0.0  # of the encoder; 0 = that of its training
     new.truncate_dim = 0  # dimensions of the vectors, a prefix; 0 = all

@@ -17,7 +17,8 @@ from embed import paths
 def parse_arg(arg: str, **defaults):
     """Parse the text after `config.py:`, such as `runlocal,stage=pair`, into a ConfigDict over typed `defaults`.
 
-    A name without a value is True. ValueError for an unknown name, or a value whose type differs from its default's.
+    A name without a value is True. A name whose default is a tuple may occur several times: each adds a text to it.
+    ValueError for an unknown name, or a value whose type differs from its default's.
     """
     values = dict(defaults)
     for item in filter(None, arg.split(",")):
@@ -25,7 +26,9 @@ def parse_arg(arg: str, **defaults):
         if name not in defaults:
             raise ValueError(f"unknown config argument {name!r}{nearest(name, defaults)}")
         kind = type(defaults[name])
-        if kind is bool:
+        if kind is tuple:
+            values[name] = *values[name], text
+        elif kind is bool:
             if text not in ("", "True", "False"):
                 raise ValueError(f"config argument {name}={text!r} must be True or False")
             values[name] = text != "False"

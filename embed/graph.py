@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -71,7 +71,10 @@ def make_nodes(config: ConfigDict) -> Iterator[Node]:
             yield Node("evaluate", name, lambda run: nodes.evaluate(run, name))
 
     yield Node("prepare", "", nodes.prepare)
-    yield from evaluation(runs.RANDOM)
+    trained = {*config.stages, *config.merges}
+    named = dict.fromkeys(name for e in config.evaluations.values() for name in e.checkpoints if name not in trained)
+    for name in named:  # random init, and models that exist already
+        yield from evaluation(name)
     mined: set[str] = set()
     for stage in order(config):
         for task in nodes.mined_tasks(config, stage):
@@ -85,10 +88,6 @@ def make_nodes(config: ConfigDict) -> Iterator[Node]:
     for name, entry in config.merges.items():
         if entry.sweep:
             yield Node("merge", name, functools.partial(nodes.merge_sweep, name=name))
-        yield from evaluation(name)
-    known = {runs.RANDOM, *config.stages, *config.merges}
-    others = {name: None for e in config.evaluations.values() for name in e.checkpoints if name not in known}
-    for name in others:
         yield from evaluation(name)
     if any(e.bm25 for e in config.evaluations.values()):
         yield Node("baselines", "", nodes.evaluate_baselines)
@@ -117,6 +116,7 @@ def inputs(run: Run, node: Node) -> dict:
             "checkpoint": identity(node.of),
             "report": [report_.texts, report_.mask_fraction, report_.tokens_per_step],
         }
+        result |= _outside(run, [report_.texts])
     elif node.kind == "evaluate":
         evaluations = {
             name: [e.data, e.alone, e.rope_theta, e.truncate_dim, e.needle_tokens]
@@ -124,19 +124,29 @@ def inputs(run: Run, node: Node) -> dict:
             if node.of in e.checkpoints
         }
         result |= {"evaluations": evaluations, "checkpoint": identity(node.of)}
+        result |= _outside(run, [data for data, *_ in evaluations.values()])
     elif node.kind == "merge":
         entry = config.merges[node.of]
         result |= {"merge": entry.to_dict(), "of": [identity(name) for name in entry.of]}
+        result |= _outside(run, entry.sweep_on)
     elif node.kind == "baselines":
         evaluations = {name: [e.data, e.alone, e.bm25] for name, e in config.evaluations.items()}
         result |= {"evaluations": evaluations, "fuse": {name: identity(name) for name in report_.fuse}}
+        result |= _outside(run, [data for data, *_ in evaluations.values()])
     elif node.kind == "export":
         result |= {"exports": {name: [e.to_dict(), identity(e.checkpoint)] for name, e in config.exports.items()}}
         result |= {"card": config.card.to_dict(), "separator": config.data.separator, "evaluated": _evaluated(run)}
     elif node.kind == "search":
         entry = config.exports[report_.search]
         result |= {"export": [entry.to_dict(), identity(entry.checkpoint)], "texts": report_.texts}
+        result |= _outside(run, [report_.texts])
     return json.loads(json.dumps(result))
+
+
+def _outside(run: Run, names: Iterable[str]) -> dict:
+    """What identifies the evaluation sets that are not in the prepared data."""
+    found = nodes.outside(run, names)
+    return {"sets": found} if found else {}
 
 
 def _evaluated(run: Run) -> dict:
@@ -180,6 +190,8 @@ def check(config: ConfigDict, *, whole: bool = True) -> None:
                 f"config.report.fuse={name!r} must be in the checkpoints of every evaluation with bm25; "
                 f"evaluations have {', '.join(sorted(ranked)) or 'none'}"
             )
+    if (name := config.report.baseline) and not any(name in e.checkpoints for e in config.evaluations.values()):
+        raise ValueError(f"config.report.baseline={name!r} must be in the checkpoints of an evaluation")
     diffusion = [name for name, stage in config.stages.items() if stage.kind == "diffusion"]
     for field, what, group in (("denoise", "diffusion stage", diffusion), ("search", "export", config.exports)):
         if (name := config.report[field]) and name not in group:
@@ -335,16 +347,23 @@ def _report(run: Run, is_new: bool) -> None:
     from embed.evaluation import compare, report
 
     console, file = make_console(), run.workdir / "results.json"
-    total = _total(run, machine() if is_new or not file.exists() else paths.read_json(file)["machine"])
+    total, baseline = _total(run, machine() if is_new or not file.exists() else paths.read_json(file)["machine"]), ""
     paths.write_json(file, total)
     if total["checkpoints"]:
         metrics = {node.of: run.folder(node.of) / FILE for node in make_nodes(run.config) if node.kind == "stage"}
         with tempfile.TemporaryDirectory() as folder:
             models = [model for model in compare.read([run.workdir])[0] if model.label in total["checkpoints"]]
-            report.write_report(folder, total, metrics, models)
-            for name, file in paths.files(folder).items():
-                paths.copy_file(file, run.workdir / name)
+            if baseline := run.config.report.baseline:
+                total["differences"] = compare.differences(models, baseline)
+                paths.write_json(file, total)
+            report.write_report(folder, total, metrics, models, baseline)
+            for name, made in paths.files(folder).items():
+                paths.copy_file(made, run.workdir / name)
         print_table(report.render_table(total))
+        for name, merge in total.get("merges", {}).items() if baseline else ():
+            print_table(report.render_sweep(name, merge))
+        if baseline:
+            print_table(report.render_differences(total["differences"]))
     if search := total.get("search"):
         console.print(f"[bold]embed search[/bold]: {search['query']}")
         for hit in search["hits"]:

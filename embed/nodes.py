@@ -27,7 +27,7 @@ from embed.data.loader import COLUMNS
 from embed.data.store import Store, Writer, read_header
 from embed.evaluation import baselines, needles, records, retrieval
 from embed.evaluation.metrics import METRICS
-from embed.evaluation.sets import RetrievalSet, read_set
+from embed.evaluation.sets import RetrievalSet, has_set, read_set, set_name
 from embed.inference import denoise, load
 from embed.inference.index import Index
 from embed.models import sharding, transformer
@@ -424,8 +424,25 @@ def _write_mined(writer: Writer, examples: _Examples, rows: np.ndarray, negative
 
 def evaluation_set(run: Run, name: str) -> RetrievalSet:
     """The evaluation set SET/SPLIT of the prepared data, or that of a folder anywhere else."""
+    return read_set(evaluation_folder(run, name), name=name)
+
+
+def evaluation_folder(run: Run, name: str):
+    """The folder of `evaluation_set`."""
     folder = run.data / "evaluation" / name
-    return read_set(folder if folder.is_dir() else name, name=name)
+    return folder if folder.is_dir() else paths.path(name)
+
+
+def outside(run: Run, names: Iterable[str]) -> dict[str, str]:
+    """{set: digest of its folder} of those evaluation sets that are not in the prepared data."""
+    folders = {name: evaluation_folder(run, name) for name in names}
+    return {n: paths.digest(f) for n, f in folders.items() if f != run.data / "evaluation" / n and f.is_dir()}
+
+
+def short_names(run: Run, names: Sequence[str]) -> dict[str, str]:
+    """{evaluation set: its name without the split or the folders above}; the whole name where two would be equal."""
+    short = {name: set_name(evaluation_folder(run, name)) for name in names}
+    return {name: name if [*short.values()].count(title) > 1 else title for name, title in short.items()}
 
 
 def ranking(run: Run, checkpoint: str, evaluation: str):
@@ -544,18 +561,20 @@ def show_masked(tokenizer, tokens: np.ndarray) -> str:
 
 
 def merge_sweep(run: Run, name: str) -> dict:
-    """nDCG@10 of a merge at each ratio of its sweep, on development sets."""
+    """nDCG@10 of a merge at each ratio of its sweep."""
     config = run.config.merges[name]
     a, b = (run.checkpoint(part) for part in config.of)
-    sets = {data.partition("/")[0]: evaluation_set(run, data) for data in config.sweep_on}
+    titles = short_names(run, config.sweep_on)
+    sets = {title: evaluation_set(run, name) for name, title in titles.items()}
     sweep, form = [], retrieval.Form("float32")
     for ratio in config.sweep:
         encoder = run.encoder(runs.merged(name, a, b, ratio, config.method))
         figures = {
-            title: retrieval.evaluate_retrieval(encoder, data, (form,))[form]["ndcg@10"] for title, data in sets.items()
+            title: retrieval.evaluate_retrieval(encoder, data, (form,), alone=config.alone)[form]["ndcg@10"]
+            for title, data in sets.items()
         }
         sweep.append({"ratio": ratio, **figures})
-    return {"ratio": config.ratio, "sweep": sweep}
+    return {"ratio": config.ratio, "of": list(config.of), "sets": {t: n for n, t in titles.items()}, "sweep": sweep}
 
 
 def worked_search(run: Run) -> dict:
@@ -661,17 +680,18 @@ def check_data(run: Run, names: Iterable[str], data: _Data | None = None) -> Non
             if not chosen and not development_sets(data):
                 raise ValueError(f"config.{field} is empty, and {data.described} has no SET/development: name a set")
             for tried in chosen:
-                if not paths.path(tried).is_dir():
-                    _check_set(data, field, tried)
+                _check_set(data, field, tried)
 
 
 def _check_set(data: _Data, field: str, name: str) -> None:
-    if name not in data.sets:
-        raise ValueError(f"config.{field}={name!r} must be a SET/SPLIT in {data.described}")
+    if name not in data.sets and not has_set(name):
+        raise ValueError(
+            f"config.{field}={name!r} must be a SET/SPLIT in {data.described}, or a folder with an evaluation set"
+        )
 
 
 def check_sets(run: Run, data: _Data | None = None) -> None:
-    """ValueError if evaluations, sweeps or the report name sets that the data do not have."""
+    """ValueError if evaluations, sweeps or the report name sets that neither the data have nor a folder."""
     data = data or _prepared_data(run)
     for name, entry in run.config.evaluations.items():
         _check_set(data, f"evaluations.{name}.data", entry.data)

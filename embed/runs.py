@@ -128,10 +128,12 @@ class Run:
     def model(self) -> transformer.TransformerConfig:
         """The run's model. In contrastive stages it has no output layer (`stages.stage_model`)."""
         needed = max(self.tokenizer.vocab_size, self.tokenizer.mask_id + 1)
-        if 0 < self.config.model.vocab_size < needed:
+        masks = any(stage.kind == "diffusion" for stage in self.config.stages.values())  # other stages see no mask
+        least = needed if masks else self.tokenizer.vocab_size
+        if 0 < self.config.model.vocab_size < least:
             raise ValueError(
                 f"config.model.vocab_size={self.config.model.vocab_size} is too small: "
-                f"tokenizer and mask need {needed} rows"
+                f"tokenizer{' and mask' * masks} need {least} rows"
             )
         return transformer.from_config(self.config.model, self.config.execution, needed)
 
@@ -522,6 +524,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float, method: str = 
         raise ValueError(f"ratio={ratio} must be between 0 and 1")
     a.check_encoder(), b.check_encoder()
     merge.check_method(method)
+    a, b = _like(a, b), _like(b, a)
     compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in [*ARCHITECTURE, "causal"]}
     compared |= {f"tokenizer {n}": (a.tokenizer[n], b.tokenizer[n]) for n in a.tokenizer.keys() & b.tokenizer.keys()}
     compared |= {n: (getattr(a, n), getattr(b, n)) for n in ("separator", "max_length", "tanh", "pooling")}
@@ -548,6 +551,13 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float, method: str = 
         not_exported=tuple(dict.fromkeys(a.not_exported + b.not_exported)),
         matryoshka=tuple(p for p in a.matryoshka if p in b.matryoshka),
     )
+
+
+def _like(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """A stage has no longest text and no tanh of its own: merged with a model folder, it gets those of the folder."""
+    if checkpoint.provenance is not None or other.provenance is None:
+        return checkpoint
+    return dataclasses.replace(checkpoint, max_length=other.max_length, tanh=other.tanh)
 
 
 def over_all_devices(model: transformer.TransformerConfig):

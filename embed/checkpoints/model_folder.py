@@ -84,6 +84,21 @@ def read_architecture(source) -> TransformerConfig:
     return config
 
 
+def read_embedding(source) -> dict:
+    """The settings of an encoder (`settings.EMBEDDING`) from its JSON files. No weights are downloaded or read."""
+    folder, config = paths.path(source), read_architecture(source)
+    if not paths.is_bucket(source):
+        folder = resolve(source, files=["*.json"])
+    if document := settings.read(folder):
+        embedding = document.get("embedding")
+        problems = settings.problems(embedding, config)
+    else:
+        embedding, problems, _ = foreign.read_embedding(paths.read_json(folder / CONFIG), folder, config.hidden_size)
+    if problems:
+        raise ValueError(f"{source} is not a model that can be read: {brief(problems)}")
+    return dict(embedding)
+
+
 def is_encoder(source, revision: str | None = None) -> bool:
     """Whether a model is one that we encode with: an export or a bidirectional Qwen3. FileNotFoundError if none.
 

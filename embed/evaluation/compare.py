@@ -151,13 +151,39 @@ def sections(folder, models: Sequence[Evaluated], curves: Sequence[Curve], basel
 
 def details(drawn: Path, models: Sequence[Evaluated], baseline: str = "") -> Iterator[str]:
     """Differences from a baseline, languages, lengths and sizes; draws the plots in the folder `drawn`."""
-    wanted = (model for model in models if (model.label == baseline if baseline else not model.dimensions))
-    first = next(wanted, models[0])  # without vectors: BM25
-    yield from _differences([first, *(model for model in models if model is not first)])
+    yield from _differences(differences(models, baseline))
     yield from _languages(models)
     yield from _lengths(drawn, models)
     yield from _sizes(drawn, models)
     yield from _corpora(models)
+
+
+def differences(models: Sequence[Evaluated], baseline: str = "") -> dict:
+    """nDCG@10 of every other model minus that of the baseline, per set, with intervals.
+
+    {"baseline": its label, "form", "rows": [{"set", "model", "queries", "difference", "low", "high"}, …]}
+    """
+    wanted = (model for model in models if (model.label == baseline if baseline else not model.dimensions))
+    first = next(wanted, models[0])  # without vectors: BM25
+    form, rows = main_form(models), []
+    for key in first.records:
+        base = first.queries(key, form)
+        for model in models:
+            other = model.queries(key, form)
+            shared = [query for query in base if query in other]
+            if model is first or len(shared) < 2:
+                continue
+            found = np.array([other[query] - base[query] for query in shared])
+            low, high = bootstrap(found)
+            name = " ".join(part for part in key if part not in ("default", "test"))
+            row = {"set": name, "model": model.label, "queries": len(shared), "difference": float(found.mean())}
+            rows.append(row | {"low": low, "high": high})
+    return {"baseline": first.label, "form": form, "rows": rows}
+
+
+def verdict(row: Mapping) -> str:
+    """Whether the interval of a difference is on one side of 0, and on which."""
+    return "" if row["low"] <= 0 <= row["high"] else "better" if row["low"] > 0 else "worse"
 
 
 def common(models: Sequence[Evaluated]) -> list[tuple[str, str, str]]:
@@ -244,28 +270,18 @@ def model_record(models: Sequence[Evaluated], key: tuple) -> Mapping:
     return next(model.records[key] for model in models if key in model.records)
 
 
-def _differences(models: Sequence[Evaluated]) -> Iterator[str]:
-    """Every other model minus the first, with intervals."""
-    form, (first, *others), rows = main_form(models), models, []
-    for key in first.records:
-        base = first.queries(key, form)
-        for model in others:
-            other = model.queries(key, form)
-            shared = [query for query in base if query in other]
-            if len(shared) < 2:
-                continue
-            found = np.array([other[query] - base[query] for query in shared])
-            low, high = bootstrap(found)
-            verdict = "" if low <= 0 <= high else "better" if low > 0 else "worse"
-            name = " ".join(part for part in key if part not in ("default", "test"))
-            rows.append([cell(name), cell(model.label), verdict, f"{len(shared):,}"])
-            rows[-1] += [f"{found.mean():+.4f}", f"{low:+.4f}", f"{high:+.4f}"]
-    if not rows:
+def _differences(found: Mapping) -> Iterator[str]:
+    """The section of `differences`."""
+    if not found["rows"]:
         return
-    yield f"## Differences from {cell(first.label)}"
-    better, worse = (sum(row[2] == verdict for row in rows) for verdict in ("better", "worse"))
+    rows, first = [], cell(found["baseline"])
+    for row in found["rows"]:
+        rows.append([cell(row["set"]), cell(row["model"]), verdict(row), f"{row['queries']:,}"])
+        rows[-1] += [f"{row[name]:+.4f}" for name in ("difference", "low", "high")]
+    better, worse = (sum(row[2] == one for row in rows) for one in ("better", "worse"))
+    yield f"## Differences from {first}"
     yield (
-        f"nDCG@10 in {form}, minus that of {cell(first.label)}, over the same queries, with the 95% interval of a "
+        f"nDCG@10 in {found['form']}, minus that of {first}, over the same queries, with the 95% interval of a "
         f"paired bootstrap ({SAMPLES:,} samples of the queries). Of {len(rows):,} differences, {better:,} are better "
         f"and {worse:,} are worse: their interval is on one side of 0. Without any true difference, "
         "about 1 in 20 would be marked too."

@@ -69,7 +69,7 @@ def bars(path, names: Sequence[str], values: Mapping[str, Sequence[float | None]
 
 
 def slerp(path, merges: Mapping[str, Mapping]) -> None:
-    """One panel per merge: nDCG@10 on the development split against the slerp ratio."""
+    """One panel per merge: nDCG@10 against the slerp ratio."""
     figure, axes = _figure(len(merges), (4.6 * len(merges), 3))
     for axis, (name, merge) in zip(axes, merges.items()):
         ratios = [point["ratio"] for point in merge["sweep"]]
@@ -79,7 +79,7 @@ def slerp(path, merges: Mapping[str, Mapping]) -> None:
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel("ratio: 0 is the first, 1 the second")
         axis.legend(frameon=False, fontsize=8)
-    axes[0].set_ylabel("nDCG@10, development split")
+    axes[0].set_ylabel("nDCG@10 (float32)")
     figure.savefig(path, dpi=160)
 
 

@@ -5,8 +5,9 @@ Only `checkpoints` is required in results.json; the report has a section for eac
     checkpoints       {name: {benchmark: {precision: {"ndcg@10": …, "recall@10": …}}}}, the rows of the table in order;
                       benchmark is the name of an evaluation of the config
     evaluations       {benchmark: its description}
-    merges            {merge: {"ratio": the ratio chosen, "sweep": [{"ratio": t, SET: nDCG@10, …}, …]}}, on development
-                      splits
+    merges            {merge: {"ratio": the ratio chosen, "of": the two checkpoints, "sets": {SET: its name or folder},
+                      "sweep": [{"ratio": t, SET: nDCG@10 in float32, …}, …]}}
+    differences       those from the baseline of the config (`compare.differences`)
     diffusion         [{"t": …, "accuracy": …, "nll": …}, …] masked-token accuracy, cross-entropy in nats, at noise t
     elbo              the diffusion model's bound, nats per token
     denoising         [{"step": number or name, "text": …}, …] a sample while it is unmasked
@@ -81,14 +82,47 @@ def markdown_table(results: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_report(folder, results: Mapping, metrics: Mapping[str, Path], models: Sequence = ()) -> Path:
+def render_sweep(name: str, merge: Mapping) -> rich.table.Table:
+    """The sweep of a merge, for a terminal."""
+    table = _plain_table(f"{name}: nDCG@10 (float32) at each ratio", _about_sweep(merge))
+    table.add_column("ratio")
+    for benchmark in _swept(merge["sweep"]):
+        table.add_column(benchmark, justify="right")
+    for row in _sweep_rows(merge):
+        table.add_row(*row)
+    return table
+
+
+def render_differences(found: Mapping) -> rich.table.Table:
+    """Differences from the baseline, for a terminal."""
+    about = f"minus {found['baseline']}, query by query; low and high: 95% interval of a paired bootstrap"
+    table = _plain_table(f"Differences in nDCG@10 ({found['form']})", about)
+    for head in ("set", "model", ""):
+        table.add_column(head)
+    for head in ("queries", "difference", "low", "high"):
+        table.add_column(head, justify="right")
+    for row in found["rows"]:
+        figures = [f"{row[key]:+.3f}" for key in ("difference", "low", "high")]
+        table.add_row(row["set"], row["model"], compare.verdict(row), f"{row['queries']:,}", *figures)
+    return table
+
+
+def _plain_table(title: str, caption: str) -> rich.table.Table:
+    flush = dict(title_justify="left", caption_justify="left", box=rich.box.SIMPLE_HEAD)
+    return rich.table.Table(title=title, caption=caption, pad_edge=False, collapse_padding=True, **flush)
+
+
+def write_report(
+    folder, results: Mapping, metrics: Mapping[str, Path], models: Sequence = (), baseline: str = ""
+) -> Path:
     """Write folder/report.md, report.html and plots/*.
 
-    `metrics` is {stage: its metrics.jsonl}, `models` the checkpoints with their records (`compare.read`).
+    `metrics` is {stage: its metrics.jsonl}, `models` the checkpoints with their records (`compare.read`), `baseline`
+    the one that others are compared with (`compare.details`).
     """
     folder = Path(folder)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    return page.write(folder, _markdown(folder, results, metrics, models))[0]
+    return page.write(folder, _markdown(folder, results, metrics, models, baseline))[0]
 
 
 def _bars(results: Mapping) -> tuple[list[str], dict[str, list], str]:
@@ -99,7 +133,9 @@ def _bars(results: Mapping) -> tuple[list[str], dict[str, list], str]:
     return names, shown, "nDCG@10 (float32)"
 
 
-def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path], models: Sequence) -> Iterator[str]:
+def _markdown(
+    folder: Path, results: Mapping, metrics: Mapping[str, Path], models: Sequence, baseline: str
+) -> Iterator[str]:
     """The blocks of report.md; draws the plots in them."""
     yield "# Run report"
     facts = [f"{key}: `{results[key]}`" for key in ("command", "commit", "machine") if results.get(key)]
@@ -116,7 +152,7 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path], model
     yield "\n".join(f"- {sentence}" for sentence in _about_figures(results))
 
     if models:
-        yield from compare.details(folder / "plots", models)
+        yield from compare.details(folder / "plots", models, baseline)
     if metrics:
         yield "## Training"
         plots.losses(folder / "plots" / "loss.png", metrics)
@@ -126,12 +162,10 @@ def _markdown(folder: Path, results: Mapping, metrics: Mapping[str, Path], model
         yield "\n".join(f"- {sentence}" for sentence in _about_losses(results, metrics))
     if merges := results.get("merges"):
         for name, merge in merges.items():
-            yield f"## Merging: the slerp ratio of {cell(name)} on the development split"
-            benchmarks, rows = _swept(merge["sweep"]), []
-            for point in merge["sweep"]:
-                mark = " (chosen)" if point["ratio"] == merge["ratio"] else ""
-                rows.append([f"{point['ratio']:g}{mark}", *(number(point.get(b)) for b in benchmarks)])
-            yield table(["ratio", *(f"{b} nDCG@10" for b in benchmarks)], rows)
+            yield f"## Merging: the slerp ratio of {cell(name)}"
+            yield table(["ratio", *(f"{cell(b)} nDCG@10" for b in _swept(merge["sweep"]))], _sweep_rows(merge))
+            if about := _about_sweep(merge):
+                yield cell(about)
         plots.slerp(folder / "plots" / "slerp.png", merges)
         yield "![nDCG@10 against the slerp ratio](plots/slerp.png)"
     if results.get("diffusion"):
@@ -262,6 +296,21 @@ def _sections(results: Mapping) -> Iterator[tuple[str, list[tuple[str, list[str]
 
 def _swept(sweep) -> list[str]:
     return [name for name in sweep[0] if name != "ratio"]
+
+
+def _sweep_rows(merge: Mapping) -> list[list[str]]:
+    """The rows of the table of a sweep."""
+    rows = []
+    for point in merge["sweep"]:
+        mark = " (chosen)" if point["ratio"] == merge["ratio"] else ""
+        rows.append([f"{point['ratio']:g}{mark}", *(number(point.get(name)) for name in _swept(merge["sweep"]))])
+    return rows
+
+
+def _about_sweep(merge: Mapping) -> str:
+    """What the ends and the columns of a sweep are."""
+    ends = ["0 is {}, 1 is {}".format(*merge["of"])] if "of" in merge else []
+    return ". ".join([*ends, *(f"{name}: {data}" for name, data in merge.get("sets", {}).items())])
 
 
 def _figure_of(results: Mapping, name: str, benchmark: str, precision: str, metric: str) -> float | None:

@@ -93,6 +93,17 @@ def files(folder) -> list:
     return [folder, *(file for name, file in found.items() if re.match(PART, name))]
 
 
+def has_set(folder) -> bool:
+    """Whether a folder has the files of an evaluation set in one of the layouts, by their names."""
+    if not f"{folder}" or not paths.path(folder).is_dir():
+        return False
+    names = paths.files(folder)
+    card = names["README.md"].read_bytes().decode("utf-8", "replace") if "README.md" in names else ""
+    configs = [f"{config.get('config_name')}." for config in read_card(card).get("configs") or []]
+    parts = {match[1] for name in [*names, *configs] if (match := re.match(r"(corpus|queries|documents)[./]", name))}
+    return "queries" in parts and len(parts) > 1
+
+
 def read_set(folder, *, split: str = "test", subset: str = "", name: str = "") -> RetrievalSet:
     """Read an evaluation set of a folder, `split` and `subset` of it if it has several.
 

@@ -22,18 +22,26 @@ from embed.tokenizers import Tokenizer
 
 
 def write_set(
-    work: Work, name: str, max_queries: int, task_name: str, task: Task, target: str, size: int, progress: Progress
+    work: Work,
+    name: str,
+    max_queries: int,
+    task_name: str,
+    task: Task,
+    part: tuple[int, int],
+    target: str,
+    size: int,
+    progress: Progress,
 ) -> None:
     """Writes the evaluation set `name` of a task to the folder `target`, and its counts to its marker, last.
 
-    The set is in memory until it is written. size: the bytes that are read, for `progress`.
+    The set is in memory until it is written. part: see `make`. size: the bytes that are read, for `progress`.
     """
     counts = Counts()
     with named(task_name):
         if task.kind == "retrieval" and not isinstance(task.source, Retrieval):  # which is read without
             task.source.build(work.scratch)
         tokenizer = load_tokenizer(work.tokenizer)
-        corpus, queries, qrels = make(task, work.shards[task_name], tokenizer, max_queries, work.limit, counts)
+        corpus, queries, qrels = make(task, part, work.shards[task_name], tokenizer, max_queries, work.limit, counts)
         counts.check(task.max_bad)
     if not queries:
         raise ValueError(f"evaluation set {name} has no query: the task {task_name!r} gives none")
@@ -54,9 +62,18 @@ def marker(work: Work, name: str):
     return paths.path(work.scratch) / "evaluation" / f"{name}.json"
 
 
-def make(task: Task, shards: Sequence[Shard], tokenizer: Tokenizer, max_queries: int, limit: int, counts: Counts):
+def make(
+    task: Task,
+    part: tuple[int, int],
+    shards: Sequence[Shard],
+    tokenizer: Tokenizer,
+    max_queries: int,
+    limit: int,
+    counts: Counts,
+):
     """(corpus, queries, qrels) of a task: of the examples that it holds out, or of all if it holds none out.
 
+    part: (k, n) for the k-th of n sets of the task, which divide what it holds out.
     limit: of rows that are read; of a retrieval set, see `retrieval`.
     """
     if task.kind == "retrieval":
@@ -67,7 +84,8 @@ def make(task: Task, shards: Sequence[Shard], tokenizer: Tokenizer, max_queries:
     def examples_of_all() -> Iterator[dict]:
         for shard in shards:
             of_shard = Counts()
-            read = task.examples(shard, of_shard, held_out=bool(task.held_out), limit=-(-limit // len(shards)))
+            options = dict(held_out=bool(task.held_out), part=part, limit=-(-limit // len(shards)))
+            read = task.examples(shard, of_shard, **options)
             yield from task.documents(read, of_shard.cut) if task.group_sizes else read
             counts.add(of_shard)
 

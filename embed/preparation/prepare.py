@@ -334,7 +334,9 @@ class _Preparation:
                 size = _bytes(identity[task_name])
                 task = dataclasses.replace(task, source=task.source.with_parts())
             target = os.fspath(self.directory / "evaluation" / name)
-            arguments = (name, self.bound.evaluation.max_queries, task_name, task, target, size)
+            same = [other for other, of in self.bound.evaluation.sets.items() if of == task_name]
+            part = same.index(name), len(same)
+            arguments = (name, self.bound.evaluation.max_queries, task_name, task, part, target, size)
             marker = os.fspath(evaluation_sets.marker(work, name))
             jobs.append(Job(evaluation_sets.write_set, arguments, size, marker))
         return jobs

@@ -57,6 +57,7 @@ class Vocabulary:
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """sets: {"SET/SPLIT": task}. A set has the examples that the task holds out, or all, or it is a retrieval set.
+    Several sets of one task divide what it holds out into equal parts.
 
     max_queries: per set; those with the smallest digests stay.
     """

@@ -53,6 +53,7 @@ COLUMNS = {
     "contextual": ((), ("chunks", "text", "queries", "answers", "headers")),
     "retrieval": ((), ()),
 }
+TRAINING = -1  # the part of a row that is not held out
 TEXTS = ("text", "query", "document", "negatives", "chunks", "queries")  # the parts of an example that are text
 # {field: least value} of whole numbers; 0 = no limit.
 LEAST = {
@@ -210,15 +211,22 @@ class Task:
         return tuple(re.compile(pattern) if pattern else None for pattern in (self.keep, self.drop))
 
     def examples(
-        self, shard: Shard, counts: Counts, *, held_out: bool = False, limit: int = 0, characters: int = 0
+        self,
+        shard: Shard,
+        counts: Counts,
+        *,
+        held_out: bool = False,
+        part: tuple[int, int] = (0, 1),
+        limit: int = 0,
+        characters: int = 0,
     ) -> Iterator[dict]:
         """The text examples of a shard, or with `held_out` those kept for an evaluation set; `counts` is updated.
 
-        Reading ends after `limit` rows, and after examples of `characters`; 0 = no limit. An example has also
-        "location" and "weight".
+        `part` (k, n): of what is held out, part k of n about equal ones. Reading ends after `limit` rows, and after
+        examples of `characters`; 0 = no limit. An example has also "location" and "weight".
         """
-        total = 0
-        units = self._units(self.source.read(shard), counts, limit)
+        total, wanted, parts = 0, part[0] if held_out else TRAINING, part[1]
+        units = self._units(self.source.read(shard), counts, limit, parts)
         for location, rows in units:
             cut = Counter()
             try:
@@ -229,7 +237,7 @@ class Task:
                     made = [self._chunk(each) for each in mapped]
                 else:
                     made = [example for each in mapped for example in self._make(each, cut)]
-                kept_out = self._is_held_out(rows[0])
+                found = self._part(rows[0], parts)
                 reason, weight = self._reason(rows[0]), max(map(self._weight, rows))
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 counts.bad(location, _reason_of(error), len(rows))
@@ -239,8 +247,8 @@ class Task:
             for example in map(self._cleaned, made):
                 counts.made += 1
                 why = reason or self._text_reason(example)
-                if why is None and kept_out != held_out:
-                    why = HELD_OUT if kept_out else NOT_HELD_OUT
+                if why is None and found != wanted:
+                    why = NOT_HELD_OUT if found == TRAINING else HELD_OUT
                 if why:
                     counts.dropped[why] += 1
                     continue
@@ -251,7 +259,7 @@ class Task:
                     counts.rows[UNREAD] += sum(len(rows) for _, rows in units)
                 return
 
-    def _units(self, rows: Iterable[Row], counts: Counts, limit: int) -> Iterator[tuple[str, list[dict]]]:
+    def _units(self, rows: Iterable[Row], counts: Counts, limit: int, parts: int) -> Iterator[tuple[str, list[dict]]]:
         """(location, the rows that make examples together) of the good rows of a shard."""
         groups: dict[tuple, tuple[str, list[dict]]] = {}
         for row in rows:
@@ -266,7 +274,7 @@ class Task:
                 yield row.location, [row.value]
             else:
                 try:
-                    key, reason = (self._group(row.value), self._is_held_out(row.value)), self._reason(row.value)
+                    key, reason = (self._group(row.value), self._part(row.value, parts)), self._reason(row.value)
                 except (KeyError, TypeError, IndexError, ValueError) as error:
                     counts.bad(row.location, _reason_of(error))
                     continue
@@ -410,9 +418,10 @@ class Task:
             return PATTERN
         return None
 
-    def _is_held_out(self, row: dict) -> bool:
+    def _part(self, row: dict, parts: int) -> int:
+        """TRAINING, or of a row that is held out, the number of its part."""
         if not self.held_out:
-            return False
+            return TRAINING
         try:
             if self.held_out_by:
                 value = pick(row, self.held_out_by)
@@ -420,7 +429,8 @@ class Task:
                 value = self._group(row) if self.group_by else {k: v for k, v in row.items() if k[:1] != "_"}
         except KeyError as error:
             raise KeyError(f"task.held_out_by: {error.args[0]}") from None
-        return int.from_bytes(_digest(("held out", value)), "little") < self.held_out * 2.0**64
+        position = int.from_bytes(_digest(("held out", value)), "little") / (self.held_out * 2.0**64)
+        return int(position * parts) if position < 1 else TRAINING
 
     def _weight(self, row: dict) -> int:
         if not self.weight_field:

@@ -106,9 +106,9 @@ def test_the_report_has_every_section_of_the_results(tmp_path, results, metrics)
     for expected in (
         "command: `embed pipeline`",
         "![Training loss of each stage](plots/loss.png)",
-        "## Merging: the slerp ratio of merged on the development split\n\n| ratio | functions nDCG@10 | b nDCG@10 |",
+        "## Merging: the slerp ratio of merged\n\n| ratio | functions nDCG@10 | b nDCG@10 |",
         "| 0.5 (chosen) | 0.350 | 0.500 |",
-        "## Merging: the slerp ratio of other on the development split\n\n| ratio | functions nDCG@10 |",
+        "## Merging: the slerp ratio of other\n\n| ratio | functions nDCG@10 |",
         "| 1 (chosen) | 0.600 |",
         "ELBO: 3.250 nats per token.",
         "| 0.1 | 0.400 | 2.500 |",

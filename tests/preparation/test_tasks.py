@@ -165,6 +165,16 @@ def test_held_out_examples_and_the_others_are_all_examples_and_groups_stay_toget
     assert pages[0] and pages[1] and not pages[0] & pages[1]
 
 
+def test_what_is_held_out_divides_into_parts_that_share_no_group():
+    rows = [{"query": f"q{i}", "document": f"d{i}", "page": i % 50} for i in range(200)]
+    fields = dict(held_out=0.5, held_out_by="page")
+    whole, _ = made("pair", *rows, read={"held_out": True}, **fields)
+    parts = [made("pair", *rows, read={"held_out": True, "part": (k, 3)}, **fields)[0] for k in range(3)]
+    assert sorted(e["query"] for part in parts for e in part) == sorted(e["query"] for e in whole)
+    pages = [{int(e["query"][1:]) % 50 for e in part} for part in parts]
+    assert all(pages) and sum(map(len, pages)) == len(set.union(*pages))
+
+
 def test_weights_repeat_by_the_largest_value_that_is_reached():
     task = Task(
         Rows(tuple({"text": "x", "size": n} for n in (1, 2, 4, 1000))),
