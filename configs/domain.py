@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
         if arg[name] not in allowed:
             raise ValueError(f"config argument {name}={arg[name]!r} must be one of {', '.join(allowed)}")
     if not arg.model and not arg.runlocal:
-        raise ValueError("config argument model is missing: name a model folder or hub id, as configs/domain.py:model=…")
+        raise ValueError("config argument model is missing: name a folder or hub id, configs/domain.py:model=…")
     config = base.get_config()
     config.stage = arg.stage
     model = arg.model or "random init"
@@ -112,7 +112,7 @@ def _use_model(config: ConfigDict, model: str) -> dict:
     if not model_folder.is_encoder(model):
         raise ValueError(f"config argument model={model!r} is a causal language model: it must embed texts already")
     sizes, embedding = model_folder.read_architecture(model), model_folder.read_embedding(model)
-    ours = config.model.keys() - {"dtype", "tied"}
+    ours = set(config.model) - {"dtype", "tied"}
     config.model.update({name: value for name, value in dataclasses.asdict(sizes).items() if name in ours})
     config.data.tokenizer, config.data.separator = model, embedding["separator"]
     return embedding
