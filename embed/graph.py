@@ -361,8 +361,10 @@ def _report(run: Run, is_new: bool) -> None:
                 paths.copy_file(made, run.workdir / name)
         print_table(report.render_table(total))
         for name, merge in total.get("merges", {}).items() if baseline else ():
-            print_table(report.render_sweep(name, merge))
+            say(f"{name}: nDCG@10 in float32 at each ratio; {report.about_sweep(merge)}")
+            print_table(report.render_sweep(merge))
         if baseline:
+            say(f"nDCG@10 in {total['differences']['form']} before ({baseline}) and after, with 95% intervals")
             print_table(report.render_differences(total["differences"]))
     if search := total.get("search"):
         console.print(f"[bold]embed search[/bold]: {search['query']}")

@@ -436,7 +436,8 @@ def evaluation_folder(run: Run, name: str):
 def outside(run: Run, names: Iterable[str]) -> dict[str, str]:
     """{set: digest of its folder} of those evaluation sets that are not in the prepared data."""
     folders = {name: evaluation_folder(run, name) for name in names}
-    return {n: paths.digest(f) for n, f in folders.items() if f != run.data / "evaluation" / n and f.is_dir()}
+    prepared = run.data / "evaluation"
+    return {n: paths.digest(f) for n, f in folders.items() if n and prepared not in f.parents and f.is_dir()}
 
 
 def short_names(run: Run, names: Sequence[str]) -> dict[str, str]:

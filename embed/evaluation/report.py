@@ -82,34 +82,36 @@ def markdown_table(results: Mapping) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render_sweep(name: str, merge: Mapping) -> rich.table.Table:
+def render_sweep(merge: Mapping) -> rich.table.Table:
     """The sweep of a merge, for a terminal."""
-    table = _plain_table(f"{name}: nDCG@10 (float32) at each ratio", _about_sweep(merge))
-    table.add_column("ratio")
-    for benchmark in _swept(merge["sweep"]):
-        table.add_column(benchmark, justify="right")
-    for row in _sweep_rows(merge):
-        table.add_row(*row)
-    return table
+    heads = ["ratio", *_swept(merge["sweep"])]
+    return _plain(heads, _sweep_rows(merge), left=1)
+
+
+def about_sweep(merge: Mapping) -> str:
+    """What the ends and the columns of a sweep are."""
+    ends = ["0 is {}, 1 is {}".format(*merge["of"])] if "of" in merge else []
+    return "; ".join([*ends, *(f"{name}: {data}" for name, data in merge.get("sets", {}).items())])
 
 
 def render_differences(found: Mapping) -> rich.table.Table:
     """Differences from the baseline, for a terminal."""
-    about = f"minus {found['baseline']}, query by query; low and high: 95% interval of a paired bootstrap"
-    table = _plain_table(f"Differences in nDCG@10 ({found['form']})", about)
-    for head in ("set", "model", ""):
-        table.add_column(head)
-    for head in ("queries", "difference", "low", "high"):
-        table.add_column(head, justify="right")
-    for row in found["rows"]:
-        figures = [f"{row[key]:+.3f}" for key in ("difference", "low", "high")]
-        table.add_row(row["set"], row["model"], compare.verdict(row), f"{row['queries']:,}", *figures)
+    rows = [
+        [row["set"], row["model"], compare.verdict(row), number(row["before"]), number(row["after"])]
+        + [f"{row[key]:+.3f}" for key in ("difference", "low", "high")]
+        for row in found["rows"]
+    ]
+    return _plain(["set", "model", "", "before", "after", "difference", "low", "high"], rows, left=3)
+
+
+def _plain(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> rich.table.Table:
+    """A table for a terminal whose columns from `left` on are right-aligned."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for k, head in enumerate(heads):
+        table.add_column(head, justify="left" if k < left else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _plain_table(title: str, caption: str) -> rich.table.Table:
-    flush = dict(title_justify="left", caption_justify="left", box=rich.box.SIMPLE_HEAD)
-    return rich.table.Table(title=title, caption=caption, pad_edge=False, collapse_padding=True, **flush)
 
 
 def write_report(
@@ -164,7 +166,7 @@ def _markdown(
         for name, merge in merges.items():
             yield f"## Merging: the slerp ratio of {cell(name)}"
             yield table(["ratio", *(f"{cell(b)} nDCG@10" for b in _swept(merge["sweep"]))], _sweep_rows(merge))
-            if about := _about_sweep(merge):
+            if about := about_sweep(merge):
                 yield cell(about)
         plots.slerp(folder / "plots" / "slerp.png", merges)
         yield "![nDCG@10 against the slerp ratio](plots/slerp.png)"
@@ -305,12 +307,6 @@ def _sweep_rows(merge: Mapping) -> list[list[str]]:
         mark = " (chosen)" if point["ratio"] == merge["ratio"] else ""
         rows.append([f"{point['ratio']:g}{mark}", *(number(point.get(name)) for name in _swept(merge["sweep"]))])
     return rows
-
-
-def _about_sweep(merge: Mapping) -> str:
-    """What the ends and the columns of a sweep are."""
-    ends = ["0 is {}, 1 is {}".format(*merge["of"])] if "of" in merge else []
-    return ". ".join([*ends, *(f"{name}: {data}" for name, data in merge.get("sets", {}).items())])
 
 
 def _figure_of(results: Mapping, name: str, benchmark: str, precision: str, metric: str) -> float | None:

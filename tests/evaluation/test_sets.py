@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evaluation_sets import make, write
 
-from embed.evaluation.sets import read_set, read_subsets
+from embed.evaluation.sets import has_set, read_set, read_subsets
 
 CORPUS, QUERIES = [{"_id": "c", "text": "x"}], [{"_id": "q", "text": "y"}]
 QREL = {"query-id": "q", "corpus-id": "c", "score": 1}
@@ -20,6 +20,18 @@ def test_a_set_is_read_with_its_documents_and_judgments(tmp_path):
     assert data.relevant_rows[3].tolist() == [3, 20]
     plain = read_set(make(tmp_path / "plain", chunked=False))
     assert [rows.tolist() for rows in plain.documents] == [[i] for i in range(24)]
+
+
+def test_a_folder_with_a_set_is_told_from_others_by_its_files(tmp_path):
+    layouts = [
+        make(tmp_path / "set", chunked=True),
+        write_beir(tmp_path / "beir", ".gz"),
+        write_mteb(tmp_path / "m", ""),
+    ]
+    assert all(map(has_set, layouts))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "queries.jsonl").write_text("")
+    assert not any(map(has_set, ["", tmp_path / "half", tmp_path / "none", layouts[0] / "queries.jsonl"]))
 
 
 def lines(rows):

@@ -5,7 +5,9 @@ import importlib
 from pathlib import Path
 
 import pytest
+import small
 
+from configs import domain
 from embed import nodes
 from embed.preparation import settings
 from embed.runs import Run
@@ -15,9 +17,13 @@ FILES = sorted(path.name for path in ROOT.glob("configs/data/*.gin"))
 CONFIGS = sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem not in ("__init__", "base"))
 
 
+# What their configs bind.
+BINDINGS = {"domain.gin": domain.bindings()}
+
+
 @functools.cache
 def bound(name: str) -> settings.Settings:
-    return settings.bind(ROOT / "configs" / "data" / name, data_root="/data")
+    return settings.bind(ROOT / "configs" / "data" / name, BINDINGS.get(name, ()), data_root="/data")
 
 
 def flat(rates, mixture: str) -> dict[str, float]:
@@ -50,9 +56,12 @@ def test_tasks_say_their_language(name):
 @pytest.mark.parametrize("argument", ["", "runlocal"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_everything_that_a_config_names_is_in_its_gin_file(name, argument, tmp_path):
+    if name == "domain":
+        argument += f",model={small.write_model(tmp_path / 'model')}"
     config = importlib.import_module(f"configs.{name}").get_config(argument)
     config.data.root = str(tmp_path)
     described = {"gin_file": ROOT / config.data.gin_file, "data_root": str(tmp_path)}
+    described["gin_bindings"] = tuple(config.data.gin_bindings)
     nodes.check_described(Run(config, tmp_path / "run"), described)
 
 
