@@ -66,7 +66,7 @@ BASE = "from configs import base\n\ndef get_config(arg=''):\n    config = base.g
         (BASE + "    config.exports.a = 3\n    return config\n", "config.exports.a is 3, expected an entry of base"),
         (
             BASE + "    config.merges.a = base.export()\n    return config\n",
-            "lacks merges.a.of, merges.a.ratio, merges.a.sw",
+            "lacks merges.a.alone, merges.a.of, merges.a.ratio",
         ),
         (BASE + "    config.seed = 'x'\n    return config\n", "line 5: TypeError"),
     ],
