@@ -54,7 +54,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config = base.get_config()
     config.stage = arg.stage
     model = arg.model or "random init"
-    embedding = _use_model(config, arg.model) if arg.model else {"matryoshka": (), "max_length": None}
+    # How it embeds: the settings of embed.json, and its attention.
+    how = _use_model(config, arg.model) if arg.model else dict.fromkeys(("matryoshka", "max_length"))
     if arg.small or not arg.model:
         config.model.dtype = "float32"
         config.execution.update(mesh=dict(data=-1, fsdp=1), remat="none", unroll=64, dense_barrier=True)  # fast on CPU
@@ -70,7 +71,9 @@ def get_config(arg: str = "") -> ConfigDict:
         "triplet",
         init=arg.model,
         curriculum=((arg.steps, "hard_negatives"),),
-        matryoshka=tuple(embedding["matryoshka"]) or (config.model.hidden_size,),
+        matryoshka=tuple(how["matryoshka"] or (config.model.hidden_size,)),
+        pooling=how.get("pooling", "mean"),
+        attention=how.get("attention", "bidirectional"),
         temperature=0.05 if arg.small else 0.03,
         optimizer=rates | dict(warmup=0.1, decay=0.5, weight_decay=0.01),
         # rows_per_group=0: chosen from the lengths of the pairs.
@@ -86,7 +89,7 @@ def get_config(arg: str = "") -> ConfigDict:
         sweep_on=("domain/development", *arg.general),
         alone=True,
     )
-    config.exports["embed"] = base.export(checkpoint="merged", max_length=embedding["max_length"] or 0)
+    config.exports["embed"] = base.export(checkpoint="merged", max_length=how["max_length"] or 0)
     named = {"domain": "domain/test"}
     for folder in arg.general:
         name = set_name(folder).replace(".", "_")
@@ -108,14 +111,14 @@ def bindings(layout: str = "files", query: str = "query", document: str = "docum
 
 
 def _use_model(config: ConfigDict, model: str) -> dict:
-    """Take sizes, tokenizer and separator from a model; returns its settings (`embed.checkpoints.settings`)."""
+    """Take sizes, tokenizer and separator from a model; returns how it embeds."""
     if not model_folder.is_encoder(model):
         raise ValueError(f"config argument model={model!r} is a causal language model: it must embed texts already")
     sizes, embedding = model_folder.read_architecture(model), model_folder.read_embedding(model)
     ours = set(config.model) - {"dtype", "tied"}
     config.model.update({name: value for name, value in dataclasses.asdict(sizes).items() if name in ours})
     config.data.tokenizer, config.data.separator = model, embedding["separator"]
-    return embedding
+    return embedding | {"attention": "causal" if sizes.causal else "bidirectional"}
 
 
 def _shrink(config: ConfigDict) -> None:
