@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.gin_file = "configs/data/domain.gin"
     config.data.gin_bindings = bindings(arg.layout, arg.query, arg.document, arg[arg.held_out_by])
 
-    config.mining.hard_negatives = base.mining(checkpoint=model, tasks=("own.pairs",), rank_window=(0, 50))
+    config.mining.hard_negatives = base.mining(checkpoint=model, tasks=("own.pairs",), rank_window=(0, 200))
     # A tenth of the rates that trained the model, or less: it should move, not start again. The small models that this
     # project trains in minutes are mostly an embedding table, which learns faster.
     rates = dict(learning_rate=1e-4, embedding_rate=10.0) if arg.small else dict(learning_rate=2e-5)

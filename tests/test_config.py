@@ -20,6 +20,11 @@ def test_tuples_can_be_overridden():
     assert tuple(map(tuple, loaded.stages.pair.curriculum)) == ((3, "pairs"),)
 
 
+def test_an_argument_whose_default_is_a_tuple_may_occur_several_times():
+    parsed = config.parse_arg("set=a/b=c,small,set=gs://d", set=(), other=(), small=False)
+    assert (parsed.set, parsed.other, parsed.small) == (("a/b=c", "gs://d"), (), True)
+
+
 @pytest.mark.parametrize(
     "path, overrides, message",
     [

@@ -120,6 +120,27 @@ def test_a_set_outside_the_data_that_changes_is_evaluated_again(given, run, tmp_
     assert graph.inputs(runs.Run(loaded, run), nodes["evaluate merged"]) != before
 
 
+def test_pairs_of_a_retrieval_folder_are_held_out_by_query_with_all_their_documents_in_training(given, tmp_path):
+    path = f"{CONFIG}:model={given}/model,layout=retrieval,held_out_by=query,small"
+    texts = [f"tool {i % 7} {text}" for i, text in enumerate(small.sentences(240, seed=3, longest=9))]
+    source, workdir = write_set(tmp_path / "tools", texts), tmp_path / "run"
+    rows = [{"query-id": f"q{i}", "corpus-id": f"d{i % 5}"} for i in range(60)]
+    (source / "qrels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    queries = [{"_id": f"q{i}", "text": f"ask {i}"} for i in range(60)]
+    (source / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    assert cli.main(["prepare", f"--config={path}", f"--data_root={source}", f"--workdir={workdir}"]) == 0
+    sets = [read_set(workdir / "data" / "evaluation" / "domain" / part) for part in ("development", "test")]
+    made = runs.Run(config.load("configs/base.py"), workdir)
+    store = made.store("own.pairs")
+    asked, found = (
+        {made.tokenizer.decode(example[side]) for example in store.read(range(len(store)))}
+        for side in ("query", "document")
+    )
+    assert found == set(texts[:5]) and {*sets[0].corpus, *sets[1].corpus} <= found
+    assert len(asked) + len(sets[0].queries) + len(sets[1].queries) == 60
+    assert asked.isdisjoint(sets[0].queries + sets[1].queries) and set(sets[0].queries).isdisjoint(sets[1].queries)
+
+
 @pytest.mark.parametrize(
     "argument, sentence",
     [
