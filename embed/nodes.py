@@ -566,7 +566,7 @@ def merge_sweep(run: Run, name: str) -> dict:
     config = run.config.merges[name]
     a, b = (run.checkpoint(part) for part in config.of)
     titles = short_names(run, config.sweep_on)
-    sets = {title: evaluation_set(run, name) for name, title in titles.items()}
+    sets = {title: evaluation_set(run, data) for data, title in titles.items()}
     sweep, form = [], retrieval.Form("float32")
     for ratio in config.sweep:
         encoder = run.encoder(runs.merged(name, a, b, ratio, config.method))
