@@ -364,7 +364,7 @@ def _report(run: Run, is_new: bool) -> None:
             say(f"{name}: nDCG@10 in float32 at each ratio; {report.about_sweep(merge)}")
             print_table(report.render_sweep(merge))
         if baseline:
-            say(f"nDCG@10 in {total['differences']['form']} before ({baseline}) and after, with 95% intervals")
+            say(f"nDCG@10 in {total['differences']['form']} against the baseline {baseline}, with 95% intervals")
             print_table(report.render_differences(total["differences"]))
     if search := total.get("search"):
         console.print(f"[bold]embed search[/bold]: {search['query']}")

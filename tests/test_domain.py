@@ -74,7 +74,7 @@ def test_what_is_forgotten_is_a_difference_from_the_model_before_with_an_interva
         (name, model) for name in ("domain", "general_v1") for model in ("domain", "merged", "BM25")
     ]
     for row in found["rows"]:
-        assert row["difference"] == pytest.approx(row["after"] - row["before"])
+        assert row["difference"] == pytest.approx(row["value"] - row["baseline"])
         assert row["low"] <= row["difference"] <= row["high"]
 
 
@@ -83,7 +83,7 @@ def test_the_curve_and_the_differences_are_in_the_report_and_printed(given, run,
     out, report = capsys.readouterr().out, (run / "report.md").read_text()
     assert f"merged: nDCG@10 in float32 at each ratio; 0 is {given / 'model'}, 1 is domain; domain: " in out
     assert "0.5 (chosen)" in out and "0.5 (chosen)" in report
-    assert f"before ({given / 'model'}) and after, with 95% intervals" in out
+    assert f"nDCG@10 in float32 against the baseline {given / 'model'}, with 95% intervals" in out
     assert f"## Differences from {given / 'model'}" in report
     assert (run / "plots" / "slerp.png").exists()
 

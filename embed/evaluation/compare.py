@@ -161,7 +161,7 @@ def details(drawn: Path, models: Sequence[Evaluated], baseline: str = "") -> Ite
 def differences(models: Sequence[Evaluated], baseline: str = "") -> dict:
     """nDCG@10 of every other model minus that of the baseline, per set, with intervals.
 
-    {"baseline": its label, "form", "rows": [{"set", "model", "queries", "before": mean of the baseline, "after",
+    {"baseline": its label, "form", "rows": [{"set", "model", "queries", "baseline": its nDCG@10, "value": the model's,
     "difference", "low", "high"}, …]}
     """
     wanted = (model for model in models if (model.label == baseline if baseline else not model.dimensions))
@@ -177,8 +177,8 @@ def differences(models: Sequence[Evaluated], baseline: str = "") -> dict:
             found = np.array([other[query] - base[query] for query in shared])
             low, high = bootstrap(found)
             name = " ".join(part for part in key if part not in ("default", "test"))
-            before, after = (float(np.mean([each[query] for query in shared])) for each in (base, other))
-            row = {"set": name, "model": model.label, "queries": len(shared), "before": before, "after": after}
+            means = [float(np.mean([each[query] for query in shared])) for each in (base, other)]
+            row = {"set": name, "model": model.label, "queries": len(shared), **dict(zip(("baseline", "value"), means))}
             rows.append(row | {"difference": float(found.mean()), "low": low, "high": high})
     return {"baseline": first.label, "form": form, "rows": rows}
 

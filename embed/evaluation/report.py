@@ -97,11 +97,11 @@ def about_sweep(merge: Mapping) -> str:
 def render_differences(found: Mapping) -> rich.table.Table:
     """Differences from the baseline, for a terminal."""
     rows = [
-        [row["set"], row["model"], compare.verdict(row), number(row["before"]), number(row["after"])]
+        [row["set"], row["model"], compare.verdict(row), number(row["baseline"]), number(row["value"])]
         + [f"{row[key]:+.3f}" for key in ("difference", "low", "high")]
         for row in found["rows"]
     ]
-    return _plain(["set", "model", "", "before", "after", "difference", "low", "high"], rows, left=3)
+    return _plain(["set", "model", "", "baseline", "value", "difference", "low", "high"], rows, left=3)
 
 
 def _plain(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> rich.table.Table:
