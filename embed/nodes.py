@@ -274,31 +274,39 @@ def mine(run: Run, name: str) -> dict:
             firsts = [query_ids[a : min(a + (config.queries or b), b)] for a, b in examples.bounds if start <= a < stop]
             is_used[start:stop] = np.isin(query_ids[start:stop], np.concatenate(firsts))
         rows = np.flatnonzero(is_used)
-        counts = Counter(read=len(examples), unsampled=len(examples) - len(rows), documents=len(examples))
+        # Each document is embedded and ranked once, however many queries it answers: the window counts documents.
+        is_first = np.zeros(len(examples), bool)
+        for start, stop in bounds:
+            is_first[start + np.unique(document_ids[start:stop], return_index=True)[1]] = True
+        firsts = np.flatnonzero(is_first)
+        counts = Counter(read=len(examples), unsampled=len(examples) - len(rows), documents=len(firsts))
         writer = Writer(target, COLUMNS["triplet"]) if distributed.is_first() else None
         with tempfile.TemporaryDirectory(prefix="embed-mining-") as folder:
-            vectors = _embed(run, examples, is_used, checkpoint, config.precision, f"{folder}/miner")
+            chosen = is_used, is_first
+            vectors = _embed(run, examples, *chosen, checkpoint, config.precision, f"{folder}/miner")
             if config.teacher:
-                judges = _embed(run, examples, is_used, run.checkpoint(config.teacher), "float32", f"{folder}/teacher")
+                judges = _embed(run, examples, *chosen, run.checkpoint(config.teacher), "float32", f"{folder}/teacher")
             for start, stop in bounds:
-                used = slice(*np.searchsorted(rows, (start, stop)))
+                used, pool = (slice(*np.searchsorted(among, (start, stop))) for among in (rows, firsts))
+                ids = document_ids[firsts[pool]]
+                order = np.argsort(ids)
                 mined = mining.mine(
                     vectors[0][used],
-                    vectors[1][start:stop],
-                    rows[used] - start,
+                    vectors[1][pool],
+                    order[np.searchsorted(ids, document_ids[rows[used]], sorter=order)],
                     num_negatives=config.num_negatives,
                     rank_window=tuple(config.rank_window),
                     margin=config.margin,
                     relative=config.relative,
                     query_ids=query_ids[rows[used]],
-                    document_ids=document_ids[start:stop],
-                    judge=mining.judge_by(judges[0][used], judges[1][start:stop]) if config.teacher else None,
+                    document_ids=ids,
+                    judge=mining.judge_by(judges[0][used], judges[1][pool]) if config.teacher else None,
                     mesh=run.mesh,
                     progress=f"{name}: rank",
                 )
                 counts.update(mined.counts)
                 if writer:
-                    negatives = np.where(mined.negatives < 0, -1, mined.negatives + start)
+                    negatives = np.where(mined.negatives < 0, -1, firsts[pool][mined.negatives])
                     _write_mined(writer, examples, rows[used], negatives)
         if writer:
             writer.close({"task": name, "inputs": mining_inputs(run, name), "mined": dict(counts)})
@@ -344,10 +352,17 @@ def _content_ids(run: Run, examples: _Examples) -> tuple[np.ndarray, np.ndarray]
 
 
 def _embed(
-    run: Run, examples: _Examples, is_used: np.ndarray, checkpoint: runs.Checkpoint, precision: str, path: str
+    run: Run,
+    examples: _Examples,
+    is_used: np.ndarray,
+    is_first: np.ndarray,
+    checkpoint: runs.Checkpoint,
+    precision: str,
+    path: str,
 ) -> list[np.ndarray]:
-    """The vectors of the used queries and of all documents, as np.memmap of new files whose names begin with `path`.
+    """The vectors of the used queries and of the first of equal documents, as np.memmap of new files.
 
+    Their names begin with `path`.
     The model may have a tokenizer of its own; then it gets the decoded texts, cut to its longest text.
     """
     encoder, has_own_tokenizer = run.encoder(checkpoint), bool(run.tokenizer_problems(checkpoint))
@@ -364,7 +379,7 @@ def _embed(
         mining.progress_bar(f"encode with {checkpoint.name}", len(examples), "example") as bar,
     ):
         for indices, block in examples.blocks(run):
-            vectors = encode([example["document"] for example in block])
+            vectors = encode([e["document"] for e, first in zip(block, is_first[indices]) if first])
             documents.write(vectors.tobytes())
             queries.write(encode([e["query"] for e, used in zip(block, is_used[indices]) if used]).tobytes())
             bar.update(len(block))

@@ -842,6 +842,25 @@ def test_the_queries_of_several_tasks_get_negatives_from_their_own_task_or_from_
     assert list(run.store("union").info["inputs"]["data"]) == ["pairs", "more"]
 
 
+def test_the_ranks_of_a_window_are_of_documents_however_many_queries_each_answers(mining_graph, tmp_path):
+    data = Path(mining_graph[1].partition("=")[2])
+    shutil.copytree(data, tmp_path / "data")
+    writer = Writer(tmp_path / "data" / "tasks" / "tools", COLUMNS["pair"])
+    for i in range(100):
+        query = f"{small.WORDS[i // 10]} {small.WORDS[i % 10]}"
+        writer.append(dict(zip(COLUMNS["pair"], small.tokenizer().encode([query, small.sentences(5)[i % 5]]))))
+    writer.close({})
+    mining = ["tasks=('tools',)", "rank_window=(0, 5)"]
+    overrides = [f"--config.data.directory={tmp_path / 'data'}", *(f"--config.mining.own.{each}" for each in mining)]
+    run = runs.Run(config.load(str(mining_graph[0]), overrides), tmp_path / "run")
+    counts = nodes.mine(run, "own")
+    assert (counts["documents"], counts["candidates"], counts["negatives"]) == (5, 500, 400)
+    mined, documents = everything(run.store("own")), contents(everything(run.store("tools")), "document")
+    for example in mined:
+        parts = np.split(example["negatives"], np.cumsum(example["negative_lengths"]))[:-1]
+        assert {tuple(part) for part in parts} == documents - {tuple(example["document"])}
+
+
 def test_a_sample_of_each_task_includes_every_example_with_one_of_its_queries(mining_graph, tmp_path):
     run = runs.Run(
         config.load(str(mining_graph[0]), [mining_graph[1], "--config.mining.own.queries=5"]), tmp_path / "run"
