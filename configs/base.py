@@ -88,7 +88,8 @@ def get_config(arg: str = "") -> ConfigDict:
 def stage(kind: str, **changes) -> ConfigDict:
     """A stage of one of the kinds; `changes` override fields, nested ones as dictionaries."""
     new = ConfigDict()
-    new.kind = kind  # causal, diffusion, pair, contextual, triplet or distill: the objective and its batches
+    # causal, diffusion, pair, contextual, triplet, distill or late_interaction: the objective and its batches
+    new.kind = kind
     new.init = ""  # the checkpoint that the stage starts from; "" = random
     new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
     new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {task: rate}
@@ -135,14 +136,8 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.length = 4096
         new.batch.truncate_probability = 0.01  # of a row, which is then cut to a random length
         new.execution.logits_chunk = 2048  # tokens whose logits a device holds at once
-    elif kind in ("pair", "contextual", "triplet", "distill"):
+    elif kind in ("pair", "contextual", "triplet", "distill", "late_interaction"):
         new.attention = "bidirectional"  # or causal
-        new.pooling = "mean"  # of a text's hidden states, or last: the state of its last token
-        # Of pooled vectors in training: int8, tanh (the same without rounding) or none. They are compared by cosine.
-        new.quantization = "int8"
-        new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
-        new.matryoshka_weights = ()  # of the losses of the prefixes; () = equal
-        new.spread_out = 0.0  # weight of a term that spreads vectors over the sphere, for binary; 0 = none
         new.temperature = 0.02
         # A batch consists of groups of examples. Each group is packed into its own rows.
         new.batch.group_size = 128  # examples (in a contextual stage, documents)
@@ -152,7 +147,15 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.segments = 32  # maximum of texts per row
         new.batch.homogeneous = False  # whether all examples of a batch are from one task
     else:
-        raise ValueError(f"stage kind {kind!r} must be one of causal, diffusion, pair, contextual, triplet, distill")
+        kinds = "causal, diffusion, pair, contextual, triplet, distill, late_interaction"
+        raise ValueError(f"stage kind {kind!r} must be one of {kinds}")
+    if kind in ("pair", "contextual", "triplet", "distill"):
+        new.pooling = "mean"  # of a text's hidden states, or last: the state of its last token
+        # Of pooled vectors in training: int8, tanh (the same without rounding) or none. They are compared by cosine.
+        new.quantization = "int8"
+        new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
+        new.matryoshka_weights = ()  # of the losses of the prefixes; () = equal
+        new.spread_out = 0.0  # weight of a term that spreads vectors over the sphere, for binary; 0 = none
     if kind in ("pair", "contextual"):
         new.margin = 0.1  # of the false-negative mask; 2 = no mask, because cosines differ by at most 2
         new.query_negatives = True  # whether the other queries of a batch are negatives too
@@ -171,6 +174,11 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.mse = 0.0  # weight of their mean squared error, before quantization and normalization
         new.kl = 1.0  # weight of the KL divergence of similarities to the other texts of a batch, at the temperature
         new.temperature = 0.05
+    if kind == "late_interaction":
+        new.token_dimensions = 128  # of the vector of a token
+        new.temperature = 1.0  # of a sum over the tokens of a query, as in ColBERT
+        new.batch.max_query_tokens = 64  # longer texts are cut
+        new.batch.max_document_tokens = 512
     return _changed(new, changes)
 
 
@@ -238,6 +246,7 @@ def shrink(config: ConfigDict) -> None:
         "contextual": dict(group_size=2, groups=2, rows_per_group=6, length=512, spans=32, segments=32, max_chunks=8),
         "triplet": contrastive | dict(group_size=8, rows_per_group=16, num_negatives=2),
         "distill": contrastive | dict(group_size=8, rows_per_group=8),
+        "late_interaction": contrastive | dict(group_size=8, rows_per_group=8),
     }
     for each in config.stages.values():
         each.curriculum = tuple((2, mixture) for _, mixture in each.curriculum)

@@ -122,6 +122,7 @@ RULES: dict[str, Rule] = {
     "stages.*.query_negatives": BOOLEAN,
     "stages.*.chunking": _one_of("late", "early"),
     "stages.*.temperature": POSITIVE,
+    "stages.*.token_dimensions": COUNT,
     "stages.*.margin": NOT_NEGATIVE,
     "stages.*.alpha": FRACTION,
     "stages.*.beta": PAIR_OF_FRACTIONS,
@@ -169,6 +170,7 @@ KINDS = {
     "contextual": "batch.max_chunks",
     "triplet": "batch.num_negatives",
     "distill": "teacher_dimensions",
+    "late_interaction": "token_dimensions",
 }
 
 
@@ -227,11 +229,11 @@ def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, st
         yield "execution.microbatches", stage.execution.microbatches, f"a divisor of the {rows} rows of a batch"
     if is_text:
         return
-    prefixes = stage.matryoshka
+    prefixes, weights = stage.get("matryoshka", (1,)), stage.get("matryoshka_weights", ())  # not in late interaction
     if not prefixes or not all(type(p) is int and 1 <= p <= dimensions for p in prefixes):
         yield "matryoshka", prefixes, f"prefixes from 1 to the {dimensions} dimensions of the model, at least one"
-    if stage.matryoshka_weights and len(stage.matryoshka_weights) != len(prefixes):
-        yield "matryoshka_weights", stage.matryoshka_weights, f"() or {len(prefixes)} weights, one for each prefix"
+    if weights and len(weights) != len(prefixes):
+        yield "matryoshka_weights", weights, f"() or {len(prefixes)} weights, one for each prefix"
     examples = batch.groups * batch.group_size
     for name in ("max_chunks", "max_queries_per_document", "num_negatives"):
         if examples * batch.get(name, 0) > LARGEST:

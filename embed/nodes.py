@@ -30,7 +30,7 @@ from embed.evaluation.metrics import METRICS
 from embed.evaluation.sets import RetrievalSet, has_set, read_set, set_name
 from embed.inference import denoise, load
 from embed.inference.index import Index
-from embed.models import sharding, transformer
+from embed.models import sharding
 from embed.rows import content_ids
 from embed.runs import Run
 from embed.training import flops, loop, stages
@@ -38,7 +38,7 @@ from embed.training.metrics import MetricsWriter, progress_bar
 from embed.training.step import make_step
 
 READ = 4096  # examples that mining reads at once, per shard of a batch; no result depends on it
-HOOK_FORM, HOOK_METRIC = retrieval.Form("int8"), "ndcg@10"  # of the evaluation in the training loop
+HOOK_METRIC = "ndcg@10"  # of the evaluation in the training loop
 
 
 def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_options: Sequence[str] = ()) -> dict:
@@ -221,7 +221,10 @@ def _stage_parts(run: Run, name: str, identity: Mapping):
 def _initial_params(run: Run, name: str, shardings) -> dict:
     stage = run.config.stages[name]
     params = run.checkpoint(stage.init, stage.init_step).params(shardings)
-    return params if "head" in shardings else transformer.encoder_only(run.model, params)[1]
+    params = {part: x for part, x in params.items() if part in shardings}  # without a head or projection of the parent
+    if "projection" in shardings and "projection" not in params:
+        params["projection"] = run.random_projection(name, shardings["projection"])
+    return params
 
 
 def hook_sets(run: Run, names: Sequence[str]) -> dict[str, RetrievalSet]:
@@ -231,14 +234,17 @@ def hook_sets(run: Run, names: Sequence[str]) -> dict[str, RetrievalSet]:
 
 
 def hook(run: Run, stage: str, sets: Mapping[str, RetrievalSet], params) -> dict[str, float]:
-    """{set: nDCG@10 in int8} of parameters in training, computed by all devices of all processes together."""
+    """{set: nDCG@10} of parameters in training, computed by all devices of all processes together.
+
+    In int8, or of a late-interaction stage by MaxSim.
+    """
     config = run.config.stages[stage]
     model, pooling = stages.stage_model(config, run.model), config.get("pooling", "mean")
     checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage, model=model, pooling=pooling)
     encoder = run.encoder(checkpoint, params)
+    form = retrieval.Form(retrieval.MULTI if encoder.token_dimensions else "int8")
     return {
-        name: retrieval.evaluate_retrieval(encoder, data, (HOOK_FORM,))[HOOK_FORM][HOOK_METRIC]
-        for name, data in sets.items()
+        name: retrieval.evaluate_retrieval(encoder, data, (form,))[form][HOOK_METRIC] for name, data in sets.items()
     }
 
 
@@ -476,11 +482,19 @@ def record_file(run: Run, checkpoint: str, evaluation: str):
     return records.path(evaluated(run, checkpoint), evaluation, "default", "test")
 
 
-def _record(run: Run, checkpoint: str, evaluation: str, data: RetrievalSet, rankings: Mapping[str, np.ndarray]) -> dict:
+def _record(
+    run: Run,
+    checkpoint: str,
+    evaluation: str,
+    data: RetrievalSet,
+    rankings: Mapping[str, np.ndarray],
+    counts: Mapping[str, int] = {},
+) -> dict:
     """Write the record of rankings {precision: ranking}; returns {precision: metrics}."""
     about = {"task": evaluation, "subset": "default", "split": "test", "type": "Retrieval", "languages": []}
     forms = {retrieval.Form(precision): ranking for precision, ranking in rankings.items()}
     record = records.make(data, forms, METRICS, **about)
+    record["counts"] |= counts
     records.write(record_file(run, checkpoint, evaluation), record)
     return record["values"]
 
@@ -504,14 +518,14 @@ def evaluate(run: Run, name: str) -> dict:
         key = config.data, config.rope_theta, config.needle_tokens
         if key not in queries:  # of evaluations with and without context they are the same
             queries[key] = retrieval.embed_queries(encoder, data)
-        forms = [retrieval.Form(precision, config.truncate_dim or None) for precision in retrieval.PRECISIONS]
-        ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[key])
+        forms, counts = retrieval.forms(encoder, config.truncate_dim), {}
+        ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[key], counts=counts)
         rankings = {form.precision: ranking for form, ranking in ranked.items()}
         if jax.process_index() == 0:
             buffer = io.BytesIO()
             np.savez(buffer, **rankings)
             paths.write(ranking(run, name, evaluation), buffer.getvalue())
-            figures[evaluation] = _record(run, name, evaluation, data, rankings)
+            figures[evaluation] = _record(run, name, evaluation, data, rankings, counts)
     return figures
 
 

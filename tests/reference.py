@@ -216,6 +216,38 @@ def similarity_kl(student, teacher, *, temperature, ids=None, valid=None):
     return total / max(count, 1)
 
 
+# --- late interaction -------------------------------------------------------------------------------------------
+
+
+def maxsim(queries, query_valid, documents, document_valid):
+    scores = np.zeros((len(queries), len(documents)), np.result_type(queries, documents))
+    for i in range(len(queries)):
+        for j in range(len(documents)):
+            tokens = cosines(queries[i][query_valid[i]], documents[j][document_valid[j]])
+            for row in tokens if tokens.shape[1] else []:
+                scores[i, j] += row[np.argmax(np.real(row))]
+    return scores
+
+
+def late_interaction_loss(
+    queries, documents, *, query_valid, document_valid, temperature, query_ids=None, document_ids=None, valid=None
+):
+    scores = maxsim(queries, query_valid, documents, document_valid) / temperature
+    total, count = 0.0, 0
+    for i in range(len(queries)):
+        if valid is not None and not valid[i]:
+            continue
+        denominator = np.exp(scores[i, i])
+        for j in range(len(queries)):
+            if j == i or (valid is not None and not valid[j]):
+                continue
+            if not share(query_ids, i, j) and not share(document_ids, i, j):
+                denominator += np.exp(scores[i, j])
+        total -= np.log(np.exp(scores[i, i]) / denominator)
+        count += 1
+    return total / max(count, 1)
+
+
 # --- masked diffusion -------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from embed import config as configs
 from embed import paths
 from embed.evaluation.metrics import METRICS, check_metrics, score_queries
-from embed.evaluation.retrieval import Form
+from embed.evaluation.retrieval import MULTI, Form
 from embed.evaluation.sets import RetrievalSet
 
 ABOUT, SUMMARY, RECORDS = "evaluation.json", "summary.json", "records"
@@ -148,17 +148,18 @@ def read(folder) -> list[dict]:
 
 
 def rows(records: Sequence[Mapping], dimensions: int | None) -> Iterator[dict]:
-    """The rows of summary.json; `dimensions` of the whole vectors, None without vectors."""
+    """The rows of summary.json; `dimensions` of the whole single vectors, None without any."""
     for record in records:
         for form, values in record["values"].items():
             precision, _, prefix = form.partition("-")
+            whole = None if precision == MULTI else dimensions
             for metric, value in values.items():
                 yield {
                     "task": record["task"],
                     "subset": shown_subset(record),
                     "split": record["split"],
                     "precision": precision,
-                    "dimensions": int(prefix) if prefix else dimensions,
+                    "dimensions": int(prefix) if prefix else whole,
                     "metric": metric,
                     "value": value,
                     "queries": record["counts"].get("queries"),

@@ -78,6 +78,8 @@ def forward_flops(
     logits       2 · tokens · predicted · vocabulary · width    predicted: the share of masked tokens, 1 if causal
     similarity   2 · queries · vectors per query · Σ prefixes   contrastive: unused entries of the tables included
                  2 · texts² · Σ (prefix + dimensions of the teacher)                                       distill
+                 2 · queries² · query tokens · document tokens · P      late interaction, of the longest texts
+    projection   2 · tokens · width · P                         late interaction, of P token dimensions
 
     `tokens` is the number of tokens that are not padding, `squares` the sum of the squared segment lengths. Their
     defaults are those of full rows.
@@ -102,7 +104,11 @@ def forward_flops(
     if stage.kind == "distill":
         n, dimensions = shapes["teacher"]
         return flops | {"similarity": 2.0 * n**2 * (sum(stage.matryoshka) + len(stage.matryoshka) * dimensions)}
-    queries = shapes["query_slots"][0]
+    queries = shapes["query_ids"][0]
+    if stage.kind == "late_interaction":
+        compared = queries**2 * stage.batch.max_query_tokens * stage.batch.max_document_tokens
+        size = stage.token_dimensions
+        return flops | {"similarity": 2.0 * compared * size, "projection": 2.0 * tokens * D * size}
     compared = {  # vectors per query
         "pair": 2 * queries,
         "triplet": queries + math.prod(shapes.get("negative_slots", (0,))),

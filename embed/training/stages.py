@@ -27,12 +27,12 @@ from embed.models import sharding, transformer
 from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
 from embed.models.quantization import QUANTIZERS
-from embed.objectives import contrastive, distillation, masked_diffusion
+from embed.objectives import contrastive, distillation, late_interaction, masked_diffusion
 from embed.rows import RowShape
 
 TEXT = ("causal", "diffusion")  # stages that predict the tokens of rows of text
 NO_MARGIN = 2.0  # cosines differ by at most 2, so a margin of 2 masks nothing
-KINDS = (*TEXT, "pair", "contextual", "triplet", "distill")
+KINDS = (*TEXT, "pair", "contextual", "triplet", "distill", "late_interaction")
 
 
 def _microbatches(count: int, rows: int) -> tuple[Callable, Callable]:
@@ -389,10 +389,42 @@ def _spread(weight: float, prefix: int, *tables):
     return weight * sum(contrastive.spread_out(x[:, :prefix], ids=ids, valid=ok) for x, ids, ok in tables)
 
 
+def late_interaction_loss(
+    params, batch, key, progress, *, model, microbatches, temperature, max_query_tokens, max_document_tokens
+):
+    """The loss of the late-interaction stage: N queries and N documents, compared token by token."""
+
+    def vectors(tokens, segment_ids, positions):
+        return transformer.token_vectors(params, transformer.apply(model, params, tokens, segment_ids, positions))
+
+    table = in_microbatches(vectors, microbatches, *(batch[name] for name in ("tokens", "segment_ids", "positions")))
+    table = table.reshape(-1, table.shape[-1])
+
+    def side(name, most):
+        k = jnp.arange(most)
+        valid = k < batch[f"{name}_lengths"][:, None]
+        return table[jnp.where(valid, batch[f"{name}_starts"][:, None] + k, 0)], valid
+
+    scores = late_interaction.maxsim(*side("query", max_query_tokens), *side("document", max_document_tokens))
+    loss = late_interaction.late_interaction_loss(
+        scores,
+        temperature=temperature,
+        query_ids=batch["query_ids"],
+        document_ids=batch["document_ids"],
+        valid=batch["valid"],
+    )
+    return loss, {"top1": _share_first(jax.lax.stop_gradient(scores), batch["valid"])}
+
+
 def _top1(q, d, valid):
     """The share of valid queries q [N, D] whose own positive d [N, D] is the most similar in the batch; no gradient."""
     q, d = jax.lax.stop_gradient((contrastive.normalize(q), contrastive.normalize(d)))
-    scores = jnp.where(valid[None, :], contrastive.cosine(q, d), -2)
+    return _share_first(contrastive.cosine(q, d), valid)
+
+
+def _share_first(scores, valid):
+    """The share of valid queries whose own positive has the highest of their scores [N, N] of valid documents."""
+    scores = jnp.where(valid[None, :], scores, -jnp.inf)
     return ((jnp.diagonal(scores) >= scores.max(1)) & valid).sum() / jnp.maximum(valid.sum(), 1)
 
 
@@ -402,7 +434,9 @@ def row_shape(batch) -> RowShape:
 
 
 def stage_model(stage, model: transformer.TransformerConfig) -> transformer.TransformerConfig:
-    """The model that a stage trains: with an output layer only if it predicts tokens, causal if its config says so."""
+    """The model that a stage trains: with an output layer only if it predicts tokens, with a projection only for late
+    interaction, causal if its config says so."""
+    model = dataclasses.replace(model, token_dimensions=stage.get("token_dimensions", 0))
     if stage.kind in TEXT:
         return dataclasses.replace(model, causal=stage.kind == "causal")
     return dataclasses.replace(model, tied=True, causal=stage.attention == "causal")
@@ -418,6 +452,15 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
         return functools.partial(diffusion_loss, mask_id=mask_id, left_shift=left_shift, **how, **options)
     if stage.kind not in KINDS:
         raise ValueError(f"stage kind {stage.kind!r} must be one of {', '.join(KINDS)}")
+    if stage.kind == "late_interaction":
+        return functools.partial(
+            late_interaction_loss,
+            model=model,
+            microbatches=stage.execution.microbatches,
+            temperature=stage.temperature,
+            max_query_tokens=stage.batch.max_query_tokens,
+            max_document_tokens=stage.batch.max_document_tokens,
+        )
     embedding = Embedding(
         model,
         row_shape(stage.batch),
@@ -466,7 +509,8 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
     if stage.kind == "distill":
         arrays |= {"slots": ((n,), np.int32), "ids": ((n,), np.int32), "valid": ((n,), np.bool_)}
         return arrays | {"teacher": ((n, stage.teacher_dimensions), np.float32)}
-    names = ("query_slots", "document_slots", "query_ids", "document_ids")
+    where = ("slots",) if stage.kind != "late_interaction" else ("starts", "lengths")
+    names = [f"{side}_{what}" for side in ("query", "document") for what in (*where, "ids")]
     arrays |= {name: ((n,), np.int32) for name in names} | {"valid": ((n,), np.bool_)}
     if stage.kind == "triplet":
         k = batch.num_negatives
@@ -523,6 +567,8 @@ def _contrastive_arguments(stage) -> dict:
         group_size=batch.group_size,
         shape=row_shape(batch),
         num_negatives=batch.get("num_negatives", 0),
+        max_query_tokens=batch.get("max_query_tokens", 0),
+        max_document_tokens=batch.get("max_document_tokens", 0),
         max_chunks=batch.get("max_chunks", 0),
         max_queries_per_document=batch.get("max_queries_per_document", 0),
         homogeneous=batch.get("homogeneous", False),

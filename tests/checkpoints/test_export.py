@@ -457,3 +457,58 @@ def test_a_card_shows_how_a_contextual_model_is_used_and_what_tanh_means():
     last = model_card(causal, embedding | {"pooling": "last"}, {})
     assert "causal Qwen3 encoder with pooling of the last token" in last and "the state of the last token" in last
     assert "encode_documents" in model_card(small.config(), embedding | {"contextual": True}, {})
+
+
+# Late interaction
+
+
+@pytest.fixture
+def late(tmp_path):
+    """(model folder, its encoder in memory)."""
+    config = dataclasses.replace(small.config(), token_dimensions=12)
+    params = random_params(config)
+    return small.write_model(tmp_path / "late", params, config), inference.Encoder(params, config, small.tokenizer())
+
+
+def test_the_projection_is_a_module_of_its_own_and_token_vectors_come_back_bit_by_bit(late):
+    folder, encoder = late
+    parts = ["1_Dense/config.json", "1_Dense/model.safetensors", "2_MultiVectorMask/config.json"]
+    assert contents(folder) == sorted([*LAYOUT[1:], *parts, "3_Normalize/config.json"])
+    (projection,) = safetensors.numpy.load_file(folder / "1_Dense" / "model.safetensors").values()
+    np.testing.assert_array_equal(projection, encoder.params["projection"].T)
+    assert read_json(folder / "config.json")["token_dimensions"] == 12
+    assert read_json(folder / "config_sentence_transformers.json")["model_type"] == "MultiVectorEncoder"
+    loaded = inference.load(folder)
+    assert loaded.token_dimensions == 12
+    for one, other in zip(loaded.encode_tokens_multi(TEXTS), encoder.encode_tokens_multi(TEXTS)):
+        np.testing.assert_array_equal(one, other)
+    assert "MultiVectorEncoder" in (folder / "README.md").read_text()
+
+
+def test_an_export_of_an_export_has_the_same_projection(late, tmp_path):
+    folder, _ = late
+    assert main(["export", f"--model={folder}", f"--output={tmp_path / 'again'}"]) == 0
+    for name in ("1_Dense/model.safetensors", "model.safetensors", "config.json", "modules.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change, message", [("other", "1_Dense/model.safetensors was changed"), ("gone", "is missing")]
+)
+def test_a_changed_projection_is_refused(change, message, late):
+    folder, _ = late
+    file = folder / "1_Dense" / "model.safetensors"
+    file.unlink()
+    if change == "other":
+        safetensors.numpy.save_file({"linear.weight": np.zeros((12, 32), np.float32)}, file)
+    with pytest.raises(ValueError, match=message):
+        inference.load(folder)
+
+
+@pytest.mark.parametrize("how, option", [({"format": "onnx"}, "--format=onnx"), ({"tanh": True}, "--tanh")])
+def test_formats_of_single_vectors_refuse_a_late_interaction_model(how, option, late, tmp_path, capsys):
+    folder, _ = late
+    arguments = ["--tanh"] if "tanh" in how else [f"--format={how['format']}"]
+    assert main(["export", f"--model={folder}", f"--output={tmp_path / 'other'}", *arguments]) == 2
+    assert f"{option} is for single vectors; a late-interaction model" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

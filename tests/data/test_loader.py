@@ -84,6 +84,7 @@ STAGES = {
     "diffusion": {},
     "pair": dict(rows_per_group=4),
     "triplet": dict(rows_per_group=8, num_negatives=3),
+    "late_interaction": dict(rows_per_group=4, max_query_tokens=5, max_document_tokens=12),
     "contextual": dict(rows_per_group=6, max_queries_per_document=2, max_chunks=4, separator_id=3),
     "distill": dict(rows_per_group=3, teacher_dimensions=3),
 }
@@ -540,13 +541,14 @@ def long_tailed(stage, scale, seed):
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("stage", ["pair", "triplet", "contextual", "distill"])
+@pytest.mark.parametrize("stage", ["pair", "triplet", "contextual", "distill", "late_interaction"])
 def test_the_rows_that_are_chosen_from_the_lengths_are_filled_to_95_percent(stage, multiple):
     stores = {"short": long_tailed(stage, 1, 0), "long": long_tailed(stage, 3, 1), "unused": long_tailed(stage, 9, 2)}
     phases = [(1, {"short": 0.8, "long": 0.2, "unused": 0}), (1, {"short": 0.7, "long": 0.3})]
     group = dict(group_size=16 if stage == "contextual" else 64, shape=RowShape(512, 64, 64), stage=stage)
     names = ("num_negatives", "max_queries_per_document", "teacher_dimensions")
     group |= {name: STAGES[stage].get(name, 0) for name in names}
+    group |= dict(max_query_tokens=40, max_document_tokens=90) if stage == "late_interaction" else {}
     group |= dict(separator_id=3, max_chunks=8)
     count = choose_rows(stores, phases, multiple=multiple, **group)
     assert count % multiple == 0
@@ -595,6 +597,35 @@ def test_rows_cannot_be_chosen_without_examples():
         )
 
 
+def test_starts_and_lengths_of_late_interaction_are_the_tokens_of_each_text_cut_to_the_most_of_its_side():
+    stores = {
+        "a": MemoryStore(query=[[i] * (i % 8) for i in range(4, 54)], document=[[i] * 13 for i in range(104, 154)])
+    }
+    loader = ContrastiveLoader(
+        stores,
+        [(1, {"a": 1})],
+        seed=0,
+        stage="late_interaction",
+        group_size=5,
+        groups=2,
+        shape=SHAPE,
+        **STAGES["late_interaction"],
+    )
+    batch = loader.batch(3)
+    flat, cut = batch["tokens"].reshape(-1), 0
+    for i in range(10):
+        query, document = (
+            flat[batch[f"{side}_starts"][i] :][: batch[f"{side}_lengths"][i]] for side in ("query", "document")
+        )
+        name = document[0] - 100
+        assert (document == name + 100).all() and len(document) == 12  # of 13
+        assert (query == name).all() and len(query) == min(name % 8, 5)
+        assert batch["valid"][i] == (name % 8 > 0)
+        assert batch["document_ids"][i] == rows.content_ids([document])[0]
+        cut += 1 + (name % 8 > 5)
+    assert batch["stats"]["cut"] == cut > 10
+
+
 def test_a_text_without_tokens_makes_its_example_invalid_and_counted():
     empty = [[]] * 10
     store = MemoryStore(query=[*empty, *[[5, 6]] * 20], document=[*[[7]] * 20, *empty])
@@ -608,7 +639,7 @@ def test_a_text_without_tokens_makes_its_example_invalid_and_counted():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stage": "dense"}, "stage='dense' must be one of pair, triplet, contextual"),
+        ({"stage": "dense"}, "stage='dense' must be one of pair, triplet, contextual, late_inter"),
         ({"max_queries_per_document": 0}, "max_queries_per_document of at least 1, got 0"),
         ({"max_chunks": 9}, r"max_chunks in 1..8 \(the spans of a row\), got 9"),
     ],

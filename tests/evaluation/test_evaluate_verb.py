@@ -1,5 +1,6 @@
 """embed evaluate --data: what it prints, writes, continues and refuses."""
 
+import dataclasses
 import json
 import re
 
@@ -8,7 +9,7 @@ import small
 from evaluation_sets import make
 
 from embed import cli, inference
-from embed.evaluation import models
+from embed.evaluation import compare, models
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,20 @@ def test_forms_and_metrics_are_added_to_what_is_there(model, data, tmp_path, mon
     assert run(*common, "--precision", "binary", "--truncate_dim", 16) == 0
     assert run(*common, "--precision", "int8", "--metrics", "recall@3", "precision@5") == 0
     assert values(output) == last
+
+
+def test_token_vectors_are_one_of_the_forms_of_a_late_interaction_model(data, tmp_path, capsys):
+    config = dataclasses.replace(small.config(), token_dimensions=12)
+    late, output = small.write_model(tmp_path / "late", small.random_params(config), config), tmp_path / "out"
+    assert run(f"--model={late}", f"--data={data}", f"--output={output}") == 0
+    assert {form for form, *_ in values(output)} == {"float32", "int8", "binary", "multi"}
+    assert ("multi", None, "ndcg@10") in values(output)
+    (model,), _ = compare.read([output])
+    assert 48 < model.bytes("multi") < 48 * 60 and model.bytes("int8") == 32  # 12 numbers per token
+    assert "| multi |" in "\n".join(compare.sections(tmp_path, [model], []))
+    assert run(f"--model={late}", f"--data={data}", "--precision", "multi", "--truncate_dim", 16) == 0
+    table = capsys.readouterr().out
+    assert "multi" in table and "multi-16" not in table
 
 
 def test_an_output_of_another_model_setting_or_content_is_refused(model, data, tmp_path, capsys):
@@ -105,6 +120,10 @@ def test_the_name_of_a_run_and_its_stage_or_export_is_a_model(model, tmp_path):
         (["--model={model}", "--data={data}", "--truncate_dim", "64"], "truncate_dim=64 must be in 1..32"),
         (["--model={model}", "--data={data}", "--corpus_sizes", "99"], "--corpus_sizes=99 must be in 13..24"),
         (["--model=bm25", "--data={data}", "--precision", "int8"], "bm25 has no vectors"),
+        (
+            ["--model={model}", "--data={data}", "--precision", "multi"],
+            "local/m has no token vectors; late-interaction",
+        ),
         (["--model={model}", "--data", "{data}", "{data}"], "--data names two sets that are called set"),
         (["--reproduce=pplx"], "no published scores of 'pplx': there are those of .*Qwen/Qwen3-Embedding-0.6B"),
         (["--reproduce=pplx-embed-v1-0.6b", "--tasks", "SciFact"], "there is no published score of pplx-embed-v1-0.6b"),

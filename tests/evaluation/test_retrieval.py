@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import small
@@ -131,3 +133,27 @@ def test_a_contextual_set_is_evaluated_both_ways(tmp_path):
     assert context != alone
     # Query i is text i after one more word: without context even a random model ranks it first.
     assert alone[forms[0]]["ndcg@10"] > 0.8
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_token_vectors_are_ranked_by_maxsim(tmp_path, alone):
+    """Of equal scores the greater id is first. Chunks are encoded in their document, or alone."""
+    config = dataclasses.replace(small.config(), token_dimensions=12)
+    encoder = inference.Encoder(small.random_params(config), config, small.tokenizer())
+    data = read_set(make(tmp_path / "set", chunked=True))
+    forms, counts = retrieval.forms(encoder), {}
+    assert forms[-1] == Form("multi")
+    ranking = retrieval.rank(encoder, data, forms, alone=alone, counts=counts)[Form("multi")]
+    texts = [[text] for text in data.corpus] if alone else [data.corpus[6 * d : 6 * d + 6] for d in range(4)]
+    corpus = encoder.encode_segments_multi(encoder.fit_documents(texts)[0])
+    descending = np.array(sorted(range(24), key=data.corpus_ids.__getitem__, reverse=True))
+    scores = inference.maxsim(encoder.encode_tokens_multi(data.queries), corpus)[:, descending]
+    np.testing.assert_array_equal(ranking[:, :24], descending[np.argsort(-scores, axis=1, kind="stable")])
+    assert (ranking[:, 24:] == -1).all() and ranking.shape[1] == retrieval.DEPTH
+    assert counts[retrieval.TOKEN_BYTES] == round(4 * 12 * sum(map(len, corpus)) / 24)
+
+
+def test_a_text_that_is_its_own_query_is_left_out_of_a_ranking_by_maxsim():
+    vectors = list(np.eye(4, dtype=np.float32)[:, None])
+    ranking = retrieval.search_tokens(vectors[:2], vectors, order=np.arange(3), own=np.array([0, -1]), depth=4)
+    assert ranking.tolist() == [[1, 2, -1, -1], [1, 0, 2, -1]]

@@ -96,6 +96,11 @@ EIGHT = textwrap.dedent(
                 assert_close(b, a)
             else:
                 np.testing.assert_array_equal(b, a, strict=True)
+    late = dataclasses.replace(small.config(), token_dimensions=16)
+    projected = small.params() | {"projection": np.random.default_rng(1).normal(size=(32, 16)).astype(np.float32)}
+    token_vectors = [encoder(mesh, projected, late).encode_tokens_multi(texts[:40]) for mesh in (one_device, None)]
+    for a, b in zip(*token_vectors, strict=True):
+        assert np.abs(a - b).max() < 1e-5
     assert_close(eight.encode(texts, batch_tokens=1), one.encode(texts))
 
     # Parameters that are sharded as in training keep their shardings, in the dtype of the computation.

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from embed.models import sharding, transformer
+from embed.training.stages import KINDS
 
 
 def test_every_parameter_matches_a_rule():
     mesh = sharding.make_mesh()
     for size in transformer.SIZES:
-        params = transformer.abstract_params(transformer.make_config(size, 64))
+        params = transformer.abstract_params(transformer.make_config(size, 64, token_dimensions=128))
         shardings = sharding.parameter_shardings(mesh, params)
         assert jax.tree.structure(shardings) == jax.tree.structure(params)
 
@@ -87,6 +88,9 @@ EQUAL_LOSSES = textwrap.dedent(
     if "KIND" == "contextual":  # the query is a row's first text, the chunk another text of the row
         batch |= dict(chunk_slots=np.arange(N) // 2 * 4 + 1 + np.arange(N) % 2, chunk_ids=np.arange(N) // 2 + 100,
                       chunk_document=np.arange(N) // 4, chunk_valid=np.arange(N) != 6, positive=np.arange(N) // 2 * 2)
+    if "KIND" == "late_interaction":
+        batch |= dict(query_starts=np.arange(N) // 2 * L + np.arange(N) % 2 * 6, query_lengths=np.arange(N) % 4 + 1,
+                      document_starts=np.arange(N) // 2 * L + 12, document_lengths=np.arange(N) % 6 + 1)
     batch = {k: v.astype(bool if "valid" in k else np.int32) for k, v in batch.items()}
     if "KIND" == "distill":
         batch |= dict(slots=batch["query_slots"], ids=batch["query_ids"] // 2,
@@ -96,8 +100,10 @@ EQUAL_LOSSES = textwrap.dedent(
     if stage.kind in stages.TEXT:
         stage.execution.logits_chunk = 8
     else:
-        stage.update(matryoshka=(16, 32), temperature=0.1)
+        stage.temperature = 0.1
         stage.batch.update(spans=4, segments=4)
+        stage.update(dict(token_dimensions=16) if stage.kind == "late_interaction" else dict(matryoshka=(16, 32)))
+    model = stages.stage_model(stage, model)
 
     def losses(mesh, microbatches=1):
         stage.execution.microbatches = microbatches
@@ -124,7 +130,7 @@ EQUAL_LOSSES = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kind", ["causal", "diffusion", "pair", "contextual", "triplet", "distill"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_on_eight_devices_equal_those_on_one(kind):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -85,6 +85,15 @@ def test_only_the_hardware_flops_contain_recomputation():
     assert flops.model_flops(DIFFUSION, full) == flops.model_flops(DIFFUSION, MODEL)
 
 
+def test_late_interaction_compares_every_token_of_a_query_with_every_token_of_a_document():
+    batch = PAIR.batch.to_dict() | dict(max_query_tokens=2, max_document_tokens=5)
+    late = configs.base().stage("late_interaction", token_dimensions=4, batch=batch)
+    parts, pair = flops.forward_flops(late, MODEL), flops.forward_flops(PAIR, MODEL)
+    assert (parts["layers"], parts["attention"]) == (pair["layers"], pair["attention"])
+    assert parts["projection"] == 2 * 12 * 8 * 4  # 12 tokens of width 8
+    assert parts["similarity"] == 2 * 3 * 3 * 2 * 5 * 4
+
+
 def test_known_devices_have_a_peak_and_unknown_ones_none(monkeypatch):
     def named(kind):
         monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])

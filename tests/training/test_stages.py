@@ -19,6 +19,7 @@ MODEL = transformer.make_config("micro", 64)
 R, L, N, S = 16, 24, 32, 4
 T = 40  # dimensions of the teacher
 BATCH = dict(length=L, spans=S, segments=S)
+LATE = dict(token_dimensions=8, batch=BATCH | dict(max_query_tokens=5, max_document_tokens=6))
 
 
 @functools.cache
@@ -33,6 +34,10 @@ def batch() -> dict:
         span_ids=np.repeat([[1, 2, 3, 0]], R, 0).repeat(6, 1),
         query_slots=np.arange(N) // 2 * S + np.arange(N) % 2,
         document_slots=np.arange(N) // 2 * S + 2,
+        query_starts=np.arange(N) // 2 * L + np.arange(N) % 2 * 6,
+        document_starts=np.arange(N) // 2 * L + 12,
+        query_lengths=np.arange(N) % 5 + 1,
+        document_lengths=np.arange(N) % 6 + 1,
         query_ids=np.arange(N),
         document_ids=np.arange(N) // 2,
         valid=np.arange(N) != 3,
@@ -52,22 +57,31 @@ def batch() -> dict:
 
 
 @functools.cache
-def params():
-    return transformer.init(MODEL, jax.random.key(0))
+def params(kind="pair"):
+    return transformer.init(stages.stage_model(stage_of(kind), MODEL), jax.random.key(0))
+
+
+def rows():
+    return [batch()[name] for name in ("tokens", "segment_ids", "positions")]
+
+
+def stage_of(kind, microbatches=1, **changes):
+    own = LATE if kind == "late_interaction" else dict(matryoshka=(16, 32), batch=BATCH)
+    changes = own | dict(temperature=0.05, execution=dict(microbatches=microbatches)) | changes
+    return configs.base().stage(kind, **changes)
 
 
 def loss_of(kind, microbatches, model=MODEL, **changes):
-    changes = dict(matryoshka=(16, 32), temperature=0.05) | changes
-    stage = configs.base().stage(kind, batch=BATCH, execution=dict(microbatches=microbatches), **changes)
+    stage = stage_of(kind, microbatches, **changes)
     loss = stages.make_loss(stage, stages.stage_model(stage, model), mask_id=2)
     return lambda params, batch: loss(params, batch, jax.random.key(0), 0.5)[0]
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 16])
-@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet", "distill"])
+@pytest.mark.parametrize("kind", ["pair", "contextual", "triplet", "distill", "late_interaction"])
 def test_gradient_caching_gives_the_gradient_of_the_whole_batch(kind, microbatches):
-    whole = jax.jit(jax.value_and_grad(loss_of(kind, 1)))(params(), batch())
-    cached = jax.jit(jax.value_and_grad(loss_of(kind, microbatches)))(params(), batch())
+    whole = jax.jit(jax.value_and_grad(loss_of(kind, 1)))(params(kind), batch())
+    cached = jax.jit(jax.value_and_grad(loss_of(kind, microbatches)))(params(kind), batch())
     np.testing.assert_allclose(cached[0], whole[0], rtol=1e-5)
     for got, want in zip(jax.tree.leaves(cached[1]), jax.tree.leaves(whole[1])):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
@@ -126,6 +140,28 @@ def test_a_student_may_be_wider_than_its_teacher_if_only_similarities_are_compar
     narrow, loss = batch() | {"teacher": batch()["teacher"][:, :8]}, loss_of("distill", 1, cosine=0.0)
     value, gradients = jax.jit(jax.value_and_grad(loss))(params(), narrow)
     assert value > 0 and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_late_interaction_compares_the_projected_states_of_each_text_s_own_tokens():
+    """Texts longer than the most tokens of a side are compared by their first ones."""
+    of_kind = params("late_interaction")
+    hidden = transformer.apply(MODEL, {k: v for k, v in of_kind.items() if k != "projection"}, *rows())
+    vectors = np.asarray(hidden @ of_kind["projection"], np.float64).reshape(R * L, -1)
+
+    def side(name, most):
+        slots = batch()[f"{name}_starts"][:, None] + np.arange(most)
+        return vectors[slots], np.arange(most) < batch()[f"{name}_lengths"][:, None]
+
+    (queries, query_valid), (documents, document_valid) = side("query", 5), side("document", 6)
+    want = reference.late_interaction_loss(
+        queries,
+        documents,
+        query_valid=query_valid,
+        document_valid=document_valid,
+        temperature=0.05,
+        **{name: batch()[name] for name in ("query_ids", "document_ids", "valid")},
+    )
+    np.testing.assert_allclose(loss_of("late_interaction", 1)(of_kind, batch()), want, rtol=1e-4)
 
 
 def test_rows_that_do_not_divide_into_microbatches_are_an_error():

@@ -57,10 +57,14 @@ def test_the_lowered_batch_has_the_shapes_of_abstract_batch():
 
 
 @pytest.mark.parametrize("kind", stages.KINDS)
-def test_only_stages_that_predict_tokens_have_an_output_layer_and_only_causal_ones_a_causal_mask(kind):
-    stage, untied = configs.base().stage(kind), transformer.make_config("micro", 64, tied=False)
-    model = stages.stage_model(stage, untied)
-    assert ("head" in transformer.abstract_params(model)) == (kind in ("causal", "diffusion"))
+def test_a_stage_has_only_the_parameters_and_the_mask_that_it_needs(kind):
+    """An output layer if it predicts tokens, a projection for late interaction, a causal mask if its config says so."""
+    stage, untied = configs.base().stage(kind), transformer.make_config("micro", 64, tied=False, token_dimensions=7)
+    model = stages.stage_model(stage, untied)  # whatever another stage had
+    params = transformer.abstract_params(model)
+    assert ("head" in params) == (kind in ("causal", "diffusion"))
+    assert ("projection" in params) == (kind == "late_interaction")
+    assert model.token_dimensions == (128 if kind == "late_interaction" else 0)
     assert model.causal == (kind == "causal")
     if kind not in stages.TEXT:
         stage.attention = "causal"
