@@ -98,7 +98,7 @@ def specification(arguments, selection: str) -> tuple[dict, dict, float]:
     stage.batch[size] = getattr(arguments, size) or stage.batch[size]
     config.model.dtype = "float32" if arguments.platform == "cpu" else "bfloat16"
     model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
-    model = stages.stage_model(stage.kind, model)
+    model = stages.stage_model(stage, model)
     texts = random_texts(stage, model.vocab_size)
     # A segment is one text, or all chunks of a document.
     lengths = [

@@ -76,9 +76,9 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def stage(kind: str, **changes) -> ConfigDict:
-    """A stage of one of the four kinds; `changes` override fields, nested ones as dictionaries."""
+    """A stage of one of the five kinds; `changes` override fields, nested ones as dictionaries."""
     new = ConfigDict()
-    new.kind = kind  # diffusion, pair, contextual or triplet: the objective and its batches
+    new.kind = kind  # diffusion, pair, contextual, triplet or late_interaction: the objective and its batches
     new.init = ""  # the checkpoint that the stage starts from; "" = random
     new.init_step = 0  # a step of an unfinished stage to start from; 0 = the last step of a finished one
     new.curriculum = ()  # ((steps, mixture), …); a mixture is one of the gin file, a mined task or {task: rate}
@@ -117,8 +117,7 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.length = 4096
         new.batch.truncate_probability = 0.01  # of a row, which is then cut to a random length
         new.execution.logits_chunk = 2048  # tokens whose logits a device holds at once
-    elif kind in ("pair", "contextual", "triplet"):
-        new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
+    elif kind in ("pair", "contextual", "triplet", "late_interaction"):
         new.temperature = 0.02
         # A batch consists of groups of examples. Each group is packed into its own rows.
         new.batch.group_size = 128  # examples (in a contextual stage, documents)
@@ -127,8 +126,10 @@ def stage(kind: str, **changes) -> ConfigDict:
         new.batch.spans = 32  # maximum of embeddings per row
         new.batch.segments = 32  # maximum of texts per row
     else:
-        raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet")
-    if kind in ("pair", "triplet"):
+        raise ValueError(f"stage kind {kind!r} must be one of diffusion, pair, contextual, triplet, late_interaction")
+    if kind in ("pair", "contextual", "triplet"):
+        new.matryoshka = (128, 256, 512, 1024)  # prefixes of a vector that are trained
+    if kind in ("pair", "triplet", "late_interaction"):
         new.batch.homogeneous = False  # whether all examples of a batch are from one task
     if kind in ("pair", "contextual"):
         new.margin = 0.1  # of the false-negative mask
@@ -140,6 +141,11 @@ def stage(kind: str, **changes) -> ConfigDict:
     if kind == "triplet":
         new.temperature = 0.03
         new.batch.num_negatives = 4  # maximum per query
+    if kind == "late_interaction":
+        new.token_dimensions = 128  # of the vector of a token
+        new.temperature = 1.0  # of a sum over the tokens of a query, as in ColBERT
+        new.batch.max_query_tokens = 64  # longer texts are cut
+        new.batch.max_document_tokens = 512
     return _changed(new, changes)
 
 
@@ -200,12 +206,13 @@ def shrink(config: ConfigDict) -> None:
         "pair": contrastive | dict(group_size=8, rows_per_group=8),
         "contextual": dict(group_size=2, groups=2, rows_per_group=6, length=512, spans=32, segments=32, max_chunks=8),
         "triplet": contrastive | dict(group_size=8, rows_per_group=16, num_negatives=2),
+        "late_interaction": contrastive | dict(group_size=8, rows_per_group=8),
     }
     for each in config.stages.values():
         each.curriculum = tuple((2, mixture) for _, mixture in each.curriculum)
         each.execution.log_every = 1
         each.batch.update(batches[each.kind])
-        if each.kind != "diffusion":
+        if "matryoshka" in each:
             each.matryoshka = (8, 32)
     for each in config.merges.values():
         each.sweep = each.sweep and (each.ratio,)

@@ -75,7 +75,7 @@ def write_model(
 ):
     """Write any checkpoint as a model folder. Its parameters are loaded in `shardings(model)`."""
     checkpoint.check_encoder()
-    export.check_format(format, tanh)
+    export.check_format(format, tanh, checkpoint.model.token_dimensions)
     if checkpoint.not_exported:
         what = "; ".join(checkpoint.not_exported)
         warnings.warn(f"the export leaves out settings of {checkpoint.name}: {what}", stacklevel=2)

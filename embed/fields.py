@@ -103,6 +103,7 @@ RULES: dict[str, Rule] = {
     "stages.*.execution.*": COUNT,
     "stages.*.left_shift": _one_of("auto", "True", "False"),
     "stages.*.temperature": POSITIVE,
+    "stages.*.token_dimensions": COUNT,
     "stages.*.margin": NOT_NEGATIVE,
     "stages.*.alpha": FRACTION,
     "stages.*.beta": PAIR_OF_FRACTIONS,
@@ -134,6 +135,7 @@ KINDS = {
     "pair": "margin",
     "contextual": "batch.max_chunks",
     "triplet": "batch.num_negatives",
+    "late_interaction": "token_dimensions",
 }
 
 
@@ -187,7 +189,7 @@ def _stage(stage: ConfigDict, dimensions: int) -> Iterator[tuple[str, object, st
         yield "execution.microbatches", stage.execution.microbatches, f"a divisor of the {rows} rows of a batch"
     if kind == "diffusion":
         return
-    prefixes = stage.matryoshka
+    prefixes = stage.get("matryoshka", (dimensions,))  # late interaction has none
     if not prefixes or not all(type(p) is int and 1 <= p <= dimensions for p in prefixes):
         yield "matryoshka", prefixes, f"prefixes from 1 to the {dimensions} dimensions of the model, at least one"
     examples = batch.groups * batch.group_size

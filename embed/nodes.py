@@ -209,7 +209,10 @@ def _stage_parts(run: Run, name: str, identity: Mapping):
 def _initial_params(run: Run, name: str, shardings) -> dict:
     stage = run.config.stages[name]
     params = run.checkpoint(stage.init, stage.init_step).params(shardings)
-    return params if "head" in shardings else transformer.encoder_only(run.model, params)[1]
+    params = {part: x for part, x in params.items() if part in shardings}  # without a head or projection of the parent
+    if "projection" in shardings and "projection" not in params:
+        params["projection"] = run.random_projection(name, shardings["projection"])
+    return params
 
 
 def hook_sets(run: Run, names: Sequence[str]) -> dict[str, RetrievalSet]:

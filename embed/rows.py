@@ -43,11 +43,13 @@ class Packed(NamedTuple):
     """Rows and the position of each segment in them.
 
     Segment i, span k (from 0) is slot `row[i] * S + first_span[i] + k` of the flattened span table [R * S];
-    segment i as a whole is slot `row[i] * G + segment[i]` of the flattened segment table [R * G].
+    segment i as a whole is slot `row[i] * G + segment[i]` of the flattened segment table [R * G];
+    its token k is slot `row[i] * L + first_token[i] + k` of the flattened rows [R * L].
     """
 
     rows: Rows
     row: np.ndarray  # int[n]
+    first_token: np.ndarray  # int[n], from 0
     first_span: np.ndarray  # int[n], from 0
     segment: np.ndarray  # int[n], from 0
     shape: RowShape
@@ -55,6 +57,10 @@ class Packed(NamedTuple):
     def span_slots(self, spans: np.ndarray | int = 0) -> np.ndarray:
         """Flat slot in the span table of span `spans` (from 0) of each segment, int[n]."""
         return self.row * self.shape.spans + self.first_span + spans
+
+    def token_slots(self) -> np.ndarray:
+        """Flat slot in the rows of the first token of each segment, int[n]."""
+        return self.row * self.shape.length + self.first_token
 
     def segment_slots(self) -> np.ndarray:
         """Flat slot in the segment table of each segment, int[n]."""
@@ -256,14 +262,16 @@ def write_rows(segments: Sequence[Segment], row: np.ndarray, shape: RowShape, nu
 
     first_span, segment_index = before(np.array([s.num_spans for s in segments], np.int64)), before(np.ones_like(row))
     rows = np.zeros((4, num_rows * shape.length), np.int32)
+    first_token = before(lengths)
     position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    slot = position + np.repeat(row * shape.length + before(lengths), lengths)
+    slot = position + np.repeat(row * shape.length + first_token, lengths)
     spans = np.concatenate([np.zeros(0, np.int32), *(s.spans for s in segments)])
     rows[0, slot] = np.concatenate([np.zeros(0, np.int32), *(s.tokens for s in segments)])
     rows[1, slot] = np.repeat(segment_index + 1, lengths)
     rows[2, slot] = position
     rows[3, slot] = np.where(spans > 0, spans + np.repeat(first_span, lengths), 0)
-    return Packed(Rows(*rows.reshape(4, num_rows, shape.length)), row, first_span, segment_index, shape)
+    rows = Rows(*rows.reshape(4, num_rows, shape.length))
+    return Packed(rows, row, first_token, first_span, segment_index, shape)
 
 
 def pack(segments: Sequence[Segment], shape: RowShape, num_rows: int | None = None) -> Packed:

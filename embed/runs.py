@@ -37,11 +37,12 @@ RANDOM = "random init"
 RESERVED = ("data", "mining", "export", "rankings", "steps", "plots", "pipeline", "compiled", RANDOM)
 # Fields of a stage's config that parent and phases stand for, or that do not change the result.
 NOT_IDENTITY = ("init", "init_step", "curriculum", "execution")
-# Without the fields that say how to compute, and without `tied`: only the diffusion stage has an output layer.
+# Without the fields that say how to compute, and without those of the output layer and of the projection, which only
+# some stages have (`stages.stage_model`).
 ARCHITECTURE = [
     field.name
     for field in dataclasses.fields(transformer.TransformerConfig)
-    if field.name not in ("attention", "dtype", "remat", "unroll", "dense_barrier", "tied")
+    if field.name not in ("attention", "dtype", "remat", "unroll", "dense_barrier", "tied", "token_dimensions")
 ]
 
 
@@ -85,10 +86,12 @@ class Checkpoint:
     def params(self, shardings=None) -> dict:
         """The parameters, laid out by `shardings`; without it, on the first local device.
 
-        An output layer that is missing in `shardings` is laid out like the embedding table.
+        An output layer that is missing in `shardings` is laid out like the embedding table, a projection like a norm.
         """
-        if shardings is not None and not self.model.tied and "head" not in shardings:
-            shardings = shardings | {"head": shardings["embedding"]}
+        if shardings is not None:
+            like = {"head": "embedding", "projection": "norm"}
+            own = transformer.abstract_params(self.model)
+            shardings = {name: shardings[name if name in shardings else like[name]] for name in own}
         return self.load(shardings)
 
 
@@ -240,6 +243,12 @@ class Run:
             self._checkpoints[key] = find(name, step, self.config.execution, others)
         return self._checkpoints[key]
 
+    def random_projection(self, stage: str, sharding) -> jax.Array:
+        """The projection of a stage whose parent has none: that of random parameters of its model."""
+        model = stages.stage_model(self.config.stages[stage], self.model)
+        make = jax.jit(lambda key: transformer.init(model, key)["projection"], out_shardings=sharding)
+        return make(jax.random.key(self.config.seed))
+
     def _random_params(self, shardings):
         make = jax.jit(transformer.init, static_argnums=0, out_shardings=shardings)
         return make(self.model, jax.random.key(self.config.seed))
@@ -253,7 +262,7 @@ class Run:
         """ValueError that lists how the model or tokenizer of a stage differ from those of its parent."""
         if parent.name == RANDOM:
             return
-        problems = model_problems(self.config.stages[stage].kind, self.model, parent.model)
+        problems = model_problems(self.config.stages[stage], self.model, parent.model)
         problems += self.tokenizer_problems(parent)
         if problems:
             raise ValueError(f"stage {stage} cannot start from {parent.name}: " + "; ".join(problems))
@@ -276,7 +285,7 @@ class Run:
             theirs = model_folder.read_architecture(stage.init)
             vocab_size = self.config.model.vocab_size or theirs.vocab_size  # 0: that of the data
             ours = transformer.from_config(self.config.model, self.config.execution, vocab_size)
-            if problems := model_problems(stage.kind, ours, theirs):
+            if problems := model_problems(stage, ours, theirs):
                 raise ValueError(f"stage {name} cannot start from {stage.init}: " + "; ".join(problems))
 
     # --- what a stage's result depends on ----------------------------------------------------------------------------
@@ -303,8 +312,8 @@ class Run:
             "stage": {name: value for name, value in config.to_dict().items() if name not in NOT_IDENTITY},
             "phases": phases,
             "model": {
-                name: getattr(stages.stage_model(config.kind, self.model), name)
-                for name in [*ARCHITECTURE, "tied", "dtype"]
+                name: getattr(stages.stage_model(config, self.model), name)
+                for name in [*ARCHITECTURE, "tied", "token_dimensions", "dtype"]
             },
             "seed": self.config.seed,
             "data": {task: read_header(self.store_path(task))["digest"] for _, rates in phases for task in rates},
@@ -339,14 +348,18 @@ class Run:
         return self.steps(stage) in done
 
 
-def model_problems(kind: str, ours: transformer.TransformerConfig, theirs: transformer.TransformerConfig) -> list[str]:
-    """How the run's model differs from that of a checkpoint that starts a stage of `kind`, as sentences."""
-    # Only a diffusion stage keeps the output layer of its parent.
-    return [
+def model_problems(stage, ours: transformer.TransformerConfig, theirs: transformer.TransformerConfig) -> list[str]:
+    """How the run's model differs from that of a checkpoint that starts a stage, as sentences."""
+    # Only a diffusion stage keeps the output layer of its parent, and only late interaction its projection.
+    problems = [
         f"config.model.{name} is {getattr(ours, name)!r}, the checkpoint's {getattr(theirs, name)!r}"
-        for name in ARCHITECTURE + ["tied"] * (kind == "diffusion")
+        for name in ARCHITECTURE + ["tied"] * (stage.kind == "diffusion")
         if getattr(ours, name) != getattr(theirs, name)
     ]
+    wanted = stage.get("token_dimensions", 0)
+    if wanted and theirs.token_dimensions not in (0, wanted):
+        problems.append(f"its token_dimensions is {wanted}, the checkpoint's {theirs.token_dimensions}")
+    return problems
 
 
 def check_folder(option: str, folder) -> None:
@@ -517,7 +530,7 @@ def merged(name: str, a: Checkpoint, b: Checkpoint, ratio: float) -> Checkpoint:
     if not 0 <= ratio <= 1:  # also not a number
         raise ValueError(f"ratio={ratio} must be between 0 and 1")
     a.check_encoder(), b.check_encoder()
-    compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in ARCHITECTURE}
+    compared = {n: (getattr(a.model, n), getattr(b.model, n)) for n in [*ARCHITECTURE, "token_dimensions"]}
     compared |= {f"tokenizer {n}": (a.tokenizer[n], b.tokenizer[n]) for n in a.tokenizer.keys() & b.tokenizer.keys()}
     compared |= {n: (getattr(a, n), getattr(b, n)) for n in ("separator", "max_length", "tanh")}
     if problems := [f"{what} is {left!r} and {right!r}" for what, (left, right) in compared.items() if left != right]:

@@ -30,6 +30,23 @@ query = model.encode("a query", precision="int8")
 
 A chunk's vector depends on the whole document. sentence-transformers also loads the folder and embeds single texts,
 such as queries."""
+LATE_INTERACTION = """```python
+from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder("FOLDER")  # no trust_remote_code
+queries, documents = model.encode_query(["a query"]), model.encode_document(["a text", "another"])
+scores = model.similarity(queries, documents)
+```
+
+or without PyTorch:
+
+```python
+from embed import inference
+
+model = inference.load("FOLDER")
+queries, documents = model.encode_tokens_multi(["a query"]), model.encode_tokens_multi(["a text", "another"])
+scores = inference.maxsim(queries, documents)
+```"""
 PEERS = """
 Needs sentence-transformers 6.0 and transformers 5.2 or newer, whose Qwen3 honors `"is_causal": false` (checked with
 6.2 and 5.24). Do not use older versions of transformers: they run the model causally without a warning. Older versions
@@ -61,6 +78,11 @@ rounding. Training compared its cosine. A dot product also depends on the vector
 sentence-transformers is another int8: it calibrates each dimension on the batch."""
 
 
+TOKENS = """A text has one vector per token. The score of a query and a document is MaxSim: for each token of the query the
+cosine of the most similar token of the document, summed over the tokens of the query. Queries and documents are encoded
+alike: no prompts, no query expansion, no tokens left out."""
+
+
 def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, format: str = "") -> str:
     """The README.md of a model in one of export.FORMATS.
 
@@ -86,27 +108,35 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         "---",
     ]
     usage = {"pplx": PPLX, "onnx": ONNX}.get(format) or (
-        CONTEXTUAL if embedding["contextual"] else DENSE
+        LATE_INTERACTION if config.token_dimensions else CONTEXTUAL if embedding["contextual"] else DENSE
     ) + "\n" + PEERS
     windows = embedding["context_length"]
     context = f"at most {windows} tokens of its document" if windows else "its whole document"
+    title, pooling = "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings", "mean pooling"
+    vectors = [
+        f"| dimensions | {config.hidden_size} |",
+        f"| prefixes trained (Matryoshka) | {', '.join(map(str, embedding['matryoshka'])) or 'unknown'} |",
+        f"| float32 vectors | {'tanh of the mean' if embedding['tanh'] else 'the mean'} of the token states |",
+        "| compare with | cosine for float32 and int8, Hamming distance for binary |",
+    ]
+    if config.token_dimensions:
+        title, pooling = "# Token embeddings for late interaction", "a vector per token"
+        vectors = [f"| dimensions | {config.token_dimensions} per token |", "| compare with | MaxSim |"]
     lines = [
         *head,
         "",
-        "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings",
+        title,
         "",
-        f"A bidirectional Qwen3 encoder with mean pooling: {total:,} parameters ({without_table:,} without the "
+        f"A bidirectional Qwen3 encoder with {pooling}: {total:,} parameters ({without_table:,} without the "
         f"embedding table), {config.num_layers} layers, {config.hidden_size} dimensions.",
         "",
         "| | |",
         "|---|---|",
-        f"| dimensions | {config.hidden_size} |",
-        f"| prefixes trained (Matryoshka) | {', '.join(map(str, embedding['matryoshka'])) or 'unknown'} |",
+        *vectors[:2],
         f"| longest text | {embedding['max_length'] or 'no limit'} tokens |",
         f"| context of a chunk | {context} |",
         f"| chunks of a document | {'with a separator token between them' if embedding['separator'] else 'joined'} |",
-        f"| float32 vectors | {'tanh of the mean' if embedding['tanh'] else 'the mean'} of the token states |",
-        "| compare with | cosine for float32 and int8, Hamming distance for binary |",
+        *vectors[2:],
         f"| languages | {', '.join(languages) or 'unknown'} |",
         f"| license | {license or 'unknown'} |",
         "",
@@ -114,7 +144,7 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         "",
         usage,
         "",
-        TANH if embedding["tanh"] else PLAIN,
+        TOKENS if config.token_dimensions else TANH if embedding["tanh"] else PLAIN,
     ]
     lines += _origin(provenance) + _evaluation(provenance.get("figures") or {})
     versions = ", ".join(f"{name} {version}" for name, version in (provenance.get("versions") or {}).items())

@@ -4,6 +4,7 @@ config.json                qwen3 with "is_causal": false
 model*.safetensors         float32
 tokenizer files            tokenizer.json or spiece.model, with tokenizer_config.json
 modules.json, 1_Pooling    for sentence-transformers; 2_Dense with tanh
+1_Dense, …                 instead of 1_Pooling for late interaction: the projection of token vectors
 README.md                  the card
 embed.json                 settings, digests, provenance; written last
 
@@ -57,7 +58,8 @@ def write(
     """
     config, params = encoder_only(config, params)
     embedding = {**embedding, "tanh": tanh}
-    _check(folder, params, config, tokenizer, embedding, provenance, format)
+    check_format(format, tanh, config.token_dimensions)
+    _check(folder, params, config, tokenizer, embedding, provenance)
     check_output(folder)
     names.check_finite(params, f"the model for {folder}")
     provenance = made_with() | dict(provenance)
@@ -92,8 +94,11 @@ def check_output(folder, overwrite: bool = True) -> None:
     distributed.on_first_process(lambda: settings.check_output(folder, overwrite), task="write the model")
 
 
-def check_format(format: str, tanh: bool) -> None:
+def check_format(format: str, tanh: bool, token_dimensions: int = 0) -> None:
     """ValueError before the work, unless `write` supports the format and its package is installed."""
+    if token_dimensions and (format or tanh):
+        what = f"--format={format}" if format else "--tanh"
+        raise ValueError(f"{what} is for single vectors; a late-interaction model is exported without it")
     if format not in FORMATS:
         raise ValueError(f"format {format!r} must be one of {', '.join(FORMATS[1:])}, or empty for the model folder")
     if format and tanh:
@@ -102,8 +107,7 @@ def check_format(format: str, tanh: bool) -> None:
         raise ValueError("--format=onnx needs the package onnx: pip install -e '.[onnx]'")
 
 
-def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Mapping, format: str) -> None:
-    check_format(format, embedding["tanh"])
+def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Mapping) -> None:
     check_provenance(provenance, f"the model for {folder}")
     shapes = {name: x.shape for name, x in names.flatten(params).items()}
     expected = {name: x.shape for name, x in names.flatten(abstract_params(config)).items()}
@@ -120,8 +124,9 @@ def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Ma
 
 
 def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Write model.safetensors, or several files of at most SHARD_BYTES and their index."""
+    """Write model.safetensors, or several files of at most SHARD_BYTES and their index, and the file of a projection."""
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in names.shapes(config).items()}
+    sizes.pop(names.NAMES["projection"], None)
     files, capacity = [], 0
     for name, size in sizes.items():
         if size > capacity:
@@ -141,3 +146,6 @@ def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tup
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         paths.write_json(folder / names.INDEX, index)
+    for name, tensor in stream:  # the projection
+        (folder / names.PROJECTION).parent.mkdir()
+        paths.write_tensors(folder / names.PROJECTION, {name: np.ascontiguousarray(tensor, np.float32)}, {"format": "pt"})

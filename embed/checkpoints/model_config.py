@@ -10,6 +10,8 @@ from embed.models.transformer import TransformerConfig
 TRANSFORMER = "sentence_transformers.multi_vector_encoder.model.Transformer"
 POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
 DENSE, TANH = "sentence_transformers.base.modules.dense.Dense", "torch.nn.modules.activation.Tanh"
+IDENTITY, NORMALIZE = "torch.nn.modules.linear.Identity", "sentence_transformers.base.modules.normalize.Normalize"
+MASK = "sentence_transformers.multi_vector_encoder.modules.multi_vector_mask.MultiVectorMask"
 QUANTIZER = "st_quantize.FlexibleQuantizer"
 
 # The allowed values of fields that change what an encoder computes. The first one is the default of a missing field.
@@ -24,6 +26,7 @@ ALLOWED = {name: (value,) for name, value in FIXED.items()} | {
     "per_layer_config": (None, {}),
     "transformers_weights": (None,),  # another file of weights
 }
+TOKENS = "token_dimensions"  # our field of config.json, which transformers ignores: of late interaction
 
 
 def read(fields) -> tuple[TransformerConfig | None, list[str]]:
@@ -53,6 +56,9 @@ def read(fields) -> tuple[TransformerConfig | None, list[str]]:
         if not number or not 0 < value < (2**31 if whole else float("inf")):
             problems.append(f"config.json has {theirs}={value!r}, expected a positive {'whole ' * whole}number")
         values[ours] = value
+    values[TOKENS] = fields.get(TOKENS, 0)
+    if type(values[TOKENS]) is not int or not 0 <= values[TOKENS] < 2**31:
+        problems.append(f"config.json has {TOKENS}={values[TOKENS]!r:.80}, expected a whole number")
     for name, allowed in ALLOWED.items():
         value = fields.get(name, allowed[0])
         if not any(type(value) is type(one) and value == one for one in allowed):
@@ -89,23 +95,17 @@ def documents(config: TransformerConfig, format: str, embedding: Mapping, end_id
     """{name: content} of the JSON files of a format ("" for ours, "pplx", "onnx"), except the tokenizer's."""
     if format == "onnx":
         return {CONFIG: _config(config, format, embedding, end_id)}
+    if config.token_dimensions:
+        return _late_interaction(config, embedding, end_id)
     modules = [(TRANSFORMER, ""), (POOLING, "1_Pooling")]
     if format == "pplx":
         modules.append((QUANTIZER, "2_FlexibleQuantizer"))
     D, files = config.hidden_size, {}
     if embedding["tanh"]:
         modules.append((DENSE, "2_Dense"))
-        files["2_Dense/config.json"] = {
-            "in_features": D,
-            "out_features": D,
-            "bias": False,
-            "activation_function": TANH,
-            "module_input_name": "sentence_embedding",
-            "module_output_name": "sentence_embedding",
-        }
+        files["2_Dense/config.json"] = _dense(D, D, TANH, "sentence_embedding")
     return files | {
-        CONFIG: _config(config, format, embedding, end_id),
-        "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
+        **_transformer(config, format, embedding, end_id, modules, "SentenceTransformer", "cosine"),
         "1_Pooling/config.json": {
             "embedding_dimension": D,
             "pooling_mode": "mean",
@@ -117,11 +117,51 @@ def documents(config: TransformerConfig, format: str, embedding: Mapping, end_id
             "pooling_mode_max_tokens": False,
             "pooling_mode_lasttoken": False,
         },
+    }
+
+
+def _late_interaction(config: TransformerConfig, embedding: Mapping, end_id: int) -> dict[str, object]:
+    """The files of a MultiVectorEncoder: no prompts, no lengths of its own, no expansion of queries, no skipped words.
+
+    The order of the modules is its own. The mask, which with these settings masks only padding, also undoes unpadding.
+    """
+    modules = [(TRANSFORMER, ""), (DENSE, "1_Dense"), (MASK, "2_MultiVectorMask"), (NORMALIZE, "3_Normalize")]
+    of_tokens = {"module_input_name": "token_embeddings", "module_output_name": "token_embeddings"}
+    return {
+        **_transformer(config, "", embedding, end_id, modules, "MultiVectorEncoder", "maxsim"),
+        "1_Dense/config.json": _dense(config.hidden_size, config.token_dimensions, IDENTITY, "token_embeddings"),
+        "2_MultiVectorMask/config.json": {
+            "skiplist_words": [],
+            "skiplist_tasks": ["document"],
+            "keep_only_token_ids": None,
+        },
+        "3_Normalize/config.json": of_tokens,
+    }
+
+
+def _dense(inputs: int, outputs: int, activation: str, feature: str) -> dict:
+    return {
+        "in_features": inputs,
+        "out_features": outputs,
+        "bias": False,
+        "activation_function": activation,
+        "module_input_name": feature,
+        "module_output_name": feature,
+    }
+
+
+def _transformer(
+    config: TransformerConfig, format: str, embedding: Mapping, end_id: int, modules, kind: str, similarity: str
+) -> dict[str, object]:
+    """The files of transformers, and those that say how sentence-transformers uses its `modules` [(type, path), …]."""
+    return {
+        CONFIG: _config(config, format, embedding, end_id),
+        "modules.json": [dict(idx=i, name=str(i), path=p, type=t) for i, (t, p) in enumerate(modules)],
         "config_sentence_transformers.json": {
-            "model_type": "SentenceTransformer",
+            "model_type": kind,
             "prompts": {"query": "", "document": ""},
             "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": similarity,
         },
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",
@@ -147,6 +187,8 @@ def _config(config: TransformerConfig, format: str, embedding: Mapping, end_id: 
         "eos_token_id": end_id,  # some programs require one
         "pad_token_id": end_id,
     }
+    if config.token_dimensions:
+        model[TOKENS] = config.token_dimensions
     if format == "pplx":
         kind = "PPLXQwen3ContextualModel" if embedding["contextual"] else "PPLXQwen3Model"
         model |= {

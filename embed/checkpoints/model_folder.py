@@ -32,8 +32,8 @@ from embed.config import brief
 from embed.models.transformer import TransformerConfig, abstract_params
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# The files of a repository to download: no code, no pickle, and weights only from its root and of a tanh.
-FILES = ["*.json", "model*.safetensors", "2_Dense/*.safetensors", *tokenizers.SENTENCEPIECE_FILES]
+# The files of a repository to download: no code, no pickle, and weights only from its root, of a projection or a tanh.
+FILES = ["*.json", "model*.safetensors", "[12]_Dense/*.safetensors", *tokenizers.SENTENCEPIECE_FILES]
 DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
@@ -135,7 +135,7 @@ class ModelFolder:
     embedding: dict  # settings.EMBEDDING: matryoshka, separator, contextual, tanh, max_length, context_length
     provenance: dict  # what an export says about its run; {} for third-party folders
     tensors: Mapping[str, Path]  # their name -> file
-    prefix: str  # of their names, except the head
+    prefix: str  # of their names, except head and projection
     exported: Mapping[str, str] | None  # {name: sha256} of embed.json, verified
     not_exported: tuple[str, ...]  # settings of a third-party folder that an export leaves out
 
@@ -185,7 +185,9 @@ class ModelFolder:
         ranges = [range(n)[part] for n, part in zip(shape, index)]
         out = np.empty([len(r) for r in ranges], dtype)
         if not name.startswith("layers."):
-            out[...] = self._read(NAMES[name], tuple(slice(r.start, r.stop) for r in ranges))
+            parts = tuple(slice(r.start, r.stop) for r in ranges)
+            # Of a matrix that is transposed, the block of the other order.
+            out[...] = self._read(NAMES[name], parts[::-1]).T if name in INPUTS else self._read(NAMES[name], parts)
             return out
         layers, *ranges = ranges
         split = INPUTS.get(name, 0)
@@ -195,7 +197,7 @@ class ModelFolder:
         return out
 
     def _read(self, name: str, part: tuple) -> np.ndarray:
-        name = name if name == NAMES["head"] else self.prefix + name
+        name = name if name in names.UNPREFIXED else self.prefix + name
         # Opened again for each tensor: pages of a mapped file count as this process's memory until it is closed.
         with safetensors.safe_open(self.tensors[name], framework="numpy") as file:
             return file.get_slice(name)[part]
@@ -245,6 +247,8 @@ def _read_folder(source: str, folder: Path, document: dict | None) -> ModelFolde
         )
         problems += [] if causal else embedding_problems  # a causal model's way to compute vectors is not used
     files, file_problems = _tensor_files(folder)
+    if config and config.token_dimensions and (folder / names.PROJECTION).is_file():
+        files.append(folder / names.PROJECTION)
     problems += file_problems
     tensors, shapes, types = {}, {}, {}
     twice, untyped = [], []

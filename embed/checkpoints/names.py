@@ -4,7 +4,7 @@ Hugging Face has one matrix [output, input] per layer. Ours are stacked over lay
 [layers, input, heads, head_dim].
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from embed.config import brief
 from embed.models.transformer import TransformerConfig, abstract_params
 
 # Our parameter -> their tensor; {} is the layer. Causal models have the prefix "model." on all tensors but the head.
+# The projection is a module of its own of sentence-transformers, in the file PROJECTION.
 NAMES = {
     "embedding": "embed_tokens.weight",
     "layers.attention_norm": "layers.{}.input_layernorm.weight",
@@ -31,7 +32,9 @@ NAMES = {
     "layers.down": "layers.{}.mlp.down_proj.weight",
     "norm": "norm.weight",
     "head": "lm_head.weight",
+    "projection": "linear.weight",
 }
+UNPREFIXED = (NAMES["head"], NAMES["projection"])
 # The number of leading input dimensions of our weights. Parameters without an entry are the same on both sides.
 INPUTS = {
     "layers.query": 1,
@@ -41,6 +44,7 @@ INPUTS = {
     "layers.gate": 1,
     "layers.up": 1,
     "layers.down": 1,
+    "projection": 1,
 }
 # Our config field -> the field of their config.json.
 FIELDS = {
@@ -57,6 +61,7 @@ PPLX = "bidirectional_pplx_qwen3"  # model_type of the released pplx-embed
 # What our encoder computes. A model with other values has another architecture.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PROJECTION = f"1_Dense/{WEIGHTS}"
 TOKENIZER_FILES = (tokenizers.HUGGINGFACE_FILE, tokenizers.CONFIG_FILE, *tokenizers.SENTENCEPIECE_FILES)
 
 
@@ -78,22 +83,23 @@ def unflatten(leaves: Mapping) -> dict:
     return params
 
 
-def _entries(num_layers: int, head: bool, prefix: str) -> Iterator[tuple[str, str, int | None]]:
-    """(their name, our name, layer or None) in the order of a forward pass."""
+def _entries(num_layers: int, others: Container[str], prefix: str) -> Iterator[tuple[str, str, int | None]]:
+    """(their name, our name, layer or None) in the order of a forward pass. Head and projection: if in `others`."""
     yield prefix + NAMES["embedding"], "embedding", None
     for layer in range(num_layers):
         for name, theirs in NAMES.items():
             if name.startswith("layers."):
                 yield prefix + theirs.format(layer), name, layer
     yield prefix + NAMES["norm"], "norm", None
-    if head:
-        yield NAMES["head"], "head", None
+    for name in ("head", "projection"):
+        if name in others:
+            yield NAMES[name], name, None
 
 
 def shapes(config: TransformerConfig, prefix: str = "") -> dict[str, tuple]:
     """{their name: shape}, in the order of `tensors`."""
     ours, result = flatten(abstract_params(config)), {}
-    for theirs, name, layer in _entries(config.num_layers, not config.tied, prefix):
+    for theirs, name, layer in _entries(config.num_layers, ours, prefix):
         shape = ours[name].shape if layer is None else ours[name].shape[1:]
         if split := INPUTS.get(name):
             shape = int(np.prod(shape[split:])), int(np.prod(shape[:split]))
@@ -107,7 +113,7 @@ def tensors(params: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray
     If arrays are sharded over several processes, every process must iterate over all tensors.
     """
     flat = flatten(params)
-    for theirs, name, layer in _entries(flat["layers.gate"].shape[0], "head" in flat, prefix):
+    for theirs, name, layer in _entries(flat["layers.gate"].shape[0], flat, prefix):
         tensor = fetch(flat[name], layer)
         if split := INPUTS.get(name):
             tensor = np.ascontiguousarray(tensor.reshape(int(np.prod(tensor.shape[:split])), -1).T)

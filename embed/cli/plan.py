@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     runs.check_stage(config, config.stage)
     stage, axes = config.stages[config.stage], config.execution.mesh.to_dict()
     model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
-    model = stages.stage_model(stage.kind, model)
+    model = stages.stage_model(stage, model)
     _, chips = plan.parse_topology(arguments.topology)
     data, fsdp, _ = sharding.mesh_sizes(**axes, devices=chips * arguments.slices)
     if arguments.parameters:

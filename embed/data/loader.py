@@ -29,6 +29,7 @@ COLUMNS = {
     "pair": PAIR,
     "contextual": ("document", "chunk_lengths", "queries", "query_lengths", "positives"),
     "triplet": (*PAIR, "negatives", "negative_lengths"),
+    "late_interaction": PAIR,
 }
 
 
@@ -124,7 +125,7 @@ class DiffusionLoader:
 
 # --- contrastive ------------------------------------------------------------------------------------------------
 
-STAGES = ("pair", "triplet", "contextual")
+STAGES = ("pair", "triplet", "contextual", "late_interaction")
 
 
 def split(flat: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -146,6 +147,9 @@ class ContrastiveLoader:
                     query_ids, document_ids       int32[N] hashes of the tokens in the rows
                     valid                         bool[N]  query and document have tokens
         triplet     the same, and negative_slots, negative_ids, negative_valid   [N, K], K = num_negatives
+        late_interaction
+                    query_starts, document_starts     int32[N] slot of the first token in the flat rows [R · L]
+                    query_lengths, document_lengths   int32[N] in tokens; with query_ids, document_ids, valid of a pair
         contextual  chunk_slots, chunk_ids, chunk_valid   [C] into the span table, C = documents · max_chunks
                     chunk_document                int32[C] hash of the whole document that contains the chunk
                     query_slots, query_ids        int32[N], N = documents · max_queries_per_document
@@ -176,13 +180,16 @@ class ContrastiveLoader:
         max_queries_per_document: int = 0,
         max_chunks: int = 0,
         separator_id: int | None = None,
+        max_query_tokens: int = 0,
+        max_document_tokens: int = 0,
         homogeneous: bool = False,
         shards: Sequence[int] | None = None,
     ):
         """`groups`: in the global batch; `shards`: the indices of the groups that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`. Only the triplet stage uses `num_negatives`, only the
-        contextual stage the three arguments after it. With `homogeneous`, a batch has examples of one task.
+        contextual stage the three arguments after it, and only the late-interaction stage the next two: longer texts are
+        cut to so many tokens. With `homogeneous`, a batch has examples of one task.
         """
         if stage not in STAGES:
             raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")
@@ -194,6 +201,7 @@ class ContrastiveLoader:
         self.stage, self.seed, self.shape = stage, seed, shape
         self.group_size, self.rows_per_group, self.num_negatives = group_size, rows_per_group, num_negatives
         self.max_queries, self.max_chunks, self.separator_id = max_queries_per_document, max_chunks, separator_id
+        self.max_tokens = {"query": max_query_tokens or None, "document": max_document_tokens or None}
         self.shards, self.num_shards = _local_shards("groups", groups, shards), groups
         self._stores = stores
         sizes = {task: len(store) for task, store in stores.items()}
@@ -243,9 +251,9 @@ class ContrastiveLoader:
         return packed._replace(row=packed.row + group * self.rows_per_group), segments, arrays
 
     def _text_group(self, step: int, group: int, examples: list[dict]) -> dict:
-        """The arrays of one group of n pairs or triplets."""
+        """The arrays of one group of n pairs, for cosines or for late interaction, or triplets."""
         n, k = len(examples), self.num_negatives
-        texts = [e["query"] for e in examples] + [e["document"] for e in examples]
+        texts = [e[side][: self.max_tokens[side]] for side in PAIR for e in examples]
         negative_index = np.full((n, k), -1)  # into `texts`; -1 = unused
         for i, e in enumerate(examples if self.stage == "triplet" else []):
             negatives = split(e["negatives"], e["negative_lengths"])
@@ -256,9 +264,16 @@ class ContrastiveLoader:
         ids, nonempty = rows.content_ids([s.tokens for s in segments]), _lengths(segments) > 0
         slots = packed.span_slots().astype(np.int32)
         valid = nonempty[:n] & nonempty[n : 2 * n]
-        out |= dict(query_slots=slots[:n], document_slots=slots[n : 2 * n], valid=valid)
-        out |= dict(query_ids=ids[:n], document_ids=ids[n : 2 * n])
+        out |= dict(query_ids=ids[:n], document_ids=ids[n : 2 * n], valid=valid)
         out["stats"]["lost"] = int((~valid).sum())
+        if self.stage == "late_interaction":
+            starts, lengths = packed.token_slots().astype(np.int32), _lengths(segments).astype(np.int32)
+            out |= dict(query_starts=starts[:n], document_starts=starts[n:])
+            out |= dict(query_lengths=lengths[:n], document_lengths=lengths[n:])
+            # By `max_tokens`, or so that the group fits.
+            out["stats"]["cut"] = int((lengths < [len(e[side]) for side in PAIR for e in examples]).sum())
+            return out
+        out |= dict(query_slots=slots[:n], document_slots=slots[n : 2 * n])
         if self.stage == "triplet":
             used = negative_index >= 0
             out["negative_slots"] = np.where(used, slots[negative_index], 0)
@@ -338,6 +353,8 @@ def choose_rows(
     max_queries_per_document: int = 0,
     max_chunks: int = 0,
     separator_id: int | None = None,
+    max_query_tokens: int = 0,
+    max_document_tokens: int = 0,
     homogeneous: bool = False,
     multiple: int = 1,
 ) -> int:
@@ -378,8 +395,8 @@ def choose_rows(
             queries = lengths("query_lengths", max_queries_per_document) * mean("queries", "query_lengths")
             tokens[of_task] = np.minimum(lengths("document", shape.length) + separators, shape.length) + queries
             continue
-        documents = lengths("document", shape.length)
-        tokens[of_task] = lengths("query", shape.length) + documents
+        documents = lengths("document", min(shape.length, max_document_tokens or shape.length))
+        tokens[of_task] = lengths("query", min(shape.length, max_query_tokens or shape.length)) + documents
         if stage == "triplet":
             # The header does not have their single lengths. They are documents, so the row cuts off as large a share.
             share_kept = documents.mean() / max(stores[task].lengths("document").mean, 1) if len(documents) else 1

@@ -185,6 +185,8 @@ LOSSES = {
     "triplet": "cross-entropy of finding a query's document among the documents of the batch and the mined negatives, "
     "which a checkpoint ranked high for these queries. These are harder than random texts, so a loss above that of the "
     "previous stage does not mean a worse model",
+    "late_interaction": "cross-entropy of finding a query's document among the other documents of its batch, by MaxSim. "
+    "Batch size, temperature and the number of tokens of the queries change its level",
 }
 
 

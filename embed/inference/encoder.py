@@ -1,4 +1,7 @@
-"""Turn text into vectors: tokenize, pack into rows, one forward pass, mean over spans, quantize (ARCHITECTURE.md)."""
+"""Turn text into vectors: tokenize, pack into rows, one forward pass, mean over spans, quantize (ARCHITECTURE.md).
+
+For late interaction, project the tokens instead of averaging them.
+"""
 
 import bisect
 import contextlib
@@ -18,6 +21,7 @@ from embed import distributed
 from embed.checkpoints import model_folder
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
+from embed.objectives.contrastive import normalize as to_unit_length
 from embed.rows import RowShape, Segment, chunked, cut, dense, windows, write_rows
 from embed.tokenizers import check_text
 
@@ -141,6 +145,11 @@ class Encoder:
         """Dimensions D of a float32 vector before truncation."""
         return self.config.hidden_size
 
+    @property
+    def token_dimensions(self) -> int:
+        """Dimensions P of a token's vector (`encode_tokens_multi`); 0 if the model has no projection."""
+        return self.config.token_dimensions
+
     def encode(
         self,
         texts: str | Sequence[str],
@@ -171,6 +180,42 @@ class Encoder:
                 batch_tokens=batch_tokens,
                 truncate=truncate,
             )[0]
+        segments, name = self._text_segments(texts, names, truncate)
+        return self._embed(
+            segments, name, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar
+        )
+
+    def encode_tokens_multi(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        truncate: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> list[np.ndarray]:
+        """Late interaction: one array float32 [tokens, P] per text, with a vector of length 1 per token.
+
+        Compare them with `embed.inference.maxsim`. Queries and documents are encoded alike. Keywords and errors are as
+        in `encode`; a model without a projection is an error.
+        """
+        segments, name = self._text_segments(texts, names, truncate)
+        return self._embed_tokens(segments, name, batch_tokens, show_progress_bar)
+
+    def encode_segments_multi(
+        self,
+        segments: Sequence[Segment],
+        *,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> list[np.ndarray]:
+        """The token vectors of each span of segments from `fit_documents`, in order: float32 [tokens, P] each."""
+        name = _namer("document", len(segments), names)
+        return self._embed_tokens(segments, name, batch_tokens, show_progress_bar)
+
+    def _text_segments(self, texts, names, truncate: bool) -> tuple[list[Segment], Callable]:
+        """(a segment per text, cut to max_length with `truncate`; the function that gives a text's name in errors)."""
         texts = _list("texts", texts, "a str or a list of str")
         name = _namer("text", len(texts), names)
         for i, text in enumerate(texts):
@@ -179,10 +224,7 @@ class Encoder:
         for i, ids in enumerate(tokens):
             if not len(ids):
                 raise ValueError(f"{name(i)} has no tokens: {texts[i]!r:.80}")
-        segments, _ = self._fit([dense(ids) for ids in tokens], "text", name, truncate)
-        return self._embed(
-            segments, name, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar
-        )
+        return self._fit([dense(ids) for ids in tokens], "text", name, truncate)[0], name
 
     def quantize(self, vectors, precision: str) -> np.ndarray:
         """Convert float32 vectors of `encode`, not normalized, to the vectors that `encode` gives in `precision`."""
@@ -275,7 +317,7 @@ class Encoder:
         chunks = sum(len(np.setdiff1d(segments[i].spans, np.append(kept[i].spans, 0))) for i in long)
         lost = f"{tokens} tokens" + (f", {chunks} whole chunks" if chunks else "")
         warnings.warn(
-            f"{len(long)} of {len(segments)} {noun}s were cut to {self.max_length} tokens (lost: {lost})", stacklevel=3
+            f"{len(long)} of {len(segments)} {noun}s were cut to {self.max_length} tokens (lost: {lost})", stacklevel=4
         )
         return kept, len(long)
 
@@ -286,30 +328,57 @@ class Encoder:
         check_precision(precision, self.dimensions, truncate_dim, normalize)
         if self.context_length:
             segments, name = _windows(segments, self.context_length, name)
+        finish = functools.partial(
+            _quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
+        )
+        return self._run(_pooled, finish, self.dimensions, segments, name, batch_tokens, progress)
+
+    def _embed_tokens(self, segments, name, batch_tokens=None, progress=False) -> list[np.ndarray]:
+        """The token vectors of all spans of all segments, in order: float32 [tokens, P] each."""
+        if not self.token_dimensions:
+            raise ValueError(
+                f"{self.path or 'this model'} has no token vectors: it was not trained by a late_interaction stage"
+            )
+        if self.context_length:
+            segments, name = _windows(segments, self.context_length, name)
+        if not segments:
+            return []
+        vectors = self._run(_token_vectors, np.asarray, self.token_dimensions, segments, name, batch_tokens, progress)
+        # Tokens of no span, such as separators, have no vector.
+        in_span = np.concatenate([s.spans > 0 for s in segments])
+        counts = np.concatenate([np.bincount(s.spans, minlength=s.num_spans + 1)[1:] for s in segments])
+        return np.split(vectors[in_span], np.cumsum(counts)[:-1])
+
+    def _run(
+        self, program: Callable, finish: Callable, dimensions: int, segments, name, batch_tokens, progress
+    ) -> np.ndarray:
+        """finish(the vectors of all segments), in order: of their spans, or of their tokens (program=_token_vectors).
+
+        `program` computes a table [R, S or L, dimensions] of a batch of rows.
+        """
+        of_tokens = program is _token_vectors
+        counts = [len(s.tokens) if of_tokens else s.num_spans for s in segments]
         shards = sharding.batch_shards(self.mesh)
         if batch_tokens is None:
             batch_tokens = shards * (4096 if _on_cpu() else 65536)  # at 4,096, activations stay in a CPU's cache
         check_count("batch_tokens", batch_tokens)
-        finish = functools.partial(
-            _quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
-        )
-        empty = finish(jnp.zeros((0, self.dimensions), jnp.float32))
-        first = np.cumsum([0] + [s.num_spans for s in segments])
+        empty = finish(jnp.zeros((0, dimensions), jnp.float32))
+        first = np.cumsum([0] + counts)
         out = np.empty((first[-1], empty.shape[1]), empty.dtype)
         bar = tqdm(total=len(segments), desc="encode", unit="text", disable=not (progress and distributed.is_first()))
 
-        def store(members, packed, spans):
-            # Every device has all spans. One quantizes, so that the program does not depend on the number of devices.
-            spans = spans.addressable_data(0)
-            finite, vectors = np.asarray(_is_finite(spans)), finish(spans).reshape(-1, out.shape[1])  # R·S, R·S D
-            slots = list(zip(members, packed.span_slots()))
-            if bad := sorted(i for i, slot in slots if not finite[slot : slot + segments[i].num_spans].all()):
+        def store(members, packed, table):
+            # Every device has all vectors. One quantizes, so that the program does not depend on the number of devices.
+            table = table.addressable_data(0)
+            finite, vectors = np.asarray(_is_finite(table)), finish(table).reshape(-1, out.shape[1])  # R·S, R·S D
+            slots = list(zip(members, packed.token_slots() if of_tokens else packed.span_slots()))
+            if bad := sorted(i for i, slot in slots if not finite[slot : slot + counts[i]].all()):
                 raise NotFiniteError(
                     f"the vector of {name(bad[0])} is not finite (NaN or infinity), and so are those of {len(bad)} of "
                     f"the {len(members)} in its batch: the model's weights are broken, or its activations overflow"
                 )
             for i, slot in slots:
-                out[first[i] : first[i + 1]] = vectors[slot : slot + segments[i].num_spans]
+                out[first[i] : first[i + 1]] = vectors[slot : slot + counts[i]]
             bar.update(len(members))
 
         waiting = None  # the batch that the device computes while the next one is packed
@@ -330,11 +399,11 @@ class Encoder:
                     arguments = {"config": self.config, "num_spans": shape.spans}
                     # One row per shard exceeds the batch, so batch_tokens does not bound the memory.
                     if not waiting and shape.length * shards > batch_tokens:
-                        _check_memory(_pooled.lower(self.params, *rows, **arguments), name(longest), segments[longest])
-                    spans = _pooled(self.params, *rows, **arguments)
+                        _check_memory(program.lower(self.params, *rows, **arguments), name(longest), segments[longest])
+                    table = program(self.params, *rows, **arguments)
                 if waiting:
                     store(*waiting)
-                waiting = members, packed, spans
+                waiting = members, packed, table
             if waiting:
                 store(*waiting)
         return out
@@ -345,6 +414,14 @@ def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spa
     """The mean of each span of rows [R, L], float32 [R, S, D], on every device; compiled per R, L, mesh and config."""
     hidden = transformer.apply(config, params, tokens, segment_ids, positions)
     return jax.lax.with_sharding_constraint(pool_spans(hidden, span_ids, num_spans), PartitionSpec())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_spans"))
+def _token_vectors(params, tokens, segment_ids, positions, span_ids, *, config, num_spans):
+    """The vector of each token of rows [R, L], float32 [R, L, P] of length 1, on every device."""
+    hidden = transformer.apply(config, params, tokens, segment_ids, positions)
+    vectors = to_unit_length(transformer.token_vectors(params, hidden))
+    return jax.lax.with_sharding_constraint(vectors, PartitionSpec())
 
 
 @jax.jit

@@ -19,6 +19,7 @@ RULES = (
     (r"^layers/output$", (None, "tensor", None, "fsdp")),  # N H d D
     (r"^layers/(gate|up)$", (None, "fsdp", "tensor")),  # N D F
     (r"^layers/down$", (None, "tensor", "fsdp")),  # N F D
+    (r"^projection$", ("fsdp", None)),  # D P
     (r"norm$", ()),  # small: replicated
 )
 BATCH = PartitionSpec(ROWS)  # axis 0 of every array of a batch: rows, or examples

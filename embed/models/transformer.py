@@ -41,6 +41,7 @@ class TransformerConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     tied: bool = True  # whether the embedding table is also the output layer of the diffusion stage
+    token_dimensions: int = 0  # of the token vectors of late interaction; 0 = none
     attention: str = "auto"  # embed.models.attention.KERNELS
     dtype: str = "float32"  # of the compute; parameters are always float32
     remat: str = "none"  # a key of REMAT_POLICIES
@@ -203,6 +204,9 @@ class Transformer(nnx.Module):
         self.norm = nnx.Param(jnp.full(config.hidden_size, FINAL_NORM, jnp.float32))
         if not config.tied:
             self.head = nnx.Param(jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size)) * scale)
+        if config.token_dimensions:
+            shape = config.hidden_size, config.token_dimensions
+            self.projection = nnx.Param(jax.random.normal(rngs.params(), shape) * config.hidden_size**-0.5)
 
     def __call__(
         self, tokens: Int[Array, "R L"], segment_ids: Int[Array, "R L"], positions: Int[Array, "R L"]
@@ -256,6 +260,14 @@ def apply(
 def output_embedding(params: dict) -> Float[Array, "V D"]:
     """The output layer: hidden · this matrixᵀ are the logits. It is the embedding table, or the head if not tied."""
     return params.get("head", params["embedding"])
+
+
+@typechecked
+def token_vectors(params: dict, hidden: Float[Array, "R L D"]) -> Float[Array, "R L P"]:
+    """The token vectors of late interaction, not normalized: hidden · projection, in at least float32."""
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    projection = params["projection"].astype(dtype)
+    return jnp.einsum("rld,dp->rlp", hidden.astype(dtype), projection, precision=jax.lax.Precision.HIGHEST)
 
 
 def encoder_only(config: TransformerConfig, params: dict) -> tuple[TransformerConfig, dict]:

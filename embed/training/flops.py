@@ -77,6 +77,8 @@ def forward_flops(
     attention    4 · squares · heads · head_dim · layers        scores and mixed values, not causal
     logits       2 · tokens / 2 · vocabulary · width            diffusion: half of the tokens are masked, on average
     similarity   2 · queries · vectors per query · Σ prefixes   contrastive: unused entries of the tables included
+                 2 · queries² · query tokens · document tokens · token dimensions, of the longest texts: late interaction
+    projection   2 · tokens · width · token dimensions          late interaction
 
     `tokens` is the number of tokens that are not padding, `squares` the sum of the squared segment lengths. Their
     defaults are those of full rows.
@@ -98,7 +100,11 @@ def forward_flops(
     }
     if stage.kind == "diffusion":
         return flops | {"logits": 2.0 * tokens / 2 * model.vocab_size * D}
-    queries = shapes["query_slots"][0]
+    queries = shapes["query_ids"][0]
+    if stage.kind == "late_interaction":
+        compared = queries**2 * stage.batch.max_query_tokens * stage.batch.max_document_tokens
+        size = stage.token_dimensions
+        return flops | {"similarity": 2.0 * compared * size, "projection": 2.0 * tokens * D * size}
     compared = {  # vectors per query
         "pair": 2 * queries,
         "triplet": queries + math.prod(shapes.get("negative_slots", (0,))),

@@ -27,10 +27,10 @@ from embed.models import sharding, transformer
 from embed.models.attention import HEADS, ROWS
 from embed.models.pooling import pool_spans
 from embed.models.quantization import straight_through_int8
-from embed.objectives import contrastive, masked_diffusion
+from embed.objectives import contrastive, late_interaction, masked_diffusion
 from embed.rows import RowShape
 
-KINDS = ("diffusion", "pair", "contextual", "triplet")
+KINDS = ("diffusion", "pair", "contextual", "triplet", "late_interaction")
 
 
 def _microbatches(count: int, rows: int) -> tuple[Callable, Callable]:
@@ -264,10 +264,42 @@ def contextual_loss(
     return over_prefixes(prefixes, model.hidden_size, loss), {"top1": top1, "beta": beta_now}
 
 
+def late_interaction_loss(
+    params, batch, key, progress, *, model, microbatches, temperature, max_query_tokens, max_document_tokens
+):
+    """The loss of the late-interaction stage: N queries and N documents, compared token by token."""
+
+    def vectors(tokens, segment_ids, positions):
+        return transformer.token_vectors(params, transformer.apply(model, params, tokens, segment_ids, positions))
+
+    table = in_microbatches(vectors, microbatches, *(batch[name] for name in ("tokens", "segment_ids", "positions")))
+    table = table.reshape(-1, table.shape[-1])
+
+    def side(name, most):
+        k = jnp.arange(most)
+        valid = k < batch[f"{name}_lengths"][:, None]
+        return table[jnp.where(valid, batch[f"{name}_starts"][:, None] + k, 0)], valid
+
+    scores = late_interaction.maxsim(*side("query", max_query_tokens), *side("document", max_document_tokens))
+    loss = late_interaction.late_interaction_loss(
+        scores,
+        temperature=temperature,
+        query_ids=batch["query_ids"],
+        document_ids=batch["document_ids"],
+        valid=batch["valid"],
+    )
+    return loss, {"top1": _share_first(jax.lax.stop_gradient(scores), batch["valid"])}
+
+
 def _top1(q, d, valid):
     """The share of valid queries q [N, D] whose own positive d [N, D] is the most similar in the batch; no gradient."""
     q, d = jax.lax.stop_gradient((contrastive.normalize(q), contrastive.normalize(d)))
-    scores = jnp.where(valid[None, :], contrastive.cosine(q, d), -2)
+    return _share_first(contrastive.cosine(q, d), valid)
+
+
+def _share_first(scores, valid):
+    """The share of valid queries whose own positive has the highest of their scores [N, N] of valid documents."""
+    scores = jnp.where(valid[None, :], scores, -jnp.inf)
     return ((jnp.diagonal(scores) >= scores.max(1)) & valid).sum() / jnp.maximum(valid.sum(), 1)
 
 
@@ -276,9 +308,10 @@ def row_shape(batch) -> RowShape:
     return RowShape(batch.length, batch.spans, batch.segments)
 
 
-def stage_model(kind: str, model: transformer.TransformerConfig) -> transformer.TransformerConfig:
-    """The model that a stage of this kind trains: only the diffusion stage has an output layer."""
-    return model if kind == "diffusion" else dataclasses.replace(model, tied=True)
+def stage_model(stage, model: transformer.TransformerConfig) -> transformer.TransformerConfig:
+    """The model that a stage trains: only diffusion has an output layer, and only late interaction a projection."""
+    tied = model.tied or stage.kind != "diffusion"
+    return dataclasses.replace(model, tied=tied, token_dimensions=stage.get("token_dimensions", 0))
 
 
 def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_shift: bool = False) -> Callable:
@@ -291,6 +324,15 @@ def make_loss(stage, model: transformer.TransformerConfig, mask_id: int, left_sh
             left_shift=left_shift,
             microbatches=stage.execution.microbatches,
             chunk=stage.execution.logits_chunk,
+        )
+    if stage.kind == "late_interaction":
+        return functools.partial(
+            late_interaction_loss,
+            model=model,
+            microbatches=stage.execution.microbatches,
+            temperature=stage.temperature,
+            max_query_tokens=stage.batch.max_query_tokens,
+            max_document_tokens=stage.batch.max_document_tokens,
         )
     common = dict(
         model=model,
@@ -326,7 +368,8 @@ def abstract_batch(stage) -> dict[str, tuple[tuple[int, ...], type]]:
         arrays |= {name: ((c,), np.int32) for name in ("chunk_slots", "chunk_ids", "chunk_document")}
         arrays |= {name: ((q,), np.int32) for name in ("query_slots", "query_ids", "positive", "document_slots")}
         return arrays | {"chunk_valid": ((c,), np.bool_), "valid": ((q,), np.bool_)}
-    names = ("query_slots", "document_slots", "query_ids", "document_ids")
+    where = ("slots",) if stage.kind != "late_interaction" else ("starts", "lengths")
+    names = [f"{side}_{what}" for side in ("query", "document") for what in (*where, "ids")]
     arrays |= {name: ((n,), np.int32) for name in names} | {"valid": ((n,), np.bool_)}
     if stage.kind == "triplet":
         k = batch.num_negatives
@@ -383,6 +426,8 @@ def _contrastive_arguments(stage) -> dict:
         group_size=batch.group_size,
         shape=row_shape(batch),
         num_negatives=batch.get("num_negatives", 0),
+        max_query_tokens=batch.get("max_query_tokens", 0),
+        max_document_tokens=batch.get("max_document_tokens", 0),
         max_chunks=batch.get("max_chunks", 0),
         max_queries_per_document=batch.get("max_queries_per_document", 0),
         homogeneous=batch.get("homogeneous", False),

@@ -79,7 +79,7 @@ def make_step(
 
     ValueError if the mesh leaves too large a share of the parameters unsharded (`sharding.check_sharded`).
     """
-    model = stages.stage_model(stage.kind, model)
+    model = stages.stage_model(stage, model)
     settings = stage.optimizer
     schedule = wsd_schedule(settings.learning_rate, steps, settings.warmup, settings.decay)
     optimizer = make_optimizer(settings, schedule)
