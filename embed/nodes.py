@@ -30,7 +30,7 @@ from embed.evaluation.metrics import METRICS
 from embed.evaluation.sets import RetrievalSet, read_set
 from embed.inference import denoise, load
 from embed.inference.index import Index
-from embed.models import sharding, transformer
+from embed.models import sharding
 from embed.rows import content_ids
 from embed.runs import Run
 from embed.training import loop, stages
@@ -38,7 +38,7 @@ from embed.training.metrics import MetricsWriter, progress_bar
 from embed.training.step import make_step
 
 READ = 4096  # examples that mining reads at once, per shard of a batch; no result depends on it
-HOOK_FORM, HOOK_METRIC = retrieval.Form("int8"), "ndcg@10"  # of the evaluation in the training loop
+HOOK_METRIC = "ndcg@10"  # of the evaluation in the training loop
 
 
 def prepare(run: Run, *, processes: int | None = None, runner: str = "", runner_options: Sequence[str] = ()) -> dict:
@@ -222,12 +222,15 @@ def hook_sets(run: Run, names: Sequence[str]) -> dict[str, RetrievalSet]:
 
 
 def hook(run: Run, stage: str, sets: Mapping[str, RetrievalSet], params) -> dict[str, float]:
-    """{set: nDCG@10 in int8} of parameters in training, computed by all devices of all processes together."""
-    checkpoint = dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage)
-    encoder = run.encoder(checkpoint, params)
+    """{set: nDCG@10} of parameters in training, computed by all devices of all processes together.
+
+    In int8, or of a late-interaction stage by MaxSim.
+    """
+    model = stages.stage_model(run.config.stages[stage], run.model)
+    encoder = run.encoder(dataclasses.replace(run.checkpoint(runs.RANDOM), name=stage, model=model), params)
+    form = retrieval.Form(retrieval.MULTI if encoder.token_dimensions else "int8")
     return {
-        name: retrieval.evaluate_retrieval(encoder, data, (HOOK_FORM,))[HOOK_FORM][HOOK_METRIC]
-        for name, data in sets.items()
+        name: retrieval.evaluate_retrieval(encoder, data, (form,))[form][HOOK_METRIC] for name, data in sets.items()
     }
 
 
@@ -432,11 +435,19 @@ def record_file(run: Run, checkpoint: str, evaluation: str):
     return records.path(evaluated(run, checkpoint), evaluation, "default", "test")
 
 
-def _record(run: Run, checkpoint: str, evaluation: str, data: RetrievalSet, rankings: Mapping[str, np.ndarray]) -> dict:
+def _record(
+    run: Run,
+    checkpoint: str,
+    evaluation: str,
+    data: RetrievalSet,
+    rankings: Mapping[str, np.ndarray],
+    counts: Mapping[str, int] = {},
+) -> dict:
     """Write the record of rankings {precision: ranking}; returns {precision: metrics}."""
     about = {"task": evaluation, "subset": "default", "split": "test", "type": "Retrieval", "languages": []}
     forms = {retrieval.Form(precision): ranking for precision, ranking in rankings.items()}
     record = records.make(data, forms, METRICS, **about)
+    record["counts"] |= counts
     records.write(record_file(run, checkpoint, evaluation), record)
     return record["values"]
 
@@ -456,14 +467,14 @@ def evaluate(run: Run, name: str) -> dict:
         data = evaluation_set(run, config.data)
         if config.data not in queries:  # of evaluations with and without context they are the same
             queries[config.data] = retrieval.embed_queries(encoder, data)
-        forms = [retrieval.Form(precision) for precision in retrieval.PRECISIONS]
-        ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[config.data])
+        forms, counts = [retrieval.Form(precision) for precision in retrieval.precisions(encoder)], {}
+        ranked = retrieval.rank(encoder, data, forms, alone=config.alone, queries=queries[config.data], counts=counts)
         rankings = {form.precision: ranking for form, ranking in ranked.items()}
         if jax.process_index() == 0:
             buffer = io.BytesIO()
             np.savez(buffer, **rankings)
             paths.write(ranking(run, name, evaluation), buffer.getvalue())
-            figures[evaluation] = _record(run, name, evaluation, data, rankings)
+            figures[evaluation] = _record(run, name, evaluation, data, rankings, counts)
     return figures
 
 

@@ -78,9 +78,9 @@ rounding. Training compared its cosine. A dot product also depends on the vector
 sentence-transformers is another int8: it calibrates each dimension on the batch."""
 
 
-TOKENS = """A text has one vector per token. The score of a query and a document is MaxSim: for each token of the query the
-cosine of the most similar token of the document, summed over the tokens of the query. Queries and documents are encoded
-alike: no prompts, no query expansion, no tokens left out."""
+TOKENS = """A text has one vector per token. The score of a query and a document is MaxSim: for each token of the query
+the cosine of the most similar token of the document, summed over the tokens of the query. Queries and documents are
+encoded alike: no prompts, no query expansion, no tokens left out."""
 
 
 def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mapping, *, format: str = "") -> str:

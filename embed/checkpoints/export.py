@@ -124,7 +124,7 @@ def _check(folder, params, config, tokenizer, embedding: Mapping, provenance: Ma
 
 
 def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tuple[str, np.ndarray]]) -> None:
-    """Write model.safetensors, or several files of at most SHARD_BYTES and their index, and the file of a projection."""
+    """Write model.safetensors, or several files of at most SHARD_BYTES and their index; and that of a projection."""
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in names.shapes(config).items()}
     sizes.pop(names.NAMES["projection"], None)
     files, capacity = [], 0
@@ -148,4 +148,6 @@ def _write_weights(folder: Path, config: TransformerConfig, stream: Iterator[tup
         paths.write_json(folder / names.INDEX, index)
     for name, tensor in stream:  # the projection
         (folder / names.PROJECTION).parent.mkdir()
-        paths.write_tensors(folder / names.PROJECTION, {name: np.ascontiguousarray(tensor, np.float32)}, {"format": "pt"})
+        paths.write_tensors(
+            folder / names.PROJECTION, {name: np.ascontiguousarray(tensor, np.float32)}, {"format": "pt"}
+        )

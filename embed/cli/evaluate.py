@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--languages", nargs="+", default=[], help="only tasks and subsets in these (ISO 639-3: eng)")
     parser.add_argument("--types", nargs="+", default=[], help="only tasks of these types, such as Retrieval or STS")
     parser.add_argument("--splits", nargs="+", default=[], help="only these splits (default: test, or the task's own)")
-    parser.add_argument("--precision", nargs="+", default=[], choices=inference.PRECISIONS)
+    parser.add_argument("--precision", nargs="+", default=[], choices=(*inference.PRECISIONS, "multi"))
     parser.add_argument("--truncate_dim", nargs="+", type=int, default=[], help="also evaluate these Matryoshka sizes")
     parser.add_argument(
         "--metrics", nargs="+", default=[], help="of --data: ndcg, recall, mrr, map, precision @ a rank"
@@ -269,11 +269,17 @@ def _start(arguments: argparse.Namespace, candidate) -> None:
 
 def _evaluate_tasks(arguments: argparse.Namespace, candidate, forms: list, tasks: list) -> list[dict]:
     """The records of tasks of mteb."""
-    from embed.evaluation import mteb_run
+    from embed.console import say
+    from embed.evaluation import mteb_run, retrieval
 
     foreign = None
     if candidate.model is not None and not candidate.is_own:
         forms, foreign = mteb_run.only_float32(forms, candidate), mteb_run.foreign_model(candidate)
+    if any(form.precision == retrieval.MULTI for form in forms):
+        if retrieval.MULTI in arguments.precision:
+            raise ValueError("--precision=multi is for --data: mteb's tasks compare single vectors here")
+        say("mteb's tasks compare single vectors: multi, the token vectors of this model, is for --data")
+        forms = [form for form in forms if form.precision != retrieval.MULTI]
     made = []
     for task in tasks:
         found = mteb_run.evaluate(task, candidate, forms, arguments.output, alone=arguments.alone, foreign=foreign)

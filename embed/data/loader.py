@@ -188,8 +188,8 @@ class ContrastiveLoader:
         """`groups`: in the global batch; `shards`: the indices of the groups that this process builds (None = all).
 
         `phases` is [(steps, {task: rate}), …], see `Curriculum`. Only the triplet stage uses `num_negatives`, only the
-        contextual stage the three arguments after it, and only the late-interaction stage the next two: longer texts are
-        cut to so many tokens. With `homogeneous`, a batch has examples of one task.
+        contextual stage the three arguments after it, and only the late-interaction stage the next two: it cuts longer
+        texts to so many tokens. With `homogeneous`, a batch has examples of one task.
         """
         if stage not in STAGES:
             raise ValueError(f"stage={stage!r} must be one of {', '.join(STAGES)}")

@@ -18,6 +18,7 @@ from jaxtyping import Float64
 
 from embed import paths
 from embed.evaluation import plots, records
+from embed.evaluation.retrieval import MULTI, TOKEN_BYTES
 from embed.evaluation.tables import NONE, bold_best, bold_row, cell, number, table
 from embed.training.metrics import FILE, read_metrics
 
@@ -48,6 +49,13 @@ class Evaluated(NamedTuple):
         """{query: its nDCG@10}."""
         found = self.records.get(key, {}).get("queries", {})
         return dict(zip(found.get("ids", ()), found.get("values", {}).get(self.form(form), ())))
+
+    def bytes(self, form: str) -> float | None:
+        """Bytes of a text's vector, or of those of its tokens on average."""
+        if form != MULTI:
+            return size(form, self.dimensions)
+        found = [n for record in self.records.values() if (n := record["counts"].get(TOKEN_BYTES))]
+        return float(np.mean(found)) if found else None
 
     @property
     def forms(self) -> list[str]:
@@ -208,7 +216,7 @@ def _overview(models: Sequence[Evaluated]) -> Iterator[str]:
     rows = []
     for model in models:
         for form in model.forms:
-            bytes_ = size(form, model.dimensions)
+            bytes_ = model.bytes(form)
             shown = f"{bytes_:,.0f}" if bytes_ else NONE
             rows.append([cell(model.label), form, shown, number(mean(model, keys, form))])
     tasks = len({key[0] for key in keys})
@@ -324,7 +332,7 @@ def _lengths(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
 def _sizes(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
     keys, points = common(models), {}
     for model in models:
-        found = [(size(form, model.dimensions), mean(model, keys, form), form) for form in model.forms]
+        found = [(model.bytes(form), mean(model, keys, form), form) for form in model.forms]
         points[model.label] = sorted(point for point in found if point[0] and point[1] is not None)
     points = {label: found for label, found in points.items() if len(found) > 1}
     if not points:
@@ -338,7 +346,7 @@ def _sizes(drawn: Path, models: Sequence[Evaluated]) -> Iterator[str]:
         for bytes_, value, form in found:
             share = f"{value / full:.1%}" if full else NONE
             rows.append([cell(label), form, f"{bytes_:,.0f}", f"{math.floor(1e9 / bytes_):,}", number(value), share])
-    yield table(["model", "vectors", "bytes", "vectors per GB", "mean", "of the largest"], rows, left=2)
+    yield table(["model", "vectors", "bytes", "texts per GB", "mean", "of the largest"], rows, left=2)
 
 
 def _corpora(models: Sequence[Evaluated]) -> Iterator[str]:

@@ -43,8 +43,11 @@ class Candidate(NamedTuple):
             if dimensions or set(precisions) - {"float32"}:
                 raise ValueError("bm25 has no vectors: --precision and --truncate_dim are for models")
             return [Form("float32")]
-        precisions = precisions or (retrieval.PRECISIONS if self.is_own else ("float32",))
-        for precision in precisions:
+        precisions = precisions or (retrieval.precisions(self.model) if self.is_own else ("float32",))
+        single = [precision for precision in precisions if precision != retrieval.MULTI]
+        if len(single) < len(precisions) and retrieval.MULTI not in retrieval.precisions(self.model):
+            raise ValueError(f"--precision=multi: {self.name} has no token vectors; late-interaction models have")
+        for precision in single:
             for size in (None, *dimensions):
                 check_precision(precision, self.dimensions, size)
             if precision == "int8" and not self.is_own:
@@ -53,7 +56,8 @@ class Candidate(NamedTuple):
                     "trained with it; float32, binary and ubinary are possible"
                 )
         sizes = [None, *(size for size in dimensions if size != self.dimensions)]
-        return [Form(precision, size) for size in sizes for precision in dict.fromkeys(precisions)]
+        forms = [Form(precision, size) for size in sizes for precision in dict.fromkeys(single)]
+        return forms + [Form(retrieval.MULTI)] * (len(single) < len(precisions))
 
     def rank(
         self,

@@ -102,19 +102,19 @@ def lengths(path, lines: Sequence[tuple[str, Sequence[float], Mapping[str, Seque
 
 
 def sizes(path, points: Mapping[str, Sequence[tuple[float, float, str]]]) -> None:
-    """A line per model: quality over the bytes of a vector; points are (bytes, value, form)."""
+    """A line per model: quality over the bytes of a text; points are (bytes, value, form)."""
     figure, (axis,) = _figure(1, (7, 3.6))
     for k, (label, found) in enumerate(points.items()):
-        for precision, marker in (("float32", "o"), ("int8", "s"), ("binary", "^"), ("ubinary", "v")):
+        for precision, marker in (("float32", "o"), ("int8", "s"), ("binary", "^"), ("ubinary", "v"), ("multi", "D")):
             part = [(x, y) for x, y, form in found if form.partition("-")[0] == precision]
             if part:
                 axis.plot(*zip(*part), marker=marker, markersize=5, color=color(k), linewidth=1)
         axis.plot([], [], color=color(k), label=label)
-    for marker, precision in (("o", "float32"), ("s", "int8"), ("^", "binary")):
+    for marker, precision in (("o", "float32"), ("s", "int8"), ("^", "binary"), ("D", "multi")):
         axis.plot([], [], marker=marker, color="#555555", linestyle="none", label=precision)
     axis.set_xscale("log", base=2)
     _plain_ticks(axis, sorted({x for found in points.values() for x, *_ in found}))
-    axis.set_xlabel("bytes of a vector")
+    axis.set_xlabel("bytes of a text")
     axis.set_ylabel("mean of the main metrics")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)

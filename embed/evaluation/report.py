@@ -30,7 +30,7 @@ from embed.evaluation.tables import NONE, cell, number, row_of, table
 from embed.training.metrics import read_metrics
 
 METRICS = {"ndcg@10": "nDCG@10", "recall@10": "recall@10"}
-PRECISIONS = ("float32", "int8", "binary")
+PRECISIONS = ("float32", "int8", "binary", "multi")
 TITLE = "Retrieval"
 
 
@@ -185,7 +185,7 @@ LOSSES = {
     "triplet": "cross-entropy of finding a query's document among the documents of the batch and the mined negatives, "
     "which a checkpoint ranked high for these queries. These are harder than random texts, so a loss above that of the "
     "previous stage does not mean a worse model",
-    "late_interaction": "cross-entropy of finding a query's document among the other documents of its batch, by MaxSim. "
+    "late_interaction": "cross-entropy of finding a query's document among the other documents of its batch by MaxSim. "
     "Batch size, temperature and the number of tokens of the queries change its level",
 }
 
@@ -199,11 +199,16 @@ def _about_figures(results: Mapping) -> Iterator[str]:
     """Sentences that explain the rows of the table."""
     rows, kinds = results["checkpoints"], _kinds(results)
     yield "nDCG@10 is 1 if each query ranks its relevant texts first; recall@10 is the share of them in the first ten."
-    shown = [precision for precision, _ in _sections(results)]
+    shown = [precision for precision, _ in _sections(results) if precision != "multi"]
     if len(shown) > 1:
         yield (
             f"{', '.join(shown)} are the same vectors: int8 takes a quarter of float32's memory, binary 1/32. "
             "The plot shows float32."
+        )
+    if any("multi" in benchmark for row in rows.values() for benchmark in row.values()):
+        yield (
+            "multi is late interaction: a vector per token, compared by MaxSim. The other precisions of such a "
+            "checkpoint are the mean vectors of the same encoder, which its stage does not train."
         )
     if "random init" in rows:
         yield (

@@ -22,14 +22,17 @@ from embed.evaluation.metrics import METRICS, score_queries
 from embed.evaluation.sets import RetrievalSet
 from embed.inference.encoder import Encoder
 from embed.inference.index import BLOCK_VECTORS, search_blocks
+from embed.inference.late_interaction import maxsim
 
 PRECISIONS = ("float32", "int8", "binary")  # that are evaluated
+MULTI = "multi"  # the form of token vectors, compared by MaxSim
+TOKEN_BYTES = "bytes of token vectors"  # the mean over the corpus: a count of a record
 DEPTH = 100  # ranks that are kept
 SLICE = 16384  # documents that are encoded at once, to bound the memory
 
 
 class Form(NamedTuple):
-    """A form of a model's vectors: a precision, and the number of leading dimensions (None: all)."""
+    """A form of a model's vectors: a precision or MULTI, and the number of leading dimensions (None: all)."""
 
     precision: str
     dimensions: int | None = None
@@ -50,6 +53,11 @@ class Model(Protocol):
     def quantize(self, vectors: Float32[np.ndarray, "n d"], precision: str) -> np.ndarray: ...
 
 
+def precisions(model: Model) -> tuple[str, ...]:
+    """The precisions in which a model is evaluated: with MULTI if it has token vectors."""
+    return (*PRECISIONS, MULTI) if isinstance(model, Encoder) and model.token_dimensions else PRECISIONS
+
+
 def temporary(count: int, dimensions: int) -> Float32[np.ndarray, "n d"]:
     """Zero vectors in a temporary file (TMPDIR), which goes when they do: more may be kept than the memory holds."""
     if not count:
@@ -64,19 +72,23 @@ def embed(
     documents: Sequence[Sequence[str]],
     *,
     queries: bool = False,
+    multi: bool = False,
     names: Sequence[str] | None = None,
     progress: str = "",
     truncate: bool = True,
     counts: dict | None = None,
-) -> Float32[np.ndarray, "chunks d"]:
+) -> Float32[np.ndarray, "chunks d"] | list[Float32[np.ndarray, "tokens p"]]:
     """The vectors of all chunks of all documents in order, in a temporary file; an empty text has a zero vector.
 
-    With `queries`, a document is one query. With `truncate`, too long documents are cut, with a warning, and counted in
+    With `queries`, a document is one query. With `multi`, a list in memory: the token vectors of each chunk. With
+    `truncate`, too long documents are cut, with a warning, and counted in
     `counts`. Errors name a document by its entry in `names`. A progress bar has the title `progress`.
     """
     noun = "queries" if queries else "texts"
     first = np.cumsum([0, *map(len, documents)])
-    vectors, cut = temporary(int(first[-1]), model.dimensions), 0
+    vectors, cut = [np.zeros((0, 0), np.float32)] * int(first[-1]), 0
+    if not multi:
+        vectors = temporary(int(first[-1]), model.dimensions)
     bar = tqdm(total=len(documents), desc=progress, unit="text", disable=not progress or not distributed.is_first())
     with bar:
         for start in range(0, len(documents), SLICE):
@@ -90,8 +102,9 @@ def embed(
                     warnings.simplefilter("ignore")
                     segments, shortened = model.fit_documents(chosen, truncate=truncate, names=named)
                 cut += shortened
-                flat = model.encode_segments(segments, names=named)
-                found = np.split(flat, np.cumsum([segment.num_spans for segment in segments])[:-1])
+                flat = (model.encode_segments_multi if multi else model.encode_segments)(segments, names=named)
+                stops = np.cumsum([segment.num_spans for segment in segments])
+                found = [flat[stop - segment.num_spans : stop] for segment, stop in zip(segments, stops)]
             elif queries:
                 found = model.encode([text for (text,) in chosen])[:, None]
             else:
@@ -109,12 +122,14 @@ def embed(
     return vectors
 
 
-def embed_queries(model: Model, data: RetrievalSet, **keywords) -> Float32[np.ndarray, "q d"]:
+def embed_queries(model: Model, data: RetrievalSet, **keywords) -> Float32[np.ndarray, "q d"] | list[np.ndarray]:
     """The vectors of a set's queries; `keywords` as in `embed`."""
     return embed(model, [[text] for text in data.queries], queries=True, names=data.query_names, **keywords)
 
 
-def embed_corpus(model: Model, data: RetrievalSet, *, alone: bool = False, **keywords) -> Float32[np.ndarray, "c d"]:
+def embed_corpus(
+    model: Model, data: RetrievalSet, *, alone: bool = False, **keywords
+) -> Float32[np.ndarray, "c d"] | list[np.ndarray]:
     """The vectors of a set's corpus; `keywords` as in `embed`.
 
     Chunks of one document are encoded in its context (late chunking), or with `alone` each by itself.
@@ -126,6 +141,8 @@ def embed_corpus(model: Model, data: RetrievalSet, *, alone: bool = False, **key
     order = np.concatenate(documents)
     if np.array_equal(order, np.arange(len(order))):
         return vectors
+    if isinstance(vectors, list):
+        return [vectors[i] for i in np.argsort(order)]
     result = temporary(*vectors.shape)
     result[order] = vectors
     return result
@@ -169,6 +186,23 @@ def search(
     return scores[: len(queries)], found[: len(queries)]
 
 
+def search_tokens(
+    queries: Sequence[np.ndarray],
+    corpus: Sequence[np.ndarray],
+    *,
+    order: Int32[np.ndarray, " n"],
+    own: Int32[np.ndarray, " q"] | None = None,
+    depth: int = DEPTH,
+) -> Int32[np.ndarray, "q depth"]:
+    """The rows of `search`, by MaxSim of token vectors. Every process computes all of them."""
+    scores = maxsim(queries, [corpus[row] for row in order])
+    if own is not None:
+        scores[order == own[:, None]] = -np.inf
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    found = np.where(np.take_along_axis(scores, best, 1) == -np.inf, -1, order[best])
+    return np.pad(found, ((0, 0), (0, depth - found.shape[1])), constant_values=-1).astype(np.int32)
+
+
 def descending(ids: Sequence[str], is_empty: np.ndarray) -> Int32[np.ndarray, " n"]:
     """The rows that are not empty, by id in descending order: trec_eval ranks equal scores so."""
     rows = np.flatnonzero(~is_empty)
@@ -195,14 +229,24 @@ def rank(
     `embed`.
     """
     title = data.name if show_progress_bar else ""
-    if queries is None:
-        queries = embed_queries(model, data, progress=title and f"{title}: queries", counts=counts)
-    corpus = embed_corpus(model, data, alone=alone, progress=title and f"{title}: corpus", counts=counts)
+    of_queries = dict(progress=title and f"{title}: queries", counts=counts)
+    of_corpus = dict(progress=title and f"{title}: corpus", counts=counts, alone=alone)
+    if any(form.precision != MULTI for form in forms):
+        queries = embed_queries(model, data, **of_queries) if queries is None else queries
+        corpus = embed_corpus(model, data, **of_corpus)
+    if any(form.precision == MULTI for form in forms):
+        query_tokens = embed_queries(model, data, multi=True, **of_queries)
+        corpus_tokens = embed_corpus(model, data, multi=True, **of_corpus)
+        if counts is not None:
+            counts[TOKEN_BYTES] = round(sum(each.nbytes for each in corpus_tokens) / max(len(corpus_tokens), 1))
     order = descending(data.corpus_ids, np.array([not text for text in data.corpus]))
     is_blank, own = np.array([not text.strip() for text in data.queries]), data.own_rows
 
     def find(form: Form, order: np.ndarray) -> np.ndarray:
-        ranking = search(model.quantize, queries, corpus, form, order=order, own=own, depth=depth)[1]
+        if form.precision == MULTI:
+            ranking = search_tokens(query_tokens, corpus_tokens, order=order, own=own, depth=depth)
+        else:
+            ranking = search(model.quantize, queries, corpus, form, order=order, own=own, depth=depth)[1]
         return np.where(is_blank[:, None], -1, ranking)
 
     if parts is None:

@@ -77,8 +77,8 @@ def forward_flops(
     attention    4 · squares · heads · head_dim · layers        scores and mixed values, not causal
     logits       2 · tokens / 2 · vocabulary · width            diffusion: half of the tokens are masked, on average
     similarity   2 · queries · vectors per query · Σ prefixes   contrastive: unused entries of the tables included
-                 2 · queries² · query tokens · document tokens · token dimensions, of the longest texts: late interaction
-    projection   2 · tokens · width · token dimensions          late interaction
+                 2 · queries² · query tokens · document tokens · P      late interaction, of the longest texts
+    projection   2 · tokens · width · P                         late interaction, of P token dimensions
 
     `tokens` is the number of tokens that are not padding, `squares` the sum of the squared segment lengths. Their
     defaults are those of full rows.
