@@ -23,10 +23,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.stages.late_interaction = base.stage(
         "late_interaction",
         init="pair",
-        curriculum=((200, "pairs"),),
+        curriculum=((100, "pairs"),),
         token_dimensions=64,
-        optimizer=pair.optimizer.to_dict() | dict(embedding_rate=1.0),
-        batch=pair.batch.to_dict() | dict(max_query_tokens=32, max_document_tokens=128),
+        optimizer=pair.optimizer.to_dict() | dict(learning_rate=3e-4, embedding_rate=3.0),
+        batch=pair.batch.to_dict() | dict(max_query_tokens=32, max_document_tokens=64),
         execution=pair.execution.to_dict(),
     )
     config.exports["late-interaction"] = base.export(checkpoint="late_interaction", max_length=0)
