@@ -53,7 +53,7 @@ def attention(
         splash   a Pallas kernel for TPU; length and d must be multiples of 128
         triton   a Pallas kernel for GPU; length must be a multiple of 16
         cudnn    for GPU; assumes without a check that each row is one segment and then padding
-        auto     splash on TPU and triton on GPU if the shapes allow it, else xla
+        auto     splash on TPU and triton on GPU if the device and the shapes allow it, else xla
 
     `interpret` runs a Pallas kernel without its platform, for tests.
     """
@@ -66,7 +66,7 @@ def attention(
     if kernel == "auto" and lookahead is not None:
         kernel = "xla"
     if kernel == "auto":
-        kernel = {"tpu": "splash", "gpu": "triton"}.get(jax.default_backend(), "xla")
+        kernel = default_kernel()
         kernel = kernel if fits.get(kernel, True) else "xla"
     if not fits.get(kernel, True):
         needs = "rows and heads in multiples of 128" if kernel == "splash" else "rows in multiples of 16"
@@ -94,6 +94,14 @@ def attention(
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=array, check_vma=False)(
         query, key, value, segment_ids
     )
+
+
+def default_kernel() -> str:
+    """The fastest kernel of this process's devices. jax's Triton kernels need compute capability 8.0; a T4 has 7.5."""
+    backend = jax.default_backend()
+    if backend == "gpu" and f"{jax.local_devices()[0].compute_capability}".startswith(("5.", "6.", "7.")):
+        return "xla"
+    return {"tpu": "splash", "gpu": "triton"}.get(backend, "xla")
 
 
 @jax.custom_vjp

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,3 +187,20 @@ def test_a_kernel_that_does_not_fit_is_an_error_and_auto_chooses_another():
     ):
         with pytest.raises(ValueError, match=message):
             attention(*arrays, SEGMENTS, kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    "backend, capability, kernel",
+    [
+        ("cpu", "", "xla"),
+        ("tpu", "", "splash"),
+        ("gpu", "7.5", "xla"),  # a T4
+        ("gpu", "8.0", "triton"),
+        ("gpu", "10.0", "triton"),
+        ("gpu", "gfx942", "triton"),
+    ],
+)
+def test_auto_takes_a_kernel_that_the_device_can_run(monkeypatch, backend, capability, kernel):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    assert module.default_kernel() == kernel

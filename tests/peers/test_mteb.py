@@ -13,6 +13,7 @@ import small
 from mteb._evaluators.retrieval_metrics import calculate_retrieval_scores
 from mteb.models.model_meta import ModelMeta
 
+import colabs
 from embed import cli, inference
 from embed.evaluation import metrics, models, mteb_model, mteb_run, mteb_tasks, published, records, retrieval
 from embed.evaluation.models import Candidate
@@ -464,3 +465,14 @@ def test_data_that_cannot_be_read_are_one_sentence(model, tmp_path, capsys, monk
     assert evaluate(tmp_path / "out", *arguments)[0] == 2
     assert "the data of SciFact" in capsys.readouterr().err
     assert isinstance(mteb_run.DataError("x"), ValueError)
+
+
+def test_the_colab_of_evaluations_runs_from_top_to_bottom(tmp_path):
+    outputs = colabs.execute(ROOT / "colabs" / "5_evaluate.ipynb", tmp_path)
+    assert any(output.output_type == "display_data" for output in outputs)  # the plot
+    said = "".join(output.text for output in outputs if output.output_type == "stream")
+    ours = [line.split() for line in said.splitlines() if "HERE: model" in line]
+    assert {(task, precision) for task, *_, precision, _ in ours} == {
+        (task, precision) for task in ("SciFact", "ConTEBSQuAD") for precision in ("float32", "int8", "binary")
+    }
+    assert "0.6874" in said and "of 1 published scores are reproduced" in said
