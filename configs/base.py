@@ -128,8 +128,8 @@ def stage(kind: str, **changes) -> ConfigDict:
         # masked-token prediction as in LLM2Vec: t = mask_ratio.
         new.noise = "stratified"
         new.mask_ratio = 0.2  # LLM2Vec's; only for noise="fixed"
-        # The first share of the steps, in which attention opens from causal to bidirectional, computed by plain XLA.
-        # 0 = it is bidirectional at once.
+        # The first share of the steps, in which attention opens from causal to bidirectional; 0 = it is open at once.
+        # Above 0, plain XLA computes the attention of the whole stage.
         new.anneal = 0.0
     if kind in ("causal", "diffusion"):
         new.batch.rows = 1024

@@ -113,7 +113,9 @@ def bindings(layout: str = "files", query: str = "query", document: str = "docum
 def _use_model(config: ConfigDict, model: str) -> dict:
     """Take sizes, tokenizer and separator from a model; returns how it embeds."""
     if not model_folder.is_encoder(model):
-        raise ValueError(f"config argument model={model!r} is a causal language model: it must embed texts already")
+        raise ValueError(
+            f"config argument model={model!r} must be an encoder: an export, pplx-embed or a bidirectional Qwen3"
+        )
     sizes, embedding = model_folder.read_architecture(model), model_folder.read_embedding(model)
     ours = set(config.model) - {"dtype", "tied"}
     config.model.update({name: value for name, value in dataclasses.asdict(sizes).items() if name in ours})

@@ -12,6 +12,7 @@ earlier run has with the same config is not trained again: the later run starts 
 
 import hashlib
 import json
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +22,11 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 
 from embed import config as configs
-from embed import distributed, graph, nodes, paths
+from embed import distributed, fields, graph, nodes, paths
 from embed.console import print_table, say
 from embed.evaluation import ablated
 from embed.runs import Run
+from embed.training.metrics import FILE, read_metrics
 
 
 class Variant(NamedTuple):
@@ -54,7 +56,8 @@ def variants(config: ConfigDict, workdir) -> list[Variant]:
     names = [name for name, _ in listed]
     if len({quote(name, safe="") for name in names}) < len(names):
         raise ValueError(f"config.ablation.variants has a name twice: {', '.join(names)}")
-    workdir, made, data, found = paths.path(workdir), {}, {}, []
+    workdir, made, found = paths.path(workdir), {}, []
+    data = {_digest(config.data.to_dict()): str(workdir / "data")}
     for seed in config.ablation.seeds:
         for name, changes in listed:
             changed = configs.changed(config, changes)
@@ -67,7 +70,9 @@ def variants(config: ConfigDict, workdir) -> list[Variant]:
             if checkpoint not in (*changed.stages, *changed.merges):
                 checkpoint = made_by[checkpoint]
             found.append(Variant(name, seed, changed, folder, checkpoint, made_by))
+            fields.check(changed)
             graph.check(changed, whole=False)
+            ablated.check_plot(config.ablation.plot, changed.evaluations)
     return found
 
 
@@ -98,15 +103,15 @@ def _prune(config: ConfigDict, checkpoint: str) -> None:
     for each in config.evaluations.values():
         each.update(checkpoints=(checkpoint,), bm25=False)
     config.stage, config.exports = "", ConfigDict()
-    config.report.update(denoise="", search="", fuse=())
+    config.report.update(denoise="", search="", fuse=(), baseline="")
     config.ablation.variants = ()
 
 
 def _data_folder(config: ConfigDict, workdir, data: dict[str, str]) -> str:
-    """The folder of a variant's data; `data` are those of earlier variants, by what describes them."""
+    """The folder of a variant's data. `data` has those of the config and earlier variants, by what describes them."""
     key = _digest(config.data.to_dict())
     if key not in data:
-        data[key] = str(workdir / (f"data-{key[:8]}" if data else "data"))
+        data[key] = str(workdir / f"data-{key[:8]}")
     return data[key]
 
 
@@ -157,8 +162,13 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def ablate(config: ConfigDict, workdir, config_path: str, only: Sequence[str] = ()) -> None:
-    """Run the variants of a config, or `only` those of some names, and write the table of all that are complete."""
+def ablate(
+    config: ConfigDict, workdir, config_path: str, only: Sequence[str] = (), options: Sequence[str] = ()
+) -> None:
+    """Run the variants of a config, or `only` those of some names, and write the table of all that are complete.
+
+    `options` are those of the command that changed the config, for the table.
+    """
     every = variants(config, workdir)
     if unknown := [name for name in only if name not in {variant.name for variant in every}]:
         known = ", ".join(dict.fromkeys(variant.name for variant in every))
@@ -169,14 +179,19 @@ def ablate(config: ConfigDict, workdir, config_path: str, only: Sequence[str] = 
                 continue
             say(f"{variant.name}, seed {variant.seed}")
             graph.walk(Run(variant.config, variant.folder, config_path))
-            distributed.on_first_process(lambda: write(config, every, workdir, config_path))
-    distributed.on_first_process(lambda: _show(config, every, workdir, config_path))
+            distributed.on_first_process(lambda: write(config, every, workdir, config_path, options))
+    distributed.on_first_process(lambda: _show(config, every, workdir, config_path, options))
 
 
-def commands(config: ConfigDict, workdir, config_path: str, launcher: str = "embed") -> Iterator[str]:
-    """One command that prepares the data, and one per variant, with a comment on which ones must end before it."""
+def commands(
+    config: ConfigDict, workdir, config_path: str, options: Sequence[str] = (), launcher: str = "embed"
+) -> Iterator[str]:
+    """One command that prepares the data, and one per variant, with a comment on which ones must end before it.
+
+    `launcher` stands before the verb; {variant} in it is replaced by a name of letters, digits and dashes.
+    """
     every = variants(config, workdir)
-    where = [f"--config={config_path}", f"--workdir={workdir}"]
+    where = [f"--config={config_path}", f"--workdir={workdir}", *options]
     for folder in dict.fromkeys(variant.config.data.directory for variant in every):
         if folder == str(paths.path(workdir) / "data"):
             yield f"embed prepare {shlex.join(where)}"
@@ -186,29 +201,33 @@ def commands(config: ConfigDict, workdir, config_path: str, launcher: str = "emb
         parents = [folders[parent.rpartition("/")[0]] for variant in mine for parent in variant.parents]
         if earlier := [parent for parent in dict.fromkeys(parents) if parent != name]:
             yield f"# after {', '.join(earlier)}, which trains {'stages' if len(parents) > 1 else 'a stage'} of it"
-        yield f"{launcher} ablate {shlex.join([*where, f'--only={name}'])}"
+        slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+        yield f"{launcher.replace('{variant}', slug)} ablate {shlex.join([*where, f'--only={name}'])}"
 
 
-def _show(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str) -> None:
-    results = write(config, every, workdir, config_path)
+def _show(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str, options: Sequence[str]) -> None:
+    results = write(config, every, workdir, config_path, options)
     if results:
         print_table(ablated.render(results))
     say(f"Table: {paths.path(workdir) / 'ablation.html'}; {len(results)} of {len(every)} runs are complete")
 
 
-def write(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str) -> list[ablated.Result]:
+def write(
+    config: ConfigDict, every: Sequence[Variant], workdir, config_path: str, options: Sequence[str] = ()
+) -> list[ablated.Result]:
     """Write ablation.json and the table from the runs that are complete, and return their results."""
     found, names = [], {str(variant.folder): variant for variant in every}
     for variant in every:
         run = Run(variant.config, variant.folder, config_path)
-        files = {task: nodes.record_file(run, variant.checkpoint, task) for task in variant.config.evaluations}
-        if all(file.exists() for file in files.values()) and run.record(f"evaluate {variant.checkpoint}").exists():
+        if all(graph.is_done(run, node) for node in graph.make_nodes(variant.config) if node.kind == "evaluate"):
+            files = {task: nodes.record_file(run, variant.checkpoint, task) for task in variant.config.evaluations}
             records = {task: paths.read_json(file) for task, file in files.items()}
             found.append(ablated.Result(variant.name, variant.seed, records, _cost(variant, names, config_path)))
     missing = len(every) - len(found)
+    command = shlex.join(["embed", "ablate", f"--config={config_path}", *options])
     with tempfile.TemporaryDirectory() as folder:
-        about = dict(command=f"embed ablate --config={config_path}", missing=missing, plot=config.ablation.plot)
-        ablated.write(folder, found, **about)
+        order = [name for name, _ in config.ablation.variants]
+        ablated.write(folder, found, command=command, missing=missing, plot=config.ablation.plot, order=order)
         for name, file in paths.files(folder).items():
             paths.copy_file(file, paths.path(workdir) / name)
     return found
@@ -220,6 +239,8 @@ def _cost(variant: Variant, folders: Mapping[str, Variant], config_path: str) ->
     for folder in variant.made_by.values():
         owner, _, name = folder.rpartition("/")
         run = Run(folders[owner].config, owner, config_path)
-        record = paths.read_json(run.record(f"stage {name}"))
-        seconds, flops = seconds + record["seconds"], flops + record["result"]["flops"]
-    return {"seconds": seconds, "petaflops": flops / 1e15}
+        flops += paths.read_json(run.record(f"stage {name}"))["result"]["flops"]
+        last = 0
+        for row in read_metrics(paths.path(folder) / FILE):  # of all starts of the stage
+            seconds, last = seconds + row["seconds_per_step"] * (row["step"] - last), row["step"]
+    return {"seconds": seconds, "pflop": flops / 1e15}

@@ -123,7 +123,7 @@ RULES: dict[str, Rule] = {
     "stages.*.chunking": _one_of("late", "early"),
     "stages.*.temperature": POSITIVE,
     "stages.*.token_dimensions": COUNT,
-    "stages.*.margin": NOT_NEGATIVE,
+    "stages.*.margin": (_number(lambda x: x >= 0), "at least 0; 2 = no mask"),
     "stages.*.alpha": FRACTION,
     "stages.*.beta": PAIR_OF_FRACTIONS,
     "stages.*.teacher_dimensions": COUNT,
@@ -189,6 +189,8 @@ def check(config: ConfigDict) -> None:
         for key, value, allowed in _stage(stage, config.model.hidden_size):
             _refuse(f"stages.{name}.{key}", value, allowed)
     for name, entry in config.evaluations.items():
+        if entry.needle_tokens and entry.bm25:
+            _refuse(f"evaluations.{name}.bm25", True, "False with needle_tokens: BM25 ranks the texts as they are")
         if entry.truncate_dim % 8 or entry.truncate_dim > config.model.hidden_size:
             allowed = f"a multiple of 8, at most the {config.model.hidden_size} dimensions of the model"
             _refuse(f"evaluations.{name}.truncate_dim", entry.truncate_dim, allowed)

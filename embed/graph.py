@@ -320,10 +320,7 @@ def _total(run: Run, machine: str) -> dict:
         **{key: sources[0][key] for key in ("commit", "versions", "device")},
         "commits": sorted({source["commit"] for source in sources}),
         "checkpoints": of("evaluate") | results.get("baselines", {}),
-        "evaluations": {
-            name: e.data + (", each chunk encoded by itself" if e.alone else ", chunks encoded in their document")
-            for name, e in run.config.evaluations.items()
-        },
+        "evaluations": {name: _about_evaluation(e) for name, e in run.config.evaluations.items()},
     }
     for part in of("denoise").values():
         total |= part
@@ -340,6 +337,16 @@ def _total(run: Run, machine: str) -> dict:
         "seconds_per_step": {f"stage {name}": rows[-1]["seconds_per_step"] for name, rows in logged.items() if rows},
         "data": data,
     }
+
+
+def _about_evaluation(entry: ConfigDict) -> str:
+    """What an evaluation measures, in words."""
+    how = "each chunk encoded by itself" if entry.alone else "chunks encoded in their document"
+    if entry.needle_tokens:
+        how = f"hidden in texts of {entry.needle_tokens:,} tokens"
+    parts = [entry.data, how]
+    parts += [f"{entry.truncate_dim} dimensions"] if entry.truncate_dim else []
+    return ", ".join(parts + ([f"RoPE base {entry.rope_theta:g}"] if entry.rope_theta else []))
 
 
 def _report(run: Run, is_new: bool) -> None:

@@ -604,7 +604,8 @@ def merge_sweep(run: Run, name: str) -> dict:
             for title, data in sets.items()
         }
         sweep.append({"ratio": ratio, **figures})
-    return {"ratio": config.ratio, "of": list(config.of), "sets": {t: n for n, t in titles.items()}, "sweep": sweep}
+    about = {"ratio": config.ratio, "method": config.method, "of": list(config.of)}
+    return about | {"sets": {t: n for n, t in titles.items()}, "sweep": sweep}
 
 
 def worked_search(run: Run) -> dict:

@@ -57,7 +57,7 @@ def test_ablation_json_has_every_variant_seed_task_and_metric(ablated_run):
     metrics = {row["metric"] for row in rows(folder, task="functions", variant="mean", seed=3)}
     assert {"ndcg@10", "ndcg@10 float32", "ndcg@10 binary", "recall@10"} <= metrics
     for row in rows(folder, task="training"):
-        assert row["metric"] in ("seconds", "petaflops") and row["value"] > 0
+        assert row["metric"] in ("seconds", "pflop") and row["value"] > 0
 
 
 def test_the_values_are_those_of_the_records_of_each_run(ablated_run):
@@ -84,9 +84,9 @@ def test_a_stage_that_an_earlier_variant_has_is_not_trained_again(ablated_run):
         assert parent["folder"] == str(first / "pair")
         assert parent["digest"] == paths.read_json(first / "more" / "config.json")["parent"]["digest"]
         assert not any((folder / "runs" / "one stage" / seed).glob("*/checkpoints"))
-    assert len({p["value"] for p in rows(folder, task="training", metric="petaflops", variant="one stage")}) == 1
+    assert len({p["value"] for p in rows(folder, task="training", metric="pflop", variant="one stage")}) == 1
     (one,), (two,) = (
-        rows(folder, task="training", metric="petaflops", variant=name, seed=3) for name in ("one stage", "mean")
+        rows(folder, task="training", metric="pflop", variant=name, seed=3) for name in ("one stage", "mean")
     )
     assert two["value"] == pytest.approx(2 * one["value"])
 
@@ -117,7 +117,7 @@ def result(variant, seed, values, task="functions"):
         "values": {"int8": {"ndcg@10": float(np.mean(values))}},
         "queries": {"ids": ids, "values": {"int8": values}},
     }
-    return ablated.Result(variant, seed, {task: record}, {"seconds": 1.0, "petaflops": 2.0})
+    return ablated.Result(variant, seed, {task: record}, {"seconds": 1.0, "pflop": 2.0})
 
 
 def test_differences_are_paired_by_query_and_averaged_over_the_seeds_of_both():
@@ -169,16 +169,17 @@ def test_the_table_of_the_paper_has_its_four_cells_and_the_controls():
             assert len(steps) == 1
 
 
-def test_dry_run_prints_the_preparation_and_one_command_per_variant_in_order(capsys, tmp_path):
-    arguments = ["--config=configs/ablations/table9.py:size=0.6b", "--workdir=gs://bucket/table9", "--dry-run"]
-    assert cli.main(["ablate", *arguments, "--launcher=launch/slurm.sh 4 --"]) == 0
+def test_dry_run_prints_the_preparation_and_one_command_per_variant_in_order_with_all_options(capsys):
+    arguments = ["--config=configs/ablations/table9.py:size=0.6b", "--workdir=gs://bucket/table9", "--data_root=/sets"]
+    arguments += ["--config.ablation.seeds=(0,)", "--dry-run"]
+    assert cli.main(["ablate", *arguments, "--launcher=launch/tpu.sh submit --name={variant} --"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(
-        "embed prepare --config=configs/ablations/table9.py:size=0.6b --workdir=gs://bucket/table9"
-    )
-    commands = [line for line in lines if line.startswith("launch/slurm.sh 4 -- ablate ")]
-    assert len(commands) == 8 and commands[0].endswith("'--only=causal, last'")
-    assert "# after MNTP, last, which trains stages of it" in lines
+    common = f"{' '.join(arguments[:3])} '--config.ablation.seeds=(0,)'"
+    assert lines[0] == f"embed prepare {common}"
+    commands = [line for line in lines if line.startswith("launch/")]
+    assert len(commands) == 8
+    assert commands[0] == f"launch/tpu.sh submit --name=causal-last -- ablate {common} '--only=causal, last'"
+    assert "# after MNTP, last, which trains a stage of it" in lines
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,11 @@ def test_dry_run_prints_the_preparation_and_one_command_per_variant_in_order(cap
         ({"ablation.variants": (("a", {"stages.pair.poling": "last"}),)}, "did you mean 'stages.pair.pooling'"),
         ({"ablation.variants": (("a", {"seed": "x"}),)}, "'seed' must be of type int like 0, got 'x'"),
         ({"ablation.checkpoint": "nothing"}, "config.ablation.checkpoint='nothing' must be one of"),
+        (
+            {"ablation.variants": (("a", {"stages.pair.quantization": "bits"}),)},
+            "quantization='bits' must be one of int8",
+        ),
+        ({"ablation.plot": "curve"}, "needs evaluations whose names end in a number, not 'contextual_alone'"),
     ],
 )
 def test_an_ablation_that_cannot_run_is_refused_before_any_work(changes, message, tmp_path):
@@ -196,6 +202,71 @@ def test_an_ablation_that_cannot_run_is_refused_before_any_work(changes, message
     with pytest.raises(ValueError, match=message):
         ablation.variants(loaded, tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def folders(changes, name="quantization"):
+    """{stage of the second variant: its folder}, for a first variant that changes nothing and one that does."""
+    loaded = config.load(f"configs/ablations/{name}.py:runlocal")
+    listed = (("first", {}), ("second", changes))
+    loaded = config.changed(loaded, {"ablation.seeds": (0,), "ablation.variants": listed})
+    return dict(ablation.variants(loaded, "runs")[1].made_by)
+
+
+@pytest.mark.parametrize(
+    "changes, shared",
+    [
+        ({"stages.pair.execution.log_every": 7}, {"diffusion", "pair"}),
+        ({"execution.attention": "xla"}, {"diffusion", "pair"}),
+        ({"stages.pair.margin": 0.2}, {"diffusion"}),
+        ({"stages.pair.curriculum": ((3, "pairs"),)}, {"diffusion"}),
+        ({"stages.pair.init_step": 1}, {"diffusion"}),
+        ({"stages.pair.init": ""}, set()),  # diffusion is not needed
+        ({"stages.diffusion.noise": "bell"}, set()),
+        ({"model.rope_theta": 1e5}, set()),
+        ({"data.vocab_size": 600}, set()),
+    ],
+)
+def test_a_stage_is_shared_if_and_only_if_nothing_that_it_depends_on_differs(changes, shared):
+    made_by = folders(changes)
+    assert {stage for stage, folder in made_by.items() if "runs/first" in folder} == shared
+    assert all("runs/second" in folder for stage, folder in made_by.items() if stage not in shared)
+
+
+def test_a_stage_on_mined_negatives_depends_on_how_they_are_mined():
+    mined = {"ablation.checkpoint": "triplet"}
+    first = folders(mined | {"mining.hard_negatives.margin": 0.1}, "stages")
+    assert "runs/second" in first["triplet"] and "runs/first" in first["pair"]
+
+
+def test_the_data_of_the_config_are_in_data_whichever_variant_is_first():
+    loaded = config.load("configs/ablations/quantization.py:runlocal")
+    listed = (("small", {"data.vocab_size": 600}), ("as it is", {}))
+    loaded = config.changed(loaded, {"ablation.seeds": (0,), "ablation.variants": listed})
+    small, same = (variant.config.data.directory for variant in ablation.variants(loaded, "runs"))
+    assert Path(same).name == "data" and Path(small).name.startswith("data-")
+
+
+def test_a_config_with_a_baseline_of_its_report_can_be_ablated(tmp_path):
+    loaded = config.load("configs/domain.py:runlocal")
+    listed = (("as it is", {}), ("cold", {"stages.domain.temperature": 0.02}))
+    changes = {"ablation.checkpoint": "domain", "ablation.seeds": (0,), "ablation.variants": listed}
+    assert len(ablation.variants(config.changed(loaded, changes), tmp_path)) == 2
+
+
+def test_tasks_of_a_curve_are_in_the_order_of_their_numbers(tmp_path):
+    tasks = {f"needle {n}": result("a", 0, [0.5, n / 4096], "x").records["x"] for n in (1024, 128, 4096, 512)}
+    found = [ablated.Result(name, 0, tasks, {"seconds": 1.0, "pflop": 1.0}) for name in ("a", "b")]
+    ablated.write(tmp_path, found, command="embed ablate", plot="curve")
+    heads = next(line for line in (tmp_path / "ablation.md").read_text().splitlines() if line.startswith("| variant"))
+    assert [head.strip() for head in heads.split("|")[3:7]] == [f"needle {n}" for n in (128, 512, 1024, 4096)]
+
+
+def test_differences_are_from_the_first_variant_or_left_out_as_long_as_it_is_missing(tmp_path):
+    found = [result(name, 0, [0.5, 1.0]) for name in ("b", "c")]
+    ablated.write(tmp_path, found, command="embed ablate", missing=1, order=("a", "b", "c"))
+    assert "## Difference" not in (tmp_path / "ablation.md").read_text()
+    ablated.write(tmp_path, [*found, result("a", 0, [0.4, 1.0])], command="embed ablate", order=("a", "b", "c"))
+    assert "## Difference from a" in (tmp_path / "ablation.md").read_text()
 
 
 def test_an_unknown_variant_is_refused(ablated_run, capsys):

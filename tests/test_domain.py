@@ -85,7 +85,7 @@ def test_the_curve_and_the_differences_are_in_the_report_and_printed(given, run,
     assert "0.5 (chosen)" in out and "0.5 (chosen)" in report
     assert f"nDCG@10 in float32 against the baseline {given / 'model'}, with 95% intervals" in out
     assert f"## Differences from {given / 'model'}" in report
-    assert (run / "plots" / "slerp.png").exists()
+    assert (run / "plots" / "merge.png").exists()
 
 
 def test_the_held_out_parts_share_no_document_with_each_other_or_the_negatives(run):

@@ -185,7 +185,7 @@ def test_report_shows_the_table_and_its_plots_exist(workdir):
         "plots/loss.png",
         "plots/ndcg.png",
         "ELBO",
-        "slerp ratio",
+        "ratio of merged (slerp)",
         "each chunk encoded by itself",
     ):
         assert part in text

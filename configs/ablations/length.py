@@ -21,7 +21,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=256)
     lengths = (64, 128) if arg.runlocal else [2**k for k in range(7, 16) if 2**k <= arg.longest]
     config.evaluations = ConfigDict(
-        {f"needle {n}": base.evaluation(data="functions/test", alone=True, needle_tokens=n) for n in lengths}
+        {
+            f"needle {n}": base.evaluation(data="functions/test", alone=True, bm25=False, needle_tokens=n)
+            for n in lengths
+        }
     )
     config.ablation.update(checkpoint="pair", plot="curve")
     stretched = {f"evaluations.needle {n}.rope_theta": 1e6 for n in lengths}

@@ -1,11 +1,12 @@
 """The table of an ablation: every variant over its seeds, differences with intervals, cost, a plot.
 
 ablation.json          [{"variant", "seed", "task", "metric", "value"}, …]; a metric of other vectors than int8 names
-                       them: "ndcg@10 binary". The task "training" has "seconds" and "petaflops"
+                       them: "ndcg@10 binary". The task "training" has "seconds" and "pflop", 10¹⁵ FLOP
 ablation.md, .html     the same for people
 plots/ablation.svg
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,16 +51,39 @@ def rows(results: Sequence[Result]) -> Iterator[dict]:
             yield about | {"task": COST, "metric": metric, "value": value}
 
 
-def write(folder, results: Sequence[Result], *, command: str, missing: int = 0, plot: str = "dots") -> None:
-    """Write the files of an ablation into a folder; `missing` runs are not complete yet."""
+def check_plot(plot: str, tasks: Sequence[str]) -> None:
+    """ValueError if evaluations do not have the names that a plot needs."""
+    for task in tasks if plot == "curve" else ():
+        if not re.search(r"\d+$", task):
+            raise ValueError(
+                f"config.ablation.plot='curve' needs evaluations whose names end in a number, not {task!r}"
+            )
+
+
+def write(
+    folder,
+    results: Sequence[Result],
+    *,
+    command: str,
+    missing: int = 0,
+    plot: str = "dots",
+    order: Sequence[str] = (),
+) -> None:
+    """Write the files of an ablation into a folder; `missing` runs are not complete yet.
+
+    `order` has the names of all variants; the first is the one that others are compared with.
+    """
     folder = Path(folder)
     paths.write_json(folder / "ablation.json", list(rows(results)))
-    page.write(folder, sections(folder, results, command=command, missing=missing, plot=plot), name="ablation")
+    blocks = sections(folder, results, command=command, missing=missing, plot=plot, order=order)
+    page.write(folder, blocks, name="ablation")
 
 
-def sections(folder: Path, results: Sequence[Result], *, command: str, missing: int, plot: str) -> Iterator[str]:
+def sections(
+    folder: Path, results: Sequence[Result], *, command: str, missing: int, plot: str, order: Sequence[str] = ()
+) -> Iterator[str]:
     """The blocks of the page; draws the plot."""
-    variants = _by_variant(results)
+    variants = _by_variant(results, order)
     yield "# Ablation"
     made = made_with()
     yield f"`{command}`, commit {made['commit']}, {made['device']}."
@@ -68,13 +92,15 @@ def sections(folder: Path, results: Sequence[Result], *, command: str, missing: 
     if not results:
         return
     tasks = list(results[0].records)
+    if plot == "curve":  # a config has them in the order of the alphabet
+        tasks.sort(key=lambda task: int(re.search(r"\d+$", task)[0]))
     forms = [form for form in results[0].records[tasks[0]]["values"]]
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     draw = plots.curve_over_tasks if plot == "curve" else plots.dots
     draw(folder / "plots" / "ablation.svg", {name: _by_task(each, tasks) for name, each in variants.items()})
     yield from _table(variants, tasks, FORM)
     yield "![Every variant on every task](plots/ablation.svg)"
-    if len(variants) > 1:
+    if len(variants) > 1 and next(iter(variants)) == [*order, *variants][0]:
         yield from _differences(variants, tasks)
     for form in forms:
         if form != FORM:
@@ -106,7 +132,7 @@ def _lines(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str], form:
         shown = [*values.T, values.mean(1)] if len(tasks) > 1 else [*values.T]
         line = [name, f"{len(results)}", *(spread(column) for column in shown)]
         if form == FORM:
-            seconds, flops = (np.mean([result.cost[key] for result in results]) for key in ("seconds", "petaflops"))
+            seconds, flops = (np.mean([result.cost[key] for result in results]) for key in ("seconds", "pflop"))
             line += [f"{seconds:,.0f}", f"{flops:,.3g}"]
         lines.append(line)
     return heads + ["seconds", "PFLOP"] * (form == FORM), lines
@@ -123,11 +149,11 @@ def render(results: Sequence[Result]) -> rich.table.Table:
     return shown
 
 
-def _by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
-    variants: dict[str, list[Result]] = {}
+def _by_variant(results: Sequence[Result], order: Sequence[str] = ()) -> dict[str, list[Result]]:
+    variants: dict[str, list[Result]] = {name: [] for name in order}
     for result in results:
         variants.setdefault(result.variant, []).append(result)
-    return variants
+    return {name: found for name, found in variants.items() if found}
 
 
 def spread(values: Sequence[float]) -> str:

@@ -118,13 +118,16 @@ def load(
     `name` is owner/name in MTEB's results, by default the hub id or local/FOLDER.
     """
     source = resolve(model)
+    own = source.lower() != BM25 and (runs.is_stage(source) or model_folder.is_encoder(source, revision))
+    if rope_theta and not own:
+        raise ValueError(f"--rope_theta={rope_theta:g}: only models that our engine encodes with have it, not {model}")
     if source.lower() == BM25:
         return Candidate(name or "embed/bm25", "lucene-1.5-0.75", None)
     folder = paths.path(source)
     is_local = paths.is_bucket(source) or folder.is_dir()
     name = name or (f"local/{folder.name}" if is_local else source)
     name = name if "/" in name else f"local/{name}"
-    if not runs.is_stage(source) and not model_folder.is_encoder(source, revision):
+    if not own:
         about = {"path": source}
         return Candidate(name, paths.digest(folder)[:16] if is_local else UNKNOWN, SentenceTransformers(source), about)
     encoder = runs.load_encoder(source, step, revision, max_length, rope_theta)

@@ -68,8 +68,8 @@ def bars(path, names: Sequence[str], values: Mapping[str, Sequence[float | None]
     figure.savefig(path, dpi=160)
 
 
-def slerp(path, merges: Mapping[str, Mapping]) -> None:
-    """One panel per merge: nDCG@10 against the slerp ratio."""
+def merge(path, merges: Mapping[str, Mapping]) -> None:
+    """One panel per merge: nDCG@10 against its ratio."""
     figure, axes = _figure(len(merges), (4.6 * len(merges), 3))
     for axis, (name, merge) in zip(axes, merges.items()):
         ratios = [point["ratio"] for point in merge["sweep"]]

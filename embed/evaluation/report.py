@@ -164,12 +164,12 @@ def _markdown(
         yield "\n".join(f"- {sentence}" for sentence in _about_losses(results, metrics))
     if merges := results.get("merges"):
         for name, merge in merges.items():
-            yield f"## Merging: the slerp ratio of {cell(name)}"
+            yield f"## Merging: the ratio of {cell(name)} ({merge['method']})"
             yield table(["ratio", *(f"{cell(b)} nDCG@10" for b in _swept(merge["sweep"]))], _sweep_rows(merge))
             if about := about_sweep(merge):
                 yield cell(about)
-        plots.slerp(folder / "plots" / "slerp.png", merges)
-        yield "![nDCG@10 against the slerp ratio](plots/slerp.png)"
+        plots.merge(folder / "plots" / "merge.png", merges)
+        yield "![nDCG@10 against the ratio of the merge](plots/merge.png)"
     if results.get("diffusion"):
         yield "## Diffusion: predicting masked tokens"
         if results.get("elbo") is not None:

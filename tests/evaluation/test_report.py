@@ -77,8 +77,12 @@ def test_the_report_has_every_section_of_the_results(tmp_path, results, metrics)
         "commit": "abc123",
         "machine": "2 cores",
         "merges": {
-            "merged": {"ratio": 0.5, "sweep": [{"ratio": r, "functions": 0.3 + r / 10, "b": 0.5} for r in (0, 0.5, 1)]},
-            "other": {"ratio": 1, "sweep": [{"ratio": r, "functions": 0.6} for r in (0, 1)]},
+            "merged": {
+                "ratio": 0.5,
+                "method": "slerp",
+                "sweep": [{"ratio": r, "functions": 0.3 + r / 10, "b": 0.5} for r in (0, 0.5, 1)],
+            },
+            "other": {"ratio": 1, "method": "linear", "sweep": [{"ratio": r, "functions": 0.6} for r in (0, 1)]},
         },
         "elbo": 3.25,
         "diffusion": [{"t": 0.1, "accuracy": 0.4, "nll": 2.5}],
@@ -106,9 +110,9 @@ def test_the_report_has_every_section_of_the_results(tmp_path, results, metrics)
     for expected in (
         "command: `embed pipeline`",
         "![Training loss of each stage](plots/loss.png)",
-        "## Merging: the slerp ratio of merged\n\n| ratio | functions nDCG@10 | b nDCG@10 |",
+        "## Merging: the ratio of merged (slerp)\n\n| ratio | functions nDCG@10 | b nDCG@10 |",
         "| 0.5 (chosen) | 0.350 | 0.500 |",
-        "## Merging: the slerp ratio of other\n\n| ratio | functions nDCG@10 |",
+        "## Merging: the ratio of other (linear)\n\n| ratio | functions nDCG@10 |",
         "| 1 (chosen) | 0.600 |",
         "ELBO: 3.250 nats per token.",
         "| 0.1 | 0.400 | 2.500 |",
