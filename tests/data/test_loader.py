@@ -639,7 +639,7 @@ def test_a_text_without_tokens_makes_its_example_invalid_and_counted():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stage": "dense"}, "stage='dense' must be one of pair, triplet, contextual, late_inter"),
+        ({"stage": "dense"}, "stage='dense' must be one of pair, triplet, contextual, distill"),
         ({"max_queries_per_document": 0}, "max_queries_per_document of at least 1, got 0"),
         ({"max_chunks": 9}, r"max_chunks in 1..8 \(the spans of a row\), got 9"),
     ],
