@@ -109,7 +109,7 @@ def report(work: Path, data: Path, teacher: Path, students: Iterable[str]) -> No
     from embed import inference
     from embed.models.transformer import abstract_params, count_params
 
-    results = {name: json.loads((work / name / "results.json").read_text())["checkpoints"] for name in students}
+    results = {name: json.loads((work / name / "results.json").read_text(encoding="utf-8"))["checkpoints"] for name in students}
     of_all = next(iter(results.values()))  # the evaluation set is the same
     rows = [("teacher", "", teacher, of_all[str(teacher)])]
     for name, of_student in results.items():

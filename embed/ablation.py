@@ -50,13 +50,13 @@ def variants(config: ConfigDict, workdir) -> list[Variant]:
 
     Needs no data, and checks every config.
     """
-    listed = config.ablation.variants
+    workdir, listed = paths.path(workdir), config.ablation.variants
     if not listed:
         raise ValueError("config.ablation.variants is empty: name variants, as the files of configs/ablations/ do")
     names = [name for name, _ in listed]
     if len({quote(name, safe="") for name in names}) < len(names):
         raise ValueError(f"config.ablation.variants has a name twice: {', '.join(names)}")
-    workdir, made, found = paths.path(workdir), {}, []
+    made, found = {}, []
     data = {_digest(config.data.to_dict()): str(workdir / "data")}
     for seed in config.ablation.seeds:
         for name, changes in listed:

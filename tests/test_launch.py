@@ -113,7 +113,11 @@ def test_help_prints_the_usage_and_so_does_a_wrong_word_with_code_2(launch, scri
         ("slurm.sh", ["submit", "--nodes=2", "--gpus=8", "--", "common"], "not 'common'"),
         ("slurm.sh", ["stop"], "--job=VALUE is missing"),
         ("slurm.sh", ["logs", "--job=7"], "--workdir=VALUE is missing"),
-        ("local.sh", ["2", "--", "trane"], "expected a verb of embed after --, not 'trane': one of encode evaluate"),
+        (
+            "local.sh",
+            ["2", "--", "trane"],
+            "expected a verb of embed after --, not 'trane': one of ablate encode evaluate",
+        ),
         ("local.sh", ["2", "--"], "expected a verb of embed after --, not ''"),
         ("local.sh", ["2", "--", "train", "--config=c.py", "--color"], "embed train needs --workdir="),
         ("local.sh", ["two", *TRAIN], "N=two must be a whole number of processes, at least 1"),

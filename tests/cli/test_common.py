@@ -58,6 +58,7 @@ def test_no_verb_accepts_abbreviated_options(verb, capsys):
 
 # The required arguments of each verb, all of which name a path or a text.
 REQUIRED = {
+    "ablate": ["--config=c.py", "--workdir=w"],
     "encode": ["--model=m", "--corpus=c", "--output=o"],
     "evaluate": ["--model=m", "--data=d", "--output=o"],
     "export": ["--model=m", "--output=o"],
@@ -203,7 +204,7 @@ def test_arguments_that_are_not_options_are_refused(capsys):
         ),
         (["search", "--model=m", "--query=q", "--corpus=c", "--config.seed=1"], "unknown argument '--config.seed'"),
         (["search", "--model=m", "--query=q", "--corpus=c", "--top=many"], "argument --top: invalid int value: 'many'"),
-        (["trane"], "'trane' is not a verb: expected encode, "),
+        (["trane"], "'trane' is not a verb: expected ablate, encode, "),
     ],
 )
 def test_wrong_arguments_end_in_one_sentence(arguments, sentence, capsys):
@@ -331,7 +332,7 @@ def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
 def test_only_verbs_that_continue_say_so_when_interrupted():
     text = {verb: (ROOT / "embed" / "cli" / f"{verb}.py").read_text() for verb in VERBS}
     assert [verb for verb in VERBS if "common.keeps_work()" in text[verb]] == [
-        *("evaluate", "pipeline", "prepare", "synthesize", "train")
+        *("ablate", "evaluate", "pipeline", "prepare", "synthesize", "train")
     ]
 
 

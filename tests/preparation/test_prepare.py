@@ -719,7 +719,7 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
             "pairs/task.source = @fils()",
             "no source @fils(), only @files(), @hub(), @tfds(), @retrieval(), @conteb(), ",
         ),
-        ("pairs/task.kind = 'pear'", "task 'pairs': task.kind='pear' must be one of text, pair"),
+        ("pairs/task.kind = 'pear'", "task 'pairs': task.kind='pear' must be one of text, distill, pair"),
         ("mixtures.rates = {'both': {'pairs': -1.0}}", "must be positive, got -1.0"),
         ("mixtures.rates = {'both': {'pears': 1.0}}", "no task 'pears': bind pears/task.source"),
         ("mixtures.rates = {'a': {'b': 1.0}, 'b': {'a': 1.0}}", "the mixture 'a' contains itself: a → b → a"),
@@ -750,7 +750,7 @@ def test_a_store_whose_examples_are_not_those_that_were_tokenized_is_an_error(so
         ("own/pairs/task.kind = 'pair'\nmixtures.rates = {'both': {'own.pairs': 1.0}}", "bind own/pairs/task.source"),
         (
             "own/task.source = @files()\nown/pairs/task.kind = 'pair'\nmixtures.rates = {'both': {'own.pair': 1.0}}",
-            "task 'own.pair': bind own/pair/task.kind, one of text, pair, triplet, contextual, retrieval; the nearest",
+            "bind own/pair/task.kind, one of text, distill, pair, triplet, contextual, retrieval; the nearest",
         ),
         ("vocabulary.characters = 0", "vocabulary.characters must be a whole number of at least 1, got 0"),
     ],

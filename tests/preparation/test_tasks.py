@@ -222,7 +222,7 @@ def words_of(row):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(kind="pairs"), "task.kind='pairs' must be one of text, pair"),
+        (dict(kind="pairs"), "task.kind='pairs' must be one of text, distill, pair"),
         (dict(kind="pair", columns={"text": "t"}), "'text' is no column of a pair task: document, query"),
         (dict(kind="pair", keep="("), "task.keep='\\(' is no regular expression"),
         (dict(kind="pair", held_out=1.5), "task.held_out=1.5 must be between 0 and 1"),

@@ -579,7 +579,7 @@ def test_mfu_counts_segments_and_mfu_full_rows_counts_whole_rows(tmp_path):
 
 
 def test_masked_tokens_beyond_the_capacity_are_summed_since_the_last_row_and_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_: 0.25)  # 16 of 64 tokens
+    monkeypatch.setattr(masked_diffusion, "capacity", lambda *_, **__: 0.25)  # 16 of 64 tokens
     warnings = []
     train(tmp_path, steps=8, stage={"log_every": 4, "checkpoint_every": 100}, warn=warnings.append)
     first, *rows = read_metrics(tmp_path / "metrics.jsonl")
