@@ -109,7 +109,8 @@ def report(work: Path, data: Path, teacher: Path, students: Iterable[str]) -> No
     from embed import inference
     from embed.models.transformer import abstract_params, count_params
 
-    results = {name: json.loads((work / name / "results.json").read_text(encoding="utf-8"))["checkpoints"] for name in students}
+    files = {name: work / name / "results.json" for name in students}
+    results = {name: json.loads(file.read_text(encoding="utf-8"))["checkpoints"] for name, file in files.items()}
     of_all = next(iter(results.values()))  # the evaluation set is the same
     rows = [("teacher", "", teacher, of_all[str(teacher)])]
     for name, of_student in results.items():

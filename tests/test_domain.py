@@ -147,7 +147,7 @@ def test_pairs_of_a_retrieval_folder_are_held_out_by_query_with_all_their_docume
         ("steps=2", "config argument model is missing"),
         ("model={given}/none", "there is no folder {given}/none: expected a model folder, or a hub id"),
         ("model={given}/pairs", "{given}/pairs has no config.json"),
-        ("model={given}/causal", "causal' is a causal language model: it must embed texts already"),
+        ("model={given}/causal", "causal' must be an encoder: an export, pplx-embed or a bidirectional Qwen3"),
         ("model={given}/model,layout=beir", "layout='beir' must be one of files, retrieval"),
         ("model={given}/model,held_out_by=ask", "held_out_by='ask' must be one of query, document"),
         ("model={given}/model,general=a/x,general=b/x", "general='b/x': there is another set with the name x"),

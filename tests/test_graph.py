@@ -189,7 +189,7 @@ def test_report_shows_the_table_and_its_plots_exist(workdir):
         "each chunk encoded by itself",
     ):
         assert part in text
-    for plot in ("loss", "ndcg", "slerp"):
+    for plot in ("loss", "ndcg", "merge"):
         assert (workdir / "plots" / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"
 
 
