@@ -208,7 +208,8 @@ def commands(
 def _show(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str, options: Sequence[str]) -> None:
     results = write(config, every, workdir, config_path, options)
     if results:
-        print_table(ablated.render(results))
+        say(f"nDCG@10 in {ablated.FORM}")
+        print_table(ablated.render(results, config.ablation.plot, [name for name, _ in config.ablation.variants]))
     say(f"Table: {paths.path(workdir) / 'ablation.html'}; {len(results)} of {len(every)} runs are complete")
 
 

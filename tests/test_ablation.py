@@ -17,8 +17,7 @@ from configs import base
 from configs.ablations import small
 
 def get_config(arg=""):
-    config = small.get_config("runlocal")
-    small.only(config, "functions")
+    config = small.get_config("runlocal", "functions")
     config.data.update(limit=30, gin_bindings=("evaluation.max_queries = 20",))
     config.stages.pair.init = ""
     config.stages.more = config.stages.pair.copy_and_resolve_references()

@@ -1,18 +1,17 @@
 """Which negatives does the pair stage need? The false-negative mask, the query-query term, homogeneous batches.
 
-embed ablate --config=configs/ablations/false_negatives.py --workdir=runs/false_negatives
+    embed ablate --config=configs/ablations/false_negatives.py --workdir=runs/false_negatives
+
+The margin of the mask is 0.1 in the paper; a margin of 2 masks nothing.
 """
 
 from ml_collections import ConfigDict
 
 from configs.ablations import small
-from embed.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False)
-    config = small.get_config("runlocal" if arg.runlocal else "")
-    small.only(config, "functions", "contextual_alone")
+    config = small.get_config(arg, "functions", "contextual_alone")
     config.ablation.checkpoint = "pair"
     config.ablation.variants = (
         ("margin 0.1", {}),

@@ -16,7 +16,7 @@ from embed.config import parse_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, runlocal=False, longest=32768)
-    config = small.get_config("runlocal" if arg.runlocal else "")
+    config = small.get_config("runlocal" * arg.runlocal)
     # Two layers: one layer mixes tokens only once.
     config.model.update(num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=256)
     lengths = (64, 128) if arg.runlocal else [2**k for k in range(7, 16) if 2**k <= arg.longest]

@@ -1,19 +1,18 @@
 """What do Matryoshka prefixes cost the whole vector, and what do they gain the prefixes?
 
-embed ablate --config=configs/ablations/matryoshka.py --workdir=runs/matryoshka
+    embed ablate --config=configs/ablations/matryoshka.py --workdir=runs/matryoshka
+
+Every variant is measured with the whole vector and with a quarter of it.
 """
 
 from ml_collections import ConfigDict
 
 from configs.ablations import small
-from embed.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False)
-    config = small.get_config("runlocal" if arg.runlocal else "")
+    config = small.get_config(arg, "functions")
     whole, prefix = config.model.hidden_size, config.model.hidden_size // 4
-    small.only(config, "functions")
     config.evaluations[f"functions at {prefix}"] = config.evaluations.functions.copy_and_resolve_references()
     config.evaluations[f"functions at {prefix}"].truncate_dim = prefix
     config.ablation.checkpoint = "pair"

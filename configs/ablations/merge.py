@@ -8,12 +8,10 @@ All variants of a seed share their stages.
 from ml_collections import ConfigDict
 
 from configs.ablations import small
-from embed.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False)
-    config = small.get_config("runlocal" if arg.runlocal else "")
+    config = small.get_config(arg)
     config.ablation.checkpoint = "merged"
     config.ablation.variants = tuple(
         (f"{method} {ratio}", {"merges.merged.method": method, "merges.merged.ratio": ratio})

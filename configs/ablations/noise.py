@@ -7,14 +7,11 @@ The decoder of table9.py is converted, so that the left shift and annealing have
 
 from ml_collections import ConfigDict
 
-from configs.ablations import small, table9
-from embed.config import parse_arg
+from configs.ablations import table9
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False)
-    config = table9.get_config("runlocal" if arg.runlocal else "")
-    small.only(config, "functions", "contextual_alone")
+    config = table9.get_config(arg)
     config.stages.pair.init = "diffusion"
     config.ablation.variants = (
         ("stratified", {}),

@@ -9,13 +9,10 @@ orthogonal regularization, which is meant for binary vectors.
 from ml_collections import ConfigDict
 
 from configs.ablations import small
-from embed.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False)
-    config = small.get_config("runlocal" if arg.runlocal else "")
-    small.only(config, "functions", "contextual_alone")
+    config = small.get_config(arg, "functions", "contextual_alone")
     config.ablation.checkpoint = "pair"
     config.ablation.variants = (
         ("int8", {}),

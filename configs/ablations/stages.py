@@ -1,17 +1,17 @@
 """What does each stage of the graph give? Every one is left out in turn.
 
-embed ablate --config=configs/ablations/stages.py --workdir=runs/stages
+    embed ablate --config=configs/ablations/stages.py --workdir=runs/stages
+
+A variant without the last stages is measured at the stage before.
 """
 
 from ml_collections import ConfigDict
 
 from configs.ablations import small
-from embed.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False)
-    config = small.get_config("runlocal" if arg.runlocal else "")
+    config = small.get_config(arg)
     config.ablation.checkpoint = "merged"
     config.ablation.variants = (
         ("all stages", {}),

@@ -1,9 +1,11 @@
 """The table of an ablation: every variant over its seeds, differences with intervals, cost, a plot.
 
-ablation.json          [{"variant", "seed", "task", "metric", "value"}, …]; a metric of other vectors than int8 names
-                       them: "ndcg@10 binary". The task "training" has "seconds" and "pflop", 10¹⁵ FLOP
-ablation.md, .html     the same for people
-plots/ablation.svg
+    ablation.json          [{"variant", "seed", "task", "metric", "value"}, …]
+    ablation.md, .html     the same for people
+    plots/ablation.svg
+
+A metric of other vectors than int8 names them: "ndcg@10 binary". The task "training" has the metrics "seconds" and
+"pflop", 10¹⁵ FLOP.
 """
 
 import re
@@ -12,14 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import rich.box
 import rich.table
 
 from embed import paths
 from embed.checkpoints.provenance import made_with
 from embed.evaluation import page, plots
 from embed.evaluation.compare import MEASURES, bootstrap
-from embed.evaluation.tables import NONE, cell, table
+from embed.evaluation.tables import NONE, cell, table, terminal
 
 FORM = "int8"  # the vectors that are compared
 COST = "training"
@@ -34,6 +35,7 @@ class Result(NamedTuple):
     cost: Mapping[str, float]  # of its training
 
     def value(self, task: str, form: str = FORM) -> float:
+        """The main metric of an evaluation."""
         record = self.records[task]
         return record["values"][form][record["main"]]
 
@@ -91,10 +93,8 @@ def sections(
         yield f"{missing} of {missing + len(results)} runs are not complete and not in the figures."
     if not results:
         return
-    tasks = list(results[0].records)
-    if plot == "curve":  # a config has them in the order of the alphabet
-        tasks.sort(key=lambda task: int(re.search(r"\d+$", task)[0]))
-    forms = [form for form in results[0].records[tasks[0]]["values"]]
+    tasks = _tasks(results, plot)
+    forms = list(results[0].records[tasks[0]]["values"])
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     draw = plots.curve_over_tasks if plot == "curve" else plots.dots
     draw(folder / "plots" / "ablation.svg", {name: _by_task(each, tasks) for name, each in variants.items()})
@@ -138,15 +138,15 @@ def _lines(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str], form:
     return heads + ["seconds", "PFLOP"] * (form == FORM), lines
 
 
-def render(results: Sequence[Result]) -> rich.table.Table:
+def render(results: Sequence[Result], plot: str = "dots", order: Sequence[str] = ()) -> rich.table.Table:
     """The table of FORM for a terminal."""
-    heads, lines = _lines(_by_variant(results), list(results[0].records), FORM)
-    shown = rich.table.Table(title=f"nDCG@10, {FORM}", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for k, head in enumerate(heads):
-        shown.add_column(head.replace(" ", "\n"), justify="right" if k else "left", vertical="bottom", no_wrap=True)
-    for line in lines:
-        shown.add_row(*line)
-    return shown
+    return terminal(*_lines(_by_variant(results, order), _tasks(results, plot), FORM))
+
+
+def _tasks(results: Sequence[Result], plot: str) -> list[str]:
+    """The evaluations: those of a curve in the order of their numbers, because a config has them in the alphabet's."""
+    tasks = list(results[0].records)
+    return sorted(tasks, key=lambda task: int(re.search(r"\d+$", task)[0])) if plot == "curve" else tasks
 
 
 def _by_variant(results: Sequence[Result], order: Sequence[str] = ()) -> dict[str, list[Result]]:

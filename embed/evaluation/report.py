@@ -27,7 +27,7 @@ import rich.box
 import rich.table
 
 from embed.evaluation import compare, page, plots
-from embed.evaluation.tables import NONE, cell, number, row_of, table
+from embed.evaluation.tables import NONE, cell, number, row_of, table, terminal
 from embed.training.metrics import read_metrics
 
 METRICS = {"ndcg@10": "nDCG@10", "recall@10": "recall@10"}
@@ -85,13 +85,13 @@ def markdown_table(results: Mapping) -> str:
 def render_sweep(merge: Mapping) -> rich.table.Table:
     """The sweep of a merge, for a terminal."""
     heads = ["ratio", *_swept(merge["sweep"])]
-    return _plain(heads, _sweep_rows(merge), left=1)
+    return terminal(heads, _sweep_rows(merge), left=1)
 
 
 def about_sweep(merge: Mapping) -> str:
     """What the ends and the columns of a sweep are."""
-    ends = ["0 is {}, 1 is {}".format(*merge["of"])] if "of" in merge else []
-    return "; ".join([*ends, *(f"{name}: {data}" for name, data in merge.get("sets", {}).items())])
+    ends = "0 is {}, 1 is {}".format(*merge["of"])
+    return "; ".join([ends, *(f"{name}: {data}" for name, data in merge["sets"].items())])
 
 
 def render_differences(found: Mapping) -> rich.table.Table:
@@ -101,17 +101,7 @@ def render_differences(found: Mapping) -> rich.table.Table:
         + [f"{row[key]:+.3f}" for key in ("difference", "low", "high")]
         for row in found["rows"]
     ]
-    return _plain(["set", "model", "", "baseline", "value", "difference", "low", "high"], rows, left=3)
-
-
-def _plain(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> rich.table.Table:
-    """A table for a terminal whose columns from `left` on are right-aligned."""
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for k, head in enumerate(heads):
-        table.add_column(head, justify="left" if k < left else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return terminal(["set", "model", "", "baseline", "value", "difference", "low", "high"], rows, left=3)
 
 
 def write_report(
@@ -166,8 +156,7 @@ def _markdown(
         for name, merge in merges.items():
             yield f"## Merging: the ratio of {cell(name)} ({merge['method']})"
             yield table(["ratio", *(f"{cell(b)} nDCG@10" for b in _swept(merge["sweep"]))], _sweep_rows(merge))
-            if about := about_sweep(merge):
-                yield cell(about)
+            yield cell(about_sweep(merge))
         plots.merge(folder / "plots" / "merge.png", merges)
         yield "![nDCG@10 against the ratio of the merge](plots/merge.png)"
     if results.get("diffusion"):

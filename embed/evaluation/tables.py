@@ -1,6 +1,9 @@
-"""Tables in Markdown."""
+"""Tables in Markdown and for a terminal."""
 
 from collections.abc import Sequence
+
+import rich.box
+import rich.table
 
 NONE = "–"  # for a missing figure
 
@@ -39,3 +42,15 @@ def bold_row(row: list[str], first: int) -> list[str]:
     return [
         f"**{text}**" if k >= first and text == best and len(row) > first + 1 else text for k, text in enumerate(row)
     ]
+
+
+def terminal(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> rich.table.Table:
+    """A table for a terminal whose columns from `left` on are right-aligned; heads break at spaces."""
+    shown = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for k, head in enumerate(heads):
+        shown.add_column(
+            head.replace(" ", "\n"), justify="left" if k < left else "right", vertical="bottom", no_wrap=True
+        )
+    for row in rows:
+        shown.add_row(*row)
+    return shown

@@ -13,14 +13,7 @@ from embed import cli, inference, tokenizers
 from embed.checkpoints import foreign, model_folder
 from embed.models import transformer
 
-EMBEDDING = {
-    "matryoshka": [16, 32],
-    "separator": False,
-    "contextual": False,
-    "pooling": "mean",
-    "max_length": None,
-    "context_length": None,
-}
+EMBEDDING = small.EMBEDDING | {"matryoshka": [16, 32], "separator": False}
 TRANSFORMER = "sentence_bert_config.json"
 MODEL = "config_sentence_transformers.json"
 TOKENIZER = "tokenizer_config.json"

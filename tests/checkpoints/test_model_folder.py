@@ -20,14 +20,7 @@ from embed import inference, runs, tokenizers
 from embed.checkpoints import model_folder, names, settings
 from embed.models import transformer
 
-EMBEDDING = {
-    "matryoshka": [16, 32],
-    "separator": False,
-    "contextual": False,
-    "pooling": "mean",
-    "max_length": None,
-    "context_length": None,
-}
+EMBEDDING = small.EMBEDDING | {"matryoshka": [16, 32], "separator": False}
 TEXTS = small.sentences(9, seed=3)
 
 

@@ -63,14 +63,14 @@ EQUAL_LOSSES = textwrap.dedent(
     from embed.models import transformer
     from embed.rows import RowShape
     from embed.models import sharding
-    from embed.training import stages
+    from embed.training import losses as module, stages
     from embed.training.step import make_step
 
     devices = jax.devices()
     assert len(devices) == 8
     # Sums in another order differ in their last bits, and rounding to int8 can turn that into a whole level. Rounding
     # is element-wise, so it is not needed to test sharding.
-    stages.QUANTIZERS = stages.QUANTIZERS | {"int8": lambda pooled: 127 * jnp.tanh(pooled)}
+    module.QUANTIZERS = module.QUANTIZERS | {"int8": lambda pooled: 127 * jnp.tanh(pooled)}
     model = transformer.make_config("micro", 64)
     rng = np.random.default_rng(0)
     R, L, N = 16, 24, 32

@@ -13,7 +13,7 @@ from embed.data import store as stores
 from embed.models import transformer
 from embed.objectives import masked_diffusion
 from embed.rows import RowShape
-from embed.training import stages
+from embed.training import losses, stages
 
 MODEL = transformer.make_config("micro", 64)
 R, L, N, S = 16, 24, 32, 4
@@ -92,13 +92,13 @@ def test_gradient_accumulation_has_another_gradient_than_gradient_caching():
     whole = jax.jit(jax.grad(loss_of("pair", 1)))(params(), batch())
 
     def accumulated(params):
-        losses = []
+        values = []
         for i in range(2):
             rows, examples = slice(i * R // 2, (i + 1) * R // 2), slice(i * N // 2, (i + 1) * N // 2)
             part = {k: v[rows] if v.shape == (R, L) else v[examples] for k, v in batch().items()}
             part |= {k: part[k] - i * R // 2 * S for k in ("query_slots", "document_slots")}
-            losses.append(loss_of("pair", 1)(params, part))
-        return sum(losses) / 2
+            values.append(loss_of("pair", 1)(params, part))
+        return sum(values) / 2
 
     other = jax.jit(jax.grad(accumulated))(params())
     a, b = (np.asarray(g["layers"]["gate"]) for g in (whole, other))
@@ -125,7 +125,7 @@ def test_only_the_activations_of_one_microbatch_are_held():
 @pytest.mark.parametrize("quantization", ["int8", "none"])
 def test_distillation_is_the_weighted_sum_of_its_losses_on_each_prefix(quantization):
     loss = loss_of("distill", 1, cosine=1.0, mse=0.5, kl=2.0, quantization=quantization)(params(), batch())
-    (pooled,) = stages.Embedding(MODEL, RowShape(**BATCH), 1, quantization="none")(params(), batch())
+    (pooled,) = losses.Embedding(MODEL, RowShape(**BATCH), 1, quantization="none")(params(), batch())
     student = np.asarray(pooled, np.float64)[batch()["slots"]]
     quantized = np.round(127 * np.tanh(student)) if quantization == "int8" else student
     teacher, total, known = batch()["teacher"].astype(np.float64), 0.0, {"valid": batch()["valid"]}
@@ -174,7 +174,7 @@ def test_rows_that_do_not_divide_into_microbatches_are_an_error():
 )
 def test_prefixes_outside_the_dimensions_of_the_model_are_an_error(prefixes, message):
     with pytest.raises(ValueError, match=message):
-        stages.Prefixes(prefixes)(32, lambda p: jnp.float32(p))
+        losses.Prefixes(prefixes)(32, lambda p: jnp.float32(p))
 
 
 def diffusion_loss(microbatches, left_shift=False):
@@ -287,10 +287,10 @@ def test_early_chunking_embeds_each_chunk_as_if_it_stood_alone_and_late_chunking
     rng = np.random.default_rng(0)
     document, alone = contextual_batch([rng.integers(4, 64, n) for n in (5, 3, 7)])
     how = dict(model=MODEL, shape=RowShape(L, S, S), microbatches=1, quantization="none", pooling=pooling)
-    (want,) = stages.Embedding(**how)(params(), alone)
-    early, whole = stages.Embedding(**how, early=True)(params(), document, documents=True)
+    (want,) = losses.Embedding(**how)(params(), alone)
+    early, whole = losses.Embedding(**how, early=True)(params(), document, documents=True)
     np.testing.assert_allclose(early[:3], want[:3], rtol=1e-4, atol=1e-5)
-    (late,) = stages.Embedding(**how)(params(), document)
+    (late,) = losses.Embedding(**how)(params(), document)
     assert np.abs(late[:3] - want[:3]).max() > 1e-2
     if pooling == "mean":  # the document is the mean over the tokens of its chunks
         np.testing.assert_allclose(whole[0], np.array([5, 3, 7]) @ want[:3] / 15, rtol=1e-4, atol=1e-5)
@@ -299,7 +299,7 @@ def test_early_chunking_embeds_each_chunk_as_if_it_stood_alone_and_late_chunking
 def test_training_compares_int8_values_or_their_tanh_or_the_pooled_vectors_themselves():
     how = dict(model=MODEL, shape=RowShape(L, S, S), microbatches=1)
     tables = {
-        name: stages.Embedding(**how, quantization=name)(params(), batch())[0] for name in ("none", "tanh", "int8")
+        name: losses.Embedding(**how, quantization=name)(params(), batch())[0] for name in ("none", "tanh", "int8")
     }
     np.testing.assert_allclose(tables["tanh"], np.tanh(tables["none"]), rtol=1e-6)
     np.testing.assert_allclose(tables["int8"], np.round(127 * np.tanh(tables["none"])), atol=1e-4)
@@ -307,7 +307,7 @@ def test_training_compares_int8_values_or_their_tanh_or_the_pooled_vectors_thems
 
 def test_prefixes_have_equal_weights_or_those_of_the_config():
     def value(*arguments):
-        return float(stages.Prefixes(*arguments)(32, lambda p: jnp.float32(p)))
+        return float(losses.Prefixes(*arguments)(32, lambda p: jnp.float32(p)))
 
     assert value((8, 32)) == 20 and value((8, 32), (1.0, 3.0)) == 26 and value((8, 32), (2.0, 6.0)) == 26
 
