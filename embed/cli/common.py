@@ -350,7 +350,14 @@ def load_encoder(arguments: argparse.Namespace):
     from embed import runs
 
     how = dict(max_length=arguments.max_length, rope_theta=arguments.rope_theta)
-    return runs.load_encoder(arguments.model, arguments.step, **how)
+    encoder = runs.load_encoder(arguments.model, arguments.step, **how)
+    if encoder.token_dimensions:
+        warnings.warn(
+            f"{arguments.model} is a late-interaction model: this command uses one vector per text, which its last "
+            "stage did not train",
+            stacklevel=2,
+        )
+    return encoder
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:

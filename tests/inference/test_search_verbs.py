@@ -97,6 +97,15 @@ def test_encode_writes_parquet_rows_of_ids_texts_and_vectors(model, corpus, tmp_
         assert "was not written by this command" in capsys.readouterr().err and output.read_bytes() == content
 
 
+def test_a_late_interaction_model_warns_that_a_text_has_one_vector_here(model, corpus, tmp_path, capsys):
+    config = dataclasses.replace(small.config(), token_dimensions=8)
+    late = small.write_model(tmp_path / "late", small.random_params(config), config)
+    for source, warned in ((late, True), (model, False)):
+        output = tmp_path / f"{warned}.npy"
+        assert cli.main(["encode", f"--model={source}", f"--corpus={corpus}", f"--output={output}"]) == 0
+        assert ("is a late-interaction model: this command uses one vector" in capsys.readouterr().err) == warned
+
+
 def test_mine_writes_negatives_that_are_not_relevant_to_the_query(model, tmp_path, capsys):
     files = {
         "corpus": [{"_id": f"c{i}", "text": text} for i, text in enumerate([*TEXTS, TEXTS[0]])],
