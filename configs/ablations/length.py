@@ -1,9 +1,9 @@
-"""How long may a text be? Needles in texts of 1,000 to 32,000 tokens, by the RoPE base in training and at inference.
+"""How long may a text be? Needles in texts of 128 to 32,768 tokens, by the RoPE base in training and at inference.
 
     embed ablate --config=configs/ablations/length.py --workdir=runs/length
     embed ablate --config=configs/ablations/length.py:longest=4096 --workdir=runs/length
 
-Training rows have 128 tokens, so every length is far outside of training. A larger base at inference stretches the
+Training rows have 128 tokens, so all lengths but the first are outside of training. A larger base at inference stretches the
 positions of training; a larger base in training makes far positions look near. The plot is over the length.
 """
 

@@ -587,8 +587,15 @@ def test_a_users_own_seqio_task_is_used_by_the_name_of_its_module(sources, tmp_p
     from embed.preparation import seqio_tasks
 
     seqio_tasks.register(folder)
-    assert len(list(seqio.MixtureRegistry.get("both").get_dataset(None, "train", num_epochs=1))) > 4
-    seqio.TaskRegistry.remove("own_pairs")  # that of the store; the module registers its own again
+    try:
+        examples = seqio.MixtureRegistry.get("both").get_dataset(None, "train", num_epochs=None, seed=0).take(60)
+        counts = Counter(tuple(example["query"].numpy()) for example in examples)
+        store = Store(folder / "tasks" / "own_pairs")
+        own = {tuple(example["query"]) for example in store.read(np.arange(len(store)))}
+        # 15 of 60 are expected: fewer than 4 or more than 28 would be no mixture of 1 : 3.
+        assert own < counts.keys() and 4 <= sum(counts[query] for query in own) <= 28
+    finally:
+        seqio.TaskRegistry.remove("own_pairs")  # that of the store; the module registers its own again
     monkeypatch.delitem(sys.modules, "own_tasks")
     with pytest.raises(ValueError, match="no task 'others' in the gin file and none registered by own_tasks"):
         run(sources, tmp_path / "other", bound[0], "mixtures.rates = {'both': {'others': 1.0}}", bound[2])
