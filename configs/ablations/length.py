@@ -3,8 +3,9 @@
     embed ablate --config=configs/ablations/length.py --workdir=runs/length
     embed ablate --config=configs/ablations/length.py:longest=4096 --workdir=runs/length
 
-Training rows have 128 tokens, so all lengths but the first are outside of training. A larger base at inference stretches the
-positions of training; a larger base in training makes far positions look near. The plot is over the length.
+Training rows have 128 tokens, so all lengths but the first are outside of training. A larger base at inference
+stretches the positions of training; a larger base in training makes far positions look near. The plot is over the
+length.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +18,6 @@ from embed.config import parse_arg
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, runlocal=False, longest=32768)
     config = small.get_config("runlocal" * arg.runlocal)
-    # Two layers: one layer mixes tokens only once.
-    config.model.update(num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=256)
     lengths = (64, 128) if arg.runlocal else [2**k for k in range(7, 16) if 2**k <= arg.longest]
     config.evaluations = ConfigDict(
         {

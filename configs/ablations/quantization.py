@@ -12,7 +12,7 @@ from configs.ablations import small
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = small.get_config(arg, "functions", "contextual_alone")
+    config = small.get_config(arg, "functions")
     config.ablation.checkpoint = "pair"
     config.ablation.variants = (
         ("int8", {}),

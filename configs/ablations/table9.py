@@ -26,10 +26,8 @@ BACKBONES = {
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, runlocal=False, size="small", steps=400)
     if arg.size == "small":
-        config = small.get_config("runlocal" * arg.runlocal, "functions", "contextual_alone")
+        config = small.get_config("runlocal" * arg.runlocal, "functions")
         decoder = "decoder"
-        # Two layers: attention has little to mix in the quickstart's one.
-        config.model.update(num_layers=2, num_heads=4, num_kv_heads=4, intermediate_size=256)
         text = dict(learning_rate=1e-3, embedding_rate=1.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
         common = dict(
             curriculum=((2 if arg.runlocal else arg.steps, "diffusion"),),
