@@ -173,14 +173,28 @@ def ablate(
     if unknown := [name for name in only if name not in {variant.name for variant in every}]:
         known = ", ".join(dict.fromkeys(variant.name for variant in every))
         raise ValueError(f"--only={unknown[0]!r} must be one of {known}")
+    chosen = [variant for variant in every if not only or variant.name in only]
+    _check_parents(chosen, {str(variant.folder): variant for variant in every}, config_path)
     with Run(config, workdir, config_path).compilation_cache():
-        for variant in every:
-            if only and variant.name not in only:
-                continue
+        for variant in chosen:
             say(f"{variant.name}, seed {variant.seed}")
             graph.walk(Run(variant.config, variant.folder, config_path))
             distributed.on_first_process(lambda: write(config, every, workdir, config_path, options))
     distributed.on_first_process(lambda: _show(config, every, workdir, config_path, options))
+
+
+def _check_parents(chosen: Sequence[Variant], folders: Mapping[str, Variant], config_path: str) -> None:
+    """ValueError if a chosen variant starts from a stage that is neither trained nor of a chosen variant."""
+    running = {str(variant.folder) for variant in chosen}
+    for variant in chosen:
+        for folder in variant.parents:
+            owner, _, stage = folder.rpartition("/")
+            record = Run(folders[owner].config, owner, config_path).record(f"stage {stage}")
+            if owner not in running and not record.exists():
+                raise ValueError(
+                    f"--only={variant.name!r} starts from the stage {stage!r} of {folders[owner].name!r} with seed "
+                    f"{variant.seed}, which is not trained yet: add {folders[owner].name!r} to --only, or run it first"
+                )
 
 
 def commands(

@@ -193,7 +193,7 @@ def test_dry_run_prints_the_preparation_and_one_command_per_variant_in_order_wit
             {"ablation.variants": (("a", {"stages.pair.quantization": "bits"}),)},
             "quantization='bits' must be one of int8",
         ),
-        ({"ablation.plot": "curve"}, "needs evaluations whose names end in a number, not 'contextual_alone'"),
+        ({"ablation.plot": "curve"}, "needs evaluations whose names end in a number, not 'functions'"),
     ],
 )
 def test_an_ablation_that_cannot_run_is_refused_before_any_work(changes, message, tmp_path):
@@ -272,3 +272,12 @@ def test_an_unknown_variant_is_refused(ablated_run, capsys):
     file, folder = ablated_run
     assert cli.main(["ablate", f"--config={file}", f"--workdir={folder}", "--only=median"]) == 2
     assert "--only='median' must be one of mean, last + causal, one stage" in capsys.readouterr().err
+
+
+def test_a_variant_whose_stages_another_one_has_to_train_is_refused_before_any_work(ablated_run, tmp_path, capsys):
+    file, _ = ablated_run
+    where = [f"--config={file}", f"--workdir={tmp_path / 'new'}"]
+    assert cli.main(["ablate", *where, "--only=last + causal"]) == 2
+    error = capsys.readouterr().err
+    assert "--only='last + causal' starts from the stage 'pair' of 'mean' with seed 3, which is not trained" in error
+    assert not (tmp_path / "new").exists()
