@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,6 +106,7 @@ def test_the_page_has_mean_and_deviation_over_seeds_differences_with_intervals_a
     assert f"| last + causal | 2 | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in page
     assert "## Difference from mean" in page and page.count("[") >= 2
     assert "not complete" not in page
+    assert f"jax {jax.__version__}" in page and "commit" in page
     html = (folder / "ablation.html").read_text()
     assert "data:image/svg+xml" in html and (folder / "plots" / "ablation.svg").exists()
 

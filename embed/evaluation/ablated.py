@@ -88,7 +88,8 @@ def sections(
     variants = _by_variant(results, order)
     yield "# Ablation"
     made = made_with()
-    yield f"`{command}`, commit {made['commit']}, {made['device']}."
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    yield f"`{command}`, commit {made['commit']}, {versions}, {made['device']}."
     if missing:
         yield f"{missing} of {missing + len(results)} runs are not complete and not in the figures."
     if not results:
