@@ -104,7 +104,7 @@ def test_the_page_has_mean_and_deviation_over_seeds_differences_with_intervals_a
     page = (folder / "ablation.md").read_text()
     values = [row["value"] for row in rows(folder, task="functions", metric="ndcg@10", variant="last + causal")]
     assert f"| last + causal | 2 | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in page
-    assert "## Difference from mean" in page and page.count("[") >= 2
+    assert "### Difference from mean, int8" in page and "### Difference from mean, binary" in page
     assert "not complete" not in page
     assert f"jax {jax.__version__}" in page and "commit" in page
     html = (folder / "ablation.html").read_text()
@@ -127,8 +127,11 @@ def test_differences_are_paired_by_query_and_averaged_over_the_seeds_of_both():
     base = [result("a", seed, (hard + 0.01 * rng.random(200)).tolist()) for seed in (0, 1)]
     better = [result("b", seed, (hard + 0.05).tolist()) for seed in (0, 1, 2)]
     text = ablated.difference(better, base, "functions")
-    assert text.startswith("**+0.045 [+0.04") and text.endswith("]**")
-    assert ablated.difference(base, base, "functions") == "+0.000 [+0.000, +0.000]"
+    assert text.startswith("**+0.045 ± 0.000 [+0.04") and text.endswith("]**")
+    assert ablated.difference(base, base, "functions") == "+0.000 ± 0.000 [+0.000, +0.000]"
+    apart = [result("b", seed, (hard + shift).tolist()) for seed, shift in ((0, 0.1), (1, 0.3))]
+    equal = [result("a", seed, hard.tolist()) for seed in (0, 1)]
+    assert ablated.difference(apart, equal, "functions") == "**+0.200 ± 0.141 [+0.200, +0.200]**"
     other = [result("b", 7, hard.tolist())]
     assert ablated.difference(other, base, "functions") == "–"  # no common seed
 
@@ -265,9 +268,9 @@ def test_tasks_of_a_curve_are_in_the_order_of_their_numbers(tmp_path):
 def test_differences_are_from_the_first_variant_or_left_out_as_long_as_it_is_missing(tmp_path):
     found = [result(name, 0, [0.5, 1.0]) for name in ("b", "c")]
     ablated.write(tmp_path, found, command="embed ablate", missing=1, order=("a", "b", "c"))
-    assert "## Difference" not in (tmp_path / "ablation.md").read_text()
+    assert "### Difference" not in (tmp_path / "ablation.md").read_text()
     ablated.write(tmp_path, [*found, result("a", 0, [0.4, 1.0])], command="embed ablate", order=("a", "b", "c"))
-    assert "## Difference from a" in (tmp_path / "ablation.md").read_text()
+    assert "### Difference from a, int8" in (tmp_path / "ablation.md").read_text()
 
 
 def test_an_unknown_variant_is_refused(ablated_run, capsys):

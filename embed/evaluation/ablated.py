@@ -99,13 +99,13 @@ def sections(
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     draw = plots.curve_over_tasks if plot == "curve" else plots.dots
     draw(folder / "plots" / "ablation.svg", {name: _by_task(each, tasks) for name, each in variants.items()})
-    yield from _table(variants, tasks, FORM)
-    yield "![Every variant on every task](plots/ablation.svg)"
-    if len(variants) > 1 and next(iter(variants)) == [*order, *variants][0]:
-        yield from _differences(variants, tasks)
-    for form in forms:
-        if form != FORM:
-            yield from _table(variants, tasks, form)
+    compared = len(variants) > 1 and next(iter(variants)) == [*order, *variants][0]
+    for form in sorted(forms, key=lambda form: form != FORM):
+        yield from _table(variants, tasks, form)
+        if form == FORM:
+            yield "![Every variant on every task](plots/ablation.svg)"
+        if compared:
+            yield from _differences(variants, tasks, form)
 
 
 def _by_task(results: Sequence[Result], tasks: Sequence[str]) -> dict[str, list[float]]:
@@ -157,40 +157,44 @@ def _by_variant(results: Sequence[Result], order: Sequence[str] = ()) -> dict[st
     return {name: found for name, found in variants.items() if found}
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], signed: bool = False) -> str:
     """Mean ± sample standard deviation."""
     values = np.asarray(values)
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+    return f"{values.mean():{'+' if signed else ''}.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def _differences(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str]) -> Iterator[str]:
-    """Each variant against the first: the mean difference over the seeds of both, and its interval over the queries."""
+def _differences(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str], form: str) -> Iterator[str]:
+    """Each variant against the first, in the vectors of a form."""
     first, *others = variants
-    yield f"## Difference from {first}"
+    yield f"### Difference from {first}, {form}"
     lines = []
     for name in others:
-        cells = [difference(variants[name], variants[first], task) for task in tasks]
+        cells = [difference(variants[name], variants[first], task, form) for task in tasks]
         lines.append([cell(name), *cells])
     yield table(["variant", *map(cell, tasks)], lines)
-    yield (
-        "In brackets the 95% interval of a paired bootstrap over the queries, of their means over the seeds that both "
-        "variants have. It does not contain the variation between seeds."
+    if form == FORM:
+        yield (
+            "Differences are taken seed by seed: their mean ± their standard deviation over the seeds that both "
+            "variants have. In brackets the 95% interval of a paired bootstrap over the queries, of their means over "
+            "the seeds. It does not contain the variation between seeds."
+        )
+
+
+def difference(results: Sequence[Result], others: Sequence[Result], task: str, form: str = FORM) -> str:
+    """The mean of paired differences, its deviation over seeds, its interval over queries; bold if it excludes zero."""
+    ours, theirs = (
+        {result.seed: _queries(result.records[task], form) for result in each} for each in (results, others)
     )
-
-
-def difference(results: Sequence[Result], others: Sequence[Result], task: str) -> str:
-    """The mean of paired differences of queries and its interval; bold if it excludes zero."""
-    ours, theirs = ({result.seed: _queries(result.records[task]) for result in each} for each in (results, others))
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds or any(ours[seed].keys() != theirs[seed].keys() for seed in seeds):
         return NONE
     ids = list(ours[seeds[0]])
-    paired = np.mean([[ours[seed][i] - theirs[seed][i] for i in ids] for seed in seeds], 0)
-    low, high = bootstrap(paired)
-    text = f"{paired.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    paired = np.array([[ours[seed][i] - theirs[seed][i] for i in ids] for seed in seeds])
+    low, high = bootstrap(paired.mean(0))
+    text = f"{spread(paired.mean(1), signed=True)} [{low:+.3f}, {high:+.3f}]"
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def _queries(record: Mapping) -> dict[str, float]:
+def _queries(record: Mapping, form: str) -> dict[str, float]:
     found = record["queries"]
-    return dict(zip(found["ids"], found["values"][FORM]))
+    return dict(zip(found["ids"], found["values"][form]))
