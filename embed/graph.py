@@ -394,6 +394,7 @@ def machine() -> str:
     return f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} CPU cores, {os.uname().machine}"
 
 
+@functools.cache
 def product_rate(size: int = 2048) -> float:
     """GFLOP/s of a float32 product of two square matrices of `size`, the fastest of five."""
     matrix, product, seconds = jnp.ones((size, size)), jax.jit(jnp.matmul), []

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ class Step:
     model: transformer.TransformerConfig  # of this stage, see `stages.stage_model`
     mesh: Mesh
     steps: int
+    seed: int
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     abstract_params: dict  # shapes, dtypes and shardings
@@ -33,7 +35,7 @@ class Step:
 
     def __call__(self, params, state, batch: dict, k):
         with jax.set_mesh(self.mesh):  # attention kernels read it
-            return self.function(params, state, batch, k)
+            return self.function(params, state, batch, k, np.uint32(self.seed % 2**32))
 
     @property
     def params_sharding(self) -> dict:
@@ -59,9 +61,9 @@ class Step:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(self.mesh, shape[0]))
             for name, (shape, dtype) in stages.abstract_batch(self.stage).items()
         }
-        k = jax.ShapeDtypeStruct((), jnp.int32)
+        k, seed = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.uint32)
         with jax.set_mesh(self.mesh):
-            return self.function.lower(self.abstract_params, self.abstract_state, batch, k)
+            return self.function.lower(self.abstract_params, self.abstract_state, batch, k, seed)
 
 
 def make_step(
@@ -90,7 +92,7 @@ def make_step(
     state_sharding = sharding.state_shardings(mesh, state, params_sharding)
     loss = loss or stages.make_loss(stage, model, mask_id, left_shift)
     function = jax.jit(
-        make_train_step(loss, optimizer, seed, steps),
+        make_train_step(loss, optimizer, steps),
         donate_argnums=(0, 1),
         out_shardings=(params_sharding, state_sharding, None),
     )
@@ -99,6 +101,7 @@ def make_step(
         model=model,
         mesh=mesh,
         steps=steps,
+        seed=seed,
         schedule=schedule,
         optimizer=optimizer,
         function=function,
@@ -107,14 +110,16 @@ def make_step(
     )
 
 
-def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, seed: int, steps: int) -> Callable:
-    """(params, optimizer state, batch, k) -> (params, optimizer state, metrics), to be jitted with donation.
+def make_train_step(loss: Callable, optimizer: optax.GradientTransformation, steps: int) -> Callable:
+    """(params, optimizer state, batch, k, seed) -> (params, optimizer state, metrics), to be jitted with donation.
+
+    The seed is an argument, so that runs with other seeds find the compiled program in the cache.
 
     A step whose loss or gradient is not finite changes no parameter and no moment, and sets `skipped` to 1. The
     optimizer's step counts still advance, so the learning rate stays a function of k.
     """
 
-    def train_step(params, optimizer_state, batch, k):
+    def train_step(params, optimizer_state, batch, k, seed):
         key = jax.random.fold_in(jax.random.key(seed), k)
         (value, extra), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch, key, k / steps)
         norm = optax.global_norm(gradients)

@@ -26,13 +26,13 @@ def trained(request):
     config = stage.optimizer
     steps = 300
     tx = optimizer.make_optimizer(config, optimizer.wsd_schedule(config.learning_rate, steps, 0.1, 0.5))
-    step = jax.jit(make_train_step(stages.make_loss(stage, MODEL, MASK, request.param), tx, 0, steps))
+    step = jax.jit(make_train_step(stages.make_loss(stage, MODEL, MASK, request.param), tx, steps))
     params = transformer.init(MODEL, jax.random.key(0))
     state = tx.init(params)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (64, 1))
     for k in range(steps):
         batch = {"tokens": counting(64, k), "segment_ids": np.ones_like(positions), "positions": positions}
-        params, state, _ = step(params, state, batch, k)
+        params, state, _ = step(params, state, batch, k, 0)
     return request.param, params
 
 

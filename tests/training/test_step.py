@@ -42,15 +42,15 @@ def test_the_step_compiled_from_shapes_gives_the_same_metrics_as_the_step_that_r
     batch = Loader().batch(0)
     batch.pop("stats")
     results = []
-    for run in (step, compiled):
+    for run, seed in ((step, ()), (compiled, (jnp.uint32(0),))):
         params = step.random_params(jax.random.key(0))
-        results.append(run(params, step.init(params), step.put(batch), jnp.int32(0))[2])
+        results.append(run(params, step.init(params), step.put(batch), jnp.int32(0), *seed)[2])
     assert {name: float(x) for name, x in results[0].items()} == {name: float(x) for name, x in results[1].items()}
 
 
 def test_the_lowered_batch_has_the_shapes_of_abstract_batch():
     lowered = make(PAIR, MODEL, make_step().mesh, steps=10, seed=0, mask_id=2).lower()
-    (_, _, batch, _), _ = lowered.args_info
+    (_, _, batch, _, _), _ = lowered.args_info
     assert {name: x.shape for name, x in batch.items()} == {
         name: s for name, (s, _) in stages.abstract_batch(PAIR).items()
     }
@@ -89,7 +89,7 @@ def test_every_stage_of_a_config_can_be_lowered(name):
     model = transformer.from_config(config.model, config.execution, config.data.vocab_size)
     assert (model.vocab_size, model.unroll, model.dense_barrier) == (512, 64, True)
     lowered = make(config.stages[name], model, make_step().mesh, steps=2, seed=0, mask_id=2).lower()
-    (params, state, _, k), _ = lowered.args_info
+    (params, state, _, k, _), _ = lowered.args_info
     assert params["embedding"].shape == (512, 32) and params["embedding"].donated and not k.donated
 
 
@@ -99,3 +99,16 @@ def test_a_batch_put_with_or_without_its_loader_has_the_same_rows():
     batch.pop("stats")
     for placed in (step.put(batch), step.put(batch, loader)):
         np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
+
+
+def test_steps_of_other_seeds_are_the_same_program_and_draw_other_masks():
+    steps = [make(STAGE, MODEL, make_step().mesh, steps=12, seed=seed, mask_id=2) for seed in (0, 1, 2**32)]
+    programs = [step.lower().as_text() for step in steps]
+    assert programs[0] == programs[1] == programs[2]
+    batch = Loader().batch(0)
+    batch.pop("stats")
+    losses = []
+    for step in steps:
+        params = step.random_params(jax.random.key(0))
+        losses.append(float(step(params, step.init(params), step.put(batch), 0)[2]["loss"]))
+    assert losses[0] != losses[1] and losses[0] == losses[2]  # a seed is 32 bits

@@ -337,21 +337,21 @@ def test_a_step_without_a_finite_gradient_changes_no_parameter_and_no_moment_and
     # The first step is saved and so has a row.
     assert {step: row["skipped"] for step, row in rows.items()} == {1: 0, 4: 0, 8: 2, 12: 0}
 
-    train_step = jax.jit(make_train_step(breaking(5), optimizer := _adamw(), 0, 12))
+    train_step = jax.jit(make_train_step(breaking(5), optimizer := _adamw(), 12))
     params = transformer.init(MODEL, jax.random.key(0))
     state = optimizer.init(params)
     batch = {k: v for k, v in Loader().batch(0).items() if k != "stats"}
     for step in range(5):
-        params, state, metrics = train_step(params, state, batch, step)
+        params, state, metrics = train_step(params, state, batch, step, 0)
         assert not metrics["skipped"]
-    new_params, new_state, metrics = train_step(params, state, batch, 5)
+    new_params, new_state, metrics = train_step(params, state, batch, 5, 0)
     assert metrics["skipped"] and not np.isfinite(metrics["gradient_norm"])
     assert_same(new_params, params)
     arrays = lambda tree: [x for x in jax.tree.leaves(tree) if x.ndim]  # noqa: E731
     assert_same(arrays(new_state), arrays(state))
     counts = [int(x) for x in jax.tree.leaves(new_state) if not x.ndim]
     assert counts and set(counts) == {6}  # the schedule stays a function of the step
-    _, _, metrics = train_step(new_params, new_state, batch, 6)
+    _, _, metrics = train_step(new_params, new_state, batch, 6, 0)
     assert np.isfinite(metrics["loss"])
 
 
