@@ -11,6 +11,7 @@ earlier run has with the same config is not trained again: the later run starts 
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -163,24 +164,30 @@ def _digest(value) -> str:
 
 
 def ablate(
-    config: ConfigDict, workdir, config_path: str, only: Sequence[str] = (), options: Sequence[str] = ()
+    config: ConfigDict, workdir, config_path: str, only: Sequence[str] = (), command: str = "embed ablate"
 ) -> None:
     """Run the variants of a config, or `only` those of some names, and write the table of all that are complete.
 
-    `options` are those of the command that changed the config, for the table.
+    `command` is shown in the table.
     """
     every = variants(config, workdir)
-    if unknown := [name for name in only if name not in {variant.name for variant in every}]:
-        known = ", ".join(dict.fromkeys(variant.name for variant in every))
-        raise ValueError(f"--only={unknown[0]!r} must be one of {known}")
-    chosen = [variant for variant in every if not only or variant.name in only]
+    chosen = _chosen(every, only)
     _check_parents(chosen, {str(variant.folder): variant for variant in every}, config_path)
     with Run(config, workdir, config_path).compilation_cache():
         for variant in chosen:
             say(f"{variant.name}, seed {variant.seed}")
-            graph.walk(Run(variant.config, variant.folder, config_path))
-            distributed.on_first_process(lambda: write(config, every, workdir, config_path, options))
-    distributed.on_first_process(lambda: _show(config, every, workdir, config_path, options))
+            graph.walk(Run(variant.config, variant.folder, config_path), command)
+            distributed.on_first_process(lambda: write(config, every, workdir, config_path, command))
+    distributed.on_first_process(lambda: _show(config, every, workdir, config_path, command))
+
+
+def _chosen(every: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
+    """The variants of these names, by default all. ValueError if there is none of a name."""
+    known = list(dict.fromkeys(variant.name for variant in every))
+    if unknown := [name for name in only if name not in known]:
+        near = configs.nearest(unknown[0], known)
+        raise ValueError(f"--only={unknown[0]!r} must be one of {', '.join(map(repr, known))}{near}")
+    return [variant for variant in every if not only or variant.name in only]
 
 
 def _check_parents(chosen: Sequence[Variant], folders: Mapping[str, Variant], config_path: str) -> None:
@@ -198,7 +205,12 @@ def _check_parents(chosen: Sequence[Variant], folders: Mapping[str, Variant], co
 
 
 def commands(
-    config: ConfigDict, workdir, config_path: str, options: Sequence[str] = (), launcher: str = "embed"
+    config: ConfigDict,
+    workdir,
+    config_path: str,
+    only: Sequence[str] = (),
+    options: Sequence[str] = (),
+    launcher: str = "embed",
 ) -> Iterator[str]:
     """One command that prepares the data, and one per variant, with a comment on which ones must end before it.
 
@@ -206,21 +218,22 @@ def commands(
     """
     every = variants(config, workdir)
     where = [f"--config={config_path}", f"--workdir={workdir}", *options]
-    for folder in dict.fromkeys(variant.config.data.directory for variant in every):
+    chosen = _chosen(every, only)
+    for folder in dict.fromkeys(variant.config.data.directory for variant in chosen):
         if folder == str(paths.path(workdir) / "data"):
             yield f"embed prepare {shlex.join(where)}"
     folders = {str(variant.folder): variant.name for variant in every}
-    for name in dict.fromkeys(variant.name for variant in every):
+    for name in dict.fromkeys(variant.name for variant in chosen):
         mine = [variant for variant in every if variant.name == name]
         parents = [folders[parent.rpartition("/")[0]] for variant in mine for parent in variant.parents]
         if earlier := [parent for parent in dict.fromkeys(parents) if parent != name]:
-            yield f"# after {', '.join(earlier)}, which trains {'stages' if len(parents) > 1 else 'a stage'} of it"
+            yield f"# after {' and '.join(map(repr, earlier))}: the next command starts from stages of it"
         slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
         yield f"{launcher.replace('{variant}', slug)} ablate {shlex.join([*where, f'--only={name}'])}"
 
 
-def _show(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str, options: Sequence[str]) -> None:
-    results = write(config, every, workdir, config_path, options)
+def _show(config: ConfigDict, every: Sequence[Variant], workdir, config_path: str, command: str) -> None:
+    results = write(config, every, workdir, config_path, command)
     if results:
         say(f"nDCG@10 in {ablated.FORM}")
         print_table(ablated.render(results, config.ablation.plot, [name for name, _ in config.ablation.variants]))
@@ -228,7 +241,7 @@ def _show(config: ConfigDict, every: Sequence[Variant], workdir, config_path: st
 
 
 def write(
-    config: ConfigDict, every: Sequence[Variant], workdir, config_path: str, options: Sequence[str] = ()
+    config: ConfigDict, every: Sequence[Variant], workdir, config_path: str, command: str
 ) -> list[ablated.Result]:
     """Write ablation.json and the table from the runs that are complete, and return their results."""
     found, names = [], {str(variant.folder): variant for variant in every}
@@ -239,10 +252,11 @@ def write(
             records = {task: paths.read_json(file) for task, file in files.items()}
             found.append(ablated.Result(variant.name, variant.seed, records, _cost(variant, names, config_path)))
     missing = len(every) - len(found)
-    command = shlex.join(["embed", "ablate", f"--config={config_path}", *options])
     with tempfile.TemporaryDirectory() as folder:
         order = [name for name, _ in config.ablation.variants]
-        ablated.write(folder, found, command=command, missing=missing, plot=config.ablation.plot, order=order)
+        title = f"Ablation: {paths.path(config_path.partition(':')[0]).stem}"
+        settings = dict(missing=missing, plot=config.ablation.plot, order=order, title=title)
+        ablated.write(folder, found, command=command, **settings)
         for name, file in paths.files(folder).items():
             paths.copy_file(file, paths.path(workdir) / name)
     return found
@@ -255,7 +269,9 @@ def _cost(variant: Variant, folders: Mapping[str, Variant], config_path: str) ->
         owner, _, name = folder.rpartition("/")
         run = Run(folders[owner].config, owner, config_path)
         flops += paths.read_json(run.record(f"stage {name}"))["result"]["flops"]
-        last = 0
-        for row in read_metrics(paths.path(folder) / FILE):  # of all starts of the stage
-            seconds, last = seconds + row["seconds_per_step"] * (row["step"] - last), row["step"]
+        rows = list(read_metrics(paths.path(folder) / FILE))  # of all starts of the stage
+        # The first step compiles, unless an earlier run has: the time of the next ones stands for it.
+        seconds += min(rows[:2], key=lambda row: row["seconds_per_step"])["seconds_per_step"] * rows[0]["step"]
+        for before, row in itertools.pairwise(rows):
+            seconds += row["seconds_per_step"] * (row["step"] - before["step"])
     return {"seconds": seconds, "pflop": flops / 1e15}

@@ -261,8 +261,8 @@ def _why_again(run: Run, node: Node) -> str:
     return f"{why}{': replaces ' if replaced else ''}{', '.join(replaced)}"
 
 
-def walk(run: Run) -> None:
-    """Do every node that is not yet complete, then write results.json and the report.
+def walk(run: Run, command: str) -> None:
+    """Do every node that is not yet complete, then write results.json and the report, with the command of the run.
 
     Process 0 alone reads and writes the records of the nodes and decides what is complete.
     """
@@ -279,7 +279,7 @@ def walk(run: Run) -> None:
             if node.kind == "prepare":
                 nodes.check_data(run, run.config.stages)
                 nodes.check_sets(run)
-        distributed.on_first_process(functools.partial(_report, run, is_new))
+        distributed.on_first_process(functools.partial(_report, run, is_new, command))
 
 
 def _announce(run: Run, node: Node) -> bool:
@@ -301,7 +301,7 @@ def _read_record(run: Run, node: Node) -> dict | None:
     return paths.read_json(file) if file.exists() else None
 
 
-def _total(run: Run, machine: str) -> dict:
+def _total(run: Run, machine: str, command: str) -> dict:
     """The content of results.json."""
     all_nodes = list(make_nodes(run.config))
     records = {node.name: _read_record(run, node) for node in all_nodes}
@@ -314,7 +314,7 @@ def _total(run: Run, machine: str) -> dict:
     for task, counts in of("mine").items():
         data |= {f"mined ({task}): {name}": count for name, count in counts.items()}
     total = {
-        "command": f"embed pipeline --config={run.config_path}",
+        "command": command,
         "machine": machine,
         # Of the first node; "commits" shows whether another state of the code continued the run.
         **{key: sources[0][key] for key in ("commit", "versions", "device")},
@@ -349,12 +349,13 @@ def _about_evaluation(entry: ConfigDict) -> str:
     return ", ".join(parts + ([f"RoPE base {entry.rope_theta:g}"] if entry.rope_theta else []))
 
 
-def _report(run: Run, is_new: bool) -> None:
+def _report(run: Run, is_new: bool, command: str) -> None:
     """Write and print the results. The speed of the machine is measured only if something was computed (`is_new`)."""
     from embed.evaluation import compare, report
 
     console, file = make_console(), run.workdir / "results.json"
-    total, baseline = _total(run, machine() if is_new or not file.exists() else paths.read_json(file)["machine"]), ""
+    here = machine() if is_new or not file.exists() else paths.read_json(file)["machine"]
+    total, baseline = _total(run, here, command), ""
     paths.write_json(file, total)
     if total["checkpoints"]:
         metrics = {node.of: run.folder(node.of) / FILE for node in make_nodes(run.config) if node.kind == "stage"}

@@ -105,7 +105,7 @@ def test_the_page_has_mean_and_deviation_over_seeds_differences_with_intervals_a
     values = [row["value"] for row in rows(folder, task="functions", metric="ndcg@10", variant="last + causal")]
     assert f"| last + causal | 2 | {np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} |" in page
     assert "### Difference from mean, int8" in page and "### Difference from mean, binary" in page
-    assert "not complete" not in page
+    assert page.startswith("# Ablation: own\n") and "not complete" not in page
     assert f"jax {jax.__version__}" in page and "commit" in page
     html = (folder / "ablation.html").read_text()
     assert "data:image/svg+xml" in html and (folder / "plots" / "ablation.svg").exists()
@@ -183,7 +183,31 @@ def test_dry_run_prints_the_preparation_and_one_command_per_variant_in_order_wit
     commands = [line for line in lines if line.startswith("launch/")]
     assert len(commands) == 8
     assert commands[0] == f"launch/tpu.sh submit --name=causal-last -- ablate {common} '--only=causal, last'"
-    assert "# after MNTP, last, which trains a stage of it" in lines
+    assert "# after 'MNTP, last': the next command starts from stages of it" in lines
+    assert cli.main(["ablate", *arguments, "--only", "MNTP, mean", "--only", "causal, mean"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("--only=")[2] for line in lines if "--only" in line] == ["causal, mean'", "MNTP, mean'"]
+
+
+def test_a_launcher_without_dry_run_is_refused_before_any_work(tmp_path, capsys):
+    arguments = ["--config=configs/ablations/noise.py:runlocal", f"--workdir={tmp_path / 'noise'}", "--launcher=srun"]
+    assert cli.main(["ablate", *arguments]) == 2
+    assert "--launcher='srun' needs --dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "noise").exists()
+
+
+def test_seconds_are_those_of_the_steps_without_the_compilation_of_the_first(tmp_path):
+    variant = ablation.variants(config.load("configs/ablations/matryoshka.py:runlocal"), tmp_path)[0]
+    for stage, rates in (("diffusion", (9.0, 0.5, 0.25)), ("pair", (0.5, 2.0, 2.0))):
+        folder = variant.folder / stage
+        folder.mkdir(parents=True)
+        rows = [{"step": step, "seconds_per_step": rate} for step, rate in zip((1, 11, 13), rates)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        record = Run(variant.config, variant.folder).record(f"stage {stage}")
+        paths.write_json(record, {"result": {"flops": 1e15}})
+    cost = ablation._cost(variant, {str(variant.folder): variant}, "")
+    # diffusion: the first of 13 steps at the rate of the next ten; pair: the first was faster than they
+    assert cost == {"seconds": 0.5 + 5 + 0.5 + 0.5 + 20 + 4, "pflop": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -276,7 +300,7 @@ def test_differences_are_from_the_first_variant_or_left_out_as_long_as_it_is_mis
 def test_an_unknown_variant_is_refused(ablated_run, capsys):
     file, folder = ablated_run
     assert cli.main(["ablate", f"--config={file}", f"--workdir={folder}", "--only=median"]) == 2
-    assert "--only='median' must be one of mean, last + causal, one stage" in capsys.readouterr().err
+    assert "--only='median' must be one of 'mean', 'last + causal', 'one stage'" in capsys.readouterr().err
 
 
 def test_a_variant_whose_stages_another_one_has_to_train_is_refused_before_any_work(ablated_run, tmp_path, capsys):

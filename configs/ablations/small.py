@@ -19,11 +19,10 @@ def get_config(arg: str = "", *evaluations: str) -> ConfigDict:
         # Two layers, because attention has little to mix in one; narrow, so that 24 runs take an hour on two cores.
         config.model.update(hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32)
         config.model.intermediate_size = 256
-    for stage in config.stages.values():
-        if "runlocal" not in arg and stage.get("matryoshka"):
-            stage.matryoshka = (32, 128)
-        stage.curriculum = tuple((-(-steps // 4), mixture) for steps, mixture in stage.curriculum)
-    if "runlocal" not in arg:
+        for stage in config.stages.values():
+            if stage.get("matryoshka"):
+                stage.matryoshka = (32, 128)
+            stage.curriculum = tuple((-(-steps // 4), mixture) for steps, mixture in stage.curriculum)
         config.data.gin_bindings = ("evaluation.max_queries = 1500",)
     for name in [name for name in config.evaluations if evaluations and name not in evaluations]:
         del config.evaluations[name]

@@ -116,6 +116,7 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
     context = f"at most {windows} tokens of its document" if windows else "its whole document"
     title = "# Contextual text embeddings" if embedding["contextual"] else "# Text embeddings"
     pooling = POOLING[embedding["pooling"]]
+    longest = f"{embedding['max_length']:,} tokens" if embedding["max_length"] else "any length"
     vectors = [
         f"| dimensions | {config.hidden_size} |",
         f"| prefixes trained (Matryoshka) | {', '.join(map(str, embedding['matryoshka'])) or 'unknown'} |",
@@ -131,13 +132,13 @@ def model_card(config: TransformerConfig, embedding: Mapping, provenance: Mappin
         title,
         "",
         f"A {'causal' if config.causal else 'bidirectional'} Qwen3 encoder with {pooling}: "
-        f"{total:,} parameters ({without_table:,} without the embedding table), {config.num_layers} layers, "
-        f"{config.hidden_size} dimensions.",
+        f"{total:,} parameters ({without_table:,} without the embedding table), {config.num_layers} "
+        f"{'layer' if config.num_layers == 1 else 'layers'}, {config.hidden_size} dimensions.",
         "",
         "| | |",
         "|---|---|",
         *vectors[:2],
-        f"| longest text | {embedding['max_length'] or 'no limit'} tokens |",
+        f"| longest text | {longest} |",
         f"| context of a chunk | {context} |",
         f"| chunks of a document | {'with a separator token between them' if embedding['separator'] else 'joined'} |",
         *vectors[2:],

@@ -301,6 +301,17 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None):
     return arguments, config.load(arguments.config, overrides)
 
 
+def config_options(parser: argparse.ArgumentParser, argv: list[str] | None) -> list[str]:
+    """The options that changed the config: --data_root and --config.key=value."""
+    arguments, overrides = parser.parse_known_args(argv)
+    return [f"--data_root={arguments.data_root}"] * bool(arguments.data_root) + overrides
+
+
+def config_command(verb: str, config: str, options: Sequence[str]) -> str:
+    """The command of a verb that gives the same results, in any workdir."""
+    return shlex.join(["embed", verb, f"--config={config}", *options])
+
+
 def add_encoder_arguments(
     parser: argparse.ArgumentParser,
     what: str = "a model folder, a hub id owner/name, or a stage folder of a run",

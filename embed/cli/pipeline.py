@@ -15,5 +15,5 @@ def main(argv: list[str] | None = None) -> int:
 
         run = runs.Run(config, arguments.workdir, arguments.config)
         with run.compilation_cache():
-            graph.walk(run)
+            graph.walk(run, common.config_command("pipeline", arguments.config, common.config_options(parser, argv)))
     return 0

@@ -70,6 +70,7 @@ def write(
     missing: int = 0,
     plot: str = "dots",
     order: Sequence[str] = (),
+    title: str = "Ablation",
 ) -> None:
     """Write the files of an ablation into a folder; `missing` runs are not complete yet.
 
@@ -77,7 +78,7 @@ def write(
     """
     folder = Path(folder)
     paths.write_json(folder / "ablation.json", list(rows(results)))
-    blocks = sections(folder, results, command=command, missing=missing, plot=plot, order=order)
+    blocks = [f"# {title}", *sections(folder, results, command=command, missing=missing, plot=plot, order=order)]
     page.write(folder, blocks, name="ablation")
 
 
@@ -86,7 +87,6 @@ def sections(
 ) -> Iterator[str]:
     """The blocks of the page; draws the plot."""
     variants = _by_variant(results, order)
-    yield "# Ablation"
     made = made_with()
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     yield f"`{command}`, commit {made['commit']}, {versions}, {made['device']}."
@@ -119,8 +119,9 @@ def _table(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str], form:
     yield table(list(map(cell, heads)), [[cell(text) for text in line] for line in lines])
     if form == FORM:
         yield (
-            "Mean ± standard deviation over the seeds. Seconds and PFLOP (by formula, for full rows) are those of all "
-            "training stages of a variant, also of stages that it shares with others."
+            "Mean ± standard deviation over the seeds. Seconds, without compilation, and PFLOP, 10¹⁵ operations of "
+            "rows without padding, are those of all training stages of a variant, also of stages that it shares with "
+            "others."
         )
 
 
@@ -175,8 +176,8 @@ def _differences(variants: Mapping[str, Sequence[Result]], tasks: Sequence[str],
     if form == FORM:
         yield (
             "Differences are taken seed by seed: their mean ± their standard deviation over the seeds that both "
-            "variants have. In brackets the 95% interval of a paired bootstrap over the queries, of their means over "
-            "the seeds. It does not contain the variation between seeds."
+            "variants have. The brackets say how far the mean could be off because the queries are a sample (95%, "
+            "paired bootstrap); bold if they exclude 0. How far it could be off because of the seeds is in the ±."
         )
 
 

@@ -106,11 +106,15 @@ def curve_over_tasks(path, values: Mapping[str, Mapping[str, Sequence[float]]]) 
     figure, (axis,) = _figure(1, (7, 3.4))
     sizes: list[float] = []
     for k, (name, of_tasks) in enumerate(values.items()):
-        sizes = [float(re.search(r"\d+$", task)[0]) for task in of_tasks]
-        means, spreads = ([f(found) for found in of_tasks.values()] for f in (np.mean, np.std))
-        axis.errorbar(sizes, means, spreads, marker="o", markersize=3.5, capsize=2, color=color(k), label=name)
+        sizes, task = [float(re.search(r"\d+$", task)[0]) for task in of_tasks], next(iter(of_tasks))
+        means = [np.mean(found) for found in of_tasks.values()]
+        # As in the table: the sample deviation, if there are several seeds.
+        spreads = [np.std(found, ddof=1) if len(found) > 1 else np.nan for found in of_tasks.values()]
+        bars = None if np.isnan(spreads).all() else spreads
+        axis.errorbar(sizes, means, bars, marker="o", markersize=3.5, capsize=2, color=color(k), label=name)
     axis.set_xscale("log", base=2)
     _plain_ticks(axis, sizes)
+    axis.set_xlabel(re.sub(r"\d+$", "", task).strip() + " …")
     axis.set_ylabel("nDCG@10, int8")
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)

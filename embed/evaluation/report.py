@@ -303,7 +303,7 @@ def _sweep_rows(merge: Mapping) -> list[list[str]]:
     """The rows of the table of a sweep."""
     rows = []
     for point in merge["sweep"]:
-        mark = " (chosen)" if point["ratio"] == merge["ratio"] else ""
+        mark = " (merged)" if point["ratio"] == merge["ratio"] else ""
         rows.append([f"{point['ratio']:g}{mark}", *(number(point.get(name)) for name in _swept(merge["sweep"]))])
     return rows
 

@@ -93,14 +93,13 @@ def test_a_causal_checkpoint_comes_back_bit_for_bit_and_its_head_gives_the_refer
 ):
     model = random_qwen3(transformers.Qwen3ForCausalLM, tie_word_embeddings=tied, is_causal=True)
     checkpoint = model_folder.open_model(save(model, tokenizer_folder, tmp_path, max_shard_size="200KB"))
-    assert checkpoint.causal and checkpoint.config.tied is tied
+    assert checkpoint.language_model and checkpoint.config.causal and checkpoint.config.tied is tied
     params = checkpoint.params()
     back = dict(names.tensors(params, prefix="model."))
     want = {n: x.numpy() for n, x in model.state_dict().items() if not (tied and n == "lm_head.weight")}
     assert back.keys() == want.keys()
     for name, x in back.items():
         np.testing.assert_array_equal(x, want[name])
-    model.config.is_causal = False
     sequence = np.random.default_rng(3).integers(0, 640, 50)
     (hidden,) = packed_states(checkpoint.config, params, [sequence], 64)
     with torch.no_grad():
