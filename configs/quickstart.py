@@ -2,7 +2,7 @@
 
     embed pipeline --config=configs/quickstart.py --workdir=runs/quickstart
 
---config=configs/quickstart.py:runlocal shrinks it to a minute or two.
+--config=configs/quickstart.py:runlocal shrinks it to a few minutes.
 """
 
 from ml_collections import ConfigDict
