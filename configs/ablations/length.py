@@ -1,11 +1,11 @@
-"""How long may a text be? Needles in texts of 128 to 32,768 tokens, by the RoPE base in training and at inference.
+"""How long may a text be? Needles in texts of 512 to 32,768 tokens, by the RoPE base in training and at inference.
 
     embed ablate --config=configs/ablations/length.py --workdir=runs/length
     embed ablate --config=configs/ablations/length.py:longest=4096 --workdir=runs/length
 
-Training rows have 128 tokens, so all lengths but the first are outside of training. A larger base at inference
-stretches the positions of training; a larger base in training makes far positions look near. The plot is over the
-length.
+Training rows have 128 tokens, so every length is outside of training. Shorter texts would not hold a function and
+others around it. A larger base at inference stretches the positions of training; a larger base in training makes far
+positions look near. The plot is over the length.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ from embed.config import parse_arg
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, runlocal=False, longest=32768)
     config = small.get_config("runlocal" * arg.runlocal)
-    lengths = (64, 128) if arg.runlocal else [2**k for k in range(7, 16) if 2**k <= arg.longest]
+    lengths = (64, 128) if arg.runlocal else [2**k for k in range(9, 16) if 2**k <= arg.longest]
     config.evaluations = ConfigDict(
         {
             f"needle {n}": base.evaluation(data="functions/test", alone=True, bm25=False, needle_tokens=n)
