@@ -82,7 +82,7 @@ def test_the_curve_and_the_differences_are_in_the_report_and_printed(given, run,
     assert cli.main(["pipeline", *arguments(given, run)]) == 0  # which is complete
     out, report = capsys.readouterr().out, (run / "report.md").read_text()
     assert f"merged: nDCG@10 in float32 at each ratio; 0 is {given / 'model'}, 1 is domain; domain: " in out
-    assert "0.5 (merged)" in out and "0.5 (chosen)" in report
+    assert "0.5 (merged)" in out and "0.5 (merged)" in report
     assert f"nDCG@10 in float32 against the baseline {given / 'model'}, with 95% intervals" in out
     assert f"## Differences from {given / 'model'}" in report
     assert (run / "plots" / "merge.png").exists()
