@@ -62,13 +62,13 @@ def assert_same(a, b):
 # --- kills -----------------------------------------------------------------------------------------------------
 
 
-def test_twenty_kills_at_random_moments_do_not_change_one_bit_of_the_losses(tmp_path):
+def test_eight_kills_at_random_moments_do_not_change_one_bit_of_the_losses(tmp_path):
     killed = subprocess.run(
-        [sys.executable, HERE / "small_run.py", tmp_path / "killed", "20"], capture_output=True, text=True
+        [sys.executable, HERE / "small_run.py", tmp_path / "killed", "8"], capture_output=True, text=True
     )
     assert killed.returncode == 0, killed.stdout + killed.stderr[-3000:]
     steps = [int(line) for line in killed.stdout.split()]
-    assert len(steps) == 21 and steps[-1] == small_run.LIFE and len(set(steps)) > 5  # they died at many different steps
+    assert len(steps) == 9 and steps[-1] == small_run.LIFE and len(set(steps)) > 3  # they died at many different steps
     train(tmp_path / "unbroken", steps=small_run.LIFE)
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
     assert sorted(losses(tmp_path / "killed")) == list(range(1, small_run.LIFE + 1))
