@@ -163,9 +163,7 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def ablate(
-    config: ConfigDict, workdir, config_path: str, only: Sequence[str] = (), command: str = "embed ablate"
-) -> None:
+def ablate(config: ConfigDict, workdir, config_path: str, only: Sequence[str], command: str) -> None:
     """Run the variants of a config, or `only` those of some names, and write the table of all that are complete.
 
     `command` is shown in the table.

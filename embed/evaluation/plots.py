@@ -108,9 +108,8 @@ def curve_over_tasks(path, values: Mapping[str, Mapping[str, Sequence[float]]]) 
     for k, (name, of_tasks) in enumerate(values.items()):
         sizes, task = [float(re.search(r"\d+$", task)[0]) for task in of_tasks], next(iter(of_tasks))
         means = [np.mean(found) for found in of_tasks.values()]
-        # As in the table: the sample deviation, if there are several seeds.
-        spreads = [np.std(found, ddof=1) if len(found) > 1 else np.nan for found in of_tasks.values()]
-        bars = None if np.isnan(spreads).all() else spreads
+        seeds = len(of_tasks[task])
+        bars = [np.std(found, ddof=1) for found in of_tasks.values()] if seeds > 1 else None  # as in the table
         axis.errorbar(sizes, means, bars, marker="o", markersize=3.5, capsize=2, color=color(k), label=name)
     axis.set_xscale("log", base=2)
     _plain_ticks(axis, sizes)
