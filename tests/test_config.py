@@ -170,7 +170,7 @@ def test_the_curriculum_of_the_paper_is_english_then_cross_lingual_then_multilin
 
 
 def test_every_override_in_the_docs_is_a_field():
-    files = [*(f"configs/{name}.py" for name in SHIPPED), "configs/domain.py:runlocal"]
+    files = [*(f"configs/{name}.py" for name in SHIPPED), "configs/distill.py:runlocal", "configs/domain.py:runlocal"]
     known = {key for file in files for key, _ in config.leaves(config.load(file))}
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").iterdir()]
     shown = {(page.name, key) for page in pages for key in re.findall(r"--config\.([\w.]+)=", page.read_text())}

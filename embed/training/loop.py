@@ -5,6 +5,7 @@ killed at any moment and started again has the losses of an uninterrupted run.
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -39,13 +40,17 @@ class PreemptedError(Exception):
 class StopRequest:
     """Whether a signal asks this run to end, and which one."""
 
+    # Counts the calls of all runs of this process. The processes of a job agree on a call in the near future, and that
+    # may be one of the next stage.
+    calls = itertools.count(1)
+
     def __init__(self):
         self.number: int | None = None
 
-    def __call__(self, step: int) -> bool:
-        """Whether to end after `step`. All processes must ask at every step, and agree."""
+    def __call__(self) -> bool:
+        """Whether to end after this step. All processes must ask at every step, and agree."""
         if jax.process_count() > 1:  # jax.distributed has handled SIGTERM since it was initialized
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(next(self.calls))
         return self.number is not None
 
     def terminate(self, number, frame) -> None:
@@ -152,7 +157,7 @@ def train(
             with translate_peer_errors(k + 1):
                 params, state, metrics = step(params, state, step.put(batch, loader), k)
                 rows.add(k + 1, metrics, stats)
-            ending = stop_requested(k + 1)
+            ending = stop_requested()
             last, figure, figures = k + 1 == steps or ending, None, {}
             if every and (k + 1 == steps or (k + 1) % every == 0) and not (ending and k + 1 < steps):
                 with translate_peer_errors(k + 1), rows.pause():

@@ -420,6 +420,8 @@ assert own == sorted(order.index(k) for k in range(4) if k // (4 // processes) =
 def read(step):
     if step == 7 and process == processes - 1 and what.startswith("SIG"):
         os.kill(os.getpid(), getattr(signal, what))
+    if step == 8 and what in ("SIGTERM", "SIGINT"):  # the run could end before jax looks for signals, once a second
+        jax._src.distributed.global_state.client.blocking_key_value_get("RECEIVED_PREEMPTION_NOTICE", 60_000)
 
 if what == "unreadable" and process == 1:  # as where one host's disk or network fails
     import orbax.checkpoint as ocp
