@@ -122,15 +122,15 @@ EQUAL_LOSSES = textwrap.dedent(
         return np.array(out)
 
     one = losses(sharding.make_mesh(devices=devices[:1]))
-    for axes in (dict(data=8), dict(data=2, fsdp=2, tensor=2)):
-        np.testing.assert_allclose(losses(sharding.make_mesh(**axes)), one, rtol=2e-5)
+    np.testing.assert_allclose(losses(sharding.make_mesh(data=2, fsdp=2, tensor=2)), one, rtol=2e-5)
     np.testing.assert_allclose(losses(sharding.make_mesh(data=4, fsdp=2), microbatches=2), one, rtol=2e-5)
     assert np.unique(one).size == one.size
     """
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# A causal loss is that of diffusion on other tokens, a pair loss that of triplets without negatives.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("causal", "pair")])
 def test_losses_on_eight_devices_equal_those_on_one(kind):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -23,7 +23,7 @@ from embed.training import loop
 from embed.training import step as embed_step
 from embed.training.metrics import read_metrics
 
-LIFE = 200  # steps of the program's run
+LIFE = 100  # steps of the program's run
 MODEL = transformer.make_config("micro", 64)
 STAGE = config.base().stage(
     "diffusion",
@@ -93,6 +93,8 @@ def live(folder: Path, moments: int | None) -> None:
 
 
 def main() -> None:
+    import tensorboardX  # noqa: F401 - once, before the forks
+
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     # All processes compile the same programs.
     jax.config.update("jax_compilation_cache_dir", f"{folder}-compiled")

@@ -62,13 +62,13 @@ def assert_same(a, b):
 # --- kills -----------------------------------------------------------------------------------------------------
 
 
-def test_eight_kills_at_random_moments_do_not_change_one_bit_of_the_losses(tmp_path):
+def test_six_kills_at_random_moments_do_not_change_one_bit_of_the_losses(tmp_path):
     killed = subprocess.run(
-        [sys.executable, HERE / "small_run.py", tmp_path / "killed", "8"], capture_output=True, text=True
+        [sys.executable, HERE / "small_run.py", tmp_path / "killed", "6"], capture_output=True, text=True
     )
     assert killed.returncode == 0, killed.stdout + killed.stderr[-3000:]
     steps = [int(line) for line in killed.stdout.split()]
-    assert len(steps) == 9 and steps[-1] == small_run.LIFE and len(set(steps)) > 3  # they died at many different steps
+    assert len(steps) == 7 and steps[-1] == small_run.LIFE and len(set(steps)) > 3  # they died at many different steps
     train(tmp_path / "unbroken", steps=small_run.LIFE)
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
     assert sorted(losses(tmp_path / "killed")) == list(range(1, small_run.LIFE + 1))
@@ -412,7 +412,7 @@ from embed.cli.common import end, run
 from embed.models import sharding
 
 # As on a pod, where a mesh follows the wires: no process has devices that stand side by side in it.
-order = {2: [0, 2, 1, 3], 4: [2, 0, 3, 1]}[processes]
+order = {1: [0, 1, 2, 3], 2: [0, 2, 1, 3], 4: [2, 0, 3, 1]}[processes]
 mesh = sharding.make_mesh(devices=[jax.devices()[k] for k in order])
 own = sharding.local_shards(mesh, 4)
 assert own == sorted(order.index(k) for k in range(4) if k // (4 // processes) == process)
@@ -464,8 +464,8 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path, unbroken
     assert [each for each, _ in ended] == [143, code], ended
     said = {int(step) for _, error in ended for step in re.findall(r": saved at step (\d+) of 12;", error)}
     assert said == {max(losses(tmp_path / "run"))}  # how far the processes come until all know of the signal is theirs
-    again = run_processes(tmp_path / "run", 2)
-    assert [code for code, _ in again] == [0, 0], again
+    (again,) = run_processes(tmp_path / "run", 1)
+    assert again[0] == 0, again
     got, whole = losses(tmp_path / "run"), losses(unbroken)
     assert sorted(got) == sorted(whole)
     np.testing.assert_allclose([got[k] for k in sorted(got)], [whole[k] for k in sorted(whole)], rtol=1e-5)
