@@ -15,7 +15,7 @@ test: $(VENV)/installed
 
 # Compares results with PyTorch, transformers, sentence-transformers and onnxruntime.
 test-reference: $(VENV)/installed-reference
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q tests/peers
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/peers
 
 # Prepares data on Apache Beam, in an environment of its own, because Beam holds back protobuf.
 test-beam: $(VENV)-beam/installed
