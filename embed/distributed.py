@@ -25,7 +25,7 @@ def join(
     *,
     saves_at_sigterm: bool = True,
 ) -> None:
-    """Join the other processes; call it before anything is computed.
+    """Join the other processes; call it before anything is computed. A process that has joined stays joined.
 
     `coordinator` is host:port of process 0. Without arguments, the job (TPU, GKE, Slurm) names the processes.
     ValueError if there is no such job, PeerLostError if the others do not answer. With `saves_at_sigterm`, SIGTERM only
@@ -34,6 +34,8 @@ def join(
     """
     import jax
 
+    if is_joined():
+        return
     jax.config.update("jax_enable_preemption_service", saves_at_sigterm)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)

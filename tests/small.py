@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -204,3 +205,23 @@ def hidden_states(tokens, length: int = 512) -> np.ndarray:
     row = np.pad(np.asarray(tokens, np.int32), (0, length - n))[None]
     segment_ids = (np.arange(length) < n).astype(np.int32)[None]
     return np.asarray(_apply(config(), params(), row, segment_ids, np.arange(length, dtype=np.int32)[None]))[0, :n]
+
+
+def write_program(path, *commands, folder=".") -> Path:
+    """A program like `embed` that also runs other commands, in the same process: joining others takes seconds.
+
+    It runs in `folder`, in which {process} is the number of the process.
+    """
+    path.write_text(
+        f"""#!{sys.executable}
+import os, sys
+from embed import cli
+joined = [word for word in sys.argv if word.startswith(("--coordinator", "--num_processes", "--process_id"))]
+os.chdir({str(folder)!r}.format(process=joined[-1].partition("=")[2]))
+for command in (sys.argv[1:], {", ".join(f"[*{list(map(str, command))!r}, *joined]" for command in commands)}):
+    if code := cli.main(command):
+        sys.exit(code)
+"""
+    )
+    path.chmod(0o755)
+    return path

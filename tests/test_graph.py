@@ -1322,31 +1322,27 @@ def test_two_local_processes_train_mine_evaluate_export_and_merge_like_one(tmp_p
     file, one, two = tmp_path / "graph.py", tmp_path / "one", tmp_path / "two"
     file.write_text(small.GRAPH)
     small.write_data(tmp_path / "data")
-    embed = tmp_path / "embed"
-    embed.write_text(f'#!/bin/sh\nexec {sys.executable} -m embed.cli "$@"\n')
-    embed.chmod(0o755)
     shared = [f"--config.data.directory={tmp_path / 'data'}", "--config.stages.triplet.init=diffusion"]
     shared += ["--config.mining.hard.checkpoint=diffusion", "--config.stages.triplet.execution.evaluate_every=3"]
     shared += ["--config.stages.triplet.execution.evaluate_on=('set/test',)"]
 
-    def both(verb, *more, stage=None):
-        """Run the command in this process, then in two processes started by a launcher."""
-        for folder in (one, two):
-            of_run = [f"--config={file}:{stage}", f"--workdir={folder}", *shared] if stage is not None else []
-            arguments = [verb, *of_run, *(each.format(folder=folder) for each in more)]
-            if folder == one:
-                assert cli.main(arguments) == 0
-                continue
-            command = ["bash", "launch/local.sh", "2", "--", *arguments]
-            environment = {**ENVIRONMENT, "EMBED": str(embed)}
-            done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    def commands(folder):
+        of_run = [f"--workdir={folder}", *shared]
+        # The checkpoint of the first stage starts the second one and mines its negatives.
+        yield from (["train", f"--config={file}:{stage}", *of_run] for stage in ("diffusion", "triplet"))
+        yield ["export", f"--config={file}", *of_run, "--checkpoint=triplet", f"--output={folder}/model"]
+        yield ["merge", f"--a={folder}/diffusion", f"--b={folder}/triplet", f"--output={folder}/merged"]
 
-    # The checkpoint of the first stage starts the second one and mines its negatives.
-    both("train", stage="diffusion")
-    both("train", stage="triplet")
-    both("export", "--checkpoint=triplet", "--output={folder}/model", stage="")
-    both("merge", "--a={folder}/diffusion", "--b={folder}/triplet", "--output={folder}/merged")
+    assert [cli.main(command) for command in commands(one)] == [0] * 4
+    first, *others = commands(two)
+    done = subprocess.run(
+        ["bash", "launch/local.sh", "2", "--", *first],
+        env={**ENVIRONMENT, "EMBED": str(small.write_program(tmp_path / "embed", *others, folder=ROOT))},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     def column(name, stage):
         return [

@@ -171,25 +171,21 @@ def test_eight_devices_give_the_results_of_one(folder):
 
 
 def test_two_processes_write_the_files_of_one_and_the_second_writes_and_prints_nothing(folder, tmp_path):
-    embed = tmp_path / "embed"  # each process runs in its own folder
-    embed.write_text(
-        f"#!/bin/sh\nfor last; do :; done\ncd {tmp_path}/process-${{last#--process_id=}}\n"
-        f'exec {sys.executable} -m embed.cli "$@"\n'
-    )
-    embed.chmod(0o755)
     for k in (0, 1):
         (tmp_path / f"process-{k}").mkdir()
-    for verb in VERBS:
-        done = subprocess.run(
-            ["bash", ROOT / "launch" / "local.sh", "2", "--", *arguments(verb, folder)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "EMBED": str(embed), "LOGS": str(tmp_path / "logs")},
-        )
-        logs = [(tmp_path / "logs" / f"process-{k}.log").read_text() for k in (0, 1)]
-        assert done.returncode == 0, logs
-        words = "float32" if verb == "evaluate" else f"written to {verb}"
-        assert words in logs[0] and words not in logs[1] and "encode:" not in logs[1], logs
+    first, *others = (arguments(verb, folder) for verb in VERBS)
+    embed = small.write_program(tmp_path / "embed", *others, folder=tmp_path / "process-{process}")
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "local.sh", "2", "--", *first],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "EMBED": str(embed), "LOGS": str(tmp_path / "logs")},
+    )
+    logs = [(tmp_path / "logs" / f"process-{k}.log").read_text() for k in (0, 1)]
+    assert done.returncode == 0, logs
+    for words in ("float32", *(f"written to {verb}" for verb in VERBS if verb != "evaluate")):
+        assert words in logs[0] and words not in logs[1]
+    assert "encode:" not in logs[1], logs
     assert_same_files(folder / "one", tmp_path / "process-0")
     assert not list((tmp_path / "process-1").iterdir())
 
