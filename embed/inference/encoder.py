@@ -169,6 +169,11 @@ class Encoder:
         """Dimensions P of a token's vector (`encode_tokens_multi`); 0 if the model has no projection."""
         return self.config.token_dimensions
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch by default; on CPU so few that activations stay in its cache."""
+        return sharding.batch_shards(self.mesh) * (4096 if _on_cpu() else 65536)
+
     def encode(
         self,
         texts: str | Sequence[str],
@@ -199,7 +204,8 @@ class Encoder:
                 batch_tokens=batch_tokens,
                 truncate=truncate,
             )[0]
-        segments, name = self._text_segments(texts, names, truncate)
+        segments, _ = self.fit_texts(texts, truncate=truncate, names=names)
+        name = _namer("text", len(segments), names)
         return self._embed(
             segments, name, precision, truncate_dim, normalize_embeddings, batch_tokens, show_progress_bar
         )
@@ -218,8 +224,8 @@ class Encoder:
         Compare them with `embed.inference.maxsim`. Queries and documents are encoded alike. Keywords and errors are as
         in `encode`; a model without a projection is an error.
         """
-        segments, name = self._text_segments(texts, names, truncate)
-        return self._embed_tokens(segments, name, batch_tokens, show_progress_bar)
+        segments, _ = self.fit_texts(texts, truncate=truncate, names=names)
+        return self._embed_tokens(segments, _namer("text", len(segments), names), batch_tokens, show_progress_bar)
 
     def encode_segments_multi(
         self,
@@ -233,8 +239,10 @@ class Encoder:
         name = _namer("document", len(segments), names)
         return self._embed_tokens(segments, name, batch_tokens, show_progress_bar)
 
-    def _text_segments(self, texts, names, truncate: bool) -> tuple[list[Segment], Callable]:
-        """(a segment per text, cut to max_length with `truncate`; the function that gives a text's name in errors)."""
+    def fit_texts(
+        self, texts: Sequence[str], *, truncate: bool = False, names: Sequence[str] | None = None
+    ) -> tuple[list[Segment], int]:
+        """(segments that `encode` embeds, number that were cut): a segment per text."""
         texts = _list("texts", texts, "a str or a list of str")
         name = _namer("text", len(texts), names)
         for i, text in enumerate(texts):
@@ -243,7 +251,22 @@ class Encoder:
         for i, ids in enumerate(tokens):
             if not len(ids):
                 raise ValueError(f"{name(i)} has no tokens: {texts[i]!r:.80}")
-        return self._fit([dense(ids) for ids in tokens], "text", name, truncate)[0], name
+        return self._fit([dense(ids) for ids in tokens], "text", name, truncate)
+
+    def fit_tokens(
+        self, texts: Sequence[Sequence[int]], *, truncate: bool = False, names: Sequence[str] | None = None
+    ) -> tuple[list[Segment], int]:
+        """`fit_texts` for texts that are already tokenized."""
+        name = _namer("text", len(texts), names)
+        for i, ids in enumerate(texts):
+            if not len(ids):
+                raise ValueError(f"{name(i)} has no tokens")
+            if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"{name(i)} has token {min(ids) if min(ids) < 0 else max(ids)}, the vocabulary 0 to "
+                    f"{self.tokenizer.vocab_size - 1}"
+                )
+        return self._fit([dense(ids) for ids in texts], "text", name, truncate)
 
     def quantize(self, vectors, precision: str) -> np.ndarray:
         """Convert float32 vectors of `encode`, not normalized, to the vectors that `encode` gives in `precision`."""
@@ -315,7 +338,10 @@ class Encoder:
         show_progress_bar: bool = False,
         names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """The vectors of all spans of segments from `fit_documents`, in order: [spans, D]; keywords as in `encode`."""
+        """The vectors of all spans of segments, in order: [spans, D]; keywords as in `encode`.
+
+        The segments come from `fit_texts` or `fit_documents`, also from both.
+        """
         name = _namer("document", len(segments), names)
         return self._embed(segments, name, precision, truncate_dim, False, batch_tokens, show_progress_bar)
 
@@ -378,8 +404,7 @@ class Encoder:
         of_tokens = program is _token_vectors
         counts = [len(s.tokens) if of_tokens else s.num_spans for s in segments]
         shards = sharding.batch_shards(self.mesh)
-        if batch_tokens is None:
-            batch_tokens = shards * (4096 if _on_cpu() else 65536)  # at 4,096, activations stay in a CPU's cache
+        batch_tokens = self.batch_tokens if batch_tokens is None else batch_tokens
         check_count("batch_tokens", batch_tokens)
         empty = finish(jnp.zeros((0, dimensions), jnp.float32))
         first = np.cumsum([0] + counts)

@@ -36,7 +36,9 @@ def refused(capsys, *arguments):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_ones(verb, capsys):
-    known = {"plan": "--topology", "evaluate": "--output", "report": "--output"}.get(verb, "--workdir")
+    known = {"plan": "--topology", "evaluate": "--output", "report": "--output", "serve": "--model"}.get(
+        verb, "--workdir"
+    )
     known = (
         "--output"
         if verb in ("encode", "index", "judge", "mine", "merge", "synthesize")
@@ -72,6 +74,7 @@ REQUIRED = {
     "report": ["r", "--output=o"],
     "sample": ["--config=c.py", "--workdir=w", "--text=t", "--checkpoint=c"],
     "search": ["--model=m", "--index=i", "--query=q"],
+    "serve": ["--model=m"],
     "synthesize": ["--corpus=c", "--output=o", "--base_url=http://h/v1", "--model=n"],
     "train": ["--config=c.py", "--workdir=w"],
 }

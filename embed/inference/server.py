@@ -1,0 +1,474 @@
+"""An HTTP server of vectors: OpenAI's /v1/embeddings, and Perplexity's /v1/contextualizedembeddings for late chunking.
+
+Requests that wait at the same time share batches (embed.inference.batching). docs/serve.md describes the API.
+"""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hmac
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Literal
+
+import numpy as np
+import prometheus_client
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import embed
+from embed.inference.batching import Batcher, ClosedError, OverloadedError
+from embed.inference.encoder import Encoder, TooLongError, check_precision
+from embed.rows import Segment
+
+PRECISION = {"float": "float32", "base64": "float32", "base64_int8": "int8", "base64_binary": "ubinary"}
+Format = Literal["float", "base64", "base64_int8", "base64_binary"]
+PATHS = ("/v1/embeddings", "/v1/contextualizedembeddings", "/v1/models", "/health", "/info", "/metrics")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may have, and how much may wait. The first three are those of Perplexity's API."""
+
+    texts: int = 512  # of /v1/embeddings, or documents of /v1/contextualizedembeddings
+    chunks: int = 16_000
+    tokens: int = 120_000
+    body: int = 16 << 20  # bytes
+    batch_tokens: int | None = None  # None: that of `Encoder.encode`
+    waiting_tokens: int = 1_000_000
+
+
+class _Input(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    model: str = Field(description="The id of a model that /v1/models lists.")
+    dimensions: StrictInt | None = Field(None, ge=1, description="Keep so many leading dimensions; default: all.")
+    user: str | None = Field(None, description="Is ignored.")
+
+
+class EmbeddingsRequest(_Input):
+    """Texts, or texts that are already tokenized by the model's tokenizer."""
+
+    input: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    encoding_format: Format = Field("float", description="float and base64 are vectors of length 1 in float32.")
+
+
+class ContextualizedRequest(_Input):
+    """Documents, each a list of chunks in order. A query is a document of one chunk."""
+
+    input: list[list[StrictStr]]
+    encoding_format: Format = Field("base64_int8", description="float and base64 are vectors of length 1 in float32.")
+
+
+class Usage(BaseModel):
+    """Tokens of the texts; of a document also the separators between its chunks."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(BaseModel):
+    """The vector of a text or chunk: numbers, or base64 of float32 (little endian), int8, or bits."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsResponse(BaseModel):
+    """Vectors in the order of the texts."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Document(BaseModel):
+    """The vectors of a document's chunks, in order."""
+
+    object: Literal["list"]
+    index: int
+    data: list[Embedding]
+
+
+class ContextualizedResponse(BaseModel):
+    """Documents in the order of the request."""
+
+    object: Literal["list"]
+    data: list[Document]
+    model: str
+    usage: Usage
+
+
+class _Problem(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """As in OpenAI's API."""
+
+    error: _Problem
+
+
+ERRORS = {
+    400: "The request is wrong; the message says what is allowed.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    429: "Too much waits: try again later.",
+    503: "The server is shutting down.",
+}
+
+
+class ApiError(Exception):
+    """An answer with an error in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        problem = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse({"error": problem}, self.status, headers)
+
+
+class _Edge:
+    """Around the app: checks the key, refuses a body of more than `limit` bytes before it is in memory, and counts."""
+
+    def __init__(self, app: ASGIApp, metrics: "_Metrics", limit: int, api_key: str | None):
+        self.app, self.metrics, self.limit = app, metrics, limit
+        self.authorization = f"Bearer {api_key}".encode() if api_key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        begin, size, status = time.perf_counter(), 0, None
+        headers = dict(scope["headers"])
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            return {"type": "http.disconnect"} if size > self.limit else message
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        async def answer(message: Message) -> None:
+            if size <= self.limit:  # otherwise the app complains about a client that went
+                await noted(message)
+
+        try:
+            length = headers.get(b"content-length", b"")
+            if refusal := self._unauthorized(scope["path"], headers):
+                await refusal.response()(scope, receive, noted)
+            elif length.isdigit() and int(length) > self.limit:
+                await self._too_large().response()(scope, receive, noted)
+            else:
+                await self.app(scope, limited, answer)
+                if size > self.limit:
+                    await self._too_large().response()(scope, receive, noted)
+        finally:
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self.metrics.requests.labels(path, status or 500).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - begin)
+
+    def _unauthorized(self, path: str, headers: Mapping[bytes, bytes]) -> ApiError | None:
+        given = headers.get(b"authorization", b"")
+        if self.authorization and path.startswith("/v1/") and not hmac.compare_digest(given, self.authorization):
+            return ApiError(401, "the request needs the header 'Authorization: Bearer KEY' with the key of this server")
+        return None
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body has more than {self.limit:,} bytes: send fewer texts at a time")
+
+
+class _Metrics:
+    """Prometheus metrics of an app."""
+
+    def __init__(self):
+        self.registry = prometheus_client.CollectorRegistry()
+
+        def make(kind, name, about, labels, **how):
+            return kind(f"embed_{name}", about, labels, registry=self.registry, **how)
+
+        counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
+        self.requests = make(counter, "requests", "Requests that were answered.", ["path", "status"])
+        self.dropped = make(counter, "dropped", "Requests whose client had gone before its vectors were computed.", [])
+        self.texts = make(counter, "vectors", "Vectors that were sent.", ["model"])
+        self.tokens = make(counter, "tokens", "Tokens that were encoded for them.", ["model"])
+        self.seconds = make(histogram, "request_seconds", "Time from a request to its answer.", ["path"])
+        buckets = [4**k for k in range(2, 10)]
+        self.batch = make(histogram, "batch_tokens", "Tokens of a batch.", ["model"], buckets=buckets)
+        self.shared = make(histogram, "batch_requests", "Requests of a batch.", ["model"], buckets=[1, 2, 4, 8, 16, 64])
+        self.waiting = make(prometheus_client.Gauge, "waiting_tokens", "Tokens that wait for a batch.", ["model"])
+
+
+def make_app(encoders: Mapping[str, Encoder], limits: Limits = Limits(), api_key: str | None = None) -> FastAPI:
+    """The server of {id: encoder}. With `api_key`, requests to /v1 need it as a bearer token."""
+    metrics = _Metrics()
+    batchers: dict[str, Batcher] = {}
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI):
+        for name, encoder in encoders.items():
+            batchers[name] = Batcher(
+                encoder,
+                batch_tokens=limits.batch_tokens or encoder.batch_tokens,
+                max_waiting=limits.waiting_tokens,
+                encoded=lambda requests, tokens, name=name: _observe(metrics, name, requests, tokens),
+            )
+            metrics.waiting.labels(name).set_function(lambda name=name: batchers[name].waiting_tokens)
+        yield
+        for batcher in batchers.values():
+            await asyncio.to_thread(batcher.close)
+
+    app = FastAPI(title="embed", version=embed.__version__, lifespan=lifespan, description=__doc__)
+    app.add_middleware(_Edge, metrics=metrics, limit=limits.body, api_key=api_key)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_body(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return ApiError(400, f"{where or 'the body'}: {first['msg']}", where or None).response()
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        return ApiError(500, "the server failed: see its log").response()
+
+    def find(name: str) -> Encoder:
+        if name not in encoders:
+            raise ApiError(404, f"model {name!r} must be one of {', '.join(encoders)}", "model", "model_not_found")
+        return encoders[name]
+
+    errors = {status: {"model": ErrorResponse, "description": about} for status, about in ERRORS.items()}
+    secured = [Depends(HTTPBearer(auto_error=False))] if api_key else []  # for the OpenAPI page: _Edge checks it
+
+    @app.post("/v1/embeddings", response_model=EmbeddingsResponse, responses=errors, dependencies=secured)
+    async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
+        encoder = find(body.model)
+        _check_vectors(encoder, body)
+        segments = await asyncio.to_thread(_text_segments, encoder, body.input, limits)
+        vectors = await vectors_of(request, body, segments)
+        content = await asyncio.to_thread(_texts_content, encoder, body, segments, vectors)
+        return count_vectors(body, len(vectors), segments, content)
+
+    @app.post(
+        "/v1/contextualizedembeddings", response_model=ContextualizedResponse, responses=errors, dependencies=secured
+    )
+    async def contextualized(request: Request, body: ContextualizedRequest) -> Response:
+        encoder = find(body.model)
+        _check_vectors(encoder, body)
+        segments = await asyncio.to_thread(_document_segments, encoder, body.input, limits)
+        vectors = await vectors_of(request, body, segments)
+        content = await asyncio.to_thread(_documents_content, encoder, body, segments, vectors)
+        return count_vectors(body, len(vectors), segments, content)
+
+    async def vectors_of(request: Request, body: _Input, segments: Sequence[Segment]) -> np.ndarray:
+        """The vectors of all spans; the work is dropped if the client goes."""
+        try:
+            computed = batchers[body.model].submit(segments)
+        except OverloadedError as error:
+            raise ApiError(429, str(error)) from error
+        except ClosedError as error:
+            raise ApiError(503, str(error)) from error
+        try:
+            return await _while_connected(request, computed)
+        except TooLongError as error:
+            raise ApiError(400, str(error), "input") from error
+        except _GoneError:
+            metrics.dropped.inc()
+            raise ApiError(499, "the client has gone") from None  # nobody reads it
+
+    def count_vectors(body: _Input, vectors: int, segments: Sequence[Segment], content: bytes) -> Response:
+        metrics.texts.labels(body.model).inc(vectors)
+        metrics.tokens.labels(body.model).inc(_tokens(segments))
+        return Response(content, media_type="application/json")
+
+    @app.get("/v1/models", dependencies=secured, responses={401: errors[401]})
+    async def models() -> dict:
+        """The models of this server, in OpenAI's form."""
+        entries = [{"id": name, "object": "model", "created": 0, "owned_by": "embed"} for name in encoders]
+        return {"object": "list", "data": entries}
+
+    @app.get("/health")
+    async def health() -> dict:
+        """Whether the server takes requests."""
+        return {"status": "ok"}
+
+    @app.get("/info")
+    async def info() -> dict:
+        """The models and the limits of a request."""
+        about = {name: _about(encoder) for name, encoder in encoders.items()}
+        return {"version": embed.__version__, "models": about, "limits": dataclasses.asdict(limits)}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def prometheus() -> Response:
+        """Metrics for Prometheus."""
+        content = prometheus_client.generate_latest(metrics.registry)
+        return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    return app
+
+
+class _GoneError(Exception):
+    pass
+
+
+async def _while_connected(request: Request, computed: "Future[np.ndarray]") -> np.ndarray:
+    """The result, or _GoneError as soon as the client has gone; then the work is cancelled."""
+    result = asyncio.wrap_future(computed)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({result, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
+        raise _GoneError
+    finally:
+        gone.cancel()
+        computed.cancel()  # unless it is done
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _observe(metrics: _Metrics, name: str, requests: int, tokens: int) -> None:
+    metrics.shared.labels(name).observe(requests)
+    metrics.batch.labels(name).observe(tokens)
+
+
+def _about(encoder: Encoder) -> dict:
+    """What a client may want to know of a model."""
+    return {
+        "dimensions": encoder.dimensions,
+        "matryoshka": list(encoder.matryoshka),
+        "pooling": encoder.pooling,
+        "max_length": encoder.max_length,
+        "context_length": encoder.context_length,
+        "vocabulary": encoder.tokenizer.vocab_size,
+        "dtype": str(encoder.config.dtype),
+        "digest": encoder.digest,
+    }
+
+
+def _check_vectors(encoder: Encoder, body: EmbeddingsRequest | ContextualizedRequest) -> None:
+    try:
+        check_precision(PRECISION[body.encoding_format], encoder.dimensions, body.dimensions)
+    except ValueError as error:
+        raise ApiError(400, str(error).replace("truncate_dim", "dimensions"), "dimensions") from error
+
+
+def _check_count(noun: str, count: int, limit: int) -> None:
+    if not 1 <= count <= limit:
+        raise ApiError(400, f"input has {count:,} {noun}, a request may have 1 to {limit:,}", "input")
+
+
+def _check_tokens(segments: Sequence[Segment], limits: Limits) -> None:
+    if (tokens := _tokens(segments)) > limits.tokens:
+        raise ApiError(400, f"input has {tokens:,} tokens, a request may have {limits.tokens:,}", "input")
+
+
+def _tokens(segments: Sequence[Segment]) -> int:
+    return sum(len(segment.tokens) for segment in segments)
+
+
+def _text_segments(encoder: Encoder, given, limits: Limits) -> list[Segment]:
+    """The texts of a request to /v1/embeddings; ApiError if there are too many or they are too long."""
+    single = isinstance(given, str) or bool(given) and isinstance(given[0], int)
+    inputs = [given] if single else given
+    _check_count("texts", len(inputs), limits.texts)
+    names = ["input"] if single else [f"input.{i}" for i in range(len(inputs))]
+    try:
+        if isinstance(inputs[0], str):
+            segments, _ = encoder.fit_texts(inputs, names=names)
+        else:
+            segments, _ = encoder.fit_tokens(inputs, names=names)
+    except ValueError as error:
+        raise ApiError(400, str(error), "input") from error
+    _check_tokens(segments, limits)
+    return segments
+
+
+def _document_segments(encoder: Encoder, documents: list[list[str]], limits: Limits) -> list[Segment]:
+    """The documents of a request to /v1/contextualizedembeddings; ApiError as `_text_segments`."""
+    _check_count("documents", len(documents), limits.texts)
+    _check_count("chunks", sum(map(len, documents)), limits.chunks)
+    try:
+        segments, _ = encoder.fit_documents(documents, names=[f"input.{i}" for i in range(len(documents))])
+    except ValueError as error:
+        raise ApiError(400, str(error), "input") from error
+    _check_tokens(segments, limits)
+    return segments
+
+
+def _rendered(encoder: Encoder, body: EmbeddingsRequest | ContextualizedRequest, pooled: np.ndarray) -> list:
+    """The vectors as they are in JSON: lists of numbers, or base64."""
+    vectors = _converted(encoder, pooled, PRECISION[body.encoding_format], body.dimensions)
+    if body.encoding_format == "float":
+        return vectors.tolist()
+    return [base64.b64encode(vector.astype(vector.dtype.newbyteorder("<")).tobytes()).decode() for vector in vectors]
+
+
+def _converted(encoder: Encoder, pooled: np.ndarray, precision: str, dimensions: int | None) -> np.ndarray:
+    """Vectors of `encode_segments` [N, D] in another precision, cut to `dimensions`; float32 has length 1."""
+    if precision == "float32":
+        pooled = pooled[:, :dimensions]
+        return pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    # A program is compiled for each number of vectors, so it is rounded up to a power of two.
+    padding = (1 << (len(pooled) - 1).bit_length()) - len(pooled)
+    vectors = encoder.quantize(np.pad(pooled, ((0, padding), (0, 0))), precision)[: len(pooled)]
+    kept = dimensions or encoder.dimensions
+    return vectors[:, : kept // 8 if precision == "ubinary" else kept]
+
+
+def _entries(vectors: list) -> list[dict]:
+    return [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+
+
+def _content(body: _Input, data: list, segments: Sequence[Segment]) -> bytes:
+    usage = {"prompt_tokens": _tokens(segments), "total_tokens": _tokens(segments)}
+    return json.dumps({"object": "list", "data": data, "model": body.model, "usage": usage}).encode()
+
+
+def _texts_content(encoder: Encoder, body: EmbeddingsRequest, segments: Sequence[Segment], pooled) -> bytes:
+    return _content(body, _entries(_rendered(encoder, body, pooled)), segments)
+
+
+def _documents_content(encoder: Encoder, body: ContextualizedRequest, segments: Sequence[Segment], pooled) -> bytes:
+    vectors, data = iter(_rendered(encoder, body, pooled)), []
+    for i, segment in enumerate(segments):
+        data.append({"object": "list", "index": i, "data": _entries([next(vectors) for _ in range(segment.num_spans)])})
+    return _content(body, data, segments)
