@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 from embed import inference
 from embed.cli import common
+from embed.inference.encoder import check_count
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine; 0.0.0.0: all networks")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 is a free one")
     try:
+        import uvicorn
+
         from embed.inference.server import Limits, make_app
     except ImportError as error:
         raise ValueError(f"embed serve needs more packages ({error}): pip install -e '.[serve]'") from error
@@ -41,13 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     limits = Limits(**{name: getattr(args, name) for name in about})
     for name, value in dataclasses.asdict(limits).items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}={value} must be positive")
+        if value is not None:
+            check_count(f"--{name}", value)
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port={args.port} must be from 0 to 65535")
     folders = _folders(args.model)
-    import uvicorn
-
     encoders = {name: inference.load(path, dtype=args.dtype) for name, path in folders.items()}
     app = make_app(encoders, limits, os.environ.get("EMBED_API_KEY") or None)
     uvicorn.run(app, host=args.host, port=args.port, access_log=False)

@@ -268,12 +268,15 @@ class Encoder:
                 )
         return self._fit([dense(ids) for ids in texts], "text", name, truncate)
 
-    def quantize(self, vectors, precision: str) -> np.ndarray:
-        """Convert float32 vectors of `encode`, not normalized, to the vectors that `encode` gives in `precision`."""
+    def quantize(
+        self, vectors, precision: str, *, truncate_dim: int | None = None, normalize: bool = False
+    ) -> np.ndarray:
+        """Convert float32 vectors of `encode`, not normalized, to those that `encode` gives with these settings."""
         if self.tanh and precision == "int8":
             quantize(vectors, "float32")  # refuses what is not finite
-            return np.array(jnp.round(jnp.asarray(vectors) * 127).astype(jnp.int8))
-        return quantize(vectors, precision)
+            check_precision(precision, vectors.shape[-1], truncate_dim, normalize)
+            return np.array(jnp.round(jnp.asarray(vectors)[..., :truncate_dim] * 127).astype(jnp.int8))
+        return quantize(vectors, precision, truncate_dim=truncate_dim, normalize=normalize)
 
     def encode_tokens(self, tokens: Sequence[np.ndarray], precision: str = "float32") -> np.ndarray:
         """`encode` for texts that are already tokenized; a text without tokens gives a zero vector."""

@@ -8,9 +8,10 @@ import base64
 import contextlib
 import dataclasses
 import hmac
+import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
@@ -25,7 +26,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import embed
-from embed.inference.batching import Batcher, ClosedError, OverloadedError
+from embed.inference.batching import Batcher, OverloadedError
 from embed.inference.encoder import Encoder, TooLongError, check_precision
 from embed.rows import Segment
 
@@ -127,7 +128,7 @@ ERRORS = {
     404: "There is no such model.",
     413: "The body is too large.",
     429: "Too much waits: try again later.",
-    503: "The server is shutting down.",
+    500: "The server failed.",
 }
 
 
@@ -144,7 +145,7 @@ class ApiError(Exception):
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
         problem = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        headers = {"Retry-After": "1"} if self.status == 429 else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"error": problem}, self.status, headers)
@@ -216,7 +217,7 @@ class _Metrics:
         counter, histogram = prometheus_client.Counter, prometheus_client.Histogram
         self.requests = make(counter, "requests", "Requests that were answered.", ["path", "status"])
         self.dropped = make(counter, "dropped", "Requests whose client had gone before its vectors were computed.", [])
-        self.texts = make(counter, "vectors", "Vectors that were sent.", ["model"])
+        self.vectors = make(counter, "vectors", "Vectors that were sent.", ["model"])
         self.tokens = make(counter, "tokens", "Tokens that were encoded for them.", ["model"])
         self.seconds = make(histogram, "request_seconds", "Time from a request to its answer.", ["path"])
         buckets = [4**k for k in range(2, 10)]
@@ -267,54 +268,43 @@ def make_app(encoders: Mapping[str, Encoder], limits: Limits = Limits(), api_key
     async def fault(request: Request, error: Exception) -> Response:
         return ApiError(500, "the server failed: see its log").response()
 
-    def find(name: str) -> Encoder:
-        if name not in encoders:
-            raise ApiError(404, f"model {name!r} must be one of {', '.join(encoders)}", "model", "model_not_found")
-        return encoders[name]
+    async def answer(request: Request, body: _Input, read: Callable, entries: Callable) -> Response:
+        """The answer to a request whose segments are read(encoder, input, limits).
 
-    errors = {status: {"model": ErrorResponse, "description": about} for status, about in ERRORS.items()}
-    secured = [Depends(HTTPBearer(auto_error=False))] if api_key else []  # for the OpenAPI page: _Edge checks it
-
-    @app.post("/v1/embeddings", response_model=EmbeddingsResponse, responses=errors, dependencies=secured)
-    async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
-        encoder = find(body.model)
-        _check_vectors(encoder, body)
-        segments = await asyncio.to_thread(_text_segments, encoder, body.input, limits)
-        vectors = await vectors_of(request, body, segments)
-        content = await asyncio.to_thread(_texts_content, encoder, body, segments, vectors)
-        return count_vectors(body, len(vectors), segments, content)
-
-    @app.post(
-        "/v1/contextualizedembeddings", response_model=ContextualizedResponse, responses=errors, dependencies=secured
-    )
-    async def contextualized(request: Request, body: ContextualizedRequest) -> Response:
-        encoder = find(body.model)
-        _check_vectors(encoder, body)
-        segments = await asyncio.to_thread(_document_segments, encoder, body.input, limits)
-        vectors = await vectors_of(request, body, segments)
-        content = await asyncio.to_thread(_documents_content, encoder, body, segments, vectors)
-        return count_vectors(body, len(vectors), segments, content)
-
-    async def vectors_of(request: Request, body: _Input, segments: Sequence[Segment]) -> np.ndarray:
-        """The vectors of all spans; the work is dropped if the client goes."""
+        entries(segments, vectors) is the data of the answer.
+        """
+        if body.model not in encoders:
+            message = f"model {body.model!r} must be one of {', '.join(encoders)}"
+            raise ApiError(404, message, "model", "model_not_found")
+        encoder = encoders[body.model]
+        segments = await asyncio.to_thread(_read, encoder, body, read, limits)
         try:
-            computed = batchers[body.model].submit(segments)
+            pooled = await _while_connected(request, batchers[body.model].submit(segments))
         except OverloadedError as error:
             raise ApiError(429, str(error)) from error
-        except ClosedError as error:
-            raise ApiError(503, str(error)) from error
-        try:
-            return await _while_connected(request, computed)
         except TooLongError as error:
             raise ApiError(400, str(error), "input") from error
         except _GoneError:
             metrics.dropped.inc()
             raise ApiError(499, "the client has gone") from None  # nobody reads it
-
-    def count_vectors(body: _Input, vectors: int, segments: Sequence[Segment], content: bytes) -> Response:
-        metrics.texts.labels(body.model).inc(vectors)
+        metrics.vectors.labels(body.model).inc(len(pooled))
         metrics.tokens.labels(body.model).inc(_tokens(segments))
+        content = await asyncio.to_thread(_content, encoder, body, segments, pooled, entries)
         return Response(content, media_type="application/json")
+
+    errors = {status: {"model": ErrorResponse, "description": about} for status, about in ERRORS.items()}
+    secured = [Depends(HTTPBearer(auto_error=False))] if api_key else []  # for the OpenAPI page: _Edge checks it
+    how = dict(responses=errors, dependencies=secured)
+
+    @app.post("/v1/embeddings", response_model=EmbeddingsResponse, **how)
+    async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
+        """A vector per text."""
+        return await answer(request, body, _texts, lambda segments, vectors: _embeddings(vectors))
+
+    @app.post("/v1/contextualizedembeddings", response_model=ContextualizedResponse, **how)
+    async def contextualized(request: Request, body: ContextualizedRequest) -> Response:
+        """A vector per chunk of each document, computed within the document."""
+        return await answer(request, body, _documents, _of_documents)
 
     @app.get("/v1/models", dependencies=secured, responses={401: errors[401]})
     async def models() -> dict:
@@ -384,91 +374,66 @@ def _about(encoder: Encoder) -> dict:
     }
 
 
-def _check_vectors(encoder: Encoder, body: EmbeddingsRequest | ContextualizedRequest) -> None:
-    try:
-        check_precision(PRECISION[body.encoding_format], encoder.dimensions, body.dimensions)
-    except ValueError as error:
-        raise ApiError(400, str(error).replace("truncate_dim", "dimensions"), "dimensions") from error
-
-
 def _check_count(noun: str, count: int, limit: int) -> None:
     if not 1 <= count <= limit:
-        raise ApiError(400, f"input has {count:,} {noun}, a request may have 1 to {limit:,}", "input")
-
-
-def _check_tokens(segments: Sequence[Segment], limits: Limits) -> None:
-    if (tokens := _tokens(segments)) > limits.tokens:
-        raise ApiError(400, f"input has {tokens:,} tokens, a request may have {limits.tokens:,}", "input")
+        raise ValueError(f"input has {count:,} {noun}, a request may have 1 to {limit:,}")
 
 
 def _tokens(segments: Sequence[Segment]) -> int:
     return sum(len(segment.tokens) for segment in segments)
 
 
-def _text_segments(encoder: Encoder, given, limits: Limits) -> list[Segment]:
-    """The texts of a request to /v1/embeddings; ApiError if there are too many or they are too long."""
+def _read(encoder: Encoder, body: _Input, read: Callable, limits: Limits) -> list[Segment]:
+    """The segments of a request; ApiError if something is wrong with it."""
+    try:
+        check_precision(PRECISION[body.encoding_format], encoder.dimensions, body.dimensions)
+    except ValueError as error:
+        raise ApiError(400, str(error).replace("truncate_dim", "dimensions"), "dimensions") from error
+    try:
+        segments = read(encoder, body.input, limits)
+        _check_count("tokens", _tokens(segments), limits.tokens)
+    except ValueError as error:
+        raise ApiError(400, str(error), "input") from error
+    return segments
+
+
+def _texts(encoder: Encoder, given, limits: Limits) -> list[Segment]:
+    """The texts of a request: a text, its tokens, or a list of either."""
     single = isinstance(given, str) or bool(given) and isinstance(given[0], int)
     inputs = [given] if single else given
     _check_count("texts", len(inputs), limits.texts)
-    names = ["input"] if single else [f"input.{i}" for i in range(len(inputs))]
-    try:
-        if isinstance(inputs[0], str):
-            segments, _ = encoder.fit_texts(inputs, names=names)
-        else:
-            segments, _ = encoder.fit_tokens(inputs, names=names)
-    except ValueError as error:
-        raise ApiError(400, str(error), "input") from error
-    _check_tokens(segments, limits)
-    return segments
+    fit = encoder.fit_texts if isinstance(inputs[0], str) else encoder.fit_tokens
+    return fit(inputs, names=["input"] if single else [f"input.{i}" for i in range(len(inputs))])[0]
 
 
-def _document_segments(encoder: Encoder, documents: list[list[str]], limits: Limits) -> list[Segment]:
-    """The documents of a request to /v1/contextualizedembeddings; ApiError as `_text_segments`."""
+def _documents(encoder: Encoder, documents: list[list[str]], limits: Limits) -> list[Segment]:
     _check_count("documents", len(documents), limits.texts)
     _check_count("chunks", sum(map(len, documents)), limits.chunks)
-    try:
-        segments, _ = encoder.fit_documents(documents, names=[f"input.{i}" for i in range(len(documents))])
-    except ValueError as error:
-        raise ApiError(400, str(error), "input") from error
-    _check_tokens(segments, limits)
-    return segments
+    return encoder.fit_documents(documents, names=[f"input.{i}" for i in range(len(documents))])[0]
 
 
-def _rendered(encoder: Encoder, body: EmbeddingsRequest | ContextualizedRequest, pooled: np.ndarray) -> list:
-    """The vectors as they are in JSON: lists of numbers, or base64."""
-    vectors = _converted(encoder, pooled, PRECISION[body.encoding_format], body.dimensions)
-    if body.encoding_format == "float":
-        return vectors.tolist()
-    return [base64.b64encode(vector.astype(vector.dtype.newbyteorder("<")).tobytes()).decode() for vector in vectors]
-
-
-def _converted(encoder: Encoder, pooled: np.ndarray, precision: str, dimensions: int | None) -> np.ndarray:
-    """Vectors of `encode_segments` [N, D] in another precision, cut to `dimensions`; float32 has length 1."""
-    if precision == "float32":
-        pooled = pooled[:, :dimensions]
-        return pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+def _content(encoder: Encoder, body: _Input, segments: Sequence[Segment], pooled: np.ndarray, entries) -> bytes:
+    """The answer in JSON, of the vectors [N, D] of all spans."""
+    precision, count = PRECISION[body.encoding_format], len(pooled)
     # A program is compiled for each number of vectors, so it is rounded up to a power of two.
-    padding = (1 << (len(pooled) - 1).bit_length()) - len(pooled)
-    vectors = encoder.quantize(np.pad(pooled, ((0, padding), (0, 0))), precision)[: len(pooled)]
-    kept = dimensions or encoder.dimensions
-    return vectors[:, : kept // 8 if precision == "ubinary" else kept]
-
-
-def _entries(vectors: list) -> list[dict]:
-    return [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
-
-
-def _content(body: _Input, data: list, segments: Sequence[Segment]) -> bytes:
+    padded = np.pad(pooled, ((0, (1 << (count - 1).bit_length()) - count), (0, 0)))
+    settings = dict(truncate_dim=body.dimensions, normalize=precision == "float32")
+    vectors = encoder.quantize(padded, precision, **settings)[:count]
+    if body.encoding_format == "float":
+        shown = vectors.tolist()
+    else:
+        little_endian = vectors.astype(vectors.dtype.newbyteorder("<"))
+        shown = [base64.b64encode(vector.tobytes()).decode() for vector in little_endian]
     usage = {"prompt_tokens": _tokens(segments), "total_tokens": _tokens(segments)}
+    data = entries(segments, shown)
     return json.dumps({"object": "list", "data": data, "model": body.model, "usage": usage}).encode()
 
 
-def _texts_content(encoder: Encoder, body: EmbeddingsRequest, segments: Sequence[Segment], pooled) -> bytes:
-    return _content(body, _entries(_rendered(encoder, body, pooled)), segments)
+def _embeddings(vectors: Sequence) -> list[dict]:
+    return [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
 
 
-def _documents_content(encoder: Encoder, body: ContextualizedRequest, segments: Sequence[Segment], pooled) -> bytes:
-    vectors, data = iter(_rendered(encoder, body, pooled)), []
-    for i, segment in enumerate(segments):
-        data.append({"object": "list", "index": i, "data": _entries([next(vectors) for _ in range(segment.num_spans)])})
-    return _content(body, data, segments)
+def _of_documents(segments: Sequence[Segment], vectors: Sequence) -> list[dict]:
+    remaining = iter(vectors)
+    chunks = [list(itertools.islice(remaining, segment.num_spans)) for segment in segments]
+    return [{"object": "list", "index": i, "data": _embeddings(each)} for i, each in enumerate(chunks)]

@@ -21,7 +21,7 @@ from embed.preparation.sources.base import UnreachableError
 from embed.preparation.stream import Work
 
 SMALL = 4 << 20  # bytes of source below which starting processes takes longer than the work
-ROW = 1 << 10  # about the bytes of a row
+BYTES_PER_ROW = 1 << 10  # a guess, for runs with a limit of rows
 REFRESH = 0.5  # seconds between updates of the progress bar
 
 
@@ -51,7 +51,7 @@ def run_locally(jobs: Sequence[Job], work: Work, processes: int | None, progress
     """
     jobs = sorted(jobs, key=lambda job: -job.bytes)
     processes = min(cores() if processes is None else processes, len(jobs))
-    to_read = sum(min(job.bytes, work.limit * ROW) if work.limit else job.bytes for job in jobs)
+    to_read = sum(min(job.bytes, work.limit * BYTES_PER_ROW) if work.limit else job.bytes for job in jobs)
     if processes <= 1 or to_read < SMALL:
         for job in jobs:
             job.run(work, progress)

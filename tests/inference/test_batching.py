@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import small
 
-from embed.inference import Encoder
 from embed.inference.batching import Batcher, ClosedError, OverloadedError
 from embed.rows import dense
 
@@ -30,7 +29,7 @@ class Gate:
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(small.params(), small.config(), small.tokenizer())
+    return small.encoder()
 
 
 @pytest.fixture

@@ -349,6 +349,18 @@ def test_float32_vectors_of_a_tanh_model_are_quantized_with_one_tanh(encoder):
     np.testing.assert_array_equal(model.quantize(model.encode(TEXTS), "float32"), model.encode(TEXTS))
 
 
+@pytest.mark.parametrize("tanh", [False, True])
+def test_the_settings_of_encode_can_be_applied_to_its_float32_vectors(tanh):
+    model = small.encoder(tanh=tanh)
+    for precision in inference.PRECISIONS:
+        for normalize in (False, True)[: 2 if precision == "float32" else 1]:
+            got = model.quantize(model.encode(TEXTS), precision, truncate_dim=16, normalize=normalize)
+            want = model.encode(TEXTS, precision=precision, truncate_dim=16, normalize_embeddings=normalize)
+            np.testing.assert_array_equal(got, want, strict=True)
+    with pytest.raises(ValueError, match="truncate_dim=33 must be in 1..32"):
+        model.quantize(model.encode(TEXTS), "int8", truncate_dim=33)
+
+
 @pytest.mark.parametrize("precision", inference.PRECISIONS)
 def test_a_vector_that_is_not_finite_is_an_error_in_every_precision(precision):
     params = {**small.params(), "norm": np.array([np.nan, *small.params()["norm"][1:]], np.float32)}

@@ -2,8 +2,10 @@
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -28,15 +31,14 @@ from embed.inference import Encoder
 from embed.inference.server import PATHS, Limits, make_app
 
 TEXTS = small.sentences(12, seed=3)
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [["parse the file", "of a token", "open"], ["a vector"], ["read", "", "write the index"]]
 TIMEOUT = 60
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(
-        small.params(), small.config(), small.tokenizer(), matryoshka=(8, 32), max_length=200, digest="0123abcd"
-    )
+    return small.encoder(matryoshka=(8, 32), max_length=200, digest="0123abcd")
 
 
 @contextlib.contextmanager
@@ -145,7 +147,7 @@ def test_chunks_of_documents_are_those_of_late_chunking(url, encoder):
 
 
 def test_a_model_with_tanh_gives_the_int8_of_its_encoder():
-    encoder = Encoder(small.params(), small.config(), small.tokenizer(), tanh=True)
+    encoder = small.encoder(tanh=True)
     with serving({"tanh": encoder}) as url:
         _, answer, _ = call(f"{url}/v1/embeddings", {"model": "tanh", "input": TEXTS, "encoding_format": "base64_int8"})
     got = [np.frombuffer(base64.b64decode(entry["embedding"]), np.int8) for entry in answer["data"]]
@@ -224,7 +226,7 @@ def test_the_client_of_openai_raises_its_own_errors(client):
 def test_tokens_and_bytes_of_a_request_are_limited(encoder):
     with serving({"small": encoder}, limits=Limits(tokens=20, body=1000)) as url:
         status, answer, _ = call(f"{url}/v1/embeddings", {"model": "small", "input": ["a b c d e f g h"] * 3})
-        assert status == 400 and "tokens, a request may have 20" in answer["error"]["message"]
+        assert status == 400 and "tokens, a request may have 1 to 20" in answer["error"]["message"]
         large = json.dumps({"model": "small", "input": "a", "user": "x" * 1000}).encode()
         for headers in ({}, {"Transfer-Encoding": "chunked"}):
             body = large if not headers else [large[:600], large[600:]]
@@ -361,6 +363,36 @@ def test_every_answer_to_anything_is_what_the_openapi_document_says(url):
 
         check()
     assert {path for path, _ in seen} == set(PATHS) and {status for _, status in seen} >= {200, 400, 404}
+
+
+def test_a_fault_of_the_server_is_an_answer_and_is_counted(encoder):
+    class Failing(Gate):
+        def encode_segments(self, segments, **how):
+            raise RuntimeError("the device is lost")
+
+    with serving({"small": Failing(encoder)}) as url:
+        status, answer, _ = call(f"{url}/v1/embeddings", {"model": "small", "input": "a"})
+        assert status == 500 and answer["error"]["type"] == "server_error"
+        assert 'embed_requests_total{path="/v1/embeddings",status="500"} 1.0' in call(f"{url}/metrics")[1]
+
+
+def test_the_programs_of_the_page_run_as_written():
+    wide = dataclasses.replace(small.config(), hidden_size=64)
+    encoder = Encoder(small.random_params(wide), wide, small.tokenizer())
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(), re.S)
+    assert len(programs) == 2
+    with serving({"embed": encoder}) as url:
+        for program in programs:
+            scope = {}
+            exec(program.replace("http://127.0.0.1:8000", url), scope)
+            assert "vectors" not in scope or np.shape(scope["vectors"]) == (2, 64)
+    assert scope["vector"].shape == (64,) and scope["vector"].dtype == np.int8
+
+
+def test_missing_packages_are_one_sentence_that_says_how_to_install_them(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve", "--model=a"]) == 2
+    assert "pip install -e '.[serve]'" in capsys.readouterr().err
 
 
 def test_the_program_announces_its_address_and_finishes_what_it_took_when_it_is_ended(tmp_path):

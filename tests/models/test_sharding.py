@@ -129,8 +129,7 @@ EQUAL_LOSSES = textwrap.dedent(
 )
 
 
-# A causal loss is that of diffusion on other tokens, a pair loss that of triplets without negatives.
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("causal", "pair")])
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_on_eight_devices_equal_those_on_one(kind):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

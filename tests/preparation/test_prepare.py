@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -929,6 +930,16 @@ def test_a_runner_that_cannot_be_used_is_refused_before_any_work(sources, tmp_pa
     with pytest.raises(ValueError, match="--runner=DirectRunner would download another runner .* --runner=FnApiRunner"):
         run(sources, tmp_path / "data", runner="DirectRunner")
     assert not (tmp_path / "data").exists()
+
+
+def test_a_limit_of_rows_makes_large_sources_small_work_without_processes(monkeypatch):
+    ran = []
+    jobs = [runners.Job(lambda work, name, progress: ran.append(name), (name,), 1 << 30, "") for name in "ab"]
+    monkeypatch.setattr(runners, "ProcessPoolExecutor", None)
+    runners.run_locally(jobs, SimpleNamespace(limit=60), 2, lambda *_: None)
+    assert ran == ["a", "b"]
+    with pytest.raises(TypeError, match="NoneType"):  # processes
+        runners.run_locally(jobs, SimpleNamespace(limit=0), 2, lambda *_: None)
 
 
 def test_a_worker_that_is_killed_is_an_error_not_a_wait(sources, tmp_path, monkeypatch):

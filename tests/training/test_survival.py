@@ -397,6 +397,16 @@ def test_the_error_after_a_lost_process_names_the_step_and_the_remedy(monkeypatc
         raise loop.NonFiniteLossError("nan")
 
 
+def test_processes_may_agree_on_a_signal_of_one_run_in_the_next_run(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", lambda call: asked.append(call) or False)
+    for _ in range(2):
+        request = loop.StopRequest()
+        assert not any(request() for _ in range(3))
+    assert asked == list(range(asked[0], asked[0] + 6))  # jax compares a call with the one that was agreed on
+
+
 # --- several processes -------------------------------------------------------------------------------------------
 
 ONE_OF_SEVERAL = """
