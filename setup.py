@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 QUICKSTART = ["ipykernel", "nbclient", "nbformat", "pytest", "pytest-xdist"]
 # Data of embed/preparation/hygiene.py; all work offline.
 HYGIENE = ["langcodes", "py3langid>=0.4", "rensa>=0.5"]
+# embed/inference/chunkers.py; other programming languages: tree-sitter-LANGUAGE.
+CHUNK = ["semantic-text-splitter", "sentencex", "tree-sitter-python"]
 MTEB = ["mteb>=2.26,<3"]
 SERVE = ["fastapi", "prometheus-client", "uvicorn"]
 
@@ -45,7 +47,7 @@ setup(
         "pytrec_eval-terrier",  # retrieval metrics
         "rich",
         "safetensors",
-        "sentencepiece>=0.2.1",
+        "sentencepiece>=0.2.2",  # offsets
         "tensorboardX",
         "tensorstore",
         "tokenizers",
@@ -54,6 +56,7 @@ setup(
     extras_require={
         # embed prepare --runner=…, also on Dataflow; holds back protobuf, for which sentencepiece 0.2.3 is too new.
         "beam": ["apache-beam[gcp]>=2.77,<3", "sentencepiece<0.2.3"],
+        "chunk": CHUNK,  # the chunkers of encode_long
         # Only `embed prepare` imports them.
         "data": [
             "backports.zstd",
@@ -79,6 +82,7 @@ setup(
         "synthesize": ["openai"],  # embed synthesize
         "tpu": ["jax[tpu]"],  # `embed plan` compiles with it on any machine
         "test": [
+            *CHUNK,
             *HYGIENE,
             *QUICKSTART,
             *SERVE,

@@ -97,35 +97,34 @@ def cut(segment: Segment, length: int) -> Segment:
     return segment._replace(tokens=segment.tokens[:length], spans=segment.spans[:length])
 
 
-def windows(segment: Segment, length: int) -> list[Segment]:
-    """A chunked document as consecutive windows of whole chunks, each a segment of at most `length` tokens.
+class Window(NamedTuple):
+    """A part of a long document that is encoded by itself."""
 
-    There are as few windows as possible and the longest is as short as possible, so that no chunk is left with little
-    context. A chunk of more than `length` tokens is a window of its own. The separator between two windows is dropped.
+    segment: Segment  # its spans are numbered anew; a token that another window takes is in no span
+    spans: np.ndarray  # int[m]: the span of the document, from 0, of each of its spans
+    counts: np.ndarray  # int[m]: the number of tokens of each
+
+
+def windows(segment: Segment, length: int) -> list[Window]:
+    """A document as overlapping windows of `length` tokens; one that is not longer is its only window.
+
+    Neighbours share half a window or more. A token is taken from the window in which it has most context on its
+    shorter side: a quarter of a window or more, except at the ends of the document. So the cost is linear in the length
+    of the document. A span may have tokens in several windows.
     """
-    if len(segment.tokens) <= length or segment.num_spans < 2:
-        return [segment]
-    sizes = np.bincount(segment.spans, minlength=segment.num_spans + 1)[1:]
-    gap = int((segment.spans == 0).any())  # the separator
-    starts = np.cumsum(sizes + gap) - sizes - gap
-
-    def first_chunks(limit: int) -> list[int]:
-        """The first chunk of each window if every window takes as many chunks as fit `limit`."""
-        first = [0]
-        for k in range(1, segment.num_spans):
-            if starts[k] + sizes[k] - starts[first[-1]] > limit:
-                first.append(k)
-        return first
-
-    # The smallest limit with as few windows is in low + 1 … high.
-    low, high = int(sizes[sizes <= length].max(initial=1)) - 1, length
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(first_chunks(middle)) == len(first_chunks(length)) else (middle, high)
-    result, first = [], [*first_chunks(high), segment.num_spans]
-    for a, b in zip(first, first[1:]):
-        part = slice(starts[a], starts[b - 1] + sizes[b - 1])
-        result.append(Segment(segment.tokens[part], np.maximum(segment.spans[part] - a, 0), b - a))
+    size = len(segment.tokens)
+    count = 1 + max(0, -(-2 * (size - length) // max(length, 1)))
+    starts = np.linspace(0, max(size - length, 0), count).round().astype(int)
+    borders = [0, *((starts[:-1] + starts[1:] + length) // 2), size]
+    result = []
+    for start, first, stop in zip(starts, borders, borders[1:]):
+        part = slice(start, start + length)
+        spans = segment.spans[part].copy()
+        spans[: first - start] = spans[stop - start :] = 0
+        of_document, inverse, counts = np.unique(spans, return_inverse=True, return_counts=True)
+        none = int(not len(of_document) or of_document[0] != 0)  # the first is that of tokens in no span
+        local = Segment(segment.tokens[part], (inverse + none).astype(np.int32), len(of_document) - 1 + none)
+        result.append(Window(local, of_document[1 - none :] - 1, counts[1 - none :]))
     return result
 
 

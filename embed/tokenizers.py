@@ -47,6 +47,13 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32[length] per text. ValueError if one is not a str or not valid Unicode."""
 
+    def offsets(self, text: str) -> np.ndarray:
+        """int32[length, 2]: the first character of each token of `encode` in the text, and the one after its last.
+
+        Characters that no token stands for, such as white space that is normalized away, are in no token. Tokens that
+        share a character, such as the bytes of an emoji, all have it.
+        """
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens. Control tokens (mask, separator, padding) are left out."""
 
@@ -98,6 +105,10 @@ class SentencePieceTokenizer:
         # For a few texts, starting threads takes longer than encoding.
         threads = -1 if len(texts) >= 64 else 1
         return [np.asarray(ids, np.int32) for ids in self._processor.encode(texts, num_threads=threads)]
+
+    def offsets(self, text: str) -> np.ndarray:
+        (text,) = _texts([text])
+        return _pairs(self._processor.encode(text, return_type="offset_mapping")["offsets"])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -204,6 +215,9 @@ class HuggingFaceTokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(_texts(texts), add_special_tokens=False)  # without offsets
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def offsets(self, text: str) -> np.ndarray:
+        return _pairs(self._tokenizer.encode(*_texts([text]), add_special_tokens=False).offsets)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -327,6 +341,10 @@ def _first_line(error: Exception) -> str:
 
 def _write_config(folder: str | os.PathLike, **fields) -> None:
     paths.write_json(paths.path(folder) / CONFIG_FILE, fields)
+
+
+def _pairs(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.asarray(offsets, np.int32).reshape(-1, 2)
 
 
 def _texts(texts: Sequence[str]) -> list[str]:

@@ -147,24 +147,36 @@ def test_a_cut_document_keeps_empty_slots_for_its_lost_chunks():
     assert [len(read_back(packed, 0, k)) for k in range(3)] == [3, 1, 0]
 
 
-def test_windows_are_as_few_and_as_even_as_possible_and_contain_whole_chunks():
-    chunks = texts([40, 20, 20, 0, 20, 200, 1, 0])
-    document = rows.chunked(chunks, 2)
-    parts = rows.windows(document, 100)
-    assert [p.num_spans for p in parts] == [2, 3, 1, 2]  # not 4, 1, 1, 2, whose longest is 83 tokens instead of 61
-    assert [len(p.tokens) for p in parts] == [61, 42, 200, 2]
-    read = [p.tokens[p.spans == k + 1] for p in parts for k in range(p.num_spans)]
-    for got, want in zip(read, chunks, strict=True):
-        np.testing.assert_array_equal(got, want)
-    inner = rows.chunked(chunks[2:5], 2)
-    np.testing.assert_array_equal(parts[1].tokens, inner.tokens)
-    np.testing.assert_array_equal(parts[1].spans, inner.spans)
-    assert rows.windows(document, len(document.tokens)) == [document]
+@pytest.mark.parametrize("size, length", [(101, 100), (150, 100), (151, 100), (1000, 100), (1000, 99), (7, 2), (9, 1)])
+def test_every_token_is_taken_from_the_window_in_which_it_has_most_context(size, length):
+    rng = np.random.default_rng(size)
+    spans = np.repeat(np.arange(1, size + 1), rng.integers(0, 9, size))[:size].astype(np.int32)
+    spans[rng.integers(0, len(spans), 3)] = 0  # separators
+    document = rows.Segment(np.arange(len(spans), dtype=np.int32), spans, size)
+    parts = rows.windows(document, length)
+    tokens, of_document = [], []
+    for part in parts:
+        assert len(part.segment.tokens) == length
+        np.testing.assert_array_equal(np.bincount(part.segment.spans, minlength=1)[1:], part.counts)
+        taken = part.segment.spans > 0
+        tokens.append(part.segment.tokens[taken])
+        of_document.append(part.spans[part.segment.spans[taken] - 1] + 1)
+        if len(parts) > 1:
+            middle = part.segment.tokens[taken]
+            first, last = part.segment.tokens[[0, -1]]
+            for other in parts:  # in no other window is the shorter side longer, but for the rounding of a half
+                start, end = other.segment.tokens[[0, -1]]
+                assert (np.minimum(middle - first, last - middle) >= np.minimum(middle - start, end - middle) - 1).all()
+    np.testing.assert_array_equal(np.concatenate(tokens), np.flatnonzero(spans))
+    np.testing.assert_array_equal(np.concatenate(of_document), spans[spans > 0])
+    assert sum(len(part.segment.tokens) for part in parts) <= 2 * len(spans) + length
 
 
-def test_a_text_is_never_divided_into_windows():
-    (text,) = texts([9])
-    assert rows.windows(rows.dense(text), 4)[0].tokens is text
+def test_a_document_that_fits_is_its_only_window():
+    document = rows.chunked(texts([3, 0, 4]), 2)
+    (part,) = rows.windows(document, len(document.tokens))
+    np.testing.assert_array_equal(part.segment.tokens, document.tokens)
+    assert part.spans.tolist() == [0, 2] and part.counts.tolist() == [3, 4] and part.segment.num_spans == 2
 
 
 def test_content_ids_are_equal_only_for_equal_tokens():

@@ -40,6 +40,20 @@ def test_without_splitting_case_and_bytes_survive_a_round_trip(plain):
         assert plain.decode(plain.encode([text])[0]) == text
 
 
+def test_offsets_are_those_of_the_tokens_in_the_text(split, plain, tmp_path):
+    for tokenizer in (split, plain, tokenizers.load(bpe(tmp_path))):
+        for text in ("parse_the  HTTPServer config", "größe 中 ﬁne", "a\n\tb ", "x🎉y", ""):
+            offsets = tokenizer.offsets(text)
+            ids = tokenizer.encode([text])[0]
+            assert offsets.shape == (len(ids), 2) and offsets.dtype == np.int32
+            assert (offsets[:, 0] <= offsets[:, 1]).all() and (np.diff(offsets[:, 0]) >= 0).all()
+            in_tokens = {c for start, end in offsets for c in range(start, end)}
+            assert all(c in in_tokens for c, character in enumerate(text) if character.isalnum()), text
+        words = "parse the file config".split()
+        found = ["parse the file config"[a:b].strip() for a, b in tokenizer.offsets("parse the file config")]
+        assert "".join(found) == "".join(words)
+
+
 def test_a_sentencepiece_model_that_is_empty_or_cut_anywhere_is_refused_without_noise(tmp_path, capfd):
     train_sentencepiece(TEXTS, tmp_path, vocab_size=60)
     file = tmp_path / "sentencepiece.model"

@@ -12,6 +12,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from embed import distributed
 from embed.checkpoints import model_folder
+from embed.inference import chunkers
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.objectives.contrastive import normalize as to_unit_length
@@ -132,8 +134,8 @@ class Encoder:
         `mesh` comes from `embed.models.sharding.make_mesh`; by default it spans all devices of all processes along
         data. Parameters that are on this mesh keep their shardings, others are copied to each of its devices.
         `max_length` is the largest number of tokens of a text or document, None for no limit. A document of more than
-        `context_length` tokens, the longest in training, is encoded in windows of whole chunks; None means no windows.
-        With `tanh`, float32 vectors are tanh(v) of the pooled v; int8 and bits do not change. `pooling` is that of
+        `context_length` tokens, the longest in training, is encoded in overlapping windows (`rows.windows`); None means
+        no windows. With `tanh`, float32 vectors are tanh(v) of the pooled v; int8 and bits do not change. `pooling` is that of
         `pool_spans`. `digest` identifies the model.
         """
         if tokenizer.vocab_size > config.vocab_size:
@@ -313,6 +315,69 @@ class Encoder:
         )
         return np.split(vectors, np.cumsum([s.num_spans for s in segments])[:-1]) if segments else []
 
+    def encode_long(
+        self,
+        texts: str | Sequence[str],
+        chunker: chunkers.Chunker,
+        *,
+        window: int | None = None,
+        precision: str = "float32",
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> "Chunks | list[Chunks]":
+        """Late chunking of texts of any length: the chunks of each one, embedded in its context.
+
+        A single str gives a single result. `chunker` gives the character offsets of a text's chunks, which may overlap
+        (`embed.inference.chunkers`). Chunks that do not overlap have the vectors that `encode_documents` gives them.
+
+        A text of more than `window` tokens is encoded in overlapping windows (`rows.windows`): time is linear in its
+        length, memory constant. The default is the model's `context_length`, or else its `max_length`; without both,
+        a text is one window. Other keywords and errors are as in `encode`.
+        """
+        if isinstance(texts, str):
+            names = ["the text"] if names is None else names
+            return self.encode_long(
+                [texts],
+                chunker,
+                window=window,
+                precision=precision,
+                truncate_dim=truncate_dim,
+                normalize_embeddings=normalize_embeddings,
+                batch_tokens=batch_tokens,
+                show_progress_bar=show_progress_bar,
+                names=names,
+            )[0]
+        check_precision(precision, self.dimensions, truncate_dim, normalize_embeddings)
+        window = self.context_length or self.max_length if window is None else window
+        if window is not None:
+            check_count("window", window)
+        texts = _list("texts", texts, "a str or a list of str")
+        name = _namer("text", len(texts), names)
+        for i, text in enumerate(texts):
+            check_text(name(i), text)
+        offsets = [chunkers.check(chunker(text), len(text), name(i)) for i, text in enumerate(texts)]
+        parts = [_parts(chunks) for chunks in offsets]
+        segments = []
+        for i, (text, (pieces, starts_chunk, _)) in enumerate(zip(texts, parts)):
+            tokens = self.tokenizer.encode([text[a:b] for a, b in pieces])
+            segments.append(_joined(tokens, starts_chunk, self.tokenizer.separator_id if self.separator else None))
+            if not segments[-1].spans.any():
+                raise ValueError(f"{name(i)} has no tokens in any of its {len(offsets[i])} chunks")
+        vectors = self._pool_windows(segments, name, window, batch_tokens, show_progress_bar)
+        result = []
+        for text, chunks, (_, _, of_chunk), segment in zip(texts, offsets, parts, segments):
+            pooled, vectors = vectors[: segment.num_spans], vectors[segment.num_spans :]
+            counts = np.bincount(segment.spans, minlength=segment.num_spans + 1)[1:]
+            members = np.concatenate([np.arange(*each) for each in of_chunk])
+            chunk = np.repeat(np.arange(len(chunks)), [b - a for a, b in of_chunk])
+            pooled = _combine(pooled[members], chunk, counts[members], len(chunks), self.pooling)
+            quantized = _quantize(jnp.asarray(pooled), precision, truncate_dim, normalize_embeddings, self.tanh)
+            result.append(Chunks(np.array(chunks, np.int32), [text[a:b] for a, b in chunks], quantized))
+        return result
+
     def fit_documents(
         self, documents: Sequence[Sequence[str]], *, truncate: bool = False, names: Sequence[str] | None = None
     ) -> tuple[list[Segment], int]:
@@ -374,12 +439,42 @@ class Encoder:
     ) -> np.ndarray:
         """Vectors of all spans of all segments, in order: [total spans, D or D/8]."""
         check_precision(precision, self.dimensions, truncate_dim, normalize)
-        if self.context_length:
-            segments, name = _windows(segments, self.context_length, name)
         finish = functools.partial(
             _quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
         )
-        return self._run(_pooled, finish, self.dimensions, segments, name, batch_tokens, progress)
+        # A text with one vector is never divided: the models that give it were trained on whole texts.
+        window = self.context_length or np.inf
+        is_long = np.array([s.num_spans > 1 and len(s.tokens) > window for s in segments], bool)
+        if not is_long.any():
+            return self._run(_pooled, finish, self.dimensions, segments, name, batch_tokens, progress)
+        of_long = np.repeat(is_long, [s.num_spans for s in segments])
+        short, long = (np.flatnonzero(is_long == which) for which in (False, True))
+        rest = [segments[i] for i in short], lambda j: name(short[j])
+        vectors = self._run(_pooled, finish, self.dimensions, *rest, batch_tokens, progress)
+        divided = [segments[i] for i in long], lambda j: name(long[j])
+        pooled = self._pool_windows(*divided, self.context_length, batch_tokens, progress)
+        out = np.empty((len(of_long), vectors.shape[1]), vectors.dtype)
+        out[~of_long], out[of_long] = vectors, finish(jnp.asarray(pooled))
+        return out
+
+    def _pool_windows(self, segments, name, window: int | None, batch_tokens=None, progress=False) -> np.ndarray:
+        """The pooled vectors of all spans of all segments, float32 [total spans, D]; each segment in its windows."""
+        parts = [windows(segment, window or len(segment.tokens)) for segment in segments]
+        first = np.cumsum([0] + [segment.num_spans for segment in segments])
+        document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        flat = [each for part in parts for each in part]
+        vectors = self._run(
+            _pooled,
+            np.asarray,
+            self.dimensions,
+            [each.segment for each in flat],
+            lambda i: name(document[i]),
+            batch_tokens,
+            progress,
+        )
+        none = [np.zeros(0, np.int64)]
+        spans = np.concatenate(none + [each.spans + first[d] for each, d in zip(flat, document)])
+        return _combine(vectors, spans, np.concatenate(none + [each.counts for each in flat]), first[-1], self.pooling)
 
     def _embed_tokens(self, segments, name, batch_tokens=None, progress=False) -> list[np.ndarray]:
         """The token vectors of all spans of all segments, in order: float32 [tokens, P] each."""
@@ -387,13 +482,23 @@ class Encoder:
             raise ValueError(
                 f"{self.path or 'this model'} has no token vectors: it was not trained by a late_interaction stage"
             )
-        if self.context_length:
-            segments, name = _windows(segments, self.context_length, name)
         if not segments:
             return []
-        vectors = self._run(_token_vectors, np.asarray, self.token_dimensions, segments, name, batch_tokens, progress)
+        window = self.context_length or np.inf
+        parts = [windows(s, int(min(window, len(s.tokens))) if s.num_spans > 1 else len(s.tokens)) for s in segments]
+        document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        flat = [each.segment for part in parts for each in part]
+        vectors = self._run(
+            _token_vectors,
+            np.asarray,
+            self.token_dimensions,
+            flat,
+            lambda i: name(document[i]),
+            batch_tokens,
+            progress,
+        )
         # Tokens of no span, such as separators, have no vector.
-        in_span = np.concatenate([s.spans > 0 for s in segments])
+        in_span = np.concatenate([s.spans > 0 for s in flat])
         counts = np.concatenate([np.bincount(s.spans, minlength=s.num_spans + 1)[1:] for s in segments])
         return np.split(vectors[in_span], np.cumsum(counts)[:-1])
 
@@ -477,11 +582,60 @@ def _is_finite(vectors):
     return jnp.isfinite(vectors).all(-1).reshape(-1)
 
 
-def _windows(segments: Sequence[Segment], length: int, name: Callable) -> tuple[list[Segment], Callable]:
-    """(the windows of all documents, in order, the function that gives the name of the document of window i)."""
-    parts = [windows(segment, length) for segment in segments]
-    document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    return [window for part in parts for window in part], lambda i: name(document[i])
+class Chunks(NamedTuple):
+    """The chunks of a text: their character offsets, int32 [C, 2], their texts and their vectors [C, D or D/8]."""
+
+    offsets: np.ndarray
+    texts: list[str]
+    vectors: np.ndarray
+
+
+def _parts(chunks: chunkers.Offsets) -> tuple[chunkers.Offsets, list[bool], list[tuple[int, int]]]:
+    """Chunks that may overlap as pieces that do not.
+
+    (offsets of each piece, whether a chunk begins with it, (first piece, stop) of each chunk). A chunk that overlaps
+    with no other is one piece.
+    """
+    borders = sorted({border for chunk in chunks for border in chunk})
+    starts = {start for start, _ in chunks}
+    pieces, reached, waiting = [], 0, iter(chunks)
+    chunk = next(waiting)
+    for a, b in zip(borders, borders[1:]):
+        while chunk and chunk[0] <= a:
+            reached, chunk = max(reached, chunk[1]), next(waiting, None)
+        if a < reached:
+            pieces.append((a, b))
+    index = {start: k for k, (start, _) in enumerate(pieces)}
+    stop = {end: k + 1 for k, (_, end) in enumerate(pieces)}
+    return pieces, [start in starts for start, _ in pieces], [(index[start], stop[end]) for start, end in chunks]
+
+
+def _joined(pieces: Sequence[np.ndarray], starts_chunk: Sequence[bool], separator_id: int | None) -> Segment:
+    """A segment with a span per piece, and the separator before each that begins a chunk, except the first."""
+    whole = chunked(pieces, separator_id)
+    if separator_id is None or all(starts_chunk):
+        return whole
+    keep = np.ones(len(whole.tokens), bool)
+    gaps = np.flatnonzero(whole.spans == 0)  # before pieces 1, 2, …
+    keep[gaps[~np.array(starts_chunk[1:], bool)]] = False
+    return whole._replace(tokens=whole.tokens[keep], spans=whole.spans[keep])
+
+
+def _combine(vectors: np.ndarray, spans: np.ndarray, counts: np.ndarray, total: int, pooling: str) -> np.ndarray:
+    """The vectors of `total` spans from those of their parts, in order: float32 [total, D].
+
+    Part i is of span spans[i] and has counts[i] tokens. The mean of a span is that of its parts, weighted by tokens;
+    with `pooling` "last" it has the vector of its last part.
+    """
+    weights = counts.astype(np.float32)
+    if pooling == "last":
+        parts = np.flatnonzero(counts)
+        weights = np.zeros(len(spans), np.float32)
+        weights[list({spans[i]: i for i in parts}.values())] = 1
+    weights /= np.maximum(np.bincount(spans, weights, total)[spans], 1)
+    out = np.zeros((total, vectors.shape[1]), np.float32)
+    np.add.at(out, spans, vectors * weights[:, None].astype(np.float32))
+    return out
 
 
 def _namer(noun: str, count: int, names: Sequence[str] | None = None) -> Callable[[int], str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from embed import inference, rows
+from embed import inference
 from embed.inference import encoder as encoding
 from embed.models import sharding, transformer
 from embed.rows import Segment
@@ -158,22 +158,6 @@ def test_a_document_of_one_chunk_is_a_text(encoder):
 def test_a_later_chunk_changes_an_earlier_one(encoder):
     first, second = encoder.encode_documents([["parse the file", "open"], ["parse the file", "a list of vectors"]])
     assert np.abs(first[0] - second[0]).max() > 1e-3
-
-
-def test_a_document_longer_than_the_context_is_encoded_in_windows(encoder):
-    documents = [[*TEXTS[:9], "", *TEXTS[9:20]], ["the", "a"], [TEXTS[-1]]]
-    tokens = small.tokenizer().encode(documents[0])
-    windows = rows.windows(rows.chunked(tokens, small.tokenizer().separator_id), 150)
-    assert len(windows) > 3
-    stops = np.cumsum([window.num_spans for window in windows])
-    parts = [documents[0][stop - window.num_spans : stop] for stop, window in zip(stops, windows)]
-    arrays = small.encoder(context_length=150).encode_documents(documents)
-    assert [v.shape for v in arrays] == [(21, 32), (2, 32), (1, 32)]
-    for got, want in zip(
-        arrays, [np.concatenate(encoder.encode_documents(parts)), *encoder.encode_documents(documents[1:])]
-    ):
-        # The windows are packed into other rows here, so sums run in another order: values of order 1 in float32.
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_an_error_in_a_window_names_its_document():
