@@ -220,9 +220,8 @@ def report(folder: Path, name: str, tokenizer, arguments: argparse.Namespace) ->
     tokens = {mix: sum(map(len, tokenizer.encode(texts[mix]))) for mix in texts}
     best = compare(folder, arguments.programs, arguments.mixes, arguments.repeats)
     print(f"Model {name}:\n")
-    print(
-        "| mix | texts | tokens a text | program | texts/s | tokens/s | first time, s | second, s | embed is faster by |"
-    )
+    columns = ["mix", "texts", "tokens a text", "program", "texts/s", "tokens/s", "first time, s", "second, s"]
+    print(f"| {' | '.join([*columns, 'embed is faster by'])} |")
     print("|---|--:|--:|---|--:|--:|--:|--:|--:|")
     for mix in arguments.mixes:
         ours = best.get(("embed", 0), {}).get("second", {}).get(mix)

@@ -135,8 +135,8 @@ class Encoder:
         data. Parameters that are on this mesh keep their shardings, others are copied to each of its devices.
         `max_length` is the largest number of tokens of a text or document, None for no limit. A document of more than
         `context_length` tokens, the longest in training, is encoded in overlapping windows (`rows.windows`); None means
-        no windows. With `tanh`, float32 vectors are tanh(v) of the pooled v; int8 and bits do not change. `pooling` is that of
-        `pool_spans`. `digest` identifies the model.
+        no windows. With `tanh`, float32 vectors are tanh(v) of the pooled v; int8 and bits do not change. `pooling` is
+        that of `pool_spans`. `digest` identifies the model.
         """
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} entries, the model only {config.vocab_size}")
