@@ -9,7 +9,7 @@ import numpy as np
 from embed import distributed, paths
 from embed.cli import common
 from embed.console import say
-from embed.inference.index import Corpus, read_corpus
+from embed.inference.corpus import Corpus, read_corpus
 
 CORPUS = (
     'JSONL rows {"_id", "text"} or {"_id", "chunks": […]} (embedded in context), either with "title": docs/search.md'

@@ -4,7 +4,8 @@ from embed import distributed
 from embed.cli import common
 from embed.cli.encode import CORPUS
 from embed.console import say
-from embed.inference.index import build, is_index, read_corpus
+from embed.inference.corpus import read_corpus
+from embed.inference.index import build, is_index
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     from embed.cli import common
     from embed.console import say
     from embed.evaluation import judgments
-    from embed.inference.index import read_jsonl
+    from embed.inference.corpus import read_jsonl
 
     parser = common.Parser("judge", __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -88,7 +88,7 @@ def _by_systems(arguments: argparse.Namespace):
 
     from embed.evaluation import judgments, models, retrieval
     from embed.evaluation.sets import RetrievalSet
-    from embed.inference.index import read_rows
+    from embed.inference.corpus import read_rows
 
     corpus, queries = read_rows(arguments.corpus), read_rows(arguments.queries, queries=True)
     if chunked := [row for row in corpus if "chunks" in row.fields]:

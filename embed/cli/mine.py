@@ -18,7 +18,7 @@ from embed.cli import common
 from embed.console import say
 from embed.evaluation.retrieval import embed_corpus, embed_queries
 from embed.evaluation.sets import RetrievalSet, files, read_set
-from embed.inference.index import check_id, read_jsonl
+from embed.inference.corpus import check_id, read_jsonl
 from embed.mining import Judge, Mined, check_window, mine, summary
 
 KEYS = ("query-id", "corpus-id", "negatives")

@@ -10,7 +10,8 @@ from embed import distributed, inference
 from embed.cli import common
 from embed.cli.encode import CORPUS
 from embed.console import print_table
-from embed.inference.index import build, read_corpus
+from embed.inference.corpus import read_corpus
+from embed.inference.index import build
 
 
 def main(argv: list[str] | None = None) -> int:

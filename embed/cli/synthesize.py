@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from embed import paths
     from embed.console import make_console, print_table
-    from embed.inference.index import read_corpus
+    from embed.inference.corpus import read_corpus
     from embed.preparation import synthesis
     from embed.preparation.synthesis.prompts import Settings, read_personas
 

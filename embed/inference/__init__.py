@@ -7,5 +7,6 @@ vectors = encoder.encode(["def add(a, b): return a + b"], precision="int8")
 from embed.inference.encoder import PRECISIONS, Encoder, load, quantize
 from embed.inference.index import Index
 from embed.inference.late_interaction import maxsim
+from embed.inference.scores import similarity
 
-__all__ = ["PRECISIONS", "Encoder", "Index", "load", "maxsim", "quantize"]
+__all__ = ["PRECISIONS", "Encoder", "Index", "load", "maxsim", "quantize", "similarity"]

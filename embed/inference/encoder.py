@@ -4,6 +4,7 @@ For late interaction, project the tokens instead of averaging them.
 """
 
 import bisect
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -34,6 +35,7 @@ PRECISIONS = ("float32", "int8", "binary", "ubinary")
 ENCODER_SETTINGS = ("separator", "max_length", "context_length", "matryoshka", "tanh", "pooling")
 MIN_ROW_LENGTH = 64
 TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
+STREAM_BATCHES, CHARACTERS_PER_TOKEN = 64, 4  # a block of `encode_stream`
 FINE_BATCHES, FINE_LENGTH = 128, 256  # with more batches on CPU, rows of more tokens than this have finer lengths
 
 
@@ -314,6 +316,54 @@ class Encoder:
             show_progress_bar,
         )
         return np.split(vectors, np.cumsum([s.num_spans for s in segments])[:-1]) if segments else []
+
+    def encode_stream(
+        self,
+        texts: Iterable[str | Sequence[str]],
+        *,
+        precision: str = "float32",
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        batch_tokens: int | None = None,
+        truncate: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """The vectors of texts that are read one after the other, such as those of a corpus larger than memory.
+
+        Yields what `encode` returns for each text, [D or D/8], and what `encode_documents` returns for each document (a
+        list of chunks), [chunks, D or D/8], in order. Texts are read ahead by about STREAM_BATCHES batches, and those
+        of the next block are tokenized while the current one is encoded. Keywords are as in `encode`. An error comes
+        when its block is reached, and names a text by its index.
+        """
+        if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+            raise ValueError(f"texts is {texts!r:.80}, expected texts, each a str or a list of str")
+        check_precision(precision, self.dimensions, truncate_dim, normalize_embeddings)
+        characters = STREAM_BATCHES * (batch_tokens or self.batch_tokens) * CHARACTERS_PER_TOKEN
+        blocks = _blocks(texts, characters)
+
+        def fit(first: int, block: list) -> tuple[list[bool], list[Segment]]:
+            is_text = [isinstance(item, str) for item in block]
+            names = [f"text {first + i}" for i in range(len(block))]
+            segments: dict[int, Segment] = {}
+            for kind, fit_kind in ((True, self.fit_texts), (False, self.fit_documents)):
+                members = [i for i, each in enumerate(is_text) if each == kind]
+                if members:
+                    some = [block[i] for i in members]
+                    fitted, _ = fit_kind(some, truncate=truncate, names=[names[i] for i in members])
+                    segments |= zip(members, fitted)
+            return is_text, [segments[i] for i in range(len(block))]
+
+        with concurrent.futures.ThreadPoolExecutor(1, "tokenize") as pool:
+            first, block = 0, next(blocks, None)
+            waiting = block and pool.submit(fit, first, block)
+            while waiting:
+                is_text, segments = waiting.result()
+                start, first, block = first, first + len(is_text), next(blocks, None)
+                waiting = block and pool.submit(fit, first, block)
+                name = _namer("text", len(segments), [f"text {start + i}" for i in range(len(segments))])
+                vectors = self._embed(segments, name, precision, truncate_dim, normalize_embeddings, batch_tokens)
+                stops = np.cumsum([segment.num_spans for segment in segments])
+                for one, segment, stop in zip(is_text, segments, stops):
+                    yield vectors[stop - 1] if one else vectors[stop - segment.num_spans : stop]
 
     def encode_long(
         self,
@@ -636,6 +686,19 @@ def _combine(vectors: np.ndarray, spans: np.ndarray, counts: np.ndarray, total: 
     out = np.zeros((total, vectors.shape[1]), np.float32)
     np.add.at(out, spans, vectors * weights[:, None].astype(np.float32))
     return out
+
+
+def _blocks(texts: Iterable, characters: int) -> Iterator[list]:
+    """The texts and documents in lists of about so many characters."""
+    block, size = [], 0
+    for text in texts:
+        block.append(text)
+        size += len(text) if isinstance(text, str) else sum(map(len, text))
+        if size >= characters:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def _namer(noun: str, count: int, names: Sequence[str] | None = None) -> Callable[[int], str]:

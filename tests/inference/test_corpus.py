@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from embed.inference.index import read_corpus, read_jsonl, read_rows
+from embed.inference.corpus import read_corpus, read_jsonl, read_rows
 
 
 def lines(path, *rows):

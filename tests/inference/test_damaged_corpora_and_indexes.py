@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from embed.evaluation.sets import read_set
 from embed.inference import Index, quantize
-from embed.inference.index import read_corpus
+from embed.inference.corpus import read_corpus
 
 bounded = settings(
     derandomize=True,

@@ -2,6 +2,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -164,7 +165,7 @@ def test_an_error_in_a_window_names_its_document():
     params = {**small.params(), "norm": np.full(32, np.nan, np.float32)}
     encoder = inference.Encoder(params, small.config(), small.tokenizer(), context_length=2)
     with pytest.raises(encoding.NotFiniteError, match="the vector of row 7 is not finite"):
-        encoder.encode_documents([["the"] * 9, ["a"]], names=["row 7", "row 8"])
+        encoder.encode_documents([["the"] * 9, ["a"] * 9], names=["row 7", "row 8"])
 
 
 def test_an_empty_chunk_is_a_zero_vector_in_every_precision_and_needs_no_tokens(encoder):
@@ -463,3 +464,50 @@ print(encoder.encode(["parse the file"]).shape, encoder.encode_documents([["a", 
 """
     done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True)
     assert done.stdout == "(1, 32) (2, 32)\n", done.stderr
+
+
+# Streams
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "ubinary"])
+def test_a_stream_gives_the_vectors_of_texts_and_documents_in_order(encoder, precision, monkeypatch):
+    monkeypatch.setattr(encoding, "STREAM_BATCHES", 1)
+    items = [*TEXTS[:20], TEXTS[20:23], *TEXTS[23:60], [TEXTS[60]], *TEXTS[61:]]
+    read = []
+    stream = encoder.encode_stream(
+        (read.append(i) or item for i, item in enumerate(items)), precision=precision, batch_tokens=64
+    )
+    first = next(stream)
+    assert len(read) < len(items) / 2  # the rest is not read yet
+    got = [first, *stream]
+    assert len(got) == len(read) == len(items)
+    for item, vectors in zip(items, got):
+        if isinstance(item, str):
+            (want,) = encoder.encode([item], precision=precision)
+        else:
+            (want,) = encoder.encode_documents([item], precision=precision)
+        assert vectors.shape == want.shape and vectors.dtype == want.dtype
+        if precision == "float32":
+            np.testing.assert_allclose(vectors, want, atol=1e-5)
+        else:
+            assert np.mean(vectors != want) < 0.01  # another batch may round a number to its neighbour
+
+
+def test_an_error_in_a_stream_names_the_text_after_the_vectors_before_it(encoder, monkeypatch):
+    monkeypatch.setattr(encoding, "STREAM_BATCHES", 1)
+    stream = encoder.encode_stream(iter([*TEXTS[:40], "  ", *TEXTS[40:]]), batch_tokens=64)
+    got = []
+    with pytest.raises(ValueError, match="text 40 has no tokens"):
+        got.extend(stream)
+    assert 0 < len(got) <= 40
+    assert list(encoder.encode_stream([])) == []
+    for texts in ("a text", 3):
+        with pytest.raises(ValueError, match="expected texts, each a str or a list of str"):
+            next(encoder.encode_stream(texts))
+
+
+def test_a_stream_that_is_left_ends_its_thread(encoder):
+    stream = encoder.encode_stream(iter(TEXTS * 5), batch_tokens=64)
+    next(stream)
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenize")]

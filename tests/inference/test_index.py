@@ -5,6 +5,8 @@ import pytest
 import small
 
 from embed.inference import Index, index, quantize
+from embed.inference import corpus as corpora
+from embed.inference.scores import cosines
 
 
 def vectors(count, dimensions=24, precision="float32", seed=0):
@@ -53,7 +55,7 @@ def test_int8_products_are_summed_without_rounding():
     rng = np.random.default_rng(0)
     stored = rng.integers(120, 128, (40, 3000)).astype(np.int8)  # dot products near 4.6e7, far beyond 2^24
     a = stored.astype(np.int64)
-    cosine = np.asarray(index._cosine(stored, stored, exact=True)).astype(np.float64)
+    cosine = np.asarray(cosines(stored, stored, exact=True)).astype(np.float64)
     exact = (a @ a.T) / np.sqrt(np.outer(*[(a * a).sum(1)] * 2))
     np.testing.assert_allclose(cosine, exact, rtol=3e-7)
 
@@ -102,7 +104,7 @@ def test_an_index_of_only_empty_vectors_is_refused():
 def test_an_empty_chunk_of_a_corpus_has_an_id_and_is_never_found(precision, tmp_path):
     path = lines(tmp_path / "c", {"_id": "a", "chunks": ["the file", "", "a list"]}, {"_id": "b", "text": "open"})
     encoder = small.encoder(digest="1")
-    index.build(encoder, index.read_corpus(path), precision=precision).save(tmp_path / "i")
+    index.build(encoder, corpora.read_corpus(path), precision=precision).save(tmp_path / "i")
     made = Index.load(tmp_path / "i")
     assert made.ids == ["a#0", "a#1", "a#2", "b"] and made.empty.tolist() == [1]
     assert sorted(made.search(encoder.encode(["open"], precision=precision), 9)[1][0]) == [0, 2, 3]
@@ -259,13 +261,13 @@ def test_a_corpus_in_another_unicode_encoding_is_named(tmp_path, codec, name):
         for coding in {codec, codec.replace("-be", "-le")}:
             (tmp_path / "c").write_bytes(text.encode(coding))
             with pytest.raises(ValueError, match=f"c is {name}, expected JSON lines in UTF-8"):
-                index.read_corpus(tmp_path / "c")
+                corpora.read_corpus(tmp_path / "c")
 
 
 def test_an_index_of_a_corpus_finds_texts_and_chunks_in_context(tmp_path):
     path = lines(tmp_path / "c", {"_id": "a", "text": "the file"}, {"_id": "b", "chunks": ["open", "a list of"]})
     encoder = small.encoder()
-    built = index.build(encoder, index.read_corpus(path), precision="int8")
+    built = index.build(encoder, corpora.read_corpus(path), precision="int8")
     expected = encoder.encode_documents([["the file"], ["open", "a list of"]], precision="int8")
     np.testing.assert_array_equal(built.vectors, np.concatenate(expected))
     assert built.search(encoder.encode(["the file"], precision="int8"), 1)[1] == [[0]]
@@ -287,7 +289,7 @@ def test_an_index_records_how_many_texts_were_cut_and_to_what_length(tmp_path):
     path = lines(tmp_path / "c", {"_id": "a", "text": "the file " * 9}, {"_id": "b", "text": "open"})
     encoder = small.encoder(max_length=5, digest="1")
     with pytest.raises(ValueError, match="c, line 1 ._id 'a'. has .* tokens, the model takes 5"):
-        index.build(encoder, index.read_corpus(path))
+        index.build(encoder, corpora.read_corpus(path))
     with pytest.warns(UserWarning, match="1 of 2 documents were cut to 5 tokens"):
-        made = index.build(encoder, index.read_corpus(path), truncate=True)
+        made = index.build(encoder, corpora.read_corpus(path), truncate=True)
     assert (made.cut, made.max_length) == (1, 5)

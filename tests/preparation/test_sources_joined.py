@@ -13,7 +13,7 @@ import pytest
 
 from embed import paths
 from embed.evaluation.sets import read_set
-from embed.inference import index
+from embed.inference import corpus as corpora
 from embed.preparation import evaluation_sets
 from embed.preparation.sources import Conteb, Files, Parallel, Retrieval, SourceError, joined
 from embed.preparation.sources.base import Source
@@ -208,9 +208,9 @@ def test_rows_that_belong_together_are_in_one_shard_of_several_parts(tmp_path, m
 def test_an_evaluation_set_has_the_whole_corpus_and_the_judged_queries(tmp_path):
     source = Retrieval(path=write(tmp_path / "set", LAYOUTS["BEIR"]), split="train")
     evaluation_sets.write(tmp_path / "out", *source.evaluation_set())
-    corpus = index.read_rows(tmp_path / "out" / "corpus.jsonl")
+    corpus = corpora.read_rows(tmp_path / "out" / "corpus.jsonl")
     assert [(row.id, row.chunks) for row in corpus] == [
-        (row.id, row.chunks) for row in index.read_rows(tmp_path / "set" / "corpus.jsonl")
+        (row.id, row.chunks) for row in corpora.read_rows(tmp_path / "set" / "corpus.jsonl")
     ]
     queries = [json.loads(line) for line in (tmp_path / "out" / "queries.jsonl").read_text().splitlines()]
     assert queries == QUERIES[:2]
