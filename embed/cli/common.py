@@ -346,6 +346,26 @@ def add_vector_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate_dim", type=int, help="keep this many dimensions (a Matryoshka prefix)")
 
 
+def add_chunker_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --chunker, --chunk_tokens, --overlap and --language, which `make_chunker` reads."""
+    from embed.inference import chunkers
+
+    parser.add_argument("--chunker", choices=chunkers.NAMES, help="divide texts into chunks (default: they are one)")
+    parser.add_argument("--chunk_tokens", type=int, default=256, help="most tokens of a chunk (default 256)")
+    parser.add_argument(
+        "--overlap", type=int, default=0, help="tokens shared by chunks of --chunker=tokens (default 0)"
+    )
+    parser.add_argument("--language", help="of sentences (default en), or of code (default python)")
+
+
+def make_chunker(arguments: argparse.Namespace, encoder):
+    """The chunker that the arguments name."""
+    from embed.inference import chunkers
+
+    how = dict(size=arguments.chunk_tokens, overlap=arguments.overlap, language=arguments.language)
+    return chunkers.make(arguments.chunker, encoder, **how)
+
+
 def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | None = None) -> None:
     """Refuse precisions and a prefix that a model's vectors do not have; reads only its config.json."""
     from embed import runs

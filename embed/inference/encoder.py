@@ -3,7 +3,6 @@
 For late interaction, project the tokens instead of averaging them.
 """
 
-import bisect
 import concurrent.futures
 import contextlib
 import copy
@@ -13,30 +12,30 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import NamedTuple
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from embed import distributed
 from embed.checkpoints import model_folder
-from embed.inference import chunkers
+from embed.inference import long_texts
+from embed.inference.batches import FINE_BATCHES, batches
+from embed.inference.chunkers import Chunker
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.objectives.contrastive import normalize as to_unit_length
-from embed.rows import RowShape, Segment, chunked, cut, dense, windows, write_rows
+from embed.rows import Segment, chunked, cut, dense, windows, write_rows
 from embed.tokenizers import check_text
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 # The settings of a model folder that `Encoder` takes.
 ENCODER_SETTINGS = ("separator", "max_length", "context_length", "matryoshka", "tanh", "pooling")
-MIN_ROW_LENGTH = 64
-TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
 STREAM_BATCHES, CHARACTERS_PER_TOKEN = 64, 4  # a block of `encode_stream`
-FINE_BATCHES, FINE_LENGTH = 128, 256  # with more batches on CPU, rows of more tokens than this have finer lengths
 
 
 class NotFiniteError(ValueError):
@@ -57,7 +56,10 @@ def load(
     default is float32 on CPU and bfloat16 on accelerators. A causal language model is refused: it can only be trained
     from. `mesh` is as in `Encoder`; parameters are sharded over it as in training. `rope_theta` replaces the model's
     base of the rotary angles: a larger one stretches positions, for texts longer than those of training.
+
+    Compiled programs are kept for later processes (`keep_compiled_programs`).
     """
+    keep_compiled_programs()
     dtype = dtype or ("float32" if _on_cpu() else "bfloat16")
     mesh = sharding.make_mesh() if mesh is None else mesh
     model = model_folder.open_model(path, revision)
@@ -72,6 +74,26 @@ def load(
     config = dataclasses.replace(config, dtype=dtype)
     encoder = Encoder(params, config, tokenizer, **how, mesh=mesh, path=path, digest=model.digest)
     return encoder.with_rope_theta(rope_theta) if rope_theta else encoder
+
+
+def keep_compiled_programs() -> None:
+    """Let jax keep compiled programs, up to 1 GiB, in ~/.cache/embed/compiled (or below $XDG_CACHE_HOME).
+
+    The next process loads them instead of compiling them again. Nothing changes if jax has a folder already
+    (JAX_COMPILATION_CACHE_DIR), if its cache is off (JAX_ENABLE_COMPILATION_CACHE=false), or if the folder cannot be
+    made.
+    """
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embed" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the programs of small models are small
+    compilation_cache.reset_cache()  # a process that has compiled something would not look at the folder
 
 
 def quantize(
@@ -368,7 +390,7 @@ class Encoder:
     def encode_long(
         self,
         texts: str | Sequence[str],
-        chunker: chunkers.Chunker,
+        chunker: Chunker,
         *,
         window: int | None = None,
         precision: str = "float32",
@@ -377,7 +399,7 @@ class Encoder:
         batch_tokens: int | None = None,
         show_progress_bar: bool = False,
         names: Sequence[str] | None = None,
-    ) -> "Chunks | list[Chunks]":
+    ) -> long_texts.Chunks | list[long_texts.Chunks]:
         """Late chunking of texts of any length: the chunks of each one, embedded in its context.
 
         A single str gives a single result. `chunker` gives the character offsets of a text's chunks, which may overlap
@@ -401,32 +423,32 @@ class Encoder:
                 names=names,
             )[0]
         check_precision(precision, self.dimensions, truncate_dim, normalize_embeddings)
+        texts = _list("texts", texts, "a str or a list of str")
+        fitted, window = self.fit_long(texts, chunker, window, names)
+        name = _namer("text", len(texts), names)
+        vectors = self._pool_windows([each.segment for each in fitted], name, window, batch_tokens, show_progress_bar)
+        first = np.cumsum([0] + [each.segment.num_spans for each in fitted])
+        result = []
+        for text, each, start in zip(texts, fitted, first):
+            pooled = each.pool_chunks(vectors[start : start + each.segment.num_spans], self.pooling)
+            quantized = _quantize(jnp.asarray(pooled), precision, truncate_dim, normalize_embeddings, self.tanh)
+            offsets = np.array(each.chunks, np.int32)
+            result.append(long_texts.Chunks(offsets, [text[a:b] for a, b in offsets], quantized))
+        return result
+
+    def fit_long(
+        self, texts: Sequence[str], chunker: Chunker, window: int | None, names: Sequence[str] | None = None
+    ) -> tuple[list[long_texts.Fitted], int | None]:
+        """(what `encode_long` embeds of each text, its window)."""
         window = self.context_length or self.max_length if window is None else window
         if window is not None:
             check_count("window", window)
-        texts = _list("texts", texts, "a str or a list of str")
         name = _namer("text", len(texts), names)
         for i, text in enumerate(texts):
             check_text(name(i), text)
-        offsets = [chunkers.check(chunker(text), len(text), name(i)) for i, text in enumerate(texts)]
-        parts = [_parts(chunks) for chunks in offsets]
-        segments = []
-        for i, (text, (pieces, starts_chunk, _)) in enumerate(zip(texts, parts)):
-            tokens = self.tokenizer.encode([text[a:b] for a, b in pieces])
-            segments.append(_joined(tokens, starts_chunk, self.tokenizer.separator_id if self.separator else None))
-            if not segments[-1].spans.any():
-                raise ValueError(f"{name(i)} has no tokens in any of its {len(offsets[i])} chunks")
-        vectors = self._pool_windows(segments, name, window, batch_tokens, show_progress_bar)
-        result = []
-        for text, chunks, (_, _, of_chunk), segment in zip(texts, offsets, parts, segments):
-            pooled, vectors = vectors[: segment.num_spans], vectors[segment.num_spans :]
-            counts = np.bincount(segment.spans, minlength=segment.num_spans + 1)[1:]
-            members = np.concatenate([np.arange(*each) for each in of_chunk])
-            chunk = np.repeat(np.arange(len(chunks)), [b - a for a, b in of_chunk])
-            pooled = _combine(pooled[members], chunk, counts[members], len(chunks), self.pooling)
-            quantized = _quantize(jnp.asarray(pooled), precision, truncate_dim, normalize_embeddings, self.tanh)
-            result.append(Chunks(np.array(chunks, np.int32), [text[a:b] for a, b in chunks], quantized))
-        return result
+        separator_id = self.tokenizer.separator_id if self.separator else None
+        how = chunker, self.tokenizer, separator_id
+        return [long_texts.fit(text, *how, name(i)) for i, text in enumerate(texts)], window
 
     def fit_documents(
         self, documents: Sequence[Sequence[str]], *, truncate: bool = False, names: Sequence[str] | None = None
@@ -524,7 +546,9 @@ class Encoder:
         )
         none = [np.zeros(0, np.int64)]
         spans = np.concatenate(none + [each.spans + first[d] for each, d in zip(flat, document)])
-        return _combine(vectors, spans, np.concatenate(none + [each.counts for each in flat]), first[-1], self.pooling)
+        return long_texts.combine(
+            vectors, spans, np.concatenate(none + [each.counts for each in flat]), first[-1], self.pooling
+        )
 
     def _embed_tokens(self, segments, name, batch_tokens=None, progress=False) -> list[np.ndarray]:
         """The token vectors of all spans of all segments, in order: float32 [tokens, P] each."""
@@ -532,20 +556,31 @@ class Encoder:
             raise ValueError(
                 f"{self.path or 'this model'} has no token vectors: it was not trained by a late_interaction stage"
             )
+        window = [self.context_length if segment.num_spans > 1 else None for segment in segments]
+        of_tokens = _token_vectors, self.token_dimensions
+        return self._of_tokens(*of_tokens, segments, window, name, batch_tokens, progress)
+
+    def hidden_states(
+        self, segments: Sequence[Segment], *, window: int | None = None, batch_tokens: int | None = None
+    ) -> list[np.ndarray]:
+        """The last hidden states of the tokens of each span of segments, in order: float32 [tokens, D] each.
+
+        Their mean is the vector of the span. A segment of more than `window` tokens is encoded in overlapping windows.
+        """
+        limits, name = [window] * len(segments), _namer("text", len(segments))
+        return self._of_tokens(_hidden_states, self.dimensions, segments, limits, name, batch_tokens)
+
+    def _of_tokens(
+        self, program, dimensions, segments, limits: Sequence[int | None], name, batch_tokens=None, progress=False
+    ) -> list[np.ndarray]:
+        """What `program` computes of the tokens of each span, in order; segment i in windows of limits[i] tokens."""
         if not segments:
             return []
-        window = self.context_length or np.inf
-        parts = [windows(s, int(min(window, len(s.tokens))) if s.num_spans > 1 else len(s.tokens)) for s in segments]
+        parts = [windows(segment, limit or len(segment.tokens)) for segment, limit in zip(segments, limits)]
         document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         flat = [each.segment for part in parts for each in part]
         vectors = self._run(
-            _token_vectors,
-            np.asarray,
-            self.token_dimensions,
-            flat,
-            lambda i: name(document[i]),
-            batch_tokens,
-            progress,
+            program, np.asarray, dimensions, flat, lambda i: name(document[i]), batch_tokens, progress, of_tokens=True
         )
         # Tokens of no span, such as separators, have no vector.
         in_span = np.concatenate([s.spans > 0 for s in flat])
@@ -553,13 +588,20 @@ class Encoder:
         return np.split(vectors[in_span], np.cumsum(counts)[:-1])
 
     def _run(
-        self, program: Callable, finish: Callable, dimensions: int, segments, name, batch_tokens, progress
+        self,
+        program: Callable,
+        finish: Callable,
+        dimensions: int,
+        segments,
+        name,
+        batch_tokens,
+        progress,
+        of_tokens: bool = False,
     ) -> np.ndarray:
-        """finish(the vectors of all segments), in order: of their spans, or of their tokens (program=_token_vectors).
+        """finish(the vectors of all segments), in order: of their spans, or of their tokens.
 
         `program` computes a table [R, S or L, dimensions] of a batch of rows.
         """
-        of_tokens = program is _token_vectors
         counts = [len(s.tokens) if of_tokens else s.num_spans for s in segments]
         shards = sharding.batch_shards(self.mesh)
         batch_tokens = self.batch_tokens if batch_tokens is None else batch_tokens
@@ -592,7 +634,7 @@ class Encoder:
         ):
             tokens = sum(len(segment.tokens) for segment in segments)
             fine = _on_cpu() and tokens > FINE_BATCHES * batch_tokens * shards
-            for members, row, shape, num_rows in _batches(segments, batch_tokens, shards, fine):
+            for members, row, shape, num_rows in batches(segments, batch_tokens, shards, fine):
                 packed = write_rows([segments[i] for i in members], row, shape, num_rows)
                 rows = packed.rows
                 if self.mesh.size > 1:  # every process has packed all rows, and puts its shards on its devices
@@ -619,6 +661,13 @@ def _pooled(params, tokens, segment_ids, positions, span_ids, *, config, num_spa
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_spans", "pooling"))
+def _hidden_states(params, tokens, segment_ids, positions, span_ids, *, config, num_spans, pooling):
+    """The last hidden state of each token of rows [R, L], float32 [R, L, D], on every device; called as `_pooled`."""
+    hidden = transformer.apply(config, params, tokens, segment_ids, positions).astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(hidden, PartitionSpec())
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_spans", "pooling"))
 def _token_vectors(params, tokens, segment_ids, positions, span_ids, *, config, num_spans, pooling):
     """The vector of each token of rows [R, L], float32 [R, L, P] of length 1, on every device; called as `_pooled`."""
     hidden = transformer.apply(config, params, tokens, segment_ids, positions)
@@ -630,62 +679,6 @@ def _token_vectors(params, tokens, segment_ids, positions, span_ids, *, config, 
 def _is_finite(vectors):
     """Whether each vector [..., D] is finite: bool, flattened."""
     return jnp.isfinite(vectors).all(-1).reshape(-1)
-
-
-class Chunks(NamedTuple):
-    """The chunks of a text: their character offsets, int32 [C, 2], their texts and their vectors [C, D or D/8]."""
-
-    offsets: np.ndarray
-    texts: list[str]
-    vectors: np.ndarray
-
-
-def _parts(chunks: chunkers.Offsets) -> tuple[chunkers.Offsets, list[bool], list[tuple[int, int]]]:
-    """Chunks that may overlap as pieces that do not.
-
-    (offsets of each piece, whether a chunk begins with it, (first piece, stop) of each chunk). A chunk that overlaps
-    with no other is one piece.
-    """
-    borders = sorted({border for chunk in chunks for border in chunk})
-    starts = {start for start, _ in chunks}
-    pieces, reached, waiting = [], 0, iter(chunks)
-    chunk = next(waiting)
-    for a, b in zip(borders, borders[1:]):
-        while chunk and chunk[0] <= a:
-            reached, chunk = max(reached, chunk[1]), next(waiting, None)
-        if a < reached:
-            pieces.append((a, b))
-    index = {start: k for k, (start, _) in enumerate(pieces)}
-    stop = {end: k + 1 for k, (_, end) in enumerate(pieces)}
-    return pieces, [start in starts for start, _ in pieces], [(index[start], stop[end]) for start, end in chunks]
-
-
-def _joined(pieces: Sequence[np.ndarray], starts_chunk: Sequence[bool], separator_id: int | None) -> Segment:
-    """A segment with a span per piece, and the separator before each that begins a chunk, except the first."""
-    whole = chunked(pieces, separator_id)
-    if separator_id is None or all(starts_chunk):
-        return whole
-    keep = np.ones(len(whole.tokens), bool)
-    gaps = np.flatnonzero(whole.spans == 0)  # before pieces 1, 2, …
-    keep[gaps[~np.array(starts_chunk[1:], bool)]] = False
-    return whole._replace(tokens=whole.tokens[keep], spans=whole.spans[keep])
-
-
-def _combine(vectors: np.ndarray, spans: np.ndarray, counts: np.ndarray, total: int, pooling: str) -> np.ndarray:
-    """The vectors of `total` spans from those of their parts, in order: float32 [total, D].
-
-    Part i is of span spans[i] and has counts[i] tokens. The mean of a span is that of its parts, weighted by tokens;
-    with `pooling` "last" it has the vector of its last part.
-    """
-    weights = counts.astype(np.float32)
-    if pooling == "last":
-        parts = np.flatnonzero(counts)
-        weights = np.zeros(len(spans), np.float32)
-        weights[list({spans[i]: i for i in parts}.values())] = 1
-    weights /= np.maximum(np.bincount(spans, weights, total)[spans], 1)
-    out = np.zeros((total, vectors.shape[1]), np.float32)
-    np.add.at(out, spans, vectors * weights[:, None].astype(np.float32))
-    return out
 
 
 def _blocks(texts: Iterable, characters: int) -> Iterator[list]:
@@ -759,46 +752,6 @@ def _on_mesh(x, mesh, dtype) -> jax.Array:
         x = np.asarray(x).astype(dtype)
         return jax.make_array_from_callback(x.shape, replicated, lambda index: x[index])
     return jax.device_put(jnp.asarray(x, dtype), replicated)
-
-
-def _batches(
-    segments: Sequence[Segment], batch_tokens: int, shards: int = 1, fine: bool = False
-) -> Iterator[tuple[list, np.ndarray, RowShape, int]]:
-    """(segment indices, row of each, row shape, number of rows), longest segments first, every segment once.
-
-    The length of a row is the power of two that holds the longest remaining segment. Then the longest segment that fits
-    the free tokens goes in, until none fits. Shapes repeat, so few programs are compiled: a batch has batch_tokens // L
-    rows, the last one the smallest sufficient power of four, both rounded up to a multiple of `shards`. A segment
-    claims max(tokens, 8 · spans), so that L / 8 span slots always suffice.
-
-    With `fine`, lengths above FINE_LENGTH are multiples of an eighth of that power. On CPU each token is compared with
-    its whole row, so many texts gain more by shorter rows than the additional programs cost.
-    """
-    stacks: dict[int, list[int]] = {}
-    for i in reversed(range(len(segments))):
-        claim = max(len(segments[i].tokens), TOKENS_PER_SPAN * int(segments[i].num_spans))
-        stacks.setdefault(claim, []).append(i)
-    claims = sorted(stacks)
-    while claims:
-        length = max(MIN_ROW_LENGTH, 1 << (claims[-1] - 1).bit_length())
-        if fine and length > FINE_LENGTH:
-            length = -(-claims[-1] // (length // 8)) * (length // 8)
-        num_rows = -(-max(1, batch_tokens // length) // shards) * shards
-        members, rows = [], []
-        for row in range(num_rows):
-            free = length
-            while k := bisect.bisect_right(claims, free):
-                claim = claims[k - 1]
-                members.append(stacks[claim].pop())
-                rows.append(row)
-                free -= claim
-                if not stacks[claim]:
-                    del claims[k - 1]
-        used = rows[-1] + 1
-        if used < num_rows:
-            num_rows = min(num_rows, -(-(4 ** -(-(used - 1).bit_length() // 2)) // shards) * shards)
-        spans = length // TOKENS_PER_SPAN
-        yield members, np.array(rows), RowShape(length, spans, spans), num_rows
 
 
 def is_int(value) -> bool:

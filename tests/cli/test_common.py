@@ -63,6 +63,7 @@ REQUIRED = {
     "ablate": ["--config=c.py", "--workdir=w"],
     "encode": ["--model=m", "--corpus=c", "--output=o"],
     "evaluate": ["--model=m", "--data=d", "--output=o"],
+    "explain": ["--model=m", "--query=q", "--text=t"],
     "export": ["--model=m", "--output=o"],
     "index": ["--model=m", "--corpus=c", "--output=o"],
     "judge": ["--log=l", "--output=o"],

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import small
 
 from embed import inference
+from embed.inference import batches as batching
 from embed.inference import encoder as encoding
 from embed.models import sharding, transformer
 from embed.rows import Segment
@@ -409,7 +411,7 @@ def test_batches_hold_every_segment_once_within_the_capacity_of_rows(fine):
     spans = rng.integers(1, 30, 500)
     all_segments = [Segment(np.ones(n, np.int32), np.ones(n, np.int32), s) for n, s in zip(lengths, spans)]
     seen = []
-    for members, row, shape, num_rows in encoding._batches(all_segments, 4096, fine=fine):
+    for members, row, shape, num_rows in batching.batches(all_segments, 4096, fine=fine):
         assert num_rows * shape.length <= max(4096, shape.length)
         assert shape.length % (32 if fine else 64) == 0 and shape.spans * 8 == shape.length
         assert row.max() < num_rows
@@ -421,7 +423,7 @@ def test_batches_hold_every_segment_once_within_the_capacity_of_rows(fine):
 
 def test_rows_are_at_least_90_percent_full_with_varied_lengths():
     lengths = np.random.default_rng(0).lognormal(4.5, 0.6, 2000).astype(int) + 8
-    capacity = sum(r * shape.length for _, _, shape, r in encoding._batches(segments(lengths), 4096))
+    capacity = sum(r * shape.length for _, _, shape, r in batching.batches(segments(lengths), 4096))
     assert lengths.sum() / capacity > 0.9
 
 
@@ -430,16 +432,16 @@ def test_many_texts_get_rows_of_about_their_length_and_the_same_vectors(encoder,
     lengths = np.random.default_rng(0).normal(380, 90, 5000).clip(100, 700).astype(int)
 
     def attention(fine):
-        batches = list(encoding._batches(segments(lengths), 4096, fine=fine))
-        rows = sum(r * shape.length for _, _, shape, r in batches)
-        return sum(r * shape.length**2 for _, _, shape, r in batches) / lengths.sum(), lengths.sum() / rows
+        made = list(batching.batches(segments(lengths), 4096, fine=fine))
+        rows = sum(r * shape.length for _, _, shape, r in made)
+        return sum(r * shape.length**2 for _, _, shape, r in made) / lengths.sum(), lengths.sum() / rows
 
     (coarse, coarse_fill), (fine, fine_fill) = attention(False), attention(True)
     assert fine < 0.75 * coarse and fine_fill > coarse_fill
     texts = small.sentences(60, seed=2, longest=200)
     few = encoder.encode(texts)
     monkeypatch.setattr(encoding, "FINE_BATCHES", 0)
-    monkeypatch.setattr(encoding, "FINE_LENGTH", 64)
+    monkeypatch.setattr(batching, "FINE_LENGTH", 64)
     np.testing.assert_allclose(encoder.encode(texts), few, rtol=1e-5, atol=1e-5)
 
 
@@ -511,3 +513,36 @@ def test_a_stream_that_is_left_ends_its_thread(encoder):
     next(stream)
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenize")]
+
+
+# Compiled programs
+
+START = """
+import sys
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if "cache_hits" in event else None)
+from embed import inference
+inference.load(sys.argv[1]).encode(["the file"])
+print(len(hits), jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_the_next_process_loads_the_programs_that_a_process_has_compiled(tmp_path):
+    model = small.write_model(tmp_path / "model")
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "JAX_PERS"))}
+    environment = {**plain, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    def start(**more):
+        command = [sys.executable, "-c", START, str(model)]
+        done = subprocess.run(command, env={**environment, **more}, capture_output=True, text=True, check=True)
+        hits, folder = done.stdout.split()
+        return int(hits), folder
+
+    compiled = tmp_path / "cache" / "embed" / "compiled"
+    assert start() == (0, str(compiled))
+    files = sorted(compiled.iterdir())
+    hits, _ = start()
+    assert hits > 2 and len(files) > hits
+    assert start(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))[1] == str(tmp_path / "own")
+    assert start(JAX_ENABLE_COMPILATION_CACHE="false") == (0, "None")
