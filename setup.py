@@ -71,6 +71,7 @@ setup(
             "tensorflow-datasets",
         ],
         "gcs": ["gcsfs"],  # gs:// paths
+        "gpu": ["jax[cuda12]"],
         "hygiene": HYGIENE,  # near duplicates and languages of data
         "mteb": MTEB,  # embed evaluate --tasks and --benchmark; install torch first
         "onnx": ["onnx"],  # embed export --format=onnx

@@ -486,3 +486,33 @@ def test_slurm_list_logs_and_stop(launch, tmp_path):
         ["scancel", ["--state=PENDING", "7"]],
         ["scancel", ["--signal=TERM", "--state=RUNNING", "7"]],
     ]
+
+
+def test_the_manifest_of_the_server_agrees_with_itself_and_with_the_server():
+    deployment, service = yaml.safe_load_all((LAUNCH / "serve.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    program, verb, *options = container["command"]
+    assert (program, verb) == ("embed", "serve") and f"--port={ports['http']}" in options
+    given = dict(option.removeprefix("--").split("=", 1) for option in options)
+    assert pod["metadata"]["annotations"]["prometheus.io/port"] == given["port"]
+    source = (ROOT / "embed" / "cli" / "serve.py").read_text() + (ROOT / "embed/inference/server.py").read_text()
+    for name in given:
+        assert f'"--{name}"' in source, name
+    for probe in ("startupProbe", "readinessProbe"):
+        check = container[probe]["httpGet"]
+        assert check["port"] in ports and f'"{check["path"]}"' in source
+    names = {entry["name"] for entry in container["env"]}
+    assert all(name in source + (ROOT / "embed/inference/encoder.py").read_text() for name in names)
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in pod["spec"]["volumes"]}
+    labels = pod["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels == service["spec"]["selector"]
+    assert [port["targetPort"] in ports for port in service["spec"]["ports"]] == [True]
+
+
+def test_the_extras_that_the_image_is_built_with_exist():
+    text = (LAUNCH / "Dockerfile").read_text() + (LAUNCH / "serve.yaml").read_text()
+    named = {extra for each in re.findall(r"EXTRAS=([a-z,]+)", text) for extra in each.strip(",").split(",")}
+    declared = set(re.findall(r'^        "(\w+)":', (ROOT / "setup.py").read_text(), re.M))
+    assert {"serve", "gpu", "tpu", "gcs"} <= named <= declared

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from embed import distributed, paths
+from embed import paths
 from embed.cli import common
 from embed.console import print_table, say
 from embed.inference.explain import explain, page, picture
@@ -26,7 +26,6 @@ def main(argv: list[str] | None = None) -> int:
     common.add_chunker_arguments(parser)
     parser.add_argument("--top", type=int, default=0, help="only so many chunks, the best (default: all, in order)")
     common.add_output_arguments(parser, "a file to write, .html or .png", required=False)
-    common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
     common.check_texts("--query", [args.query])
     if args.text is not None:
@@ -36,7 +35,6 @@ def main(argv: list[str] | None = None) -> int:
     ending = (args.output or "").lower().rpartition(".")[2]
     if args.output and ending not in ("html", "png"):
         raise ValueError(f"--output={args.output} must end in .html or .png")
-    common.join(args, saves_at_sigterm=False)
     with common.output(args, inputs=[args.model, args.file], is_our_file=is_heat_map):
         text = args.text or read_text(args.file)
         encoder = common.load_encoder(args)
@@ -44,8 +42,6 @@ def main(argv: list[str] | None = None) -> int:
         chunks = explain(encoder, args.query, text, chunker)
         if args.top:
             chunks = sorted(chunks, key=lambda chunk: -chunk.score)[: args.top]
-        if not distributed.is_first():
-            return 0
         print_table(table(args.query, text, chunks))
         if ending == "html":
             paths.write(args.output, page(args.query, text, chunks).encode())
