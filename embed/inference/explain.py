@@ -63,11 +63,13 @@ def _pool(hidden: np.ndarray, pooling: str) -> np.ndarray:
 
 
 def page(query: str, text: str, chunks: Sequence[Explained]) -> str:
-    """A heat map as one HTML page: green tokens raise the score of their chunk, red ones lower it."""
-    largest = _largest(chunks)
+    """A heat map as one HTML page: green tokens raise the score of their chunk, red ones lower it.
+
+    The token that contributes most has the full color, in every chunk: longer ones have smaller contributions.
+    """
     parts = []
     for chunk in chunks:
-        spans, reached = [], chunk.start
+        spans, reached, largest = [], chunk.start, _largest(chunk)
         for (start, end), value in zip(chunk.offsets.tolist(), chunk.contributions.tolist()):
             start = max(start, reached)  # tokens may share a character
             spans.append(html.escape(text[reached:start]))
@@ -82,7 +84,7 @@ def page(query: str, text: str, chunks: Sequence[Explained]) -> str:
     return (
         f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>\n'
         f"<body><h1>{title}</h1>\n<p>What each token contributes to the cosine of its chunk: green raises it, red "
-        f"lowers it, up to {largest:.4f}.</p>\n{chr(10).join(parts)}\n</body></html>\n"
+        f"lowers it.</p>\n{chr(10).join(parts)}\n</body></html>\n"
     )
 
 
@@ -91,32 +93,31 @@ def picture(query: str, text: str, chunks: Sequence[Explained], file) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    largest, cells, line = _largest(chunks), [], 0
+    cells, line = [], 0
     for chunk in chunks:
         cells.append((line, 0, f"{chunk.score:.3f}, characters {chunk.start}–{chunk.end}", 0.0))
-        line, column = line + 1, 0
+        line, column, largest = line + 1, 0, _largest(chunk)
         for (start, end), value in zip(chunk.offsets.tolist(), chunk.contributions.tolist()):
             for k, part in enumerate(text[start:end].split("\n")):
                 if column and (k or column + len(part) > COLUMNS):
                     line, column = line + 1, 0
-                cells.append((line, column, part, value))
+                cells.append((line, column, part, value / largest))
                 column += len(part)
         line += 2
     width, height = 0.09 * COLUMNS, 0.2 * (line + 2)  # inches
     figure = Figure((width, height), dpi=150)
     axes = figure.add_axes((0.01, 0, 0.98, 1), xlim=(0, COLUMNS), ylim=(line, -2))
     axes.axis("off")
-    axes.text(0, -1, query, weight="bold")
+    axes.text(0, -1, query, weight="bold", parse_math=False)  # dollar signs would begin formulas
     for row, column, part, value in cells:
         color = (0, 0.55, 0.27) if value > 0 else (0.78, 0.16, 0.16)
-        # Dollar signs would begin formulas.
         how = dict(family="monospace", size=9, va="center", parse_math=False)
         if value:
-            patch = dict(facecolor=(*color, abs(value) / largest), edgecolor="none")
+            patch = dict(facecolor=(*color, abs(value)), edgecolor="none")
             axes.add_patch(Rectangle((column, row - 0.5), len(part), 1, **patch))
         axes.text(column, row, part, **how)
     figure.savefig(file, format="png")
 
 
-def _largest(chunks: Sequence[Explained]) -> float:
-    return max([float(np.abs(chunk.contributions).max(initial=1e-9)) for chunk in chunks], default=1.0)
+def _largest(chunk: Explained) -> float:
+    return float(np.abs(chunk.contributions).max(initial=np.finfo(np.float32).tiny))

@@ -43,7 +43,7 @@ def test_every_verb_names_the_nearest_option_to_an_unknown_one_before_missing_on
         "--output"
         if verb in ("encode", "index", "judge", "mine", "merge", "synthesize")
         else "--query"
-        if verb == "search"
+        if verb in ("explain", "search")
         else known
     )
     mistyped = known[:-2] + known[:-3:-1]
@@ -63,7 +63,7 @@ REQUIRED = {
     "ablate": ["--config=c.py", "--workdir=w"],
     "encode": ["--model=m", "--corpus=c", "--output=o"],
     "evaluate": ["--model=m", "--data=d", "--output=o"],
-    "explain": ["--model=m", "--query=q", "--text=t"],
+    "explain": ["--model=m", "--query=q", "--file=c"],
     "export": ["--model=m", "--output=o"],
     "index": ["--model=m", "--corpus=c", "--output=o"],
     "judge": ["--log=l", "--output=o"],
