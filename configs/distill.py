@@ -26,6 +26,8 @@ PAIRS = (
 
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, teacher="", compare=False, runlocal=False, stage="")
+    if not arg.teacher and not arg.runlocal:
+        raise ValueError("config argument teacher='' must be a model folder: configs/distill.py:teacher=TEACHER")
     config = base.get_config()
     config.stage = arg.stage
     config.model.update(SIZES["micro" if arg.runlocal else "tiny"])

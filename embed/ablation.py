@@ -54,6 +54,8 @@ def variants(config: ConfigDict, workdir) -> list[Variant]:
     workdir, listed = paths.path(workdir), config.ablation.variants
     if not listed:
         raise ValueError("config.ablation.variants is empty: name variants, as the files of configs/ablations/ do")
+    if not config.evaluations:
+        raise ValueError("config.evaluations is empty: an ablation compares its variants in at least one evaluation")
     names = [name for name, _ in listed]
     if len({quote(name, safe="") for name in names}) < len(names):
         raise ValueError(f"config.ablation.variants has a name twice: {', '.join(names)}")
@@ -210,16 +212,22 @@ def commands(
     options: Sequence[str] = (),
     launcher: str = "embed",
 ) -> Iterator[str]:
-    """One command that prepares the data, and one per variant, with a comment on which ones must end before it.
+    """A command that prepares each folder of data, and one per variant, with a comment on which must end before it.
 
     `launcher` stands before the verb; {variant} in it is replaced by a name of letters, digits and dashes.
     """
     every = variants(config, workdir)
     where = [f"--config={config_path}", f"--workdir={workdir}", *options]
     chosen = _chosen(every, only)
+    of_config, changes = dict(configs.leaves(config)), dict(config.ablation.variants)
+    first = {variant.config.data.directory: variant for variant in reversed(chosen)}
     for folder in dict.fromkeys(variant.config.data.directory for variant in chosen):
+        own = [key for key in changes[first[folder].name] if key.startswith("data.")]
+        fields_of_data = [f"--config.{key}={changes[first[folder].name][key]}" for key in own]
         if folder == str(paths.path(workdir) / "data"):
             yield f"embed prepare {shlex.join(where)}"
+        elif folder != of_config["data.directory"]:  # the user's is prepared already
+            yield f"embed prepare {shlex.join([*where, *fields_of_data, f'--config.data.directory={folder}'])}"
     folders = {str(variant.folder): variant.name for variant in every}
     for name in dict.fromkeys(variant.name for variant in chosen):
         mine = [variant for variant in every if variant.name == name]

@@ -188,6 +188,9 @@ def check(config: ConfigDict) -> None:
     for name, stage in config.stages.items():
         for key, value, allowed in _stage(stage, config.model.hidden_size):
             _refuse(f"stages.{name}.{key}", value, allowed)
+        if stage.get("anneal") and config.execution.attention not in ("auto", "xla"):
+            allowed = f"0 with execution.attention={config.execution.attention!r}: only xla can anneal the mask"
+            _refuse(f"stages.{name}.anneal", stage.anneal, allowed)
     for name, entry in config.evaluations.items():
         if entry.needle_tokens and entry.bm25:
             _refuse(f"evaluations.{name}.bm25", True, "False with needle_tokens: BM25 ranks the texts as they are")

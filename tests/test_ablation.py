@@ -1,12 +1,14 @@
 """Variants of a config, on a small part of this machine's Python sources."""
 
 import json
+import shlex
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from configs.ablations import small
 from embed import ablation, cli, config, nodes, paths
 from embed.evaluation import ablated
 from embed.runs import Run
@@ -189,6 +191,46 @@ def test_dry_run_prints_the_preparation_and_one_command_per_variant_in_order_wit
     assert [line.rpartition("--only=")[2] for line in lines if "--only" in line] == ["causal, mean'", "MNTP, mean'"]
 
 
+def test_dry_run_prints_a_preparation_for_each_folder_of_data(tmp_path, capsys):
+    file, lines = tmp_path / "own.py", ("small", {"data.vocab_size": 600, "data.limit": 20, "model.rope_theta": 1e5})
+    file.write_text(
+        ABLATION.replace(
+            "    return config", f"    config.ablation.variants = (('a', {{}}), {lines!r})\n    return config"
+        )
+    )
+    where = [f"--config={file}", f"--workdir={tmp_path}/w"]
+    assert cli.main(["ablate", *where, "--dry-run"]) == 0
+    first, second, *others = capsys.readouterr().out.splitlines()
+    assert first == f"embed prepare {' '.join(where)}" and not any("prepare" in line for line in others)
+    start, _, folder = second.rpartition(" --config.data.directory=")
+    assert start == f"{first} --config.data.vocab_size=600 --config.data.limit=20"
+    variant = ablation.variants(config.load(str(file)), f"{tmp_path}/w")[1]
+    overridden = config.load(str(file), [each for each in shlex.split(second)[4:]])
+    assert folder == variant.config.data.directory and overridden.data == variant.config.data
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("length:longest=256", "config argument longest=256 must be at least 512"),
+        ("table9:size=0.6b,steps=7", "config argument steps=7 must be positive, and is for size=small only"),
+        ("table9:steps=-7", "config argument steps=-7 must be positive"),
+        ("../distill:compare", "config argument teacher='' must be a model folder"),
+    ],
+)
+def test_arguments_of_a_config_that_mean_nothing_are_refused(name, sentence):
+    path, _, argument = name.partition(":")
+    with pytest.raises(ValueError, match=sentence):
+        config.load(f"configs/ablations/{path}.py:{argument}")
+
+
+def test_an_unknown_evaluation_of_a_small_ablation_is_refused():
+    with pytest.raises(
+        ValueError, match=r"evaluations \['functoins'\] must be of functions, contextual, contextual_alone"
+    ):
+        small.get_config("", "functoins")
+
+
 def test_a_launcher_without_dry_run_is_refused_before_any_work(tmp_path, capsys):
     arguments = ["--config=configs/ablations/noise.py:runlocal", f"--workdir={tmp_path / 'noise'}", "--launcher=srun"]
     assert cli.main(["ablate", *arguments]) == 2
@@ -222,11 +264,16 @@ def test_seconds_are_those_of_the_steps_without_the_compilation_of_the_first(tmp
             {"ablation.variants": (("a", {"stages.pair.quantization": "bits"}),)},
             "quantization='bits' must be one of int8",
         ),
+        ({"evaluations": {}}, "config.evaluations is empty: an ablation compares its variants in at least one"),
         ({"ablation.plot": "curve"}, "needs evaluations whose names end in a number, not 'functions'"),
     ],
 )
 def test_an_ablation_that_cannot_run_is_refused_before_any_work(changes, message, tmp_path):
-    loaded = config.changed(config.load("configs/ablations/quantization.py:runlocal"), changes)
+    loaded = config.load("configs/ablations/quantization.py:runlocal")
+    if "evaluations" in changes:
+        del loaded.evaluations["functions"]
+    else:
+        loaded = config.changed(loaded, changes)
     with pytest.raises(ValueError, match=message):
         ablation.variants(loaded, tmp_path)
     assert not any(tmp_path.iterdir())

@@ -71,6 +71,24 @@ def test_only_a_few_numbers_of_a_config_may_be_negative():
             "stages.diffusion.left_shift=yes",
             "config.stages.diffusion.left_shift='yes' must be one of auto, True, False",
         ),
+        ("stages.diffusion.noise=uniform", "config.stages.diffusion.noise='uniform' must be one of "),
+        ("stages.diffusion.mask_ratio=0.0", "config.stages.diffusion.mask_ratio=0.0 must be above 0 and at most 1"),
+        ("stages.diffusion.anneal=1.5", "config.stages.diffusion.anneal=1.5 must be from 0 to 1"),
+        ("stages.contextual.chunking=none", "chunking='none' must be one of late, early"),
+        ("stages.pair.pooling=max", "config.stages.pair.pooling='max' must be one of mean, last"),
+        ("stages.pair.attention=full", "attention='full' must be one of bidirectional, causal"),
+        ("stages.pair.quantization=int4", "config.stages.pair.quantization='int4' must be one of "),
+        ("stages.pair.matryoshka_weights=(1.0,)", "config.stages.pair.matryoshka_weights=(1.0,) must be "),
+        ("stages.pair.matryoshka_weights=(1.0, 0.0)", "matryoshka_weights=(1.0, 0.0) must be "),
+        ("stages.pair.spread_out=-1.0", "config.stages.pair.spread_out=-1.0 must be "),
+        ("stages.pair.margin=-0.1", "config.stages.pair.margin=-0.1 must be at least 0; 2 = no mask"),
+        (
+            "evaluations.functions.truncate_dim=12",
+            "truncate_dim=12 must be a multiple of 8, at most the 256 dimensions",
+        ),
+        ("evaluations.functions.truncate_dim=512", "truncate_dim=512 must be a multiple of 8, at most the 256"),
+        ("evaluations.functions.needle_tokens=64", "bm25=True must be False with needle_tokens"),
+        ("merges.merged.method=mean", "config.merges.merged.method='mean' must be one of slerp, linear"),
         ("stages.contextual.beta=(0.2,)", "config.stages.contextual.beta=(0.2,) must be two numbers from 0 to 1"),
         (
             "stages.contextual.batch.max_chunks=33",
@@ -229,3 +247,12 @@ def test_a_vocabulary_with_byte_fallback_needs_all_bytes():
     with pytest.raises(ValueError, match="config.data.vocab_size=259 must be at least 260"):
         fields.check(config.load(QUICKSTART, overrides))
     fields.check(config.load(QUICKSTART, [*overrides, "--config.data.tokenizer=a_folder"]))  # no vocabulary is trained
+
+
+@pytest.mark.parametrize("kernel", ["splash", "triton", "cudnn"])
+def test_only_the_kernel_that_can_anneal_a_mask_may_be_named_with_annealing(kernel):
+    overrides = ["--config.stages.diffusion.anneal=0.5", f"--config.execution.attention={kernel}"]
+    with pytest.raises(ValueError, match=f"anneal=0.5 must be 0 with execution.attention='{kernel}': only xla can"):
+        fields.check(config.load(QUICKSTART, overrides))
+    for allowed in (overrides[:1], overrides[1:], [overrides[0], "--config.execution.attention=xla"]):
+        fields.check(config.load(QUICKSTART, allowed))

@@ -18,11 +18,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import colabs
 from embed import cli, config, distributed, exports, graph, inference, nodes, runs, tokenizers
 from embed.checkpoints import training_state
-from embed.cli import encode
 from embed.data.curriculum import Curriculum
 from embed.data.loader import COLUMNS
 from embed.data.store import Store, Writer
-from embed.evaluation import retrieval
+from embed.evaluation import needles, retrieval
 from embed.evaluation.sets import read_set
 from embed.models import transformer
 from embed.training import stages
@@ -63,22 +62,14 @@ def said(capsys):
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 
-# The fixture `workdir` trains quickstart.py.
+# The fixture `workdir` trains quickstart.py, the next test distill.py.
 @pytest.mark.parametrize(
-    "path", sorted({path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py", "quickstart.py"})
+    "path", sorted({path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py", "distill.py", "quickstart.py"})
 )
 def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, shared, tmp_path):
     run = make_run(tmp_path / "run", shared, path=f"configs/{path}:runlocal")
-    if run.config.data.gin_file != config.load(CONFIG).data.gin_file:  # it reads pairs or texts with vectors
-        paragraphs = [p for page in (ROOT / "docs").glob("*.md") for p in page.read_text().split("\n\n")]
-        rows = [{"query": " ".join(p.split()[:4]), "document": p} for p in paragraphs if len(p) > 40]
-        if "distill" in run.config.stages:
-            texts = [row["document"] for row in rows[20:]]
-            vectors = np.random.default_rng(0).normal(size=(len(texts), 1024)).astype(np.float32)
-            content = encode.parquet([str(i) for i in range(len(texts))], texts, vectors)
-            (tmp_path / "vectors.parquet").write_bytes(content)
-            rows = rows[:20]  # test.jsonl
-        (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if run.config.data.gin_file != config.load(CONFIG).data.gin_file:  # it reads pairs
+        write_lines(tmp_path / "test.jsonl", pairs_of_pages())
         run = make_run(tmp_path / "run", f"--config.data.root={tmp_path}", path=f"configs/{path}:runlocal")
         nodes.prepare(run)
     for name in graph.order(run.config):
@@ -88,6 +79,73 @@ def test_every_shipped_config_trains_each_stage_when_shrunk_by_runlocal(path, sh
     folder = run.workdir / "mining"
     mined = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.exists() else set()
     assert mined == set(run.config.mining)
+
+
+def pairs_of_pages():
+    """Pairs of this project's pages: the first words of a paragraph and the paragraph."""
+    paragraphs = [p for page in (ROOT / "docs").glob("*.md") for p in page.read_text().split("\n\n")]
+    return [{"query": " ".join(p.split()[:4]), "document": p} for p in paragraphs if len(p) > 40]
+
+
+def write_lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_student_learns_from_the_vectors_that_encode_wrote_and_is_compared_with_its_teacher(tmp_path):
+    """The commands of docs/distill.md."""
+    rows, data, run = pairs_of_pages(), tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    write_lines(data / "test.jsonl", rows[:20])
+    write_lines(data / "train.jsonl", rows[20:])
+    write_lines(tmp_path / "texts.jsonl", ({"_id": f"{i}", "text": x["document"]} for i, x in enumerate(rows[20:])))
+    teacher = small.write_model(tmp_path / "teacher")
+    command = ["encode", f"--model={teacher}", f"--corpus={tmp_path / 'texts.jsonl'}", "--truncate"]
+    assert cli.main([*command, f"--output={data / 'vectors.parquet'}"]) == 0
+    path = f"configs/distill.py:runlocal,teacher={teacher},compare"
+    assert config.load(path).stages.distill.teacher_dimensions == 32
+    assert cli.main(["pipeline", f"--config={path}", f"--data_root={data}", f"--workdir={run}"]) == 0
+    results = json.loads((run / "results.json").read_text())["checkpoints"]
+    assert list(results) == ["random init", "distill", "pair", str(teacher), "BM25"]
+    form, data = retrieval.Form("int8"), read_set(run / "data/evaluation/pairs/test")
+    want = retrieval.evaluate_retrieval(inference.load(teacher), data, [form], alone=True)[form]
+    assert results[str(teacher)]["pairs"]["int8"]["ndcg@10"] == pytest.approx(want["ndcg@10"], abs=1e-6)
+    assert results["distill"] != results["random init"]
+
+
+EVALUATIONS = """
+    entry = dict(data="set/test", alone=True, checkpoints=("pair",), bm25=False)
+    config.evaluations.stretched = base.evaluation(**entry, rope_theta=1e7)
+    config.evaluations.prefix = base.evaluation(**entry, truncate_dim=8)
+    config.evaluations.needles = base.evaluation(**entry, needle_tokens=60)
+    return config
+"""
+
+
+def test_an_evaluation_may_stretch_positions_cut_vectors_or_hide_needles(small_graph, tmp_path):
+    _, data = small_graph
+    (tmp_path / "graph.py").write_text(small.GRAPH.replace("    return config\n", EVALUATIONS.lstrip("\n")))
+    loaded = config.load(f"{tmp_path}/graph.py", [data, "--config.stages.pair.init="])
+    run = runs.Run(loaded, tmp_path / "run")
+    nodes.train_stage(run, "pair")
+    nodes.evaluate(run, "pair")
+    encoder, plain = run.encoder(run.checkpoint("pair")), nodes.evaluation_set(run, "set/test")
+    needle = needles.hide(plain, 60, encoder.tokenizer)
+    assert len(needle.queries) == 5 and len(needle.corpus) == 5
+    form = retrieval.Form("float32")
+    for name, used, texts, forms in (
+        ("words", encoder, plain, form),
+        ("stretched", encoder.with_rope_theta(1e7), plain, form),
+        ("prefix", encoder, plain, retrieval.Form("float32", 8)),
+        ("needles", encoder, needle, form),
+    ):
+        with np.load(nodes.ranking(run, "pair", name)) as kept:
+            (want,) = retrieval.rank(used, texts, [forms], alone=True).values()
+            np.testing.assert_array_equal(kept["float32"], want, err_msg=name)
+            rankings = kept["float32"]
+        if name == "words":
+            first = rankings
+        else:
+            assert rankings.shape != first.shape or (rankings != first).any(), name
 
 
 def test_the_planner_has_the_arrays_of_every_stage(workdir):

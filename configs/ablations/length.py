@@ -17,6 +17,8 @@ from embed.config import parse_arg
 
 def get_config(arg: str = "") -> ConfigDict:
     arg = parse_arg(arg, runlocal=False, longest=32768)
+    if arg.longest < 512:
+        raise ValueError(f"config argument longest={arg.longest} must be at least 512")
     config = small.get_config("runlocal" * arg.runlocal)
     lengths = (64, 128) if arg.runlocal else [2**k for k in range(9, 16) if 2**k <= arg.longest]
     config.evaluations = ConfigDict(

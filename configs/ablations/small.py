@@ -24,6 +24,8 @@ def get_config(arg: str = "", *evaluations: str) -> ConfigDict:
                 stage.matryoshka = (32, 128)
             stage.curriculum = tuple((-(-steps // 4), mixture) for steps, mixture in stage.curriculum)
         config.data.gin_bindings = ("evaluation.max_queries = 1500",)
+    if unknown := set(evaluations) - set(config.evaluations):
+        raise ValueError(f"evaluations {sorted(unknown)} must be of {', '.join(config.evaluations)}")
     for name in [name for name in config.evaluations if evaluations and name not in evaluations]:
         del config.evaluations[name]
     return config

@@ -24,13 +24,15 @@ BACKBONES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    arg = parse_arg(arg, runlocal=False, size="small", steps=400)
+    arg = parse_arg(arg, runlocal=False, size="small", steps=0)
+    if arg.steps and (arg.size != "small" or arg.steps < 0):
+        raise ValueError(f"config argument steps={arg.steps} must be positive, and is for size=small only")
     if arg.size == "small":
         config = small.get_config("runlocal" * arg.runlocal, "functions")
         decoder = "decoder"
         text = dict(learning_rate=1e-3, embedding_rate=1.0, warmup=0.05, decay=0.3, b2=0.98, weight_decay=0.01)
         common = dict(
-            curriculum=((2 if arg.runlocal else arg.steps, "diffusion"),),
+            curriculum=((2 if arg.runlocal else arg.steps or 400, "diffusion"),),
             optimizer=text,
             batch=dict(rows=4 if arg.runlocal else 16, length=128),
             execution=dict(logits_chunk=256),

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.output and ending not in ("html", "png"):
         raise ValueError(f"--output={args.output} must end in .html or .png")
     with common.output(args, inputs=[args.model, args.file], is_our_file=is_heat_map):
-        text = args.text or read_text(args.file)
+        text = args.text or read_utf8(args.file)
         encoder = common.load_encoder(args)
         chunker = common.make_chunker(args, encoder) if args.chunker else None
         chunks = explain(encoder, args.query, text, chunker)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_text(file: str) -> str:
+def read_utf8(file: str) -> str:
     """The text of a file; ValueError unless it is UTF-8 and not blank."""
     path = paths.path(file)
     if not path.is_file():

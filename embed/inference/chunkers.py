@@ -29,6 +29,10 @@ def make(
         raise ValueError(f"chunker={name!r} must be one of {', '.join(NAMES)}")
     if overlap and name != "tokens":
         raise ValueError(f"overlap={overlap} is for the chunker tokens, not {name}")
+    if least != 1 and name == "tokens":
+        raise ValueError(f"least={least} is not for the chunker tokens")
+    if language and name not in ("sentences", "content", "code"):
+        raise ValueError(f"language={language!r} is for the chunkers sentences, content and code, not {name}")
     if name == "tokens":
         return tokens(tokenizer, size, overlap)
     if name == "content":
@@ -56,10 +60,10 @@ def tokens(tokenizer: Tokenizer, size: int = 256, overlap: int = 0) -> Chunker:
 
 def sentences(tokenizer: Tokenizer, size: int = 256, *, least: int = 1, language: str = "en") -> Chunker:
     """Sentences by the rules of a language (sentencex), joined until they have `least` tokens."""
-    sentencex, smaller = _library("sentencex"), paragraphs(tokenizer, size)
+    sentencex = _library("sentencex")
 
     def divide(text: str) -> Offsets:
-        return [(0, len(text))] if _count(tokenizer, text) <= size else smaller(text)
+        return [(0, len(text))] if _count(tokenizer, text) <= size else paragraphs(tokenizer, size)(text)
 
     def chunk(text: str) -> Offsets:
         units = [(each["start_index"], each["end_index"]) for each in sentencex.get_sentence_boundaries(language, text)]
@@ -97,34 +101,38 @@ def code(tokenizer: Tokenizer, size: int = 256, *, least: int = 1, language: str
 def by_content(encoder, size: int = 256, *, least: int = 1, language: str = "en") -> Chunker:
     """Runs of sentences between which the content changes, as the encoder sees it.
 
-    A text of more than `size` tokens is divided between two sentences, where the mean of the token vectors before and
-    that after them have the smallest cosine; then each part again. The means are those of two sentences (of one at the
-    end of a part) in the context of the whole text. No part has fewer than `least` tokens, if that is possible.
+    A border between sentences has the cosine of two means of token vectors, in the context of the whole text: those of
+    the two sentences before it and of the two after it. A text of more than `size` tokens is divided at the border with
+    the smallest cosine; then each part again. A part has at least `least` tokens and two sentences, unless its
+    sentences are too long for that.
     """
     of_sentences = sentences(encoder.tokenizer, size, language=language)
 
     def chunk(text: str) -> Offsets:
         offsets = of_sentences(text)
-        if not offsets:
-            return []
+        if len(offsets) < 2:
+            return offsets
         vectors = encoder.encode_long(text, of_sentences).vectors
-        counts = np.array([_count(encoder.tokenizer, text[a:b]) for a, b in offsets])
-        weighted = vectors * counts[:, None]
-
-        def parts(first: int, stop: int) -> list[tuple[int, int]]:
-            borders = np.arange(first + 1, stop)
-            before, after = np.cumsum(counts[first:stop])[:-1], np.cumsum(counts[first:stop][::-1])[::-1][1:]
-            if before.sum() == 0 or before[-1] + counts[stop - 1] <= size:
-                return [(first, stop)]
-            allowed = (before >= least) & (after >= least)
-            borders = borders[allowed] if allowed.any() else borders
-            similarity = [
-                _cosine(weighted[max(first, k - 2) : k].sum(0), weighted[k : min(stop, k + 2)].sum(0)) for k in borders
-            ]
-            k = int(borders[np.argmin(similarity)])
-            return [*parts(first, k), *parts(k, stop)]
-
-        return [(offsets[a][0], offsets[b - 1][1]) for a, b in parts(0, len(offsets))]
+        ends = np.cumsum([0, *(_count(encoder.tokenizer, text[a:b]) for a, b in offsets)])
+        totals = np.concatenate([np.zeros_like(vectors[:1]), np.cumsum(vectors * np.diff(ends)[:, None], 0)])
+        borders = np.arange(1, len(offsets))  # border k is before sentence k
+        before = totals[borders] - totals[np.maximum(borders - 2, 0)]
+        after = totals[np.minimum(borders + 2, len(offsets))] - totals[borders]
+        norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+        cosines = np.append(np.inf, (before * after).sum(1) / np.maximum(norms, np.finfo(np.float32).tiny))
+        parts, waiting = [], [(0, len(offsets))]
+        while waiting:
+            first, stop = waiting.pop()
+            inside = np.arange(first + 1, stop)
+            if ends[stop] - ends[first] <= size or not len(inside):
+                parts.append((first, stop))
+                continue
+            long_enough = np.minimum(ends[inside] - ends[first], ends[stop] - ends[inside]) >= least
+            far_enough = np.minimum(inside - first, stop - inside) >= 2
+            allowed = next((each for each in (long_enough & far_enough, long_enough) if each.any()), long_enough | True)
+            k = int(inside[allowed][np.argmin(cosines[inside[allowed]])])
+            waiting += [(first, k), (k, stop)]
+        return [(offsets[a][0], offsets[b - 1][1]) for a, b in sorted(parts)]
 
     return chunk
 
@@ -166,10 +174,6 @@ def _strip(text: str, unit: tuple[int, int]) -> tuple[int, int] | None:
     inner = text[start:end]
     start, end = end - len(inner.lstrip()), start + len(inner.rstrip())
     return (start, end) if start < end else None
-
-
-def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), np.finfo(np.float32).tiny))
 
 
 def _library(name: str):

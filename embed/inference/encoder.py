@@ -362,6 +362,13 @@ class Encoder:
         characters = STREAM_BATCHES * (batch_tokens or self.batch_tokens) * CHARACTERS_PER_TOKEN
         blocks = _blocks(texts, characters)
 
+        def read() -> tuple[list | None, Exception | None]:
+            """The next block, or why it cannot be read: the vectors of the block before it come first."""
+            try:
+                return next(blocks, None), None
+            except Exception as error:
+                return None, error
+
         def fit(first: int, block: list) -> tuple[list[bool], list[Segment]]:
             is_text = [isinstance(item, str) for item in block]
             names = [f"text {first + i}" for i in range(len(block))]
@@ -375,17 +382,19 @@ class Encoder:
             return is_text, [segments[i] for i in range(len(block))]
 
         with concurrent.futures.ThreadPoolExecutor(1, "tokenize") as pool:
-            first, block = 0, next(blocks, None)
+            first, (block, error) = 0, read()
             waiting = block and pool.submit(fit, first, block)
             while waiting:
                 is_text, segments = waiting.result()
-                start, first, block = first, first + len(is_text), next(blocks, None)
+                start, first, (block, error) = first, first + len(is_text), read()
                 waiting = block and pool.submit(fit, first, block)
                 name = _namer("text", len(segments), [f"text {start + i}" for i in range(len(segments))])
                 vectors = self._embed(segments, name, precision, truncate_dim, normalize_embeddings, batch_tokens)
                 stops = np.cumsum([segment.num_spans for segment in segments])
                 for one, segment, stop in zip(is_text, segments, stops):
                     yield vectors[stop - 1] if one else vectors[stop - segment.num_spans : stop]
+        if error:
+            raise error
 
     def encode_long(
         self,
@@ -682,16 +691,29 @@ def _is_finite(vectors):
 
 
 def _blocks(texts: Iterable, characters: int) -> Iterator[list]:
-    """The texts and documents in lists of about so many characters."""
-    block, size = [], 0
-    for text in texts:
+    """The texts and documents in lists of about so many characters; those before one that cannot be read come first."""
+    block, size, count, error, left = [], 0, 0, None, iter(texts)
+    while True:
+        try:
+            text = next(left)
+        except StopIteration:
+            break
+        except Exception as raised:
+            error = raised
+            break
+        parts = [text] if isinstance(text, str) else text if isinstance(text, list | tuple) else [None]
+        if not all(isinstance(part, str) for part in parts):
+            error = ValueError(f"text {count} is {text!r:.80}, expected a str or a list of str")
+            break
         block.append(text)
-        size += len(text) if isinstance(text, str) else sum(map(len, text))
+        size, count = size + sum(map(len, parts)), count + 1
         if size >= characters:
             yield block
             block, size = [], 0
     if block:
         yield block
+    if error:
+        raise error
 
 
 def _namer(noun: str, count: int, names: Sequence[str] | None = None) -> Callable[[int], str]:

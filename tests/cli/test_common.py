@@ -92,7 +92,9 @@ def test_no_verb_accepts_an_empty_value(verb, tmp_path, monkeypatch, capsys):
             continue
         for empty in ("", " "):
             message = refused(capsys, verb, *given[:i], f"{name}={empty}", *given[i + 1 :])
-            expected = "is blank: expected a text" if name == "--query" else "is empty: expected a value"
+            expected = (
+                "is blank: expected a text" if (verb, name) == ("search", "--query") else "is empty: expected a value"
+            )
             assert f"{name}={empty!r} {expected}" in message or f"{name}={empty} {expected}" in message
     assert not list(tmp_path.iterdir())
 

@@ -502,6 +502,21 @@ def test_an_error_in_a_stream_names_the_text_after_the_vectors_before_it(encoder
     with pytest.raises(ValueError, match="text 40 has no tokens"):
         got.extend(stream)
     assert 0 < len(got) <= 40
+
+    def broken():
+        yield from TEXTS[:40]
+        raise OSError("the disk fails")
+
+    for texts, error, sentence in (
+        (broken(), OSError, "the disk fails"),
+        (iter([*TEXTS[:40], None, "the"]), ValueError, "text 40 is None, expected a str or a list of str"),
+        (iter([*TEXTS[:40], b"the"]), ValueError, "text 40 is b'the', expected"),
+        (iter([*TEXTS[:40], ["the", 3]]), ValueError, "text 40 is .'the', 3., expected"),
+    ):
+        got = []
+        with pytest.raises(error, match=sentence):
+            got.extend(encoder.encode_stream(texts, batch_tokens=64))
+        assert len(got) == 40
     assert list(encoder.encode_stream([])) == []
     for texts in ("a text", 3):
         with pytest.raises(ValueError, match="expected texts, each a str or a list of str"):

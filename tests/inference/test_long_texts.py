@@ -244,6 +244,8 @@ def test_by_content_divides_where_the_vectors_change(encoder):
             offsets = np.array(chunker(text))
             return type("Chunks", (), {"vectors": np.where(offsets[:, :1] < len(before), [[1.0, 0.1]], [[0.0, 1.0]])})
 
+    same = " ".join(["The file of a file."] * 60)
+    assert [part.count(".") for part in chunk(chunkers.by_content(encoder, 40), same)].count(1) < 3
     spy = Spy(small.params(), small.config(), encoder.tokenizer)
     assert chunk(chunkers.by_content(spy, max(counts)), text) == [before, after]
     assert chunk(chunkers.by_content(spy, sum(counts) + 9), text) == [text]
@@ -259,5 +261,9 @@ def test_a_chunker_is_made_by_its_name_and_other_arguments_are_refused(encoder):
         chunkers.make("words", encoder)
     with pytest.raises(ValueError, match="overlap=3 is for the chunker tokens, not code"):
         chunkers.make("code", encoder, overlap=3)
+    with pytest.raises(ValueError, match="least=9 is not for the chunker tokens"):
+        chunkers.make("tokens", encoder, least=9)
+    with pytest.raises(ValueError, match="language='de' is for the chunkers sentences, content and code, not markdown"):
+        chunkers.make("markdown", encoder, language="de")
     with pytest.raises(ValueError, match="least=9 and size=8 tokens"):
         chunkers.make("markdown", encoder, size=8, least=9)

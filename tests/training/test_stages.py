@@ -326,3 +326,60 @@ def test_the_spread_out_term_is_added_to_the_loss_with_its_weight(kind):
     plain, once, twice = (float(loss_of(kind, 1, spread_out=w)(params(), batch())) for w in (0.0, 1.0, 2.0))
     assert once > plain + 1e-3
     np.testing.assert_allclose(twice - plain, 2 * (once - plain), rtol=1e-3)
+
+
+# Switches of a config
+
+
+@pytest.mark.parametrize(
+    "kind, field, value, read, default, want",
+    [
+        ("diffusion", "noise", "bell", lambda how: how["noise"], "stratified", "bell"),
+        ("diffusion", "mask_ratio", 0.3, lambda how: how["mask_ratio"], 0.15, 0.3),
+        ("diffusion", "anneal", 0.5, lambda how: how["anneal"], 0.0, 0.5),
+        ("pair", "pooling", "last", lambda how: how["embedding"].pooling, "mean", "last"),
+        ("triplet", "pooling", "last", lambda how: how["embedding"].pooling, "mean", "last"),
+        ("pair", "quantization", "tanh", lambda how: how["embedding"].quantization, "int8", "tanh"),
+        ("contextual", "chunking", "early", lambda how: how["embedding"].early, False, True),
+        ("pair", "margin", 2.0, lambda how: how["margin"], 0.1, None),
+        ("pair", "query_negatives", False, lambda how: how["query_negatives"], True, False),
+        ("pair", "matryoshka", (8, 32), lambda how: how["prefixes"].sizes, None, (8, 32)),
+        ("pair", "matryoshka_weights", (0.2, 1.0), lambda how: how["prefixes"].weights, (), (0.2, 1.0)),
+        ("pair", "spread_out", 0.5, lambda how: how["spread_out"], 0.0, 0.5),
+        ("distill", "spread_out", 0.5, lambda how: how["spread_out"], 0.0, 0.5),
+        ("contextual", "alpha", 0.7, lambda how: how["alpha"], None, 0.7),
+        ("contextual", "beta", (0.1, 0.3), lambda how: how["beta"], None, (0.1, 0.3)),
+        ("pair", "temperature", 0.5, lambda how: how["temperature"], None, 0.5),
+    ],
+)
+def test_a_switch_of_a_stage_reaches_its_loss(kind, field, value, read, default, want):
+    base = configs.base()
+    before = read(stages.make_loss(base.stage(kind), MODEL, 2).keywords)
+    after = read(stages.make_loss(base.stage(kind, **{field: value}), MODEL, 2).keywords)
+    assert after == want != before and (default is None or before == default)
+
+
+def test_attention_of_a_stage_is_that_of_its_model():
+    for attention, causal in (("bidirectional", False), ("causal", True)):
+        stage = configs.base().stage("pair", attention=attention)
+        assert stages.stage_model(stage, MODEL).causal == causal
+
+
+def test_homogeneous_batches_have_examples_of_one_task(tmp_path):
+    rng, made = np.random.default_rng(0), {}
+    for first, name in ((10, "a"), (40, "b")):
+        writer = stores.Writer(tmp_path / name, ["query", "document"])
+        for _ in range(50):
+            writer.append({side: rng.integers(first, first + 20, 4) for side in ("query", "document")})
+        writer.close({"task": name})
+        made[name] = stores.Store(tmp_path / name)
+    batch = dict(group_size=8, groups=2, rows_per_group=2, length=64, spans=32, segments=32)
+    mixed = set()
+    for homogeneous in (False, True):
+        stage = configs.base().stage("pair", batch=batch | dict(homogeneous=homogeneous))
+        loader = stages.make_loader(stage, made, [(20, {"a": 0.5, "b": 0.5})], seed=0, separator_id=None)
+        for step in range(20):
+            tokens = loader.batch(step)["tokens"]
+            of_both = bool(((tokens >= 10) & (tokens < 40)).any() and (tokens >= 40).any())
+            mixed.add((homogeneous, of_both))
+    assert (False, True) in mixed and (True, True) not in mixed and (True, False) in mixed
