@@ -117,7 +117,8 @@ def stage(kind: str, **changes) -> ConfigDict:
     new.execution.keep = 2  # number of newest checkpoints that are kept
     new.execution.milestone_every = 0  # steps; checkpoints saved at multiples of it are kept forever; 0 = none
     new.execution.evaluate_every = 0  # steps; the best checkpoint is kept too; 0 = never
-    # SET/SPLITs of the data, or folders of evaluation sets; () = all SET/development. The figure is mean nDCG@10, of int8 or MaxSim.
+    # SET/SPLITs of the data, or folders of evaluation sets; () = all SET/development. The figure is mean nDCG@10, int8
+    # (of a late-interaction stage MaxSim).
     new.execution.evaluate_on = ()
     # A step without a finite loss and gradient is skipped; more than this many in a row end the run.
     new.execution.max_skipped = 10

@@ -335,7 +335,7 @@ def test_the_spread_out_term_is_added_to_the_loss_with_its_weight(kind):
     "kind, field, value, read, default, want",
     [
         ("diffusion", "noise", "bell", lambda how: how["noise"], "stratified", "bell"),
-        ("diffusion", "mask_ratio", 0.3, lambda how: how["mask_ratio"], 0.15, 0.3),
+        ("diffusion", "mask_ratio", 0.3, lambda how: how["mask_ratio"], 0.2, 0.3),
         ("diffusion", "anneal", 0.5, lambda how: how["anneal"], 0.0, 0.5),
         ("pair", "pooling", "last", lambda how: how["embedding"].pooling, "mean", "last"),
         ("triplet", "pooling", "last", lambda how: how["embedding"].pooling, "mean", "last"),
