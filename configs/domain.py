@@ -1,4 +1,4 @@
-"""Fine-tunes any embedding model on pairs of a domain, and says what it gains there and forgets elsewhere.
+"""Fine-tunes an embedding model on pairs of a domain, and says what it gains there and forgets elsewhere.
 
     embed pipeline --config=configs/domain.py:model=MODEL,general=SET --data_root=PAIRS --workdir=RUN
 

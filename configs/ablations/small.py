@@ -16,7 +16,7 @@ def get_config(arg: str = "", *evaluations: str) -> ConfigDict:
     """The config with these evaluations of the quickstart, by default all: functions, contextual, contextual_alone."""
     config = quickstart.get_config(arg)
     if "runlocal" not in arg:
-        # Two layers, because attention has little to mix in one; narrow, so that 24 runs take an hour on two cores.
+        # Two layers, because attention has little to mix in one; narrow, so that a run takes minutes on a core.
         config.model.update(hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32)
         config.model.intermediate_size = 256
         for stage in config.stages.values():
