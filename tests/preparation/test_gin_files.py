@@ -56,8 +56,8 @@ def test_tasks_say_their_language(name):
 @pytest.mark.parametrize("argument", ["", "runlocal"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_everything_that_a_config_names_is_in_its_gin_file(name, argument, tmp_path):
-    if name == "domain":
-        argument += f",model={small.write_model(tmp_path / 'model')}"
+    if name in ("distill", "domain"):
+        argument += f",{'teacher' if name == 'distill' else 'model'}={small.write_model(tmp_path / 'model')}"
     config = importlib.import_module(f"configs.{name}").get_config(argument)
     config.data.root = str(tmp_path)
     described = {"gin_file": ROOT / config.data.gin_file, "data_root": str(tmp_path)}
