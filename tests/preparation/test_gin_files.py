@@ -9,6 +9,7 @@ import small
 
 from configs import domain
 from embed import nodes
+from embed.models import transformer
 from embed.preparation import settings
 from embed.runs import Run
 
@@ -57,7 +58,9 @@ def test_tasks_say_their_language(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_everything_that_a_config_names_is_in_its_gin_file(name, argument, tmp_path):
     if name in ("distill", "domain"):
-        argument += f",{'teacher' if name == 'distill' else 'model'}={small.write_model(tmp_path / 'model')}"
+        wide = transformer.make_config("tiny", small.config().vocab_size)
+        model = small.write_model(tmp_path / "model", small.random_params(wide), wide)
+        argument += f",{'teacher' if name == 'distill' else 'model'}={model}"
     config = importlib.import_module(f"configs.{name}").get_config(argument)
     config.data.root = str(tmp_path)
     described = {"gin_file": ROOT / config.data.gin_file, "data_root": str(tmp_path)}
