@@ -219,15 +219,14 @@ def commands(
     every = variants(config, workdir)
     where = [f"--config={config_path}", f"--workdir={workdir}", *options]
     chosen = _chosen(every, only)
-    of_config, changes = dict(configs.leaves(config)), dict(config.ablation.variants)
-    first = {variant.config.data.directory: variant for variant in reversed(chosen)}
+    changes = dict(config.ablation.variants)
+    prepared = {variant.config.data.directory: variant.name for variant in reversed(chosen)}
     for folder in dict.fromkeys(variant.config.data.directory for variant in chosen):
-        own = [key for key in changes[first[folder].name] if key.startswith("data.")]
-        fields_of_data = [f"--config.{key}={changes[first[folder].name][key]}" for key in own]
         if folder == str(paths.path(workdir) / "data"):
             yield f"embed prepare {shlex.join(where)}"
-        elif folder != of_config["data.directory"]:  # the user's is prepared already
-            yield f"embed prepare {shlex.join([*where, *fields_of_data, f'--config.data.directory={folder}'])}"
+        elif folder != config.data.directory:  # the user's is prepared already
+            own = [f"--config.{k}={v}" for k, v in changes[prepared[folder]].items() if k.startswith("data.")]
+            yield f"embed prepare {shlex.join([*where, *own, f'--config.data.directory={folder}'])}"
     folders = {str(variant.folder): variant.name for variant in every}
     for name in dict.fromkeys(variant.name for variant in chosen):
         mine = [variant for variant in every if variant.name == name]

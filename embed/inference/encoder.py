@@ -24,12 +24,12 @@ from tqdm import tqdm
 from embed import distributed
 from embed.checkpoints import model_folder
 from embed.inference import long_texts
-from embed.inference.batches import FINE_BATCHES, batches
 from embed.inference.chunkers import Chunker
+from embed.inference.packing import FINE_BATCHES, batches
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.objectives.contrastive import normalize as to_unit_length
-from embed.rows import Segment, chunked, cut, dense, windows, write_rows
+from embed.rows import Segment, Window, chunked, cut, dense, windows, write_rows
 from embed.tokenizers import check_text
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
@@ -540,19 +540,10 @@ class Encoder:
 
     def _pool_windows(self, segments, name, window: int | None, batch_tokens=None, progress=False) -> np.ndarray:
         """The pooled vectors of all spans of all segments, float32 [total spans, D]; each segment in its windows."""
-        parts = [windows(segment, window or len(segment.tokens)) for segment in segments]
+        flat, document, name = _windows(segments, [window] * len(segments), name)
         first = np.cumsum([0] + [segment.num_spans for segment in segments])
-        document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        flat = [each for part in parts for each in part]
-        vectors = self._run(
-            _pooled,
-            np.asarray,
-            self.dimensions,
-            [each.segment for each in flat],
-            lambda i: name(document[i]),
-            batch_tokens,
-            progress,
-        )
+        divided = [each.segment for each in flat]
+        vectors = self._run(_pooled, np.asarray, self.dimensions, divided, name, batch_tokens, progress)
         none = [np.zeros(0, np.int64)]
         spans = np.concatenate(none + [each.spans + first[d] for each, d in zip(flat, document)])
         return long_texts.combine(
@@ -585,14 +576,11 @@ class Encoder:
         """What `program` computes of the tokens of each span, in order; segment i in windows of limits[i] tokens."""
         if not segments:
             return []
-        parts = [windows(segment, limit or len(segment.tokens)) for segment, limit in zip(segments, limits)]
-        document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        flat = [each.segment for part in parts for each in part]
-        vectors = self._run(
-            program, np.asarray, dimensions, flat, lambda i: name(document[i]), batch_tokens, progress, of_tokens=True
-        )
+        flat, _, name = _windows(segments, limits, name)
+        divided = [each.segment for each in flat]
+        vectors = self._run(program, np.asarray, dimensions, divided, name, batch_tokens, progress, of_tokens=True)
         # Tokens of no span, such as separators, have no vector.
-        in_span = np.concatenate([s.spans > 0 for s in flat])
+        in_span = np.concatenate([s.spans > 0 for s in divided])
         counts = np.concatenate([np.bincount(s.spans, minlength=s.num_spans + 1)[1:] for s in segments])
         return np.split(vectors[in_span], np.cumsum(counts)[:-1])
 
@@ -688,6 +676,18 @@ def _token_vectors(params, tokens, segment_ids, positions, span_ids, *, config, 
 def _is_finite(vectors):
     """Whether each vector [..., D] is finite: bool, flattened."""
     return jnp.isfinite(vectors).all(-1).reshape(-1)
+
+
+def _windows(
+    segments: Sequence[Segment], limits: Sequence[int | None], name: Callable
+) -> tuple[list[Window], np.ndarray, Callable]:
+    """(the windows of all segments, in order, the segment of each, the function that names the text of a window).
+
+    Segment i is in windows of limits[i] tokens, or one for None.
+    """
+    parts = [windows(segment, limit or len(segment.tokens)) for segment, limit in zip(segments, limits)]
+    document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    return [each for part in parts for each in part], document, lambda i: name(document[i])
 
 
 def _blocks(texts: Iterable, characters: int) -> Iterator[list]:

@@ -11,8 +11,8 @@ import pytest
 import small
 
 from embed import inference
-from embed.inference import batches as batching
 from embed.inference import encoder as encoding
+from embed.inference import packing
 from embed.models import sharding, transformer
 from embed.rows import Segment
 
@@ -411,7 +411,7 @@ def test_batches_hold_every_segment_once_within_the_capacity_of_rows(fine):
     spans = rng.integers(1, 30, 500)
     all_segments = [Segment(np.ones(n, np.int32), np.ones(n, np.int32), s) for n, s in zip(lengths, spans)]
     seen = []
-    for members, row, shape, num_rows in batching.batches(all_segments, 4096, fine=fine):
+    for members, row, shape, num_rows in packing.batches(all_segments, 4096, fine=fine):
         assert num_rows * shape.length <= max(4096, shape.length)
         assert shape.length % (32 if fine else 64) == 0 and shape.spans * 8 == shape.length
         assert row.max() < num_rows
@@ -423,7 +423,7 @@ def test_batches_hold_every_segment_once_within_the_capacity_of_rows(fine):
 
 def test_rows_are_at_least_90_percent_full_with_varied_lengths():
     lengths = np.random.default_rng(0).lognormal(4.5, 0.6, 2000).astype(int) + 8
-    capacity = sum(r * shape.length for _, _, shape, r in batching.batches(segments(lengths), 4096))
+    capacity = sum(r * shape.length for _, _, shape, r in packing.batches(segments(lengths), 4096))
     assert lengths.sum() / capacity > 0.9
 
 
@@ -432,7 +432,7 @@ def test_many_texts_get_rows_of_about_their_length_and_the_same_vectors(encoder,
     lengths = np.random.default_rng(0).normal(380, 90, 5000).clip(100, 700).astype(int)
 
     def attention(fine):
-        made = list(batching.batches(segments(lengths), 4096, fine=fine))
+        made = list(packing.batches(segments(lengths), 4096, fine=fine))
         rows = sum(r * shape.length for _, _, shape, r in made)
         return sum(r * shape.length**2 for _, _, shape, r in made) / lengths.sum(), lengths.sum() / rows
 
@@ -441,7 +441,7 @@ def test_many_texts_get_rows_of_about_their_length_and_the_same_vectors(encoder,
     texts = small.sentences(60, seed=2, longest=200)
     few = encoder.encode(texts)
     monkeypatch.setattr(encoding, "FINE_BATCHES", 0)
-    monkeypatch.setattr(batching, "FINE_LENGTH", 64)
+    monkeypatch.setattr(packing, "FINE_LENGTH", 64)
     np.testing.assert_allclose(encoder.encode(texts), few, rtol=1e-5, atol=1e-5)
 
 
