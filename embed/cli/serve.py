@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         "chunks": "chunks of a request",
         "tokens": "tokens of a request",
         "body": "bytes of a request",
-        "batch_tokens": "tokens of a batch; default: 4,096 on CPU, 65,536 per device otherwise",
+        "batch_tokens": "tokens of a batch; default: 1,024 on CPU, 65,536 per device otherwise",
         "waiting_tokens": "tokens that may wait, of all requests; more are refused with status 429",
     }
     for name, text in about.items():

@@ -25,7 +25,7 @@ from embed import distributed
 from embed.checkpoints import model_folder
 from embed.inference import long_texts
 from embed.inference.chunkers import Chunker
-from embed.inference.packing import FINE_BATCHES, batches
+from embed.inference.packing import FINE_WORK, batches
 from embed.models import quantization, sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.objectives.contrastive import normalize as to_unit_length
@@ -198,7 +198,7 @@ class Encoder:
     @property
     def batch_tokens(self) -> int:
         """Tokens of a batch by default; on CPU so few that activations stay in its cache."""
-        return sharding.batch_shards(self.mesh) * (4096 if _on_cpu() else 65536)
+        return sharding.batch_shards(self.mesh) * (1024 if _on_cpu() else 65536)
 
     def encode(
         self,
@@ -216,7 +216,7 @@ class Encoder:
 
         Returns float32 [N, D] (the pooled mean itself, or its tanh), int8 [N, D], or packed bits [N, D/8]: binary is
         int8, ubinary is uint8. `truncate_dim` keeps a prefix of each vector, before bits are packed.
-        `normalize_embeddings` is for float32 only. `batch_tokens` is the size of a batch in tokens; None means 4,096
+        `normalize_embeddings` is for float32 only. `batch_tokens` is the size of a batch in tokens; None means 1,024
         on CPU and 65,536 on accelerators per shard of the batch. It changes no result. A text longer than
         `max_length` is an error, or with `truncate=True` is cut with a warning. A text without tokens is an error, and
         so is a vector that is not finite (NotFiniteError). Errors name a text by its index, or by its entry in `names`.
@@ -630,7 +630,7 @@ class Encoder:
             _out_of_memory(name, segments, longest),
         ):
             tokens = sum(len(segment.tokens) for segment in segments)
-            fine = _on_cpu() and tokens > FINE_BATCHES * batch_tokens * shards
+            fine = _on_cpu() and tokens * transformer.count_params(self.params)[1] > FINE_WORK
             for members, row, shape, num_rows in batches(segments, batch_tokens, shards, fine):
                 packed = write_rows([segments[i] for i in members], row, shape, num_rows)
                 rows = packed.rows

@@ -9,7 +9,8 @@ from embed.rows import RowShape, Segment
 
 MIN_ROW_LENGTH = 64
 TOKENS_PER_SPAN = 8  # a row of L tokens has L / 8 span slots
-FINE_BATCHES, FINE_LENGTH = 128, 256  # with more batches on CPU, rows of more tokens than this have finer lengths
+FINE_WORK = 4e11  # tokens times parameters of some ten seconds on two cores: more than this pays for finer lengths
+FINE_LENGTH = 64  # longer rows have them
 
 
 def batches(

@@ -413,7 +413,7 @@ def test_batches_hold_every_segment_once_within_the_capacity_of_rows(fine):
     seen = []
     for members, row, shape, num_rows in packing.batches(all_segments, 4096, fine=fine):
         assert num_rows * shape.length <= max(4096, shape.length)
-        assert shape.length % (32 if fine else 64) == 0 and shape.spans * 8 == shape.length
+        assert shape.length % (8 if fine else 64) == 0 and shape.spans * 8 == shape.length
         assert row.max() < num_rows
         assert np.bincount(row, lengths[members]).max() <= shape.length
         assert np.bincount(row, spans[members]).max() <= shape.spans
@@ -440,8 +440,7 @@ def test_many_texts_get_rows_of_about_their_length_and_the_same_vectors(encoder,
     assert fine < 0.75 * coarse and fine_fill > coarse_fill
     texts = small.sentences(60, seed=2, longest=200)
     few = encoder.encode(texts)
-    monkeypatch.setattr(encoding, "FINE_BATCHES", 0)
-    monkeypatch.setattr(packing, "FINE_LENGTH", 64)
+    monkeypatch.setattr(encoding, "FINE_WORK", 0)
     np.testing.assert_allclose(encoder.encode(texts), few, rtol=1e-5, atol=1e-5)
 
 
