@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from embed import paths
 
@@ -91,6 +91,19 @@ def any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(bool(flag)).any()) if jax.process_count() > 1 else bool(flag)
+
+
+def total(numbers: Sequence[int]) -> list[int]:
+    """Each whole number summed over all processes. All processes call this."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return list(numbers)
+    halves = np.array(numbers, np.int64).view(np.int32)  # jax would cut a number of 64 bits
+    with translate_peer_errors():
+        return np.asarray(multihost_utils.process_allgather(halves)).view(np.int64).sum(0).tolist()
 
 
 def from_first(text: str) -> str:

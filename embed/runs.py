@@ -428,7 +428,7 @@ def is_stage(folder) -> bool:
 
 
 def contents(folder) -> str:
-    """What a folder is, in words: a stage, a model, an index, prepared data or examples; "" for any other folder."""
+    """What a folder is, in words: a stage, a model, an index, vectors, data or examples; "" for any other folder."""
     folder = paths.path(folder)
 
     def has(name: str, *keys: str) -> bool:
@@ -444,6 +444,8 @@ def contents(folder) -> str:
         return "a model folder"
     if has("index.json", "format", "format_version"):
         return "an index"
+    if has("encode.json", "format", "format_version"):
+        return "a folder of vectors"
     if has("mixtures.json") and has("info.json", "arguments"):
         return "prepared data"
     return "a folder of examples" if has("info.json", "columns", "digest") else ""
@@ -630,8 +632,9 @@ def load_encoder(
     revision: str | None = None,
     max_length: int | None = None,
     rope_theta: float | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Encoder:
-    """A model folder, hub id (at a `revision`) or stage folder as an encoder over all devices.
+    """A model folder, hub id (at a `revision`) or stage folder as an encoder over `mesh`, by default all devices.
 
     See `Run.checkpoint` for `step`. `max_length` replaces the longest text of the model by a shorter one, `rope_theta`
     its base of the rotary angles.
@@ -645,11 +648,11 @@ def load_encoder(
         if jax.default_backend() == "cpu":
             model = dataclasses.replace(checkpoint.model, dtype="float32")
             checkpoint = dataclasses.replace(checkpoint, model=model)
-        encoder = make_encoder(checkpoint, sharding.make_mesh())
+        encoder = make_encoder(checkpoint, mesh or sharding.make_mesh())
     elif step:
         raise ValueError(f"step {step} of {source}: only a stage folder has steps")
     else:
-        encoder = inference.load(source, revision=revision)
+        encoder = inference.load(source, revision=revision, mesh=mesh)
     if max_length and encoder.max_length and max_length > encoder.max_length:
         raise ValueError(f"--max_length={max_length} must be at most {encoder.max_length}, the max_length of {source}")
     encoder.max_length = max_length or encoder.max_length

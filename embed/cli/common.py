@@ -167,13 +167,14 @@ def output(
     is_ours: Callable | None = None,
     is_our_file: Callable | None = None,
     continues: bool = False,
+    share: str = "",
 ) -> Iterator[None]:
     """Lock --output, if given, for this command until the block ends: a folder (`is_ours`) or file (`is_our_file`).
 
     An output that cannot be written is refused before the work (`paths.check_output`). So is one that another command
     is writing, one of the `inputs` (files, model folders), a path inside a stage, model, index or prepared data
     (`runs.contents`), and a folder that contains an input. With `continues`, the verb continues its own output, and
-    there is no --overwrite. All processes call it, after `join`.
+    there is no --overwrite. With `share`, it locks only a part of this name. All processes call it, after `join`.
     """
     from embed import runs
 
@@ -195,7 +196,8 @@ def output(
     if not arguments.output:
         yield
         return
-    with distributed.hold(arguments.output, refuse):
+    locked = f"{arguments.output.rstrip('/')}{share}" if share else arguments.output
+    with distributed.hold(locked, refuse):
         yield
 
 
@@ -376,11 +378,11 @@ def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | Non
         check_precision(precision, size, truncate_dim)
 
 
-def load_encoder(arguments: argparse.Namespace):
-    """Load the encoder of --model and --step, with --max_length and --rope_theta."""
+def load_encoder(arguments: argparse.Namespace, mesh=None):
+    """Load the encoder of --model and --step, with --max_length and --rope_theta, over `mesh` or all devices."""
     from embed import runs
 
-    how = dict(max_length=arguments.max_length, rope_theta=arguments.rope_theta)
+    how = dict(max_length=arguments.max_length, rope_theta=arguments.rope_theta, mesh=mesh)
     encoder = runs.load_encoder(arguments.model, arguments.step, **how)
     if encoder.token_dimensions:
         warnings.warn(
@@ -389,6 +391,25 @@ def load_encoder(arguments: argparse.Namespace):
             stacklevel=2,
         )
     return encoder
+
+
+def add_runner_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --runner and --runner_options, which `runner_options` reads."""
+    parser.add_argument("--runner", default="", help="a runner of Apache Beam, such as FnApiRunner or DataflowRunner")
+    parser.add_argument(
+        "--runner_options",
+        nargs="*",
+        default=(),
+        metavar="NAME=VALUE",
+        help="options of the runner, without dashes, such as direct_num_workers=2",
+    )
+
+
+def runner_options(arguments: argparse.Namespace) -> list[str]:
+    """The options of the runner, with dashes."""
+    if arguments.runner_options and not arguments.runner:
+        raise ValueError("--runner_options needs --runner")
+    return [f"--{option.lstrip('-')}" for option in arguments.runner_options]
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -401,13 +422,18 @@ def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--process_id", type=int, help="index of this process, from 0")
 
 
-def join(arguments: argparse.Namespace, *, saves_at_sigterm: bool = True) -> None:
-    """Join the other processes if the arguments say so; call it before anything is computed (`distributed.join`)."""
+def join(arguments: argparse.Namespace, *, saves_at_sigterm: bool = True, alone: bool = False) -> None:
+    """Join the other processes if the arguments say so; call it before anything is computed (`distributed.join`).
+
+    With `alone`, processes may share the work without --coordinator: then this one joins no other.
+    """
     several = arguments.num_processes is not None
     if not several and (arguments.coordinator or arguments.process_id is not None):
         raise ValueError("--coordinator and --process_id need --num_processes")
     if arguments.distributed and several:
         raise ValueError("--distributed finds the processes by itself: leave out --num_processes")
+    if alone and several and not arguments.coordinator and arguments.process_id in range(arguments.num_processes):
+        return
     if several and (not arguments.coordinator or arguments.process_id not in range(arguments.num_processes)):
         raise ValueError(
             f"--num_processes={arguments.num_processes} needs --coordinator=HOST:PORT and --process_id from 0 to "

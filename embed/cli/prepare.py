@@ -14,25 +14,16 @@ def main(argv: list[str] | None = None) -> int:
         "--check", action="store_true", help="only read a few rows of every source, and print what they give"
     )
     parser.add_argument("--processes", type=int, help="local worker processes (default: one per core)")
-    parser.add_argument("--runner", default="", help="a runner of Apache Beam, such as FnApiRunner or DataflowRunner")
-    parser.add_argument(
-        "--runner_options",
-        nargs="*",
-        default=(),
-        metavar="NAME=VALUE",
-        help="options of the runner, without dashes, such as direct_num_workers=2",
-    )
+    common.add_runner_arguments(parser)
     arguments, config = common.parse_config(parser, argv)
     if arguments.processes is not None and arguments.processes < 1:
         raise ValueError(f"--processes={arguments.processes} must be at least 1")
-    if arguments.runner_options and not arguments.runner:
-        raise ValueError("--runner_options needs --runner")
+    options = common.runner_options(arguments)
     from embed import nodes, runs
 
     run = runs.Run(config, arguments.workdir, arguments.config)
     if arguments.check:
         return 0 if nodes.check_preparation(run) else 2
-    options = [f"--{option.lstrip('-')}" for option in arguments.runner_options]
     with common.keeps_work():
         nodes.prepare(run, processes=arguments.processes, runner=arguments.runner, runner_options=options)
     return 0

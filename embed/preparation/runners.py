@@ -1,4 +1,7 @@
-"""Runs the units of work of `stream` and `evaluation_sets`: in this process, in local processes or on Apache Beam."""
+"""Runs units of work, each whole or absent: in this process, in local processes or on Apache Beam.
+
+They are those of `stream` and `evaluation_sets`, and on Beam the shards of `embed encode`.
+"""
 
 import contextlib
 import functools
@@ -13,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from embed import paths
 from embed.preparation import stream
@@ -25,6 +28,12 @@ BYTES_PER_ROW = 1 << 10  # a guess, for runs with a limit of rows
 REFRESH = 0.5  # seconds between updates of the progress bar
 
 
+class Shared(Protocol):
+    """What all jobs need, such as `stream.Work`; picklable."""
+
+    scratch: str  # a folder, which the workers of Beam must reach
+
+
 class Job(NamedTuple):
     """A unit of work: function(work, *arguments, progress) writes `marker` last; `bytes` of source are read."""
 
@@ -33,7 +42,7 @@ class Job(NamedTuple):
     bytes: int
     marker: str
 
-    def run(self, work: Work, progress: stream.Progress = lambda tokens, size: None) -> None:
+    def run(self, work: Shared, progress: stream.Progress = lambda tokens, size: None) -> None:
         self.function(work, *self.arguments, progress)
 
 
@@ -126,7 +135,7 @@ def check(runner: str) -> None:
         raise ValueError("--runner needs Apache Beam: pip install -e '.[beam,data]'")
 
 
-def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[str]) -> None:
+def run_on_beam(jobs: Sequence[Job], work: Shared, runner: str, options: Sequence[str]) -> None:
     """Runs the jobs as a Beam pipeline, whose workers must reach the folders of `work`.
 
     `runner` is a name that Beam knows, such as FnApiRunner, DataflowRunner, FlinkRunner or SparkRunner. An error about
@@ -156,7 +165,7 @@ def run_on_beam(jobs: Sequence[Job], work: Work, runner: str, options: Sequence[
 
 
 @functools.lru_cache(maxsize=1)
-def _read_jobs(file: str) -> tuple[Work, list[Job]]:
+def _read_jobs(file: str) -> tuple[Shared, list[Job]]:
     return pickle.loads(paths.path(file).read_bytes())
 
 

@@ -338,7 +338,7 @@ def test_a_run_whose_commit_of_a_checkpoint_fails_ends_with_code_1(tmp_path):
 def test_only_verbs_that_continue_say_so_when_interrupted():
     text = {verb: (ROOT / "embed" / "cli" / f"{verb}.py").read_text() for verb in VERBS}
     assert [verb for verb in VERBS if "common.keeps_work()" in text[verb]] == [
-        *("ablate", "evaluate", "pipeline", "prepare", "synthesize", "train")
+        *("ablate", "encode", "evaluate", "pipeline", "prepare", "synthesize", "train")
     ]
 
 

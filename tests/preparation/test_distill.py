@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import small
 
-from embed.cli.encode import parquet
 from embed.data.loader import floats
 from embed.data.store import Store
+from embed.inference import shards
 from embed.preparation import examples
 from embed.preparation.counts import BAD, BadRowsError
 from embed.preparation.prepare import prepare
@@ -24,7 +24,9 @@ own/task.document_length = 8
 
 def write(folder, texts, vectors):
     """The store of texts with vectors, prepared in `folder`."""
-    (folder / "vectors.parquet").write_bytes(parquet(list(map(str, range(len(texts)))), texts, vectors))
+    ids, none = list(map(str, range(len(texts)))), [None] * len(texts)
+    written = shards.Vectors(ids, ids, none, none, texts, ["{}"] * len(texts), vectors)
+    (folder / "vectors.parquet").write_bytes(shards.parquet(written))
     (folder / "data.gin").write_text(GIN)
     arguments = dict(data_root=str(folder), tokenizer=small.tokenizer(), processes=1)
     prepare(folder / "data", gin_file=folder / "data.gin", **arguments)
