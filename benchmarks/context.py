@@ -23,11 +23,11 @@ import numpy as np
 from header import header
 
 from embed import inference
-from embed.evaluation import baselines
 from embed.evaluation.metrics import score_queries
 from embed.evaluation.retrieval import embed_corpus, embed_queries
 from embed.evaluation.sets import RetrievalSet, read_set
-from embed.inference.index import Index
+from embed.inference import lexical
+from embed.inference.ranking import search
 
 WEIGHT = 0.75  # of the first chunk: the best of 0.25, 0.5, 0.75, 1 and 1.5 in the first run
 POSITIONS = ((1, 1), (2, 3), (4, 7), (8, 15))
@@ -42,8 +42,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def bm25_scores(texts: list[str], queries: list[str]) -> np.ndarray:
     """float32[queries, texts]"""
     model = bm25s.BM25(method="lucene")
-    model.index([baselines.words(text) for text in texts], show_progress=False)
-    tokens = ([word for word in baselines.words(query) if word in model.vocab_dict] for query in queries)
+    model.index([lexical.words(text) for text in texts], show_progress=False)
+    tokens = ([word for word in lexical.words(query) if word in model.vocab_dict] for query in queries)
     return np.stack([model.get_scores(some) if some else np.zeros(len(texts), np.float32) for some in tokens])
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     groups += [(f"{a}" if a == b else f"{a} to {b}", (relevant >= a) & (relevant <= b)) for a, b in POSITIONS]
     scores = []
     for corpus in (alone, context, alone + WEIGHT * first):
-        _, ranking = Index(corpus, "float32").search(queries, 10)
+        _, ranking = search(queries, corpus, 10, "float32")
         scores.append(ndcg(ranking, data))
     print(header() + "\n")
     print("| position of the chunk | queries | alone | in context | alone + first chunk |\n|---|---|---|---|---|")
@@ -90,7 +90,7 @@ def main() -> None:
         texts = [[data.corpus[i] for i in rows] for rows in parts]
         for rows, embedded in zip(parts, encoder.encode_documents(texts), strict=True):
             vectors[rows] = unit(embedded)
-        _, ranking = Index(vectors, "float32").search(queries, 10)
+        _, ranking = search(queries, vectors, 10, "float32")
         found = ndcg(ranking, data).mean()
         tokens = np.mean([sum(map(len, encoder.tokenizer.encode(chunks))) for chunks in texts])
         pairs = [vectors[rows] @ vectors[rows].T for rows in parts if len(rows) > 1]
@@ -107,7 +107,7 @@ def main() -> None:
             mean[rows], part_of[rows] = unit(alone[rows].mean(0)), number
         found = []
         for w in (0, *MIXED):
-            _, ranking = Index(alone + w * mean, "float32").search(queries, 10)
+            _, ranking = search(queries, alone + w * mean, 10, "float32")
             found.append(ndcg(ranking, data).mean())
         whole = bm25_scores(["\n".join(data.corpus[i] for i in rows) for rows in parts], data.queries)[:, part_of]
         found += [ndcg(best(lexical + w * whole), data).mean() for w in (0, *MIXED)]

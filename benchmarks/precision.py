@@ -13,7 +13,7 @@ from header import header
 from embed import inference
 from embed.evaluation.retrieval import embed_corpus, embed_queries, score
 from embed.evaluation.sets import read_set
-from embed.inference.index import Index
+from embed.inference.ranking import search
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     print("| " + " | ".join(variants) + " |\n|" + "---|" * len(variants))
     scores = []
     for precision, change in variants.values():
-        _, ranking = Index(change(documents), precision).search(change(queries), 10)
+        _, ranking = search(change(queries), change(documents), 10, precision)
         scores.append(score(ranking, data, ["ndcg@10"])["ndcg@10"])
     print("| " + " | ".join(f"{score:.4f}" for score in scores) + " |")
 

@@ -29,7 +29,8 @@ from embed.evaluation import baselines, needles, records, retrieval
 from embed.evaluation.metrics import METRICS
 from embed.evaluation.sets import RetrievalSet, has_set, read_set, set_name
 from embed.inference import denoise, load
-from embed.inference.index import Index
+from embed.inference.lexical import reciprocal_rank_fusion
+from embed.inference.ranking import search
 from embed.models import sharding
 from embed.rows import content_ids
 from embed.runs import Run
@@ -541,7 +542,8 @@ def evaluate_baselines(run: Run) -> dict:
         for name in run.config.report.fuse:
             with ranking(run, name, evaluation).open("rb") as file:
                 found = dict(np.load(io.BytesIO(file.read())))
-            fused = {precision: baselines.reciprocal_rank_fusion(words, each) for precision, each in found.items()}
+            fuse = functools.partial(reciprocal_rank_fusion, words, depth=retrieval.DEPTH)
+            fused = {precision: fuse(each)[0] for precision, each in found.items()}
             ranked[f"BM25 + {name}"] = fused
         for name, rankings in ranked.items():
             if jax.process_index() == 0:
@@ -612,9 +614,9 @@ def worked_search(run: Run) -> dict:
     """One query against the texts of an evaluation set, with an exported model."""
     data = evaluation_set(run, run.config.report.texts)
     encoder, precision = load(run.workdir / "export" / run.config.report.search), "int8"
-    index = Index(encoder.encode(data.corpus, precision=precision), precision)
+    corpus = encoder.encode(data.corpus, precision=precision)
     query = data.queries[0]
-    scores, matches = index.search(encoder.encode([query], precision=precision), 5)
+    scores, matches = search(encoder.encode([query], precision=precision), corpus, 5, precision)
     hits = [
         {
             "rank": k + 1,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the threads of FAISS would wait for each other on busy cores
 
 # Tests compile much and compute little. Without LLVM's optimizations they take half the time, and with the older code
 # for fusions less again (the small quickstart 65 instead of 98 CPU seconds). XLA's own optimizations stay on.

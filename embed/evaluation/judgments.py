@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embed.evaluation.baselines import reciprocal_rank_fusion
+from embed.inference.lexical import reciprocal_rank_fusion
 
 
 class Tables(NamedTuple):
@@ -70,7 +70,7 @@ def by_fusion(
     query_ids: Sequence[str], corpus_ids: Sequence[str], rankings: Sequence[np.ndarray], *, relevant: int, k: int = 60
 ) -> list[dict]:
     """query2doc: qrels with the first `relevant` texts of the reciprocal rank fusion of rankings int [Q, n]."""
-    fused = reciprocal_rank_fusion(*rankings, k=k, depth=relevant)
+    fused, _ = reciprocal_rank_fusion(*rankings, k=k, depth=relevant)
     return [
         {"query-id": query, "corpus-id": corpus_ids[row], "score": 1}
         for query, rows in zip(query_ids, fused.tolist())

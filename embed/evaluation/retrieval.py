@@ -21,8 +21,8 @@ from embed import distributed
 from embed.evaluation.metrics import METRICS, score_queries
 from embed.evaluation.sets import RetrievalSet
 from embed.inference.encoder import Encoder
-from embed.inference.index import BLOCK_VECTORS, search_blocks
 from embed.inference.late_interaction import maxsim
+from embed.inference.ranking import BLOCK_VECTORS, search_blocks
 
 PRECISIONS = ("float32", "int8", "binary")  # that are evaluated
 MULTI = "multi"  # the form of token vectors, compared by MaxSim

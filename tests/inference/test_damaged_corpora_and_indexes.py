@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embed.evaluation.sets import read_set
-from embed.inference import Index, quantize
+from embed.inference import Index, index, quantize
 from embed.inference.corpus import read_corpus
+from embed.inference.index import Made
+from embed.inference.segments import Block
 
 bounded = settings(
     derandomize=True,
@@ -165,18 +167,20 @@ def test_a_set_with_another_value_is_read_or_refused_by_file(field, value):
     assert all(isinstance(grade, int) for judged in result.judgments for grade in judged.values())
 
 
+STORED = [{"_id": name, "text": text, "fields": {"n": len(text)}} for name, text in zip("abcd", ["x", "ü", "", "z"])]
+
+
 @functools.cache
-def index() -> Index:
+def made() -> Index:
     vectors = quantize(np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32), "int8")
-    how = {"texts": ["x", "ü", "", "z"], "empty": [2], "model": {"path": "m", "digest": "d"}, "truncate_dim": 16}
-    made = Index(vectors, "int8", ids=["a", "b", "c", "d"], **how)
-    made.save(scratch() / "good", overwrite=True)
-    return made
+    vectors[2] = 0
+    how = Made("int8", 16, {"path": "m", "digest": "d"})
+    return index.create(scratch() / "good", [Block(vectors, STORED)], how, kind="ivf", words=True, overwrite=True)
 
 
 def check_load_after(change) -> None:
     """Load the index after a change to its folder: it equals the saved one, or the change is an error."""
-    made, folder = index(), scratch() / "index"
+    expected, folder = made(), scratch() / "index"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(scratch() / "good", folder)
     change(folder)
@@ -185,36 +189,29 @@ def check_load_after(change) -> None:
     except (ValueError, FileNotFoundError) as error:
         assert_sentence(error, folder)
         return
-    np.testing.assert_array_equal(loaded.vectors, made.vectors, strict=True)
-    np.testing.assert_array_equal(loaded.empty, made.empty, strict=True)
-    for name in ("precision", "ids", "texts", "truncate_dim", "model", "max_length", "cut"):
-        assert getattr(loaded, name) == getattr(made, name)
+    assert loaded.made == expected.made and len(loaded) == len(expected) == 3
+    np.testing.assert_array_equal(loaded.segments[0].vectors, expected.segments[0].vectors, strict=True)
+    assert [loaded.content(i) for i in range(4)] == STORED
 
 
-@bounded
-@given(st.sampled_from(["index.json", "vectors.safetensors"]), st.data())
-def test_an_index_with_a_damaged_file_is_loaded_as_saved_or_refused_by_name(file, data):
-    index()
-    content = data.draw(damaged((scratch() / "good" / file).read_bytes()))
-    check_load_after(lambda folder: (folder / file).write_bytes(content))
-
-
-FIELDS = [
-    "format",
-    "format_version",
-    "precision",
-    "truncate_dim",
-    "model",
-    "empty",
-    "vectors",
-    "ids",
-    "texts",
-    "sha256",
+FILES = [
+    "index.json",
+    "0.hidden-0.npy",
+    *(f"0/{name}" for name in ("vectors.npy", "rows.jsonl", "offsets.npy", "lists.safetensors", "ids.npy")),
+    *("0/field0.json", "0/bm25/vocab.index.json", "0/bm25/data.csc.index.npy"),
 ]
 
 
 @bounded
-@given(st.sampled_from([*FIELDS, "more"]), VALUES | st.just("binary") | st.just("float32"))
+@given(st.sampled_from(FILES), st.data())
+def test_an_index_with_a_damaged_file_is_loaded_as_saved_or_refused_by_name(file, data):
+    made()
+    content = data.draw(damaged((scratch() / "good" / file).read_bytes()))
+    check_load_after(lambda folder: (folder / file).write_bytes(content))
+
+
+@bounded
+@given(st.sampled_from([*index.FIELDS, "format", "sha256", "more"]), VALUES | st.just("binary") | st.just("float32"))
 def test_an_index_with_another_value_in_index_json_is_loaded_as_saved_or_refused(field, value):
     def change(folder):
         described = json.loads((folder / "index.json").read_text())
@@ -223,7 +220,21 @@ def test_an_index_with_another_value_in_index_json_is_loaded_as_saved_or_refused
     check_load_after(change)
 
 
-@pytest.mark.parametrize("file", ["index.json", "vectors.safetensors"])
+@bounded
+@given(st.sampled_from(sorted(["rows", "numbers", "fields", "kind", "effort", "words", "files", "hidden"])), VALUES)
+def test_an_index_with_another_description_of_a_segment_is_loaded_as_saved_or_refused(field, value):
+    """With the right digest, as somebody who means harm would write it."""
+
+    def change(folder):
+        info = json.loads((folder / "index.json").read_text())
+        info["segments"]["0"][field] = value
+        info.pop("sha256")
+        (folder / "index.json").write_text(json.dumps(info | {"sha256": index._digest(info)}))
+
+    check_load_after(change)
+
+
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("becomes", ["nothing", "a folder"])
 def test_an_index_with_a_missing_file_is_refused(file, becomes):
     def change(folder):
@@ -237,5 +248,5 @@ def test_an_index_with_a_missing_file_is_refused(file, becomes):
 
 
 def test_other_files_beside_an_index_change_nothing():
-    check_load_after(lambda folder: (folder / "more.safetensors").write_text("x"))
+    check_load_after(lambda folder: (folder / "more.npy").write_text("x"))
     Index.load(scratch() / "index")

@@ -69,7 +69,7 @@ EIGHT = textwrap.dedent(
     sys.path.insert(0, tests)
     import jax, numpy as np, small
     from embed import cli, inference, mining
-    from embed.inference import index
+    from embed.inference import ranking
     from embed.models import sharding
 
     devices = jax.devices()
@@ -118,8 +118,8 @@ EIGHT = textwrap.dedent(
     # Blocks of queries, the last one short; some documents are equal.
     queries, vectors = rng.normal(size=(33, 16)).astype(np.float32), rng.normal(size=(90, 16)).astype(np.float32)
     vectors[40:50] = vectors[:10]
-    index.BLOCK_QUERIES = 4
-    index.BLOCK_VECTORS = 45
+    ranking.BLOCK_QUERIES = 4
+    ranking.BLOCK_VECTORS = 45
     mining.QUERIES, mining.DOCUMENTS, mining.TILE = 4, 17, 3
 
     def mine(mesh):
@@ -130,12 +130,12 @@ EIGHT = textwrap.dedent(
         for x, y in zip(mined, one_mined):
             np.testing.assert_equal(x, y)
     assert (one_mined.negatives >= 0).any()
-    stored = {p: (inference.quantize(queries, p), inference.Index(inference.quantize(vectors, p), p))
+    stored = {p: (inference.quantize(queries, p), inference.quantize(vectors, p))
               for p in ("float32", "int8", "ubinary")}
-    with_eight = {p: i.search(q, 50) for p, (q, i) in stored.items()}
+    with_eight = {p: inference.search(q, v, 50, p) for p, (q, v) in stored.items()}
     jax.local_devices = lambda: devices[:1]
-    for precision, (q, i) in stored.items():
-        for x, y in zip(i.search(q, 50), with_eight[precision]):
+    for precision, (q, v) in stored.items():
+        for x, y in zip(inference.search(q, v, 50, precision), with_eight[precision]):
             np.testing.assert_array_equal(y, x, strict=True)
 
     os.chdir(folder)

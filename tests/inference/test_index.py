@@ -1,228 +1,422 @@
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 import small
 
-from embed.inference import Index, index, quantize
+from embed.inference import Index, candidates, index, indexing, quantize, search, segments, shards
 from embed.inference import corpus as corpora
-from embed.inference.scores import cosines
+from embed.inference.index import Made
+from embed.inference.segments import Block
 
 
 def vectors(count, dimensions=24, precision="float32", seed=0):
     return quantize(np.random.default_rng(seed).normal(size=(count, dimensions)).astype(np.float32), precision)
 
 
-def bits(packed):
-    return np.unpackbits(np.asarray(packed).view(np.uint8), axis=1).astype(int)
+def rows(count, first=0):
+    """Three rows per document."""
+    return [
+        {
+            "_id": f"d{i // 3}#{i % 3}",
+            "document": f"d{i // 3}",
+            "text": f"text {i} word{i % 7}",
+            "fields": {"lang": ["en", "de", "fr"][i % 3], "year": i % 5, "tags": ["a"], "new": i % 2 == 0},
+        }
+        for i in range(first, first + count)
+    ]
 
 
-def by_hand(scores, k):
-    """The k best columns of each row, the lower index first among equals."""
-    order = np.array([sorted(range(len(row)), key=lambda j: (-row[j], j))[:k] for row in scores])
-    return np.take_along_axis(scores, order, 1), order
+MADE = Made("int8", model={"path": "m", "digest": "d"})
 
 
-def lines(path, *rows):
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
-    return path
+def make(folder, stored, content=None, made=MADE, **how):
+    content = [{"_id": str(i)} for i in range(len(stored))] if content is None else content
+    blocks = [Block(stored[a : a + 50], content[a : a + 50]) for a in range(0, len(stored), 50)]
+    return index.create(folder, blocks, made, **how)
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_floats_and_int8_are_ranked_by_cosine(precision):
-    stored, queries = vectors(60, precision=precision), vectors(7, precision=precision, seed=1)
-    a, b = queries.astype(np.float64), stored.astype(np.float64)
-    cosine = (a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
-    expected, order = by_hand(cosine, 9)
-    scores, indices = Index(stored, precision).search(queries, 9)
-    np.testing.assert_array_equal(indices, order)
-    np.testing.assert_allclose(scores, expected, atol=1e-6)
-    assert scores.dtype == np.float32 and indices.dtype == np.int32
-
-
-@pytest.mark.parametrize("precision", ["binary", "ubinary"])
-@pytest.mark.parametrize("dimensions", [24, 128])
-def test_bits_are_ranked_by_the_number_of_differing_bits(precision, dimensions):
-    stored, queries = (vectors(n, dimensions, precision, seed=n) for n in (60, 7))
-    differing = (bits(queries)[:, None] != bits(stored)).sum(-1)
-    expected, order = by_hand(-differing, 60)
-    scores, indices = Index(stored, precision).search(queries, 60)
-    np.testing.assert_array_equal(scores, expected)
-    np.testing.assert_array_equal(indices, order)
-
-
-def test_int8_products_are_summed_without_rounding():
+@pytest.fixture(scope="module")
+def clustered():
+    """3,000 vectors around 100 points, and 40 queries near some of them."""
     rng = np.random.default_rng(0)
-    stored = rng.integers(120, 128, (40, 3000)).astype(np.int8)  # dot products near 4.6e7, far beyond 2^24
-    a = stored.astype(np.int64)
-    cosine = np.asarray(cosines(stored, stored, exact=True)).astype(np.float64)
-    exact = (a @ a.T) / np.sqrt(np.outer(*[(a * a).sum(1)] * 2))
-    np.testing.assert_allclose(cosine, exact, rtol=3e-7)
+    points = rng.normal(size=(100, 64))
+    stored, queries = (points[rng.integers(0, 100, n)] + 0.5 * rng.normal(size=(n, 64)) for n in (3000, 40))
+    return quantize(stored.astype(np.float32), "int8"), quantize(queries.astype(np.float32), "int8")
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
-def test_the_size_of_blocks_does_not_change_results(precision, monkeypatch):
-    stored, queries = vectors(50, precision=precision), vectors(11, precision=precision, seed=1)
-    stored[20:30] = stored[:10]  # equal scores on both sides of a block's edge
-    whole = Index(stored, precision).search(queries, 12)
-    monkeypatch.setattr(index, "BLOCK_QUERIES", 4)
-    monkeypatch.setattr(index, "BLOCK_VECTORS", 7)
-    for result, expected in zip(Index(stored, precision).search(queries, 12), whole):
-        np.testing.assert_allclose(result, expected, rtol=1e-6)
+@pytest.fixture(scope="module", params=candidates.KINDS)
+def kind(request):
+    return request.param
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8", "ubinary"])
-def test_on_ties_the_lower_index_comes_first(precision):
-    one = vectors(1, precision=precision)
-    _, indices = Index(np.repeat(one, 6, 0), precision).search(one, 4)
-    assert indices.tolist() == [[0, 1, 2, 3]]
+def recall(found, expected):
+    return np.mean([len({*a} & {*b}) / len(b) for a, b in zip(found.tolist(), expected.tolist())])
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_zero_vector_is_never_found_and_the_others_keep_their_indices(precision):
-    stored = vectors(6, precision=precision)
-    stored[[0, 3]] = 0
-    made = Index(stored, precision)
-    scores, indices = made.search(stored[[4, 5]], 10)
-    assert made.empty.tolist() == [0, 3] and len(made) == 6
-    assert sorted(indices[0]) == [1, 2, 4, 5] and indices[:, 0].tolist() == [4, 5]
-    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
-
-
-def test_packed_bits_are_never_found_if_marked_empty():
-    stored = np.array([[255], [255], [1]], np.uint8)
-    assert Index(stored, "ubinary").search(stored[:1], 3)[1].tolist() == [[0, 1, 2]]
-    assert Index(stored, "ubinary", empty=[0]).search(stored[:1], 3)[1].tolist() == [[1, 2]]
-
-
-def test_an_index_of_only_empty_vectors_is_refused():
-    with pytest.raises(ValueError, match="none of its 2 vectors has a text"):
-        Index(np.zeros((2, 8), np.int8), "int8")
+# Search
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])
-def test_an_empty_chunk_of_a_corpus_has_an_id_and_is_never_found(precision, tmp_path):
-    path = lines(tmp_path / "c", {"_id": "a", "chunks": ["the file", "", "a list"]}, {"_id": "b", "text": "open"})
-    encoder = small.encoder(digest="1")
-    index.build(encoder, corpora.read_corpus(path), precision=precision).save(tmp_path / "i")
+def test_an_index_gives_the_results_of_its_vectors(precision, tmp_path):
+    stored, queries = vectors(120, precision=precision), vectors(5, precision=precision, seed=1)
+    made = make(tmp_path / "i", stored, made=MADE._replace(precision=precision))
+    for found, expected in zip(made.search(queries, 9), search(queries, stored, 9, precision)):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_every_kind_finds_the_stated_share_of_the_nearest_and_scores_them_exactly(
+    clustered, kind, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(candidates, "EXACT_ROWS", 10)
+    stored, queries = clustered
+    made = make(tmp_path / "i", stored, kind=kind, recall=0.9)
+    scores, found = made.search(queries, 10)
+    exact_scores, exact = made.search(queries, 10, exact=True)
+    np.testing.assert_array_equal(exact, search(queries, stored, 10, "int8")[1])
+    (segment,) = made.segments
+    assert segment.kind == kind and recall(found, exact) >= (1 if kind == "exact" else 0.88)
+    assert kind == "exact" or 0.9 <= segment.effort.recall <= 1
+    for query, row_scores, row in zip(queries, scores, found):
+        a, b = query.astype(np.float64), stored[row].astype(np.float64)
+        np.testing.assert_allclose(row_scores, b @ a / np.linalg.norm(a) / np.linalg.norm(b, axis=1), atol=1e-6)
+        assert (np.diff(row_scores) <= 0).all()
+
+
+def test_more_recall_takes_more_lists_and_candidates(clustered, tmp_path):
+    efforts = [
+        make(tmp_path / f"{share}", clustered[0], kind="ivf", recall=share).segments[0].effort
+        for share in (0.3, 0.9, 0.999)
+    ]
+    assert efforts[0].probes < efforts[2].probes and efforts[0].depth <= efforts[1].depth <= efforts[2].depth
+    assert [effort.recall >= share for effort, share in zip(efforts, (0.3, 0.9, 0.999))] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("count", "precision", "dimensions", "expected"),
+    [
+        (100_000, "int8", 64, "exact"),
+        (100_001, "int8", 64, "binary"),
+        (1_000_000, "float32", 64, "binary"),
+        (1_000_001, "int8", 64, "ivf"),
+        (1_000_001, "ubinary", 64, "exact"),
+        (1_000_001, "int8", 60, "exact"),
+    ],
+)
+def test_the_kind_is_chosen_by_the_number_of_vectors(count, precision, dimensions, expected):
+    assert candidates.choose_kind(None, count, precision, dimensions) == expected
+
+
+@pytest.mark.parametrize(("precision", "dimensions"), [("ubinary", 64), ("int8", 60)])
+def test_a_kind_that_the_vectors_do_not_allow_is_refused(precision, dimensions):
+    with pytest.raises(
+        ValueError, match=f"kind=ivf compares sign bits .*, the vectors are {precision} of {dimensions}"
+    ):
+        candidates.choose_kind("ivf", 9, precision, dimensions)
+    with pytest.raises(ValueError, match="kind='hnsw' must be one of exact, binary, ivf"):
+        candidates.choose_kind("hnsw", 9, "int8", 64)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_a_few_vectors_can_have_any_kind(count, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "EXACT_ROWS", 0)
+    stored = vectors(count, precision="int8")
+    made = make(tmp_path / "i", stored, kind=kind, recall=1.0)
+    for found, expected in zip(made.search(stored, 4), search(stored, stored, 4, "int8")):
+        np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=1e-6)
+    assert (made.search(stored, 12)[1] == -1).sum() == count * (12 - count)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])
+def test_a_vector_of_a_text_without_tokens_is_never_found(precision, tmp_path):
+    zero = quantize(np.zeros((1, 24), np.float32), precision)
+    stored = np.concatenate([vectors(3, precision=precision), zero, vectors(2, precision=precision, seed=2)])
+    made = make(tmp_path / "i", stored, made=MADE._replace(precision=precision))
+    assert len(made) == 5
+    assert sorted(made.search(zero, 9)[1][0]) == [-1, -1, -1, -1, 0, 1, 2, 4, 5][:9]
+
+
+def test_an_index_without_vectors_or_of_only_empty_ones_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty corpus: the index has no vectors"):
+        make(tmp_path / "i", vectors(0, precision="int8"))
+    with pytest.raises(ValueError, match="none of its 2 vectors has a text"):
+        make(tmp_path / "i", np.zeros((2, 8), np.int8))
+    assert not (tmp_path / "i").exists()
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (vectors(2), r"vectors are float32\[2, 24\], int8 needs int8\[N, D\]"),
+        (vectors(2, precision="int8")[0], r"vectors are int8\[24\]"),
+    ],
+)
+def test_vectors_of_another_dtype_or_shape_are_refused(stored, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "i", stored)
+
+
+def test_blocks_of_different_widths_or_with_another_number_of_rows_are_refused(tmp_path):
+    wide, narrow = (Block(vectors(2, width, "int8"), [{"_id": "a"}, {"_id": "b"}]) for width in (24, 16))
+    with pytest.raises(ValueError, match="vectors have 16 numbers each, those before them 24"):
+        index.create(tmp_path / "i", [wide, narrow], MADE)
+    with pytest.raises(ValueError, match="1 rows for 2 vectors"):
+        index.create(tmp_path / "i", [wide._replace(rows=[{"_id": "a"}])], MADE)
+    with pytest.raises(ValueError, match="truncate_dim=16, but the vectors have 24 dimensions"):
+        index.create(tmp_path / "i", [wide], MADE._replace(truncate_dim=16))
+
+
+def test_queries_and_k_that_do_not_match_the_index_are_refused(tmp_path):
+    made = make(tmp_path / "i", vectors(3, precision="int8"))
+    with pytest.raises(ValueError, match="queries have 16 numbers each, stored vectors 24"):
+        made.search(vectors(1, 16, "int8"), 1)
+    with pytest.raises(ValueError, match="queries are float32"):
+        made.search(vectors(1), 1)
+    with pytest.raises(ValueError, match="k=0 must be positive, an int"):
+        made.search(vectors(1, precision="int8"), 0)
+
+
+# Rows
+
+
+def test_the_content_of_rows_is_read_back(tmp_path):
+    content = [*rows(4), {"_id": "alone", "document": "alone", "text": "ü\n😀", "start": 3, "end": 9, "fields": {}}]
+    made = make(tmp_path / "i", vectors(5, precision="int8"), content)
+    assert [made.content(i) for i in range(4)] == content[:4]
+    assert made.content(4) == {"_id": "alone", "text": "ü\n😀", "start": 3, "end": 9}
+    hits = made.hits(*(each[0] for each in made.search(vectors(5, precision="int8")[4:], 9)))
+    assert len(hits) == 5 and (hits[0].id, hits[0].document, hits[0].row) == ("alone", "alone", 4)
+    assert {hit.document for hit in hits} == {"d0", "d1", "alone"}
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"lang": ["de"]}, lambda i: i % 3 == 1),
+        ({"lang": ["de", "fr"], "year": [2]}, lambda i: i % 3 in (1, 2) and i % 5 == 2),
+        ({"year": ["3", 4]}, lambda i: i % 5 in (3, 4)),
+        ({"new": [True]}, lambda i: i % 2 == 0),
+        ({"lang": ["xx"]}, lambda i: False),
+    ],
+)
+def test_filters_leave_the_rows_with_the_values_of_fields(clustered, kind, filters, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "EXACT_ROWS", 10)
+    stored, queries = clustered
+    made = make(tmp_path / "i", stored, rows(3000), kind=kind, recall=0.95)
+    allowed = [i for i in range(3000) if expected(i)]
+    scores, found = made.search(queries, 10, filters=filters)
+    if not allowed:
+        assert (found == -1).all()
+        return
+    assert {*found.ravel().tolist()} <= {*allowed}
+    nearest = np.array(allowed)[search(queries, stored[allowed], 10, "int8")[1]]
+    assert recall(found, nearest) >= (1 if kind == "exact" else 0.9)
+
+
+def test_a_field_that_no_row_has_or_that_is_a_list_cannot_be_filtered_by(tmp_path):
+    made = make(tmp_path / "i", vectors(4, precision="int8"), rows(4))
+    for name in ("language", "tags"):
+        with pytest.raises(ValueError, match=f"no row has a field '{name}' .*; the fields are: lang, new, year"):
+            made.search(vectors(1, precision="int8"), 1, filters={name: ["a"]})
+    with pytest.raises(ValueError, match="the values of the filter 'lang' are 'en', expected a list"):
+        made.search(vectors(1, precision="int8"), 1, filters={"lang": "en"})
+
+
+# Words
+
+
+def test_words_find_the_rows_that_share_them_and_filters_hold(tmp_path):
+    made = make(tmp_path / "i", vectors(30, precision="int8"), rows(30), words=True)
+    scores, found = made.search_words(["word3", "nothing of it"], 9)
+    assert found[0].tolist() == [3, 10, 17, 24, -1, -1, -1, -1, -1] and (found[1] == -1).all()
+    assert (scores[0, :4] > 0).all()
+    assert made.search_words(["word3"], 2, filters={"lang": ["de"]})[1].tolist() == [[10, -1]]
+
+
+def test_both_rankings_are_fused_and_each_has_its_share(tmp_path):
+    stored = vectors(30, precision="int8")
+    made = make(tmp_path / "i", stored, rows(30), words=True)
+    query, text = stored[17:18], "word3 10"
+    by_vectors, by_words = (ranked[1][0].tolist() for ranked in (made.search(query, 30), made.search_words([text], 30)))
+    scores, found, shares = made.search_both(query, [text], 30)
+    for row, score, (of_vectors, of_words) in zip(found[0].tolist(), scores[0], shares[0]):
+        assert of_vectors == np.float32(1 / (61 + by_vectors.index(row)))
+        assert of_words == (np.float32(1 / (61 + by_words.index(row))) if row in by_words else 0)
+        assert score == of_vectors + of_words
+    assert (np.diff(scores[0]) <= 0).all() and {*found[0].tolist()} == {*range(30)}
+    hit = made.hits(scores[0], found[0], shares[0])[0]
+    assert hit.shares == tuple(shares[0, 0].tolist()) and min(hit.shares) > 0
+
+
+def test_an_index_without_words_says_so(tmp_path):
+    made = make(tmp_path / "i", vectors(3, precision="int8"))
+    with pytest.raises(ValueError, match="has no word statistics: make it with --words"):
+        made.search_words(["a"], 1)
+
+
+# Changes
+
+
+def names(folder):
+    return {file.name for file in folder.iterdir()}
+
+
+def found_ids(folder, query, k=9, **how):
+    made = Index.load(folder)
+    scores, found = made.search(query, k, **how)
+    return [hit.id for hit in made.hits(scores[0], found[0])]
+
+
+def test_added_rows_are_found_and_replace_those_of_the_same_documents(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "EXACT_ROWS", 0)
+    stored, new = vectors(30, precision="int8"), vectors(5, precision="int8", seed=5)
+    make(tmp_path / "i", stored, rows(30), kind=kind, recall=1.0)
+    content = [{"_id": "d2", "text": "whole"}, *({"_id": f"n{i}"} for i in range(4))]
+    assert index.add(tmp_path / "i", [Block(new, content)], MADE, kind=kind) == (5, 3)  # the chunks of d2
     made = Index.load(tmp_path / "i")
-    assert made.ids == ["a#0", "a#1", "a#2", "b"] and made.empty.tolist() == [1]
-    assert sorted(made.search(encoder.encode(["open"], precision=precision), 9)[1][0]) == [0, 2, 3]
+    assert len(made) == 32 and [segment.kind for segment in made.segments] == [kind] * 2
+    assert found_ids(tmp_path / "i", new[:1])[0] == "d2"
+    everything = found_ids(tmp_path / "i", stored[:1], 99)
+    assert len(everything) == 32 and not {"d2#0", "d2#1", "d2#2"} & {*everything}
+    assert made.content(34)["_id"] == "n3"
 
 
-def test_k_above_the_number_of_vectors_gives_all_of_them():
-    scores, indices = Index(vectors(3), "float32").search(vectors(2), 10)
-    assert scores.shape == indices.shape == (2, 3)
+def test_deleted_documents_are_never_found_and_their_files_go(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(candidates, "EXACT_ROWS", 0)
+    stored = vectors(30, precision="int8")
+    make(tmp_path / "i", stored, rows(30), kind=kind, recall=1.0, words=True)
+    assert index.delete(tmp_path / "i", ["d0", "d9"]) == 6 and index.delete(tmp_path / "i", ["d1"]) == 3
+    everything = found_ids(tmp_path / "i", stored[:1], 99)
+    assert len(everything) == 21 and not any(name.startswith(("d0#", "d1#", "d9#")) for name in everything)
+    assert (Index.load(tmp_path / "i").search_words(["word0"], 9)[1][0][:4] == [7, 14, 21, -1]).all()
+    assert names(tmp_path / "i") == {"index.json", "0", "0.hidden-2.npy"}
+    with pytest.raises(ValueError, match="no document 'd0'; 2 of 3 are missing"):
+        index.delete(tmp_path / "i", ["d0", "d3", "x"])
+    assert len(Index.load(tmp_path / "i")) == 21
 
 
-def test_an_index_is_loaded_as_it_was_saved(tmp_path):
-    made = Index(
-        vectors(3, precision="binary"),
-        "binary",
-        ids=["a", "b", "c"],
-        texts=["x", "y", "ü"],
-        truncate_dim=24,
-        model={"path": "m", "digest": "d"},
-        empty=[2],
-        max_length=9,
-        cut=1,
-    )
-    made.save(tmp_path / "index")
-    loaded = Index.load(tmp_path / "index")
-    np.testing.assert_array_equal(loaded.vectors, made.vectors, strict=True)
-    np.testing.assert_array_equal(loaded.empty, made.empty, strict=True)
-    for name in ("precision", "ids", "texts", "truncate_dim", "model", "max_length", "cut"):
-        assert getattr(loaded, name) == getattr(made, name)
-    assert sorted(f.name for f in (tmp_path / "index").iterdir()) == ["index.json", "vectors.safetensors"]
+def test_a_compacted_index_has_one_segment_with_the_rows_that_could_be_found(tmp_path):
+    stored, new = vectors(30, precision="int8"), vectors(2, precision="int8", seed=5)
+    make(tmp_path / "i", stored, rows(30), words=True)
+    index.add(tmp_path / "i", [Block(new, [{"_id": "x", "text": "word9"}, {"_id": "y"}])], MADE)
+    index.delete(tmp_path / "i", ["d3"])
+    before, query = found_ids(tmp_path / "i", stored[:1], 99), stored[:1]
+    made = index.compact(tmp_path / "i")
+    assert found_ids(tmp_path / "i", query, 99) == before and len(made.segments) == 1 and len(made) == 29
+    assert made.hits(*(each[0] for each in made.search_words(["word9"], 1)))[0].id == "x"
+    assert names(tmp_path / "i") == {"index.json", "0", "0.hidden-0.npy"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model={"path": "m", "digest": "other"}), "has vectors with model 'd', not 'other'"),
+        (dict(precision="ubinary"), "has vectors with precision 'int8', not 'ubinary'"),
+        (dict(truncate_dim=24), "has vectors with truncate_dim None, not 24"),
+        (dict(max_length=9), "has vectors with max_length None, not 9"),
+    ],
+)
+def test_vectors_that_were_made_in_another_way_cannot_be_added(change, message, tmp_path):
+    make(tmp_path / "i", vectors(3, precision="int8"))
+    with pytest.raises(ValueError, match=message):
+        index.add(tmp_path / "i", [], MADE._replace(**change))
+
+
+@pytest.mark.parametrize("step", ["write", "finish", "rename", "index.json"])
+def test_a_change_that_is_interrupted_leaves_the_index_as_it_was(step, tmp_path, monkeypatch):
+    stored = vectors(30, precision="int8")
+    make(tmp_path / "i", stored, rows(30))
+    before = found_ids(tmp_path / "i", stored[:1], 99)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    target, name = {
+        "write": (segments, "write"),
+        "finish": (index, "_finish"),
+        "rename": (index.shutil, "rmtree"),
+        "index.json": (index.paths, "write"),
+    }[step]
+    if step == "rename":  # the files of an earlier interrupted change are there
+        (tmp_path / "i" / "1").mkdir()
+    new = Block(vectors(3, precision="int8", seed=7), [{"_id": "d0"}, {"_id": "x"}, {"_id": "y"}])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(target, name, fail)
+        index.add(tmp_path / "i", [new], MADE)
+    assert found_ids(tmp_path / "i", stored[:1], 99) == before
+    assert index.add(tmp_path / "i", [new], MADE) == (3, 3)
+    assert {"d0", "x", "y"} <= {*found_ids(tmp_path / "i", stored[:1], 99)}
+    assert names(tmp_path / "i") == {"index.json", "0", "1", "0.hidden-1.npy", "1.hidden-0.npy"}
+
+
+def test_an_index_is_replaced_only_if_asked_and_without_other_files_in_its_folder(tmp_path):
+    folder = tmp_path / "i"
+    make(folder, vectors(2, precision="int8"))
+    with pytest.raises(ValueError, match="i exists: choose another path, or replace it with --overwrite"):
+        make(folder, vectors(3, precision="int8"))
+    assert len(make(folder, vectors(3, precision="int8"), overwrite=True)) == 3
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="i holds notes.txt, which is not part of an index"):
+        make(folder, vectors(4, precision="int8"), overwrite=True)
+    assert len(Index.load(folder)) == 3 and (folder / "notes.txt").read_text() == "mine"
+
+
+# Damage
+
+
+def rewrite(folder, change):
+    """Change index.json, with its digest."""
+    file = folder / "index.json"
+    info = json.loads(file.read_text())
+    change(info)
+    info.pop("sha256", None)
+    file.write_text(json.dumps(info | {"sha256": index._digest(info)}))
 
 
 def test_a_damaged_or_missing_index_is_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="no index at .*: expected a folder with index.json"):
         Index.load(tmp_path)
     folder = tmp_path / "i"
-    Index(vectors(3), "float32").save(folder)
-    data = (folder / "vectors.safetensors").read_bytes()
-    (folder / "vectors.safetensors").write_bytes(data[:-4])
-    with pytest.raises(ValueError, match="i/vectors.safetensors is not the file that index.json was written with"):
-        Index.load(folder)
+    make(folder, vectors(3, precision="int8"), rows(3), words=True)
+    for file in (path for path in folder.rglob("*") if path.is_file() and path.name != "index.json"):
+        data = file.read_bytes()
+        for content in (data[:-1], bytes([data[0] ^ 1]) + data[1:]):
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=f"{file} is not the file that index.json was written with"):
+                Index.load(folder)
+        file.unlink()
+        with pytest.raises(ValueError, match=f"{file} is missing, although index.json names it"):
+            Index.load(folder)
+        file.write_bytes(data)
+    assert len(Index.load(folder)) == 3
 
 
-def test_an_index_with_the_vectors_of_another_index_is_refused(tmp_path):
-    for seed in (0, 1):
-        Index(vectors(3, seed=seed), "float32").save(tmp_path / str(seed))
-    (tmp_path / "1" / "vectors.safetensors").replace(tmp_path / "0" / "vectors.safetensors")
-    with pytest.raises(ValueError, match="is not the file that index.json was written with"):
-        Index.load(tmp_path / "0")
+def test_a_large_index_is_checked_by_sizes_unless_asked(tmp_path, monkeypatch):
+    make(tmp_path / "i", vectors(3, precision="int8"), rows(3))
+    monkeypatch.setattr(index, "CHECKED_BYTES", 10)
+    file = tmp_path / "i" / "0" / "vectors.npy"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    Index.load(tmp_path / "i")
+    with pytest.raises(ValueError, match="vectors.npy is not the file"):
+        Index.load(tmp_path / "i", check=True)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("truncate_dim", 16, "was changed after it was written"),
-        ("ids", ["x", "b", "c"], "was changed after it was written"),
-        ("format_version", 1, "has format version 1, expected 2: make the index again"),
+        ("format_version", 1, "has format version 1, expected 3: make the index again"),
         ("format", "other", "its format is not 'embed-index'"),
     ],
 )
 def test_an_index_whose_description_was_changed_is_refused(tmp_path, field, value, message):
-    Index(vectors(3), "float32", ids=["a", "b", "c"]).save(tmp_path / "i")
+    make(tmp_path / "i", vectors(3, precision="int8"))
     file = tmp_path / "i" / "index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(ValueError, match=message):
         Index.load(tmp_path / "i")
-
-
-def test_an_index_is_replaced_only_if_asked_and_without_other_files_in_its_folder(tmp_path):
-    folder, new = tmp_path / "i", Index(vectors(3), "float32")
-    Index(vectors(2), "float32").save(folder)
-    with pytest.raises(ValueError, match="i exists: choose another path, or replace it with --overwrite"):
-        new.save(folder)
-    new.save(folder, overwrite=True)
-    assert len(Index.load(folder)) == 3
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="i holds notes.txt, which is not part of an index"):
-        Index(vectors(4), "float32").save(folder, overwrite=True)
-    assert len(Index.load(folder)) == 3 and (folder / "notes.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("stored", "precision", "message"),
-    [
-        (vectors(0), "float32", "empty corpus"),
-        (vectors(2), "int8", r"stored vectors are float32\[2, 24\], int8 needs int8\[N, D\]"),
-        (vectors(2)[0], "float32", r"stored vectors are float32\[24\]"),
-        (vectors(2), "float64", "precision 'float64' must be one of"),
-        (np.array([[1, np.nan]], np.float32), "float32", "1 of 1 are not finite"),
-    ],
-)
-def test_vectors_of_another_dtype_or_shape_are_refused(stored, precision, message):
-    with pytest.raises(ValueError, match=message):
-        Index(stored, precision)
-
-
-def test_queries_ids_and_k_that_do_not_match_the_vectors_are_refused():
-    with pytest.raises(ValueError, match="queries have 16 numbers each, stored vectors 24"):
-        Index(vectors(3), "float32").search(vectors(1, 16), 1)
-    with pytest.raises(ValueError, match="2 ids for 3 vectors"):
-        Index(vectors(3), "float32", ids=["a", "b"])
-    for k in (0, -1, 2.0, "2", True):
-        with pytest.raises(ValueError, match=f"k={k!r} must be positive, an int"):
-            Index(vectors(3), "float32").search(vectors(1), k)
-
-
-@pytest.mark.parametrize("empty", [[5], [-1], [3], [0.0], ["0"], [True], [None], np.array([3.0])])
-def test_empty_vectors_outside_of_the_index_are_refused(empty):
-    with pytest.raises(ValueError, match="empty contains .*: expected indices of vectors, 0..2"):
-        Index(vectors(3), "float32", empty=empty)
-
-
-@pytest.mark.parametrize("precision, stored", [("float32", 24), ("int8", 24), ("binary", 24), ("ubinary", 24)])
-def test_a_truncate_dim_that_contradicts_the_width_of_the_vectors_is_refused(precision, stored):
-    made = Index(vectors(3, precision=precision), precision, truncate_dim=np.int64(stored))
-    assert made.truncate_dim == stored and type(made.truncate_dim) is int
-    for other in (8, 3, 25, 0, 24.0, "24"):
-        with pytest.raises(ValueError, match=f"truncate_dim={other!r}, but the stored vectors have 24 dimensions"):
-            Index(vectors(3, precision=precision), precision, truncate_dim=other)
 
 
 MISSING = object()
@@ -236,23 +430,158 @@ MISSING = object()
     ],
 )
 def test_an_index_with_a_digest_but_a_wrong_field_is_refused(tmp_path, field, value):
-    Index(vectors(3), "float32", ids=["a", "b", "c"], texts=["x", "y", "z"]).save(tmp_path / "i")
-    file = tmp_path / "i" / "index.json"
-    info = json.loads(file.read_text()) | {field: value}
-    info = {name: value for name, value in info.items() if value is not MISSING and name != "sha256"}
-    file.write_text(json.dumps(info | {"sha256": index._digest(info)}))
+    make(tmp_path / "i", vectors(3, precision="int8"))
+    rewrite(tmp_path / "i", lambda info: info.pop(field) if value is MISSING else info.update({field: value}))
     with pytest.raises(ValueError, match=f"index.json: {field} is .*, expected .*: make the index again"):
         Index.load(tmp_path / "i")
 
 
-def test_an_index_whose_fields_contradict_each_other_is_refused(tmp_path):
-    Index(vectors(3), "float32").save(tmp_path / "i")
-    file = tmp_path / "i" / "index.json"
-    info = json.loads(file.read_text()) | {"ids": ["a"]}
-    del info["sha256"]
-    file.write_text(json.dumps(info | {"sha256": index._digest(info)}))
-    with pytest.raises(ValueError, match="index.json does not describe its vectors: 1 ids for 3 vectors"):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", -1),
+        ("rows", "3"),
+        ("numbers", None),
+        ("kind", "ivf"),
+        ("kind", "other"),
+        ("effort", {"depth": 1}),
+        ("files", {"../../../etc/passwd": [1, "x"]}),
+        ("files", {"/etc/passwd": [1, "x"]}),
+        ("files", {"vectors.npy": 1}),
+        ("hidden", "../1.hidden-0.npy"),
+        ("hidden", "1.hidden-0.npy"),
+        ("words", "eng"),
+        ("fields", "lang"),
+    ],
+)
+def test_a_segment_that_is_described_wrongly_is_refused(tmp_path, field, value):
+    make(tmp_path / "i", vectors(3, precision="int8"))
+    rewrite(tmp_path / "i", lambda info: info["segments"]["0"].update({field: value}))
+    with pytest.raises(ValueError, match="index.json: segments is .*, expected segments with their files"):
         Index.load(tmp_path / "i")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("ids.npy", lambda x: x + 1, "ids.npy has numbers of rows outside 0..299"),
+        ("ids.npy", lambda x: x - 1, "ids.npy has numbers of rows outside 0..299"),
+        ("ids.npy", lambda x: x.astype(np.int64), r"ids.npy is not an array int32\[300\]"),
+        ("list_codes.npy", lambda x: x[:-1], r"list_codes.npy is not an array uint8\[300, 8\]"),
+        ("vectors.npy", lambda x: x[:, :-1], r"vectors.npy is not an array int8\[300, 64\]"),
+        ("offsets.npy", lambda x: x[::-1].copy(), "offsets.npy does not describe rows.jsonl"),
+        ("keys.npy", lambda x: x[:-1], r"keys.npy is not an array uint64\[300\]"),
+        ("lists.safetensors", lambda x: x | {"offsets": x["offsets"][::-1].copy()}, "does not describe lists of 300"),
+        ("lists.safetensors", lambda x: x | {"offsets": x["offsets"] * 2}, "does not describe lists of 300"),
+        ("lists.safetensors", lambda x: x | {"centroids": x["centroids"][1:]}, "does not describe lists of 300"),
+        ("lists.safetensors", lambda x: x | {"mean": x["mean"][1:]}, "does not describe lists of 300"),
+        ("lists.safetensors", lambda x: {}, "does not describe lists of 300"),
+        ("bm25/indices.csc.index.npy", lambda x: x + 9999, "bm25 does not hold the word statistics of 300 texts"),
+        ("bm25/indptr.csc.index.npy", lambda x: x * 7, "bm25 does not hold the word statistics of 300 texts"),
+        ("bm25/vocab.index.json", lambda x: {name: 10**6 for name in x}, "bm25 does not hold the word statistics"),
+    ],
+)
+def test_files_that_would_make_a_search_read_elsewhere_are_refused_whoever_wrote_them(
+    clustered, tmp_path, file, change, message
+):
+    """index.json has the digests of the changed files, as those of somebody who means harm would."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "i"
+    make(folder, clustered[0][:300], rows(300), kind="ivf", words=True)
+    path = folder / "0" / file
+    if file.endswith(".safetensors"):
+        save_file(change(load_file(path)), path)
+    elif file.endswith(".json"):
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        np.save(path, change(np.load(path)))
+    rewrite(folder, lambda info: info["segments"]["0"]["files"].update({file: index._file(path)}))
+    with pytest.raises(ValueError, match=re.escape(message) if "[" not in message else message):
+        Index.load(folder).search_words(["word3"], 3)
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path):
+    folder = tmp_path / "i"
+    make(folder, vectors(3, precision="int8"))
+    path = folder / "0" / "rows.jsonl"
+    for line in (b'{"_id": "x!', b'{"_id": 123}', b'["_id", "12"]'):
+        path.write_bytes(line.ljust(11) + b"\n" + path.read_bytes()[-24:])
+        rewrite(folder, lambda info: info["segments"]["0"]["files"].update({"rows.jsonl": index._file(path)}))
+        try:
+            made = Index.load(folder)
+        except ValueError as error:
+            assert "does not describe rows.jsonl" in str(error)
+            continue
+        with pytest.raises(ValueError, match="rows.jsonl has the line .*, which is no row"):
+            made.content(0)
+
+
+# Corpora and models
+
+
+def corpus_rows(path, *content):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return corpora.read_rows(path)
+
+
+def build(encoder, folder, read, precision="float32", **how):
+    made, blocks = indexing.encode(encoder, read, shards.Settings(precision, **how))
+    return index.create(folder, blocks, made)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary", "ubinary"])
+def test_an_empty_chunk_of_a_corpus_has_an_id_and_is_never_found(precision, tmp_path):
+    read = corpus_rows(
+        tmp_path / "c", {"_id": "a", "chunks": ["the file", "", "a list"], "n": 1}, {"_id": "b", "text": "open"}
+    )
+    encoder = small.encoder(digest="1")
+    made = build(encoder, tmp_path / "i", read, precision)
+    assert [made.content(i)["_id"] for i in range(4)] == ["a#0", "a#1", "a#2", "b"]
+    assert made.content(0)["fields"] == {"n": 1} and made.content(2)["document"] == "a"
+    assert sorted(made.search(encoder.encode(["open"], precision=precision), 3)[1][0]) == [0, 2, 3] and len(made) == 3
+
+
+def test_an_index_of_a_corpus_finds_texts_and_chunks_in_context(tmp_path):
+    read = corpus_rows(tmp_path / "c", {"_id": "a", "text": "the file"}, {"_id": "b", "chunks": ["open", "a list of"]})
+    encoder = small.encoder()
+    built = build(encoder, tmp_path / "i", read, "int8")
+    expected = encoder.encode_documents([["the file"], ["open", "a list of"]], precision="int8")
+    np.testing.assert_array_equal(built.segments[0].vectors, np.concatenate(expected))
+    assert built.search(encoder.encode(["the file"], precision="int8"), 1)[1] == [[0]]
+
+
+def test_an_index_of_another_or_an_unknown_model_is_refused(tmp_path):
+    encoder = small.encoder(digest="1" * 64)
+
+    def of(digest):
+        model = {"path": "old", "digest": digest}
+        return make(tmp_path / "i", vectors(2, precision="int8"), made=Made("int8", model=model), overwrite=True)
+
+    with pytest.raises(ValueError, match="made with the model at old .digest 222222222222., not with"):
+        of("2" * 64).check_model(encoder)
+    with pytest.raises(ValueError, match="the index does not say which model made it"):
+        of(None).check_model(encoder)
+    with pytest.raises(ValueError, match="the model has no digest"):
+        of("2" * 64).check_model(small.encoder())
+    of("1" * 64).check_model(encoder)
+
+
+def test_an_index_records_how_many_texts_were_cut_and_to_what_length(tmp_path):
+    read = corpus_rows(tmp_path / "c", {"_id": "a", "text": "the file " * 9}, {"_id": "b", "text": "open"})
+    encoder = small.encoder(max_length=5, digest="1")
+    with pytest.raises(ValueError, match="c, line 1 ._id 'a'. has .* tokens, the model takes 5"):
+        build(encoder, tmp_path / "i", read)
+    with pytest.warns(UserWarning, match="1 of 2 documents were cut to 5 tokens"):
+        made = build(encoder, tmp_path / "i", read, truncate=True)
+    assert (made.made.cut, made.made.max_length) == (1, 5)
+
+
+def test_an_index_may_be_moved(tmp_path):
+    stored = vectors(9, precision="int8")
+    make(tmp_path / "i", stored)
+    shutil.move(tmp_path / "i", tmp_path / "j")
+    assert found_ids(tmp_path / "j", stored[4:5])[0] == "4"
 
 
 @pytest.mark.parametrize("codec, name", [("utf-32", "UTF-32"), ("utf-32-be", "UTF-32"), ("utf-16", "UTF-16")])
@@ -262,34 +591,3 @@ def test_a_corpus_in_another_unicode_encoding_is_named(tmp_path, codec, name):
             (tmp_path / "c").write_bytes(text.encode(coding))
             with pytest.raises(ValueError, match=f"c is {name}, expected JSON lines in UTF-8"):
                 corpora.read_corpus(tmp_path / "c")
-
-
-def test_an_index_of_a_corpus_finds_texts_and_chunks_in_context(tmp_path):
-    path = lines(tmp_path / "c", {"_id": "a", "text": "the file"}, {"_id": "b", "chunks": ["open", "a list of"]})
-    encoder = small.encoder()
-    built = index.build(encoder, corpora.read_corpus(path), precision="int8")
-    expected = encoder.encode_documents([["the file"], ["open", "a list of"]], precision="int8")
-    np.testing.assert_array_equal(built.vectors, np.concatenate(expected))
-    assert built.search(encoder.encode(["the file"], precision="int8"), 1)[1] == [[0]]
-
-
-def test_an_index_of_another_or_an_unknown_model_is_refused():
-    encoder = small.encoder(digest="1" * 64)
-    made = Index(vectors(2), "float32", model={"path": "old", "digest": "2" * 64})
-    with pytest.raises(ValueError, match="made with the model at old .digest 222222222222., not with"):
-        made.check_model(encoder)
-    with pytest.raises(ValueError, match="the index does not say which model made it"):
-        Index(vectors(2), "float32").check_model(encoder)
-    with pytest.raises(ValueError, match="the model has no digest"):
-        made.check_model(small.encoder())
-    Index(vectors(2), "float32", model={"path": "old", "digest": "1" * 64}).check_model(encoder)
-
-
-def test_an_index_records_how_many_texts_were_cut_and_to_what_length(tmp_path):
-    path = lines(tmp_path / "c", {"_id": "a", "text": "the file " * 9}, {"_id": "b", "text": "open"})
-    encoder = small.encoder(max_length=5, digest="1")
-    with pytest.raises(ValueError, match="c, line 1 ._id 'a'. has .* tokens, the model takes 5"):
-        index.build(encoder, corpora.read_corpus(path))
-    with pytest.warns(UserWarning, match="1 of 2 documents were cut to 5 tokens"):
-        made = index.build(encoder, corpora.read_corpus(path), truncate=True)
-    assert (made.cut, made.max_length) == (1, 5)

@@ -49,12 +49,12 @@ def test_search_json_prints_one_object_per_result_and_nothing_else(model, tmp_pa
     assert cli.main([*search, "--query", queries[0], "--query", queries[1]]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     encoder = inference.load(model)
-    stored = inference.Index(encoder.encode(list(texts.values()), precision=precision), precision, ids=list(texts))
-    scores, indices = stored.search(encoder.encode(queries, precision=precision), 2)
+    stored, asked = (encoder.encode(some, precision=precision) for some in (list(texts.values()), queries))
+    scores, indices = inference.search(asked, stored, 2, precision)
     assert rows == [
         {"query": query, "rank": rank + 1, "id": key, "score": pytest.approx(scores[q][rank]), "text": texts[key]}
         for q, query in enumerate(queries)
-        for rank, key in enumerate(stored.ids[i] for i in indices[q])
+        for rank, key in enumerate(list(texts)[i] for i in indices[q])
     ]
 
 
@@ -236,9 +236,11 @@ def test_a_title_is_part_of_the_text_in_every_verb(model, tmp_path, capsys):
         index = inference.Index.load(folder / "i")
         written = [(folder / file).read_bytes() for file in ("v.npy", "n")]
         written.append([row["value"] for row in json.loads((folder / "e" / "summary.json").read_text())])
-        outputs.append([*written, index.vectors.tobytes(), index.texts, capsys.readouterr().out])
+        (segment,) = index.segments
+        texts = [row["text"] for row in segment.rows]
+        outputs.append([*written, segment.vectors.tobytes(), texts, capsys.readouterr().out])
         vectors = np.load(folder / "v.npy")
-        np.testing.assert_array_equal(vectors, index.vectors)
+        np.testing.assert_array_equal(vectors, segment.vectors)
         np.testing.assert_array_equal(vectors, retrieval.embed_corpus(inference.load(model), read_set(folder)))
     assert outputs[0] == outputs[1]
 

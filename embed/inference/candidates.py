@@ -1,0 +1,281 @@
+"""Candidates for exact scoring: vectors whose sign bits differ in few places from those of the query, by FAISS.
+
+`Scan` compares the bits of all vectors. `Lists` compares those of the vectors near the query: k-means divides them into
+lists, and `probes` lists are read. FAISS's own files are not used, because reading them is not safe if somebody else
+wrote them: arrays are, after `Lists.load` has checked them.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Float32, Int64, UInt8
+
+from embed import paths
+from embed.inference.stored_rows import load_array
+
+KINDS = ("exact", "binary", "ivf")
+EXACT_ROWS, BINARY_ROWS = 100_000, 1_000_000  # the most rows that are searched exactly, and by scanning all bits
+CODES, LIST_CODES, IDS, LISTS = "codes.npy", "list_codes.npy", "ids.npy", "lists.safetensors"
+BLOCK = 1 << 16  # vectors in float32 at once
+MAX_CLUSTER_DIMENSIONS = 256  # of the space in which k-means runs
+DEPTHS = (50, 100, 200, 500, 1000, 2000, 4000)  # numbers of candidates that are tried
+TUNED_QUERIES, TUNED_K = 256, 10
+POINTS_PER_LIST, ITERATIONS = 40, 8  # of k-means
+GRAPH_LISTS = 4096  # with so many lists, a graph finds the list of a vector
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much a search looks at: candidates of a query for ten results, and lists (1 for a scan)."""
+
+    depth: int
+    probes: int
+    recall: float  # of the ten best, on held-out vectors
+
+
+def choose_kind(kind: str | None, rows: int, precision: str, dimensions: int) -> str:
+    """`kind`, or the one for so many rows. ValueError if the vectors cannot be searched so."""
+    coarse = precision in ("float32", "int8") and dimensions % 8 == 0
+    if kind is None:
+        return "exact" if rows <= EXACT_ROWS or not coarse else "binary" if rows <= BINARY_ROWS else "ivf"
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
+    if kind != "exact" and not coarse:
+        raise ValueError(
+            f"kind={kind} compares sign bits and then float32 or int8 vectors of a multiple of 8 dimensions, the "
+            f"vectors are {precision} of {dimensions}"
+        )
+    return kind
+
+
+def sign_bits(vectors: np.ndarray) -> UInt8[np.ndarray, "N D/8"]:
+    """The packed bits v >= 0 of float32 or int8 vectors, as in the precision ubinary."""
+    return np.packbits(vectors >= 0, axis=1)
+
+
+class Scan:
+    """All vectors, compared by their bits."""
+
+    kind, lists = "binary", 1
+
+    def __init__(self, codes: UInt8[np.ndarray, "N D/8"], ids: Int64[np.ndarray, " N"]):
+        self._ids, self.size = ids, len(ids)
+        self._index = faiss().IndexBinaryFlat(codes.shape[1] * 8)
+        self._index.add(np.ascontiguousarray(codes))
+
+    @classmethod
+    def load(cls, folder: Path, rows: int, dimensions: int, hidden: np.ndarray) -> "Scan":
+        """What `build_scan` wrote, without the `hidden` rows."""
+        codes = load_array(folder / CODES, np.uint8, (rows, dimensions // 8))
+        kept = np.setdiff1d(np.arange(rows), hidden)
+        return cls(codes[kept] if len(hidden) else codes, kept)
+
+    def find(self, queries: np.ndarray, count: int, probes: int = 1) -> Int64[np.ndarray, "Q n"]:
+        """The `count` rows whose bits are nearest to those of each query, nearest first; -1 after the last."""
+        _, found = self._index.search(sign_bits(queries), min(count, self.size))
+        return np.where(found >= 0, self._ids[found], -1)
+
+
+class Lists:
+    """The vectors in lists of similar ones, compared by their bits."""
+
+    kind = "ivf"
+
+    def __init__(self, codes, ids, offsets, mean, projection, centroids, hidden=()):
+        """Arrays of `build_lists`: list l has rows ids[offsets[l]:offsets[l + 1]], with `codes`; but `hidden` rows."""
+        library, bits = faiss(), codes.shape[1] * 8
+        self.lists, self.mean, self.projection, self.centroids = len(centroids), mean, projection, centroids
+        self._lengths = (centroids**2).sum(1)
+        inverted = library.ArrayInvertedLists(self.lists, codes.shape[1])
+        total = 0
+        for number, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist())):
+            members, bytes_ = ids[start:stop].astype(np.int64), np.ascontiguousarray(codes[start:stop])
+            if len(hidden):
+                kept = ~np.isin(members, hidden)
+                members, bytes_ = members[kept], bytes_[kept]
+            if len(members):
+                inverted.add_entries(number, len(members), library.swig_ptr(members), library.swig_ptr(bytes_))
+                total += len(members)
+        self._quantizer, self._inverted = library.IndexBinaryFlat(bits), inverted  # FAISS keeps no reference
+        self._index = library.IndexBinaryIVF(self._quantizer, bits, self.lists)
+        self._index.replace_invlists(inverted, False)
+        self._index.is_trained, self._index.ntotal = True, total
+        self.size = total
+
+    @classmethod
+    def load(cls, folder: Path, rows: int, dimensions: int, hidden: np.ndarray) -> "Lists":
+        """What `build_lists` wrote, without the `hidden` rows; ValueError if FAISS could not work with it."""
+        file = folder / LISTS
+        try:
+            small = safetensors.numpy.load_file(file)
+            mean, projection, centroids, offsets = (
+                small[name] for name in ("mean", "projection", "centroids", "offsets")
+            )
+            reduced = centroids.shape[1]
+            expected = (mean.shape, projection.shape, offsets.shape) == (
+                (dimensions,),
+                (dimensions, reduced),
+                (len(centroids) + 1,),
+            )
+            floats = all(x.dtype == np.float32 and np.isfinite(x).all() for x in (mean, projection, centroids))
+            expected &= floats and len(centroids) > 0 and offsets.dtype == np.int64
+            expected &= offsets[0] == 0 and offsets[-1] == rows and (np.diff(offsets) >= 0).all()
+        except (safetensors.SafetensorError, KeyError, IndexError, ValueError, OSError):
+            expected = False
+        if not expected:
+            raise ValueError(f"{file} does not describe lists of {rows} vectors: make the index again")
+        ids = load_array(folder / IDS, np.int32, (rows,))
+        if rows and not (ids.min() >= 0 and ids.max() < rows):
+            raise ValueError(f"{folder / IDS} has numbers of rows outside 0..{rows - 1}: make the index again")
+        codes = load_array(folder / LIST_CODES, np.uint8, (rows, dimensions // 8))
+        return cls(codes, ids, offsets, mean, projection, centroids, hidden)
+
+    def find(self, queries: np.ndarray, count: int, probes: int) -> Int64[np.ndarray, "Q n"]:
+        """As `Scan.find`, of the vectors in the `probes` lists nearest to each query."""
+        return self._find(queries, count, self._order(queries, min(probes, self.lists)))
+
+    def _order(self, queries: np.ndarray, probes: int) -> Int64[np.ndarray, "Q probes"]:
+        """The nearest lists of each query, nearest first."""
+        y = reduce_dimensions(queries, self.mean, self.projection)
+        distances = self._lengths - 2 * y @ self.centroids.T
+        if probes < self.lists:
+            nearest = np.argpartition(distances, probes - 1, axis=1)[:, :probes]
+        else:
+            nearest = np.broadcast_to(np.arange(self.lists), distances.shape)
+        order = np.argsort(np.take_along_axis(distances, nearest, 1), axis=1, kind="stable")
+        return np.take_along_axis(nearest, order, 1).astype(np.int64)
+
+    def _find(self, queries: np.ndarray, count: int, probed: Int64[np.ndarray, "Q probes"]) -> np.ndarray:
+        self._index.nprobe, count = probed.shape[1], min(count, self.size)
+        self._index.use_heap = count < 10_000
+        nothing = np.zeros(probed.shape, np.int32)
+        _, found = self._index.search_preassigned(sign_bits(queries), count, np.ascontiguousarray(probed), nothing)
+        return found
+
+
+def build_scan(folder: Path, vectors: np.ndarray) -> None:
+    """Write the bits of all vectors [N, D] into a folder, for `Scan.load`."""
+    codes = np.lib.format.open_memmap(folder / CODES, "w+", np.uint8, (len(vectors), vectors.shape[1] // 8))
+    for rows in _blocks(len(vectors)):
+        codes[rows] = sign_bits(vectors[rows])
+    codes.flush()
+
+
+def build_lists(folder: Path, vectors: np.ndarray, lists: int | None = None, seed: int = 0) -> None:
+    """Divide vectors [N, D] into lists by k-means and write them into a folder, for `Lists.load`.
+
+    k-means sees the directions of the vectors, minus their mean, in their `MAX_CLUSTER_DIMENSIONS` principal
+    components. `lists` is their number; the default is the power of two nearest to 4 sqrt(N).
+    """
+    library, count = faiss(), len(vectors)
+    if lists is None:
+        lists = 2 ** round(np.log2(4 * np.sqrt(max(count, 1))))
+    lists = max(1, min(lists, count))
+    sample = np.sort(np.random.default_rng(seed).permutation(count)[: lists * POINTS_PER_LIST])
+    mean, projection = _principal_components(vectors, sample[:: max(1, len(sample) // 100_000)])
+    points = np.concatenate([reduce_dimensions(vectors[rows], mean, projection) for rows in _parts(sample)])
+    means = library.Kmeans(
+        points.shape[1], lists, niter=ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=10**9
+    )
+    means.train(points)
+    centroids = np.array(means.centroids)
+    del points
+    if lists < GRAPH_LISTS:
+        nearest = library.IndexFlatL2(centroids.shape[1])
+    else:
+        nearest = library.IndexHNSWFlat(centroids.shape[1], 32)
+        nearest.hnsw.efSearch = 64
+    nearest.add(centroids)
+    of_row = np.empty(count, np.int32)
+    for rows in _blocks(count):
+        _, found = nearest.search(reduce_dimensions(vectors[rows], mean, projection), 1)
+        of_row[rows] = found[:, 0]
+    ids = np.argsort(of_row, kind="stable").astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=lists))]).astype(np.int64)
+    position = np.empty(count, np.int32)  # of each row in the lists
+    position[ids] = np.arange(count, dtype=np.int32)
+    codes = np.lib.format.open_memmap(folder / LIST_CODES, "w+", np.uint8, (count, vectors.shape[1] // 8))
+    for rows in _blocks(count):
+        codes[position[rows]] = sign_bits(vectors[rows])
+    codes.flush()
+    np.save(folder / IDS, ids)
+    small = {"mean": mean, "projection": projection, "centroids": centroids, "offsets": offsets}
+    paths.write_tensors(folder / LISTS, small)
+
+
+def tune(found: Scan | Lists, queries: np.ndarray, own: np.ndarray, truth: np.ndarray, recall: float) -> Effort:
+    """The least effort that finds a share `recall` of the `truth` int[Q, k], the rows that are nearest to each query.
+
+    Row own[q], which is query q itself, does not count. A candidate is scored exactly, so the share that is found is
+    the share of the truth among the candidates. First the number of candidates is chosen, with half of what may be
+    lost, then the number of lists.
+    """
+    total = max(1, (truth >= 0).sum())  # of one vector there is no other
+
+    def shares(depths: Sequence[int], probes: int) -> np.ndarray:
+        """The share among so many candidates; of some queries at a time, because reading all lists is slow."""
+        hits = np.zeros(len(depths))
+        for rows in _blocks(len(queries), 16):
+            near = found.find(queries[rows], max(depths) + 1, probes)
+            for candidates, itself, expected in zip(near, own[rows], truth[rows]):
+                is_true = np.isin(candidates[candidates != itself], expected[expected >= 0])
+                hits += [is_true[:depth].sum() for depth in depths]
+        return hits / total
+
+    depths = sorted({min(depth, found.size) for depth in DEPTHS})
+    enough = shares(depths, found.lists) >= (recall if found.lists == 1 else (1 + recall) / 2)
+    depth = depths[int(enough.argmax())] if enough.any() else depths[-1]
+
+    def share(probes: int) -> float:
+        return float(shares([depth], probes)[0])
+
+    low, high = 0, 1  # too few lists, enough lists
+    while high < found.lists and share(high) < recall:
+        low, high = high, min(2 * high, found.lists)
+    while high - low > max(1, high // 16):
+        middle = (low + high) // 2
+        low, high = (low, middle) if share(middle) >= recall else (middle, high)
+    return Effort(depth, high, round(share(high), 4))
+
+
+def reduce_dimensions(
+    vectors: np.ndarray, mean: Float32[np.ndarray, " D"], projection: Float32[np.ndarray, "D d"]
+) -> Float32[np.ndarray, "N d"]:
+    """The directions of vectors [N, D], minus their mean, projected."""
+    x = np.asarray(vectors, np.float32)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return (x - mean) @ projection
+
+
+def _principal_components(vectors: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean direction [D] of some vectors, and their first principal components [D, d]."""
+    size = vectors.shape[1]
+    none, every = np.zeros(size, np.float32), np.eye(size, dtype=np.float32)
+    total, products = np.zeros(size), np.zeros((size, size))
+    for rows in _parts(sample):
+        x = reduce_dimensions(vectors[rows], none, every)
+        total += x.sum(0, dtype=np.float64)
+        products += x.T @ x
+    mean = total / len(sample)
+    _, components = np.linalg.eigh(products / len(sample) - np.outer(mean, mean))  # in ascending order
+    return mean.astype(np.float32), components[:, ::-1][:, :MAX_CLUSTER_DIMENSIONS].astype(np.float32).copy()
+
+
+def faiss():
+    """The module faiss; ValueError if it is not installed."""
+    try:
+        import faiss as library
+    except ModuleNotFoundError:
+        raise ValueError("an index of this kind needs faiss: pip install -e '.[search]'") from None
+    return library
+
+
+def _blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
+    return (slice(start, min(start + block, size)) for start in range(0, size, block))
+
+
+def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+    return (rows[part] for part in _blocks(len(rows)))

@@ -1,0 +1,44 @@
+"""What goes into an index: a corpus that is encoded now, or the shards of `embed encode --input`."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from embed.inference import shards
+from embed.inference.corpus import Row
+from embed.inference.encoder import Encoder
+from embed.inference.index import Made
+from embed.inference.segments import Block
+
+
+def encode(
+    encoder: Encoder, rows: Sequence[Row], settings: shards.Settings, progress: bool = False
+) -> tuple[Made, Iterator[Block]]:
+    """(how the vectors are made, vectors and rows) of a corpus."""
+    segments, cut = shards.tokenize(encoder, rows, settings)
+    found = shards.encode(encoder, rows, segments, settings, progress=progress)
+    columns = found.ids, found.documents, found.texts, found.starts, found.ends, found.fields
+    model = {"path": str(encoder.path), "digest": encoder.digest}
+    made = Made(settings.precision, settings.truncate_dim, model, encoder.max_length, cut)
+    return made, iter([Block(found.vectors, _rows(*columns))])
+
+
+def read(folder) -> tuple[Made, Iterator[Block]]:
+    """The same of shards, one in memory at a time."""
+    info, tables = shards.read_shards(folder)
+    made = Made(info["precision"], info["truncate_dim"], info["model"], info["max_length"])
+
+    def block(table) -> Block:
+        names = ("_id", "document", "text", "start", "end", "fields")
+        lists = table.column("vector").combine_chunks()
+        vectors = lists.flatten().to_numpy().reshape(len(lists), -1)
+        return Block(np.ascontiguousarray(vectors), _rows(*(table.column(name).to_pylist() for name in names)))
+
+    return made, map(block, tables)
+
+
+def _rows(ids, documents, texts, starts, ends, fields) -> list[dict]:
+    names = ("_id", "document", "text", "start", "end")
+    values = zip(zip(ids, documents, texts, starts, ends), fields)
+    return [dict(zip(names, row)) | {"fields": json.loads(of_row)} for row, of_row in values]
