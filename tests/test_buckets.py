@@ -16,6 +16,7 @@ import small
 
 from embed import cli, config, distributed, exports, inference, nodes, paths, runs
 from embed.checkpoints import training_state
+from embed.inference.shards import read_shards
 from embed.training.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,15 @@ def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     assert cli.main(["encode", model, f"--corpus={corpus}", f"--output={bucket}/vectors.npy"]) == 0
     assert cli.main(["encode", model, f"--corpus={corpus}", f"--output={tmp_path / 'vectors.npy'}"]) == 0
     assert paths.path(f"{bucket}/vectors.npy").read_bytes() == (tmp_path / "vectors.npy").read_bytes()
+    shards = [f"--input={bucket}/corp*.jsonl", f"--output={bucket}/shards", "--shard_rows=4"]
+    assert cli.main(["encode", model, *shards]) == 0
+    names = [*(f"corpus.jsonl.{k:05d}.parquet" for k in range(3)), "encode.json"]
+    assert list(paths.files(f"{bucket}/shards")) == names
+    (paths.path(f"{bucket}/shards") / names[1]).unlink()
+    assert cli.main(["encode", model, *shards]) == 0
+    assert list(paths.files(f"{bucket}/shards")) == names
+    vectors = [v for table in read_shards(f"{bucket}/shards")[1] for v in table["vector"].to_pylist()]
+    np.testing.assert_allclose(vectors, np.load(tmp_path / "vectors.npy"), atol=1e-6)
     assert cli.main(["index", model, f"--corpus={corpus}", f"--output={bucket}/index"]) == 0
     assert cli.main(["search", model, f"--index={bucket}/index", "--query=parse"]) == 0
     # An index made by a stage can be searched only with that stage.

@@ -146,14 +146,14 @@ def _to_shards(args: argparse.Namespace, options: list[str]) -> int:
             counts = _run_on_beam(args, options, files)
         else:
             counts = shards.write(encoder, args.output, files, args.shard_rows, settings, (k, n))
-            counts = dict(zip(shards.COUNTS, distributed.total([counts[name] for name in shards.COUNTS])))
+            counts = Counter(dict(zip(shards.COUNTS, distributed.total([counts[name] for name in shards.COUNTS]))))
     say(("" if not alone else f"process {k} of {n}: ") + summary(counts, args.output))
     return 0
 
 
-def summary(counts: dict[str, int], output: str) -> str:
+def summary(counts: Counter, output: str) -> str:
     """What was done, in one sentence; counts are shards.COUNTS."""
-    text = {name: f"{number:,}" for name, number in counts.items()}
+    text = {name: f"{counts[name]:,}" for name in shards.COUNTS}
     parts = [f"{text['rows']} rows", f"{text['chunks']} vectors"]
     parts += [f"{text['cut']} rows cut to the longest text"] * bool(counts["cut"])
     parts += [f"{text['empty']} rows without text left out"] * bool(counts["empty"])
@@ -200,7 +200,7 @@ def _run_on_beam(args: argparse.Namespace, options: list[str], files: dict[str, 
         if jobs:
             runners.run_on_beam(jobs, work, args.runner, options)
     finally:
-        if paths.entries(work.scratch):
+        if paths.path(work.scratch).exists():
             paths.path(work.scratch).rmtree()
     paths.entries(output)  # forgets what a client of a bucket knew
     for job, digest in zip(jobs, digests):

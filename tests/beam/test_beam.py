@@ -1,5 +1,9 @@
-"""`prepare` on Apache Beam gives what local processes give. `make test-beam` runs this in an environment of its own."""
+"""`prepare` and `encode` on Apache Beam give what local processes give.
 
+`make test-beam` runs this in an environment of its own.
+"""
+
+import gzip
 import json
 import random
 import string
@@ -86,3 +90,40 @@ def get_config(arg=""):
     assert cli.main([*arguments, bindings, "--runner=FnApiRunner", "--runner_options", "direct_running_mode=in_memory"])
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("embed: error: task 'texts': 1 of 31 rows are bad") and "bad.jsonl:1" in last
+
+
+@pytest.mark.parametrize("form", ["c.jsonl", "c.jsonl.gz"])
+def test_encode_on_beam_writes_the_shards_of_one_process_and_only_those_that_are_missing(form, tmp_path, capfd):
+    content = "".join(json.dumps({"_id": f"{i}", "text": text}) + "\n" for i, text in enumerate(small.sentences(20)))
+    (tmp_path / form).write_bytes(gzip.compress(content.encode()) if form.endswith("gz") else content.encode())
+    command = [
+        "encode",
+        f"--model={small.write_model(tmp_path / 'model')}",
+        f"--input={tmp_path}/c.*",
+        "--shard_rows=6",
+    ]
+    beam = ["--runner=FnApiRunner", "--runner_options", "direct_running_mode=in_memory"]
+    assert cli.main([*command, f"--output={tmp_path}/local"]) == 0
+    assert cli.main([*command, f"--output={tmp_path}/beam", *beam]) == 0
+    local, written = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("local", "beam"))
+    assert len(local) == 5 and written == local
+    (tmp_path / "beam" / f"{form}.00002.parquet").unlink()
+    capfd.readouterr()
+    assert cli.main([*command, f"--output={tmp_path}/beam", *beam]) == 0
+    assert "1 shards written" in (last := capfd.readouterr().out.splitlines()[-1]) and "3 were there: 20 rows" in last
+    assert {f.name: f.read_bytes() for f in (tmp_path / "beam").iterdir()} == local
+
+
+def test_a_row_without_text_ends_encode_on_beam_in_one_sentence_and_the_other_shards_are_written(tmp_path, capfd):
+    rows = [{"_id": f"{i}", "text": "" if i == 7 else "parse the file"} for i in range(9)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["encode", f"--model={small.write_model(tmp_path / 'model')}", f"--input={tmp_path}/c.jsonl"]
+    beam = ["--runner=FnApiRunner", "--runner_options", "direct_running_mode=in_memory"]
+    assert cli.main([*command, "--shard_rows=3", f"--output={tmp_path}/out", *beam]) == 2
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"embed: error: {tmp_path}/c.jsonl, line 8 (_id '7') has no text; 1 of the 3 rows")
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "c.jsonl.00000.parquet",
+        "c.jsonl.00001.parquet",
+        "encode.json",
+    ]
