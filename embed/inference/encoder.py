@@ -36,6 +36,7 @@ PRECISIONS = ("float32", "int8", "binary", "ubinary")
 # The settings of a model folder that `Encoder` takes.
 ENCODER_SETTINGS = ("separator", "max_length", "context_length", "matryoshka", "tanh", "pooling")
 STREAM_BATCHES, CHARACTERS_PER_TOKEN = 64, 4  # a block of `encode_stream`
+QUANTIZED = 1 << 14  # vectors of `encode_long` that are quantized together
 
 
 class NotFiniteError(ValueError):
@@ -436,13 +437,18 @@ class Encoder:
         fitted, window = self.fit_long(texts, chunker, window, names)
         name = _namer("text", len(texts), names)
         vectors = self._pool_windows([each.segment for each in fitted], name, window, batch_tokens, show_progress_bar)
-        first = np.cumsum([0] + [each.segment.num_spans for each in fitted])
+        parts = np.split(vectors, np.cumsum([each.segment.num_spans for each in fitted])[:-1])
+        pooled = [each.pool_chunks(part, self.pooling) for each, part in zip(fitted, parts)]
+        pooled = np.concatenate([vectors[:0], *pooled])
+        # The chunks of many texts at once, because each call takes half a millisecond; all may not fit the device.
+        how = precision, truncate_dim, normalize_embeddings, self.tanh
+        blocks = [pooled[i : i + QUANTIZED] for i in range(0, max(1, len(pooled)), QUANTIZED)]
+        quantized = np.concatenate([_quantize(jnp.asarray(block), *how) for block in blocks])
         result = []
-        for text, each, start in zip(texts, fitted, first):
-            pooled = each.pool_chunks(vectors[start : start + each.segment.num_spans], self.pooling)
-            quantized = _quantize(jnp.asarray(pooled), precision, truncate_dim, normalize_embeddings, self.tanh)
+        own = np.split(quantized, np.cumsum([len(each.chunks) for each in fitted])[:-1])
+        for text, each, chunks in zip(texts, fitted, own):
             offsets = np.array(each.chunks, np.int32)
-            result.append(long_texts.Chunks(offsets, [text[a:b] for a, b in offsets], quantized))
+            result.append(long_texts.Chunks(offsets, [text[a:b] for a, b in offsets], chunks))
         return result
 
     def fit_long(
