@@ -12,6 +12,8 @@ from embed.inference.corpus import read_rows, refuse_empty
 from embed.inference.index import Index, Made
 from embed.inference.segments import Block
 
+ANY = "any"  # --words without a language
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run `embed index arguments`; returns the exit code."""
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--words",
         nargs="?",
-        const="",
+        const=ANY,
         metavar="LANGUAGE",
         help="count words too, for `embed search --hybrid`; with an ISO 639-3 language, such as eng, stem them",
     )
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     with common.output(args, inputs=[args.model, args.corpus, args.vectors], is_ours=index.is_index):
         how = {"kind": args.kind, "recall": args.recall}
         if args.words is not None:
-            how |= {"words": True, "language": args.words}
+            how |= {"words": True, "language": "" if args.words == ANY else args.words}
         if args.update:
             return _change(args, how)
         made, blocks = _vectors(args)
@@ -78,7 +80,7 @@ def _check(args) -> None:
         raise ValueError("--update needs rows (--corpus or --vectors), --delete=ID or --compact")
     if not 0 < args.recall <= 1:
         raise ValueError(f"--recall={args.recall:g} must be above 0, and 1 at most")
-    if args.words:
+    if args.words not in (None, ANY):
         lexical.check_language(args.words)
 
 
