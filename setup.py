@@ -9,7 +9,7 @@ HYGIENE = ["langcodes", "py3langid>=0.4", "rensa>=0.5"]
 # embed/inference/chunkers.py; other programming languages: tree-sitter-LANGUAGE.
 CHUNK = ["semantic-text-splitter", "sentencex", "tree-sitter-python"]
 MTEB = ["mteb>=2.26,<3"]
-SEARCH = ["faiss-cpu>=1.15"]  # indexes of more than 100,000 vectors
+SEARCH = ["faiss-cpu>=1.15", "pyarrow"]  # indexes of more than 100,000 vectors; shards of `embed encode --input`
 SERVE = ["fastapi", "prometheus-client", "uvicorn"]
 
 setup(

@@ -281,7 +281,7 @@ def arrow(what) -> tuple:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{what} needs pyarrow: pip install pyarrow, or '.[data]'") from None
+        raise ValueError(f"{what} needs pyarrow: pip install pyarrow, or '.[search]'") from None
     return pyarrow, pyarrow.parquet
 
 

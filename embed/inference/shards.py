@@ -335,7 +335,7 @@ def read_about(file) -> About | None:
 def read_shards(folder) -> tuple[dict, Iterator]:
     """(the content of encode.json, a pyarrow table per shard with COLUMNS, in the order of files and rows).
 
-    ValueError if a shard is missing or damaged: an index must not lack texts unnoticed.
+    A shard without rows has no table. ValueError if a shard is missing or damaged: no text may be lost unnoticed.
     """
     info, numbers = read_info(folder), shard_numbers(folder)
     if other := sorted(numbers.keys() - set(info["inputs"])):
@@ -358,7 +358,8 @@ def read_shards(folder) -> tuple[dict, Iterator]:
                     raise ValueError(f"{file} is damaged, not a shard ({error}): remove it, and encode again") from None
                 if about.is_last != (number == numbers[name][-1]):
                     _refuse_missing(folder, name, number + 1)
-                yield table.replace_schema_metadata()
+                if len(table):
+                    yield table.replace_schema_metadata()
 
     return info, tables()
 

@@ -414,7 +414,7 @@ def test_arguments_that_do_not_go_together_are_refused(more, sentence, inputs, t
 
 def test_without_pyarrow_the_error_says_what_to_install(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "--input needs pyarrow: pip install pyarrow, or '.[data]'" in refused(capsys, inputs, tmp_path / "out")
+    assert "--input needs pyarrow: pip install pyarrow, or '.[search]'" in refused(capsys, inputs, tmp_path / "out")
 
 
 # --- parts of a file --------------------------------------------------------------------------------------------------
