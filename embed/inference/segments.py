@@ -73,6 +73,7 @@ def write(
         raise ValueError("cannot search an empty corpus: the index has no vectors")
     if len(empty) == count:
         raise ValueError(f"cannot search an empty corpus: none of its {count} vectors has a text")
+    StoredRows(folder, count, fields).refuse_repeated()
     kind = candidates.choose_kind(kind, count, precision, shape[1])
     vectors = np.load(folder / VECTORS, mmap_mode="r")
     described = {"rows": count, "numbers": shape[1], "fields": fields, "kind": kind, "effort": None, "words": None}

@@ -111,6 +111,16 @@ class StoredRows:
                 found.setdefault(name, []).append(row)
         return found
 
+    def refuse_repeated(self) -> None:
+        """ValueError if rows of one document do not follow each other: it was written more than once."""
+        first = np.flatnonzero(np.diff(self.keys, prepend=~self.keys[:1]))  # of each run of rows of one document
+        order = first[np.argsort(self.keys[first], kind="stable")]
+        for i in np.flatnonzero(self.keys[order[1:]] == self.keys[order[:-1]]).tolist():
+            name, other = (document(self[int(row)]) for row in order[i : i + 2])
+            if name == other:
+                rows = " and ".join(f"{row:,}" for row in order[i : i + 2].tolist())
+                raise ValueError(f"the document {name!r:.80} occurs more than once: vectors {rows} begin one of this id")
+
     def matching(self, filters: Mapping[str, Sequence]) -> np.ndarray:
         """Whether each row has, in every field of `filters`, one of its values: bool [N]."""
         matches = np.ones(self.count, bool)

@@ -224,6 +224,12 @@ def test_a_field_that_no_row_has_or_that_is_a_list_cannot_be_filtered_by(tmp_pat
         made.search(vectors(1, precision="int8"), 1, filters={"lang": "en"})
 
 
+def test_a_document_that_occurs_more_than_once_is_refused(tmp_path):
+    again = [*rows(4), {"_id": "x"}, {"_id": "d0#7", "document": "d0"}]
+    with pytest.raises(ValueError, match="the document 'd0' occurs more than once: vectors 0 and 5 begin one of this"):
+        make(tmp_path / "i", vectors(6, precision="int8"), again)
+
+
 # Words
 
 
