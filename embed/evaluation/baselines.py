@@ -1,11 +1,10 @@
 """A ranking without a model: BM25."""
 
-import bm25s
 import numpy as np
 
 from embed.evaluation.retrieval import DEPTH, descending
 from embed.evaluation.sets import RetrievalSet
-from embed.inference.lexical import K1, B, splitter
+from embed.inference.lexical import K1, B, library, splitter
 
 
 def bm25(
@@ -33,7 +32,7 @@ def bm25(
     split = splitter(language)
     searched = descending(data.corpus_ids, np.zeros(len(texts), bool))
     searched = searched if rows is None else searched[np.isin(searched, rows)]
-    model = bm25s.BM25(method="lucene", k1=k1, b=b)
+    model = library().BM25(method="lucene", k1=k1, b=b)
     model.index([split(texts[row]) for row in searched], show_progress=False)
     ranking = np.full((len(data.queries), depth), -1, np.int32)
     vocabulary = model.vocab_dict

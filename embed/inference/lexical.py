@@ -1,17 +1,14 @@
 """Ranking by words: BM25 with bm25s, and the fusion of rankings."""
 
+import functools
 import logging
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import Stemmer
-from bm25s import tokenization
-
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and reports each index
 
 FOLDER = "bm25"
 K1, B = 1.5, 0.75  # the defaults of bm25s
@@ -28,13 +25,23 @@ STEMMED = {
     **{"srp": "serbian", "swe": "swedish", "tam": "tamil", "tur": "turkish", "yid": "yiddish"},
 }
 UNSPACED = ("bod", "cmn", "jpn", "khm", "kor", "lao", "mya", "tha", "zho")  # each character counts as a word
-STOPWORDS = {  # bm25s has lists of these
-    "english": tokenization.STOPWORDS_EN,
-    **{
-        name: getattr(tokenization, f"STOPWORDS_{name.upper()}")
-        for name in "german dutch french spanish portuguese italian russian swedish norwegian".split()
-    },
-}
+# bm25s has lists of stop words of these.
+HAVE_STOPWORDS = "english german dutch french spanish portuguese italian russian swedish norwegian".split()
+
+
+@functools.cache
+def library():
+    """The module bm25s, imported only here: it computes with jax at once, which joining processes do not allow."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG and reports each index
+    return bm25s
+
+
+def stopwords(name: str) -> set[str]:
+    """The stop words of a language, by its English name."""
+    lists = library().tokenization
+    return set(lists.STOPWORDS_EN if name == "english" else getattr(lists, f"STOPWORDS_{name.upper()}"))
 
 
 def analyzer(language: str) -> Callable[[str], list[str]]:
@@ -45,12 +52,12 @@ def analyzer(language: str) -> Callable[[str], list[str]]:
     nine texts of ten where it has no list of stop words; this does not.
     """
     if language in UNSPACED:
-        ignored = set(tokenization.STOPWORDS_CHINESE) if language in ("cmn", "zho") else set()
+        ignored = stopwords("chinese") if language in ("cmn", "zho") else set()
         return lambda text: [
             c for c in unicodedata.normalize("NFKC", text).lower() if not c.isspace() and c not in ignored
         ]
     name = STEMMED.get(language, "")
-    stop, pattern = set(STOPWORDS.get(name, ())), re.compile(r"(?u)\b\w\w+\b")
+    stop, pattern = stopwords(name) if name in HAVE_STOPWORDS else set(), re.compile(r"(?u)\b\w\w+\b")
     stem = Stemmer.Stemmer(name).stemWords if name else list
     return lambda text: stem([word for word in pattern.findall(text.lower()) if word not in stop])
 
@@ -63,14 +70,15 @@ def words(text: str) -> list[str]:
 class Words:
     """The BM25 scores of texts, in Lucene's variant of the formula."""
 
-    def __init__(self, model: bm25s.BM25, language: str):
+    def __init__(self, model, language: str):
+        """`model` is a bm25s.BM25."""
         self._model, self._split = model, splitter(language)
 
     @classmethod
     def build(cls, texts: Iterable[str], language: str = "") -> "Words":
         """Count the words of texts in a language (ISO 639-3, see `analyzer`); without one, see `words`."""
         split = splitter(language)
-        model = bm25s.BM25(method="lucene", k1=K1, b=B)
+        model = library().BM25(method="lucene", k1=K1, b=B)
         model.index([split(text) for text in texts], show_progress=False)
         return cls(model, language)
 
@@ -83,7 +91,7 @@ class Words:
         """Read what `save` wrote of `count` texts; ValueError if it does not have that form."""
         try:
             how = dict(method="lucene", k1=K1, b=B, backend="numpy", dtype="float32", int_dtype="int32")
-            model = bm25s.BM25.load(folder, mmap=True, show_progress=False, **how)
+            model = library().BM25.load(folder, mmap=True, show_progress=False, **how)
             data, starts, rows = (model.scores[name] for name in ("data", "indptr", "indices"))
             model.vocab_dict.pop("", None)  # which bm25s gives to texts without words, and stores nothing for
             words = np.array(list(model.vocab_dict.values()), np.int64)

@@ -142,7 +142,9 @@ class Segment:
             return search_blocks(queries, vector_blocks(self.vectors, chosen), k, self.precision)
         scores, rows = nothing(len(queries), k, self.precision)
         depth = min(self.effort.depth * -(-k // candidates.TUNED_K), self._candidates.size)
-        near = [None] * len(queries) if allowed is not None else self._candidates.find(queries, depth, self.effort.probes)
+        near = (
+            [None] * len(queries) if allowed is not None else self._candidates.find(queries, depth, self.effort.probes)
+        )
         for i, query in enumerate(queries):
             found = near[i]
             if found is None or (found >= 0).sum() < min(k, count):

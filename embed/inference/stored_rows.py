@@ -119,7 +119,9 @@ class StoredRows:
             name, other = (document(self[int(row)]) for row in order[i : i + 2])
             if name == other:
                 rows = " and ".join(f"{row:,}" for row in order[i : i + 2].tolist())
-                raise ValueError(f"the document {name!r:.80} occurs more than once: vectors {rows} begin one of this id")
+                raise ValueError(
+                    f"the document {name!r:.80} occurs more than once: vectors {rows} begin one of this id"
+                )
 
     def matching(self, filters: Mapping[str, Sequence]) -> np.ndarray:
         """Whether each row has, in every field of `filters`, one of its values: bool [N]."""
