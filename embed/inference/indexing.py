@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from embed import paths
 from embed.inference import shards
 from embed.inference.corpus import Row
 from embed.inference.encoder import Encoder
@@ -27,7 +28,10 @@ def encode(
 def read(folder) -> tuple[Made, Iterator[Block]]:
     """The same of shards, one in memory at a time."""
     info, tables = shards.read_shards(folder)
-    made = Made(info["precision"], info["truncate_dim"], info["model"], info["max_length"])
+    names = (shards.shard_name(name, n) for name, numbers in shards.shard_numbers(folder).items() for n in numbers)
+    about = (shards.read_about(paths.path(folder) / name) for name in names)
+    cut = sum(each.cut for each in about if each)  # a damaged one is an error when it is read
+    made = Made(info["precision"], info["truncate_dim"], info["model"], info["max_length"], cut)
 
     def block(table) -> Block:
         names = ("_id", "document", "text", "start", "end", "fields")

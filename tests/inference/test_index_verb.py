@@ -126,6 +126,11 @@ def test_an_index_is_made_of_encoded_shards_with_the_same_results(model, index, 
     assert cli.main(["index", "--vectors", shards, "--output", second, "--words"]) == 0
     query = ["--model", model, "--query", "open a vector index", "--hybrid"]
     assert search(capsys, *query, "--index", second) == search(capsys, *query, "--index", index)
+    cut = [*encode, "--max_length", "3", "--truncate", "--output", str(tmp_path / "cut")]
+    assert cli.main(cut) == 0
+    assert cli.main(["index", "--vectors", str(tmp_path / "cut"), "--output", str(tmp_path / "third")]) == 0
+    made = Index.load(tmp_path / "third").made
+    assert made.max_length == 3 and made.cut > 0
 
 
 def test_texts_are_divided_by_a_chunker(model, tmp_path, capsys):
