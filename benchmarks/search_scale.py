@@ -44,7 +44,7 @@ def encode(model: str, patterns: list[str], folder: Path) -> tuple[np.ndarray, n
     """(vectors float32 of the texts, the nearest ten of each, vectors of held-out texts); kept in a folder."""
     files = [folder / f"{name}.npy" for name in ("texts", "near", "queries")]
     if not all(file.exists() for file in files):
-        rows = (row for path in find(patterns).values() for _, row in read_jsonl(path))
+        rows = (row for pattern in patterns for path in find([pattern]).values() for _, row in read_jsonl(path))
         values = (x for row in rows for x in row.values() if isinstance(x, str) and len(x) >= CHARACTERS[0])
         texts = list(dict.fromkeys(text[: CHARACTERS[1]] for text in values))
         texts = [texts[i] for i in np.random.default_rng(0).permutation(len(texts))[:TEXTS]]
