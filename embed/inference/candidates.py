@@ -84,26 +84,24 @@ class Lists:
 
     kind = "ivf"
 
-    def __init__(self, codes, ids, offsets, mean, projection, centroids, hidden=()):
+    def __init__(self, codes, ids, offsets, mean, projection, centroids, hidden):
         """Arrays of `build_lists`: list l has rows ids[offsets[l]:offsets[l + 1]], with `codes`; but `hidden` rows."""
         library, bits = faiss(), codes.shape[1] * 8
         self.lists, self.mean, self.projection, self.centroids = len(centroids), mean, projection, centroids
         self._lengths = (centroids**2).sum(1)
         inverted = library.ArrayInvertedLists(self.lists, codes.shape[1])
-        total = 0
+        kept = np.ones(len(ids), bool)
+        kept[hidden] = False
         for number, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist())):
-            members, bytes_ = ids[start:stop].astype(np.int64), np.ascontiguousarray(codes[start:stop])
-            if len(hidden):
-                kept = ~np.isin(members, hidden)
-                members, bytes_ = members[kept], bytes_[kept]
+            here = kept[ids[start:stop]]
+            members, bytes_ = ids[start:stop][here].astype(np.int64), codes[start:stop][here]
             if len(members):
                 inverted.add_entries(number, len(members), library.swig_ptr(members), library.swig_ptr(bytes_))
-                total += len(members)
         self._quantizer, self._inverted = library.IndexBinaryFlat(bits), inverted  # FAISS keeps no reference
         self._index = library.IndexBinaryIVF(self._quantizer, bits, self.lists)
         self._index.replace_invlists(inverted, False)
-        self._index.is_trained, self._index.ntotal = True, total
-        self.size = total
+        self.size = int(kept.sum())
+        self._index.is_trained, self._index.ntotal = True, self.size
 
     @classmethod
     def load(cls, folder: Path, rows: int, dimensions: int, hidden: np.ndarray) -> "Lists":
