@@ -13,13 +13,12 @@ better than they are. One text in fifty is held out, and the queries are such te
 
 Milliseconds are those of single queries, one after the other: first with vectors.npy dropped from the page cache
 (cold), then the same queries again (warm). Recall is the share of the ten nearest by `Index.search(…, exact=True)`.
-Memory is the peak of a process that only searches: all of it, and what is not the page cache of files (anonymous).
+Memory is that of a process that only searches: its peak with the pages of files that it read, and what is its own.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -85,10 +84,9 @@ def measure(folder: Path, queries: np.ndarray) -> dict:
             found.append(searched.search(query[None], 10)[1][0])
             seconds.append(time.perf_counter() - start)
         result[turn] = np.percentile(seconds, [50, 99]).tolist()
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    anonymous = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return result | {"found": np.array(found).tolist(), "anonymous": anonymous * 1024, "peak": peak * 1024}
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    peak, anonymous = (1024 * int(status[name].split()[0]) for name in ("VmHWM", "RssAnon"))
+    return result | {"found": np.array(found).tolist(), "anonymous": anonymous, "peak": peak}
 
 
 def main() -> None:
@@ -99,7 +97,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="s of the perturbation")
     parser.add_argument("--kind", choices=("exact", "binary", "ivf"), help="of the index (default: chosen by size)")
     parser.add_argument("--recall", type=float, default=0.95, help="that the index is tuned to")
-    parser.add_argument("--folder", type=Path, required=True, help="for encoded texts and indexes, which are removed")
+    parser.add_argument("--folder", type=Path, required=True, help="for encoded texts and indexes, which stay")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # of a process that only searches
     arguments = parser.parse_args()
     if arguments.measure:

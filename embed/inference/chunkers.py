@@ -5,6 +5,7 @@ unit, such as a sentence, of fewer than `least` tokens is joined with the next o
 """
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from embed.tokenizers import Tokenizer
 
 Offsets = list[tuple[int, int]]
 Chunker = Callable[[str], Offsets]
+SENTENCE_END = re.compile(r"""[.!?…。！？]["')\]”’»]*$""")
 NAMES = ("tokens", "sentences", "paragraphs", "markdown", "code", "content")
 
 
@@ -62,8 +64,7 @@ def sentences(tokenizer: Tokenizer, size: int = 256, *, least: int = 1, language
     """Sentences by the rules of a language (sentencex), joined until they have `least` tokens."""
     sentencex = _library("sentencex")
 
-    def divide(text: str) -> Offsets:
-        return [(0, len(text))] if _count(tokenizer, text) <= size else paragraphs(tokenizer, size)(text)
+    pack = _pack(tokenizer, size)
 
     def chunk(text: str) -> Offsets:
         units = [(each["start_index"], each["end_index"]) for each in sentencex.get_sentence_boundaries(language, text)]
@@ -74,7 +75,7 @@ def sentences(tokenizer: Tokenizer, size: int = 256, *, least: int = 1, language
                 joined[-1][1] = end
             else:
                 joined.append([start, end])
-        return [(start + a, start + b) for start, end in joined for a, b in divide(text[start:end])]
+        return [each for start, end in joined for each in pack(text, [(start, end)])]
 
     return chunk
 
@@ -161,7 +162,32 @@ def _split(splitter, tokenizer: Tokenizer, size: int, least: int, *arguments) ->
     if not 1 <= least <= size:
         raise ValueError(f"least={least} and size={size} tokens: expected 1 <= least <= size")
     splits = splitter.from_callback(*arguments, lambda text: _count(tokenizer, text), (least, size))
-    return lambda text: [(start, start + len(part)) for start, part in splits.chunk_indices(text)]
+    pack = _pack(tokenizer, size)
+
+    def chunk(text: str) -> Offsets:
+        # The splitter stops at `least` tokens, also where it divides a sentence: its words are put together again.
+        result: list[Offsets] = []
+        for start, part in splits.chunk_indices(text):
+            end, before = start + len(part), result[-1][-1] if result else None
+            if before and "\n" not in text[before[1] : start] and not SENTENCE_END.search(text[: before[1]][-10:]):
+                result[-1].append((start, end))
+            else:
+                result.append([(start, end)])
+        return [each for parts in result for each in (parts if len(parts) == 1 else pack(text, parts))]
+
+    return chunk
+
+
+def _pack(tokenizer: Tokenizer, size: int) -> Callable[[str, Offsets], Offsets]:
+    """The function that divides what some chunks of a text span into as few as possible, at the ends of words."""
+    splitter = _library("semantic_text_splitter").TextSplitter
+    splits = splitter.from_callback(lambda text: _count(tokenizer, text), size)
+
+    def pack(text: str, parts: Offsets) -> Offsets:
+        first, inner = parts[0][0], text[parts[0][0] : parts[-1][1]]
+        return [(first + start, first + start + len(part)) for start, part in splits.chunk_indices(inner)]
+
+    return pack
 
 
 def _count(tokenizer: Tokenizer, text: str) -> int:

@@ -194,6 +194,19 @@ def test_tokens_overlap_and_the_last_chunk_reaches_the_end(encoder):
         chunkers.tokens(tokenizer, 4, 4)
 
 
+@pytest.mark.parametrize("name", ["sentences", "paragraphs", "markdown", "code"])
+def test_a_sentence_that_is_too_long_is_divided_into_few_chunks(name, encoder):
+    long = "the list of a file and " * 30
+    text = f"# The file.\n\nA list. {long.strip()}.\n\nThe end.\n"
+    if name == "code":
+        text = f"def first():\n    return [{', '.join(['the_list'] * 60)}]\n\n\ndef second():\n    return 1\n"
+    offsets = chunkers.make(name, encoder, size=24)(text)
+    sizes = [len(encoder.tokenizer.encode([text[a:b]])[0]) for a, b in offsets]
+    total = len(encoder.tokenizer.encode([text])[0])
+    assert max(sizes) <= 24 and len(sizes) <= total / 24 * 1.5 + 4
+    assert "".join("".join(text[a:b].split()) for a, b in offsets) == "".join(text.split())
+
+
 def test_sentences_are_units_and_short_ones_are_joined(encoder):
     text = "Dr. Smith opens the file. It is a list!  Read the index of\nthe token? The end."
     sentences = ["Dr. Smith opens the file.", "It is a list!", "Read the index of\nthe token?", "The end."]
