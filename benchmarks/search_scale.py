@@ -30,10 +30,11 @@ from header import header
 from tqdm import tqdm
 
 from embed import inference
-from embed.inference import Index, index
+from embed.inference import Index
 from embed.inference.corpus import find, read_jsonl
-from embed.inference.index import Made
-from embed.inference.segments import Block
+from embed.inference.index_files import Provenance
+from embed.inference.index_writer import create
+from embed.inference.segments import Block, Settings
 
 TEXTS, CHARACTERS = 100_000, (20, 300)
 HELD_OUT, NEIGHBORS, BLOCK, QUERIES = 50, 10, 1 << 15, 200
@@ -129,28 +130,22 @@ def report(count: int, vectors: np.ndarray, near: np.ndarray, queries: np.ndarra
     """A line of the table."""
     folder = arguments.folder / f"index-{count}"
     start = time.perf_counter()
-    made = index.create(
-        folder,
-        perturbed(vectors, near, count, arguments.scale),
-        Made("int8"),
-        overwrite=True,
-        kind=arguments.kind,
-        recall=arguments.recall,
-    )
+    blocks = perturbed(vectors, near, count, arguments.scale)
+    made = create(folder, blocks, Provenance("int8"), Settings(arguments.kind, arguments.recall), overwrite=True)
     seconds = time.perf_counter() - start
     command = [sys.executable, __file__, f"--measure={folder}", f"--folder={arguments.folder}"]
     result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
     scores, expected = made.search(queries, 10, exact=True)
     recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(result["found"], expected.tolist())])
     (segment,) = made.segments
-    effort = segment.effort
+    found = segment.parameters
     cells = [f"{count:,}", segment.kind]
-    cells += [f"{effort.probes:,} of {segment.num_lists:,}", f"{effort.depth:,}"] if effort else ["", ""]
+    cells += [f"{found.nprobe:,} of {segment.num_lists:,}", f"{found.candidates:,}"] if found else ["", ""]
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     cells += [f"{seconds:,.0f}", f"{size / 1e9:.1f}", f"{result['load']:.1f}"]
     cells += [f"{1e3 * x:.1f}" for turn in ("cold", "warm") for x in result[turn]]
     cells += [f"{result[name] / 1e9:.1f}" for name in ("peak", "anonymous")]
-    cells += [f"{effort.recall:.3f}" if effort else "", f"{recall:.3f}"]
+    cells += [f"{found.recall:.3f}" if found else "", f"{recall:.3f}"]
     return f"| {' | '.join([*cells, *(f'{np.median(scores[:, rank]):.3f}' for rank in (0, 9))])} |"
 
 

@@ -295,8 +295,8 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
         try:
             os.chmod(aside, 0o777 & ~_umask())
             yield aside
-            for file in files(aside).values():  # safetensors makes files that only their owner can read
-                os.chmod(file, 0o666 & ~_umask())
+            for file in files(aside).values():
+                share(file)
             check_output(folder, is_ours=is_ours, overwrite=overwrite)  # again: it may have changed meanwhile
             _swap(aside, target)
         finally:
@@ -354,6 +354,11 @@ def local(folder, wanted: Callable[[str], bool] = lambda name: True) -> Iterator
             if wanted(name):
                 copy_file(file, Path(copy, name))
         yield Path(copy)
+
+
+def share(file) -> None:
+    """Give a local file the permissions of a new file: safetensors makes files that only their owner can read."""
+    os.chmod(file, 0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -349,21 +349,38 @@ def add_vector_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_chunker_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --chunker, --chunk_tokens, --overlap and --language, which `make_chunker` reads."""
+    """Add --chunker, --chunk_tokens, --overlap and --language, for `check_chunker` and `make_chunker`."""
     from embed.inference import chunkers
 
     parser.add_argument("--chunker", choices=chunkers.NAMES, help="divide texts into chunks (default: they are one)")
-    parser.add_argument("--chunk_tokens", type=int, default=256, help="most tokens of a chunk (default 256)")
-    parser.add_argument(
-        "--overlap", type=int, default=0, help="tokens shared by chunks of --chunker=tokens (default 0)"
-    )
+    parser.add_argument("--chunk_tokens", type=int, help="most tokens of a chunk (default 256)")
+    parser.add_argument("--overlap", type=int, help="tokens shared by chunks of --chunker=tokens (default 0)")
     parser.add_argument("--language", help="of sentences (default en), or of code (default python)")
 
 
+def check_chunker(arguments: argparse.Namespace) -> None:
+    """Refuse the other arguments of a chunker without --chunker; with it, set their defaults."""
+    if not arguments.chunker:
+        refuse_given(arguments, ("chunk_tokens", "overlap", "language"), "is for --chunker")
+        return
+    for name, default in (("chunk_tokens", 256), ("overlap", 0)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+
+
+def refuse_given(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """ValueError for the first argument of these that was given: they are None, False or empty by default."""
+    for name in names:
+        if getattr(arguments, name):
+            raise ValueError(f"--{name} {why}")
+
+
 def make_chunker(arguments: argparse.Namespace, encoder):
-    """The chunker that the arguments name."""
+    """The chunker that the arguments name, None without --chunker."""
     from embed.inference import chunkers
 
+    if not arguments.chunker:
+        return None
     how = dict(size=arguments.chunk_tokens, overlap=arguments.overlap, language=arguments.language)
     return chunkers.make(arguments.chunker, encoder, **how)
 

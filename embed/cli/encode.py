@@ -54,13 +54,12 @@ def main(argv: list[str] | None = None) -> int:
     common.add_distributed_arguments(parser)
     args = parser.parse_args(argv)
     common.check_texts("--text", args.text or [])
+    common.check_chunker(args)
     options = common.runner_options(args)
     if args.input:
         with common.keeps_work():
             return _to_shards(args, options)
-    for name in ("shard_rows", "skip_empty", "runner"):
-        if getattr(args, name):
-            raise ValueError(f"--{name} is for --input")
+    common.refuse_given(args, ("shard_rows", "skip_empty", "runner"), "is for --input")
     return _to_file(args)
 
 
@@ -95,7 +94,7 @@ def _to_file(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace, encoder) -> shards.Settings:
-    chunker = common.make_chunker(args, encoder) if args.chunker else None
+    chunker = common.make_chunker(args, encoder)
     return shards.Settings(args.precision, args.truncate_dim, chunker, args.truncate, args.skip_empty)
 
 

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=0, help="only so many chunks, the best (default: all, in order)")
     common.add_output_arguments(parser, "a file to write, .html or .png", required=False)
     args = parser.parse_args(argv)
+    common.check_chunker(args)
     common.check_texts("--query", [args.query])
     if args.text is not None:
         common.check_texts("--text", [args.text])
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     with common.output(args, inputs=[args.model, args.file], is_our_file=is_heat_map):
         text = args.text or read_utf8(args.file)
         encoder = common.load_encoder(args)
-        chunker = common.make_chunker(args, encoder) if args.chunker else None
+        chunker = common.make_chunker(args, encoder)
         chunks = explain(encoder, args.query, text, chunker)
         if args.top:
             chunks = sorted(chunks, key=lambda chunk: -chunk.score)[: args.top]

@@ -17,7 +17,9 @@ from embed.cli.encode import CORPUS
 from embed.console import print_table
 from embed.inference import indexing, shards
 from embed.inference.corpus import read_rows, refuse_empty
-from embed.inference.index import Hit, Index, create
+from embed.inference.index import Hit, Index
+from embed.inference.index_writer import create
+from embed.inference.segments import Settings
 
 MORE = 10  # rows that are looked at per document, at first
 
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.index:
             index = inference.Index.load(args.index)
             if args.hybrid:
-                index.check_words()
+                index.check_bm25()
             encoder = common.load_encoder(args)
             index.check_model(encoder)
         else:
@@ -71,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             refuse_empty(rows, args.corpus)
             encoder = common.load_encoder(args)
             made, blocks = indexing.encode(encoder, rows, settings, progress=True)
-            index = create(Path(folder, "index"), blocks, made, kind="exact", words=args.hybrid)
+            how = Settings(kind="exact", bm25="" if args.hybrid else None)
+            index = create(Path(folder, "index"), blocks, made, how)
         vectors = encoder.encode(
             args.query,
             precision=index.precision,
@@ -106,7 +109,7 @@ def _filters(filters: Sequence[str]) -> dict[str, list[str]]:
 def _find(index: Index, query: str, vector: np.ndarray, args, filters: dict, k: int) -> list[Hit]:
     """The k best rows of a query."""
     if args.hybrid:
-        scores, rows, shares = index.search_both(vector, [query], k, filters=filters)
+        scores, rows, shares = index.search_hybrid(vector, [query], k, filters=filters, exact=args.exact)
         return index.hits(scores[0], rows[0], shares[0])
     scores, rows = index.search(vector, k, filters=filters, exact=args.exact)
     return index.hits(scores[0], rows[0])
@@ -128,7 +131,7 @@ def json_lines(query: str, found: Sequence[tuple[str, list[Hit]]], args) -> list
     """One JSON object per result, best first, in ASCII for every locale."""
 
     def about(hit: Hit) -> dict:
-        shares = {} if hit.shares is None else {"shares": dict(zip(("vectors", "words"), hit.shares))}
+        shares = {} if hit.shares is None else {"shares": dict(zip(("vectors", "bm25"), hit.shares))}
         return (
             {"id": hit.id, "score": hit.score, "text": None}
             | shares

@@ -1,11 +1,12 @@
 """Candidates for exact scoring: vectors whose sign bits differ in few places from those of the query, by FAISS.
 
 `Scan` compares the bits of all vectors. `Lists` compares those of the vectors near the query: k-means divides them into
-lists, and `probes` lists are read. FAISS's own files are not used, because reading them is not safe if somebody else
+lists, and `nprobe` lists are read. FAISS's own files are not used, because reading them is not safe if somebody else
 wrote them: arrays are, after `Lists.load` has checked them.
 """
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from embed import paths
 from embed.inference.stored_rows import load_array
 
 KINDS = ("exact", "binary", "ivf")
-EXACT_ROWS, BINARY_ROWS = 100_000, 1_000_000  # the most rows that are searched exactly, and by scanning all bits
-CODES, LIST_CODES, IDS, LISTS = "codes.npy", "list_codes.npy", "ids.npy", "lists.safetensors"
+EXACT_ROWS, BINARY_ROWS = 100_000, 1_000_000  # the most rows for which a kind is chosen
+CODES, LIST_CODES, LIST_ROWS, LISTS = "codes.npy", "list_codes.npy", "list_rows.npy", "lists.safetensors"
 BLOCK = 1 << 16  # vectors in float32 at once
 MAX_CLUSTER_DIMENSIONS = 256  # of the space in which k-means runs
 DEPTHS = (50, 100, 200, 500, 1000, 2000, 4000)  # numbers of candidates that are tried
@@ -28,19 +29,19 @@ GRAPH_LISTS = 4096  # with so many lists, a graph finds the list of a vector
 
 
 @dataclasses.dataclass(frozen=True)
-class Effort:
+class Parameters:
     """How much a search looks at: candidates of a query for ten results, and lists (1 for a scan)."""
 
-    depth: int
-    probes: int
-    recall: float  # of the ten best, on held-out vectors
+    candidates: int
+    nprobe: int
+    recall: float  # of the ten nearest, for some of the vectors among the others
 
 
 def choose_kind(kind: str | None, rows: int, precision: str, dimensions: int) -> str:
     """`kind`, or the one for so many rows. ValueError if the vectors cannot be searched so."""
     coarse = precision in ("float32", "int8") and dimensions % 8 == 0
     if kind is None:
-        return "exact" if rows <= EXACT_ROWS or not coarse else "binary" if rows <= BINARY_ROWS else "ivf"
+        kind = "exact" if rows <= EXACT_ROWS or not coarse else "binary" if rows <= BINARY_ROWS else "ivf"
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(KINDS)}")
     if kind != "exact" and not coarse:
@@ -48,6 +49,8 @@ def choose_kind(kind: str | None, rows: int, precision: str, dimensions: int) ->
             f"kind={kind} compares sign bits and then float32 or int8 vectors of a multiple of 8 dimensions, the "
             f"vectors are {precision} of {dimensions}"
         )
+    if kind != "exact":
+        faiss()
     return kind
 
 
@@ -73,7 +76,7 @@ class Scan:
         kept = np.setdiff1d(np.arange(rows), hidden)
         return cls(codes[kept] if len(hidden) else codes, kept)
 
-    def find(self, queries: np.ndarray, count: int, probes: int = 1) -> Int64[np.ndarray, "Q n"]:
+    def find(self, queries: np.ndarray, count: int, nprobe: int = 1) -> Int64[np.ndarray, "Q n"]:
         """The `count` rows whose bits are nearest to those of each query, nearest first; -1 after the last."""
         _, found = self._index.search(sign_bits(queries), min(count, self.size))
         return np.where(found >= 0, self._ids[found], -1)
@@ -102,6 +105,7 @@ class Lists:
         self._index.replace_invlists(inverted, False)
         self.size = int(kept.sum())
         self._index.is_trained, self._index.ntotal = True, self.size
+        self._lock = threading.Lock()
 
     @classmethod
     def load(cls, folder: Path, rows: int, dimensions: int, hidden: np.ndarray) -> "Lists":
@@ -125,32 +129,34 @@ class Lists:
             expected = False
         if not expected:
             raise ValueError(f"{file} does not describe lists of {rows} vectors: make the index again")
-        ids = load_array(folder / IDS, np.int32, (rows,))
+        ids = load_array(folder / LIST_ROWS, np.int32, (rows,))
         if rows and not (ids.min() >= 0 and ids.max() < rows):
-            raise ValueError(f"{folder / IDS} has numbers of rows outside 0..{rows - 1}: make the index again")
+            raise ValueError(f"{folder / LIST_ROWS} has numbers of rows outside 0..{rows - 1}: make the index again")
         codes = load_array(folder / LIST_CODES, np.uint8, (rows, dimensions // 8))
         return cls(codes, ids, offsets, mean, projection, centroids, hidden)
 
-    def find(self, queries: np.ndarray, count: int, probes: int) -> Int64[np.ndarray, "Q n"]:
-        """As `Scan.find`, of the vectors in the `probes` lists nearest to each query."""
-        return self._find(queries, count, self._order(queries, min(probes, self.lists)))
+    def find(self, queries: np.ndarray, count: int, nprobe: int) -> Int64[np.ndarray, "Q n"]:
+        """As `Scan.find`, of the vectors in the `nprobe` lists nearest to each query."""
+        return self._find(queries, count, self._order(queries, min(nprobe, self.lists)))
 
-    def _order(self, queries: np.ndarray, probes: int) -> Int64[np.ndarray, "Q probes"]:
+    def _order(self, queries: np.ndarray, nprobe: int) -> Int64[np.ndarray, "Q nprobe"]:
         """The nearest lists of each query, nearest first."""
         y = reduce_dimensions(queries, self.mean, self.projection)
         distances = self._lengths - 2 * y @ self.centroids.T
-        if probes < self.lists:
-            nearest = np.argpartition(distances, probes - 1, axis=1)[:, :probes]
+        if nprobe < self.lists:
+            nearest = np.argpartition(distances, nprobe - 1, axis=1)[:, :nprobe]
         else:
             nearest = np.broadcast_to(np.arange(self.lists), distances.shape)
         order = np.argsort(np.take_along_axis(distances, nearest, 1), axis=1, kind="stable")
         return np.take_along_axis(nearest, order, 1).astype(np.int64)
 
-    def _find(self, queries: np.ndarray, count: int, probed: Int64[np.ndarray, "Q probes"]) -> np.ndarray:
-        self._index.nprobe, count = probed.shape[1], min(count, self.size)
-        self._index.use_heap = count < 10_000
+    def _find(self, queries: np.ndarray, count: int, probed: Int64[np.ndarray, "Q nprobe"]) -> np.ndarray:
         nothing = np.zeros(probed.shape, np.int32)
-        _, found = self._index.search_preassigned(sign_bits(queries), count, np.ascontiguousarray(probed), nothing)
+        with self._lock:  # the number of lists is a field of the index
+            self._index.nprobe = probed.shape[1]
+            _, found = self._index.search_preassigned(
+                sign_bits(queries), min(count, self.size), np.ascontiguousarray(probed), nothing
+            )
         return found
 
 
@@ -199,19 +205,21 @@ def build_lists(folder: Path, vectors: np.ndarray, lists: int | None = None, see
     for rows in _blocks(count):
         codes[position[rows]] = sign_bits(vectors[rows])
     codes.flush()
-    np.save(folder / IDS, ids)
+    np.save(folder / LIST_ROWS, ids)
     small = {"mean": mean, "projection": projection, "centroids": centroids, "offsets": offsets}
     paths.write_tensors(folder / LISTS, small)
 
 
-def tune(found: Scan | Lists, queries: np.ndarray, own: np.ndarray, truth: np.ndarray, recall: float) -> Effort:
+def tune(found: Scan | Lists, queries: np.ndarray, own: np.ndarray, truth: np.ndarray, recall: float) -> Parameters:
     """The least effort that finds a share `recall` of the `truth` int[Q, k], the rows that are nearest to each query.
 
     Row own[q], which is query q itself, does not count. A candidate is scored exactly, so the share that is found is
     the share of the truth among the candidates. First the number of candidates is chosen, with half of what may be
     lost, then the number of lists.
     """
-    total = max(1, (truth >= 0).sum())  # of one vector there is no other
+    total = (truth >= 0).sum()
+    if not total:  # of one vector there is no other
+        return Parameters(1, 1, 1.0)
 
     def shares(depths: Sequence[int], probes: int) -> np.ndarray:
         """The share among so many candidates; of some queries at a time, because reading all lists is slow."""
@@ -236,7 +244,7 @@ def tune(found: Scan | Lists, queries: np.ndarray, own: np.ndarray, truth: np.nd
     while high - low > max(1, high // 16):
         middle = (low + high) // 2
         low, high = (low, middle) if share(middle) >= recall else (middle, high)
-    return Effort(depth, high, round(share(high), 4))
+    return Parameters(depth, high, round(share(high), 4))
 
 
 def reduce_dimensions(

@@ -9,29 +9,29 @@ from embed import paths
 from embed.inference import shards
 from embed.inference.corpus import Row
 from embed.inference.encoder import Encoder
-from embed.inference.index import Made
+from embed.inference.index_files import Provenance
 from embed.inference.segments import Block
 
 
 def encode(
     encoder: Encoder, rows: Sequence[Row], settings: shards.Settings, progress: bool = False
-) -> tuple[Made, Iterator[Block]]:
+) -> tuple[Provenance, Iterator[Block]]:
     """(how the vectors are made, vectors and rows) of a corpus."""
     segments, cut = shards.tokenize(encoder, rows, settings)
     found = shards.encode(encoder, rows, segments, settings, progress=progress)
     columns = found.ids, found.documents, found.texts, found.starts, found.ends, found.fields
     model = {"path": str(encoder.path), "digest": encoder.digest}
-    made = Made(settings.precision, settings.truncate_dim, model, encoder.max_length, cut)
+    made = Provenance(settings.precision, settings.truncate_dim, model, encoder.max_length, cut)
     return made, iter([Block(found.vectors, _rows(*columns))])
 
 
-def read(folder) -> tuple[Made, Iterator[Block]]:
+def read(folder) -> tuple[Provenance, Iterator[Block]]:
     """The same of shards, one in memory at a time."""
     info, tables = shards.read_shards(folder)
     names = (shards.shard_name(name, n) for name, numbers in shards.shard_numbers(folder).items() for n in numbers)
     about = (shards.read_about(paths.path(folder) / name) for name in names)
     cut = sum(each.cut for each in about if each)  # a damaged one is an error when it is read
-    made = Made(info["precision"], info["truncate_dim"], info["model"], info["max_length"], cut)
+    made = Provenance(info["precision"], info["truncate_dim"], info["model"], info["max_length"], cut)
 
     def block(table) -> Block:
         names = ("_id", "document", "text", "start", "end", "fields")

@@ -1,14 +1,19 @@
 """Ranking by words: BM25 with bm25s, and the fusion of rankings."""
 
 import functools
+import json
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import Stemmer
+from jaxtyping import Bool, Float32, Int32
+
+from embed.inference.stored_rows import load_array
 
 FOLDER = "bm25"
 K1, B = 1.5, 0.75  # the defaults of bm25s
@@ -67,56 +72,102 @@ def words(text: str) -> list[str]:
     return [part.lower() for word in WORD.findall(text) for part in CASE.split(word)]
 
 
-class Words:
-    """The BM25 scores of texts, in Lucene's variant of the formula."""
+class BM25:
+    """The BM25 scores of texts, in Lucene's variant of the formula.
 
-    def __init__(self, model, language: str):
-        """`model` is a bm25s.BM25."""
-        self._model, self._split = model, splitter(language)
+    words.json     the words, in the order of their numbers
+    starts.npy     int64[W + 1], where the postings of each word begin
+    rows.npy       int32[P], the texts that have it
+    scores.npy     float32[P], what it adds to the score of each
+    """
 
-    @classmethod
-    def build(cls, texts: Iterable[str], language: str = "") -> "Words":
-        """Count the words of texts in a language (ISO 639-3, see `analyzer`); without one, see `words`."""
-        split = splitter(language)
-        model = library().BM25(method="lucene", k1=K1, b=B)
-        model.index([split(text) for text in texts], show_progress=False)
-        return cls(model, language)
-
-    def save(self, folder: Path) -> None:
-        """Write the statistics into a new folder."""
-        self._model.save(folder, show_progress=False)
-
-    @classmethod
-    def load(cls, folder: Path, count: int, language: str) -> "Words":
-        """Read what `save` wrote of `count` texts; ValueError if it does not have that form."""
+    def __init__(self, folder: Path, count: int, language: str, words: int, postings: int):
+        """What `build` wrote of `count` texts; ValueError if the files do not have that form."""
+        self.language, self.count, self._split = language, count, splitter(language)
+        self._starts = load_array(folder / "starts.npy", np.int64, (words + 1,))
+        self._rows = load_array(folder / "rows.npy", np.int32, (postings,))
+        self._scores = load_array(folder / "scores.npy", np.float32, (postings,))
+        file = folder / "words.json"
         try:
-            how = dict(method="lucene", k1=K1, b=B, backend="numpy", dtype="float32", int_dtype="int32")
-            model = library().BM25.load(folder, mmap=True, show_progress=False, **how)
-            data, starts, rows = (model.scores[name] for name in ("data", "indptr", "indices"))
-            model.vocab_dict.pop("", None)  # which bm25s gives to texts without words, and stores nothing for
-            words = np.array(list(model.vocab_dict.values()), np.int64)
-            expected = len(data) == len(rows) == starts[-1] and starts[0] == 0 and (np.diff(starts) >= 0).all()
-            expected &= model.scores["num_docs"] == count and (not len(rows) or 0 <= rows.min() <= rows.max() < count)
-            expected &= not len(words) or 0 <= words.min() <= words.max() < len(starts) - 1
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, EOFError):
+            self._numbers = {word: number for number, word in enumerate(json.loads(file.read_bytes()))}
+            expected = len(self._numbers) == words
+        except (ValueError, TypeError, RecursionError, OSError):
             expected = False
-        if not expected:
-            raise ValueError(f"{folder} does not hold the word statistics of {count} texts: make the index again")
-        return cls(model, language)
+        expected = expected and self._starts[0] == 0 and self._starts[-1] == postings
+        expected = expected and (np.diff(self._starts) >= 0).all() and bool(np.isfinite(self._scores).all())
+        if not expected or (postings and not 0 <= self._rows.min() <= self._rows.max() < count):
+            raise ValueError(f"{folder} does not hold the BM25 scores of {count} texts: make the index again")
 
-    def search(self, queries: Sequence[str], k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of the `allowed` bool [N] texts for each query, best first: scores float32 and rows int32 [Q, k].
+    @classmethod
+    def build(cls, folder: Path, texts: Iterable[str], language: str = "") -> dict:
+        """Write the scores of texts into a new folder; returns the arguments of `BM25` after the count.
 
-        On ties the lower row comes first. -1 follows the last text that shares a word with the query.
+        Words are those of `analyzer` in a language (ISO 639-3), and of `words` without one. Memory is about 4 bytes per
+        word of a text, and then 8 bytes per different word of a text.
         """
-        scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int32)
-        for i, query in enumerate(queries):
-            if known := [word for word in self._split(query) if word in self._model.vocab_dict]:
-                own = np.where(allowed, self._model.get_scores(known), 0)
-                best = top(own, k)
-                best = best[own[best] > 0]
-                scores[i, : len(best)], rows[i, : len(best)] = own[best], best
-        return scores, rows
+        split, numbers = splitter(language), {}
+        ids = [np.array([numbers.setdefault(word, len(numbers)) for word in split(text)], np.int32) for text in texts]
+        scores = {"data": np.zeros(0), "indices": np.zeros(0), "indptr": np.zeros(1)}
+        if numbers:
+            model = library().BM25(method="lucene", k1=K1, b=B)
+            model.index(library().tokenization.Tokenized(ids, dict(numbers)), show_progress=False)
+            scores = model.scores
+        starts = np.asarray(scores["indptr"], np.int64)
+        folder.mkdir()
+        (folder / "words.json").write_text(json.dumps(list(numbers)), encoding="utf-8")
+        np.save(folder / "starts.npy", starts[: len(numbers) + 1])
+        np.save(folder / "rows.npy", np.asarray(scores["indices"], np.int32))
+        np.save(folder / "scores.npy", np.asarray(scores["data"], np.float32))
+        return {"language": language, "words": len(numbers), "postings": int(starts[-1])}
+
+    def split(self, query: str) -> list[str]:
+        """The words of a query."""
+        return self._split(query)
+
+    def frequency(self, word: str) -> int:
+        """The number of texts that have a word."""
+        number = self._numbers.get(word)
+        return 0 if number is None else int(self._starts[number + 1] - self._starts[number])
+
+    def search(
+        self, weights: Mapping[str, float], k: int, allowed: Bool[np.ndarray, " N"]
+    ) -> tuple[Float32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+        """Scores and rows of the k best `allowed` texts for a query, best first, on ties the lower row.
+
+        `weights` has the words of the query, and what their scores are multiplied by. A text without any of them is not
+        found.
+        """
+        rows, scores = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+        for word, weight in weights.items():
+            if (number := self._numbers.get(word)) is not None:
+                part = slice(*self._starts[number : number + 2].tolist())
+                rows.append(self._rows[part])
+                scores.append(self._scores[part] * np.float32(weight))
+        found, which = np.unique(np.concatenate(rows), return_inverse=True)
+        total = np.bincount(which, np.concatenate(scores), len(found)).astype(np.float32)
+        found, total = found[allowed[found]], total[allowed[found]]
+        best = np.argsort(-total, kind="stable")[:k]
+        return total[best], found[best]
+
+
+def idf(count: int, frequency: int) -> float:
+    """The weight of a word that `frequency` of `count` texts have, in Lucene's variant."""
+    return float(np.log1p((count - frequency + 0.5) / (frequency + 0.5)))
+
+
+def query_weights(query: str, segments: Sequence[BM25]) -> list[dict[str, float]]:
+    """For each segment, the words of a query with their weights, so that they count as in all texts together.
+
+    The scores of a segment contain the idf in its own texts. (Lengths stay relative to its own mean length.)
+    """
+    count = sum(segment.count for segment in segments)
+    weights: list[dict[str, float]] = [{} for _ in segments]
+    for word, times in Counter(segments[0].split(query)).items():
+        frequency = sum(segment.frequency(word) for segment in segments)
+        for segment, own in zip(segments, weights):
+            if here := segment.frequency(word):
+                own[word] = times * idf(count, frequency) / idf(segment.count, here)
+    return weights
 
 
 def check_language(language: str) -> None:
@@ -129,16 +180,6 @@ def check_language(language: str) -> None:
 def splitter(language: str) -> Callable[[str], list[str]]:
     """`analyzer` of a language, or `words` without one."""
     return analyzer(language) if language else words
-
-
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """The indices of the k largest scores, largest first; on ties the lower index comes first."""
-    if k < len(scores):
-        least = np.partition(scores, -k)[-k]
-        chosen = np.flatnonzero(scores >= least)
-    else:
-        chosen = np.arange(len(scores))
-    return chosen[np.argsort(-scores[chosen], kind="stable")][:k]
 
 
 def reciprocal_rank_fusion(*rankings: np.ndarray, k: int = 60, depth: int) -> tuple[np.ndarray, np.ndarray]:

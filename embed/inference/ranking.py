@@ -32,10 +32,15 @@ def search(queries: np.ndarray, vectors: np.ndarray, k: int, precision: str) -> 
 
 def vector_blocks(vectors: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The blocks of `search_blocks` for some rows, in ascending order, of vectors that may be a memory-mapped file."""
-    for part in _blocks(len(rows), BLOCK_VECTORS):
-        chosen = rows[part]
-        follow = len(chosen) == chosen[-1] - chosen[0] + 1  # without gaps: no copy
+    start = 0
+    while start < len(rows):
+        # The last blocks are powers of two, so that few programs are compiled, whatever rows a filter leaves.
+        left = len(rows) - start
+        size = min(BLOCK_VECTORS, 1 << (left.bit_length() - 1))
+        chosen = rows[start : start + size]
+        follow = size == chosen[-1] - chosen[0] + 1  # without gaps: no copy
         yield chosen, vectors[chosen[0] : chosen[-1] + 1] if follow else vectors[chosen]
+        start += size
 
 
 def search_blocks(

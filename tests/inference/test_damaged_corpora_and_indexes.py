@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embed.evaluation.sets import read_set
-from embed.inference import Index, index, quantize
+from embed.inference import Index, index_files, quantize
 from embed.inference.corpus import read_corpus
-from embed.inference.index import Made
-from embed.inference.segments import Block
+from embed.inference.index_files import Provenance
+from embed.inference.index_writer import create
+from embed.inference.segments import Block, Settings
 
 bounded = settings(
     derandomize=True,
@@ -170,12 +171,15 @@ def test_a_set_with_another_value_is_read_or_refused_by_file(field, value):
 STORED = [{"_id": name, "text": text, "fields": {"n": len(text)}} for name, text in zip("abcd", ["x", "ü", "", "z"])]
 
 
+DESCRIBED = ["rows", "width", "fields", "kind", "parameters", "settings", "bm25", "files", "hidden"]
+
+
 @functools.cache
 def made() -> Index:
     vectors = quantize(np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32), "int8")
     vectors[2] = 0
-    how = Made("int8", 16, {"path": "m", "digest": "d"})
-    return index.create(scratch() / "good", [Block(vectors, STORED)], how, kind="ivf", words=True, overwrite=True)
+    how = Provenance("int8", 16, {"path": "m", "digest": "d"}), Settings("ivf", bm25="")
+    return create(scratch() / "good", [Block(vectors, STORED)], *how, overwrite=True)
 
 
 def check_load_after(change) -> None:
@@ -189,7 +193,7 @@ def check_load_after(change) -> None:
     except (ValueError, FileNotFoundError) as error:
         assert_sentence(error, folder)
         return
-    assert loaded.made == expected.made and len(loaded) == len(expected) == 3
+    assert loaded.provenance == expected.provenance and len(loaded) == len(expected) == 3
     np.testing.assert_array_equal(loaded.segments[0].vectors, expected.segments[0].vectors, strict=True)
     assert [loaded.content(i) for i in range(4)] == STORED
 
@@ -197,8 +201,8 @@ def check_load_after(change) -> None:
 FILES = [
     "index.json",
     "0.hidden-0.npy",
-    *(f"0/{name}" for name in ("vectors.npy", "rows.jsonl", "offsets.npy", "lists.safetensors", "ids.npy")),
-    *("0/field0.json", "0/bm25/vocab.index.json", "0/bm25/data.csc.index.npy"),
+    *(f"0/{name}" for name in ("vectors.npy", "rows.jsonl", "offsets.npy", "lists.safetensors", "list_rows.npy")),
+    *("0/field0.json", "0/bm25/words.json", "0/bm25/scores.npy"),
 ]
 
 
@@ -211,7 +215,9 @@ def test_an_index_with_a_damaged_file_is_loaded_as_saved_or_refused_by_name(file
 
 
 @bounded
-@given(st.sampled_from([*index.FIELDS, "format", "sha256", "more"]), VALUES | st.just("binary") | st.just("float32"))
+@given(
+    st.sampled_from([*index_files.FIELDS, "format", "sha256", "more"]), VALUES | st.just("binary") | st.just("float32")
+)
 def test_an_index_with_another_value_in_index_json_is_loaded_as_saved_or_refused(field, value):
     def change(folder):
         described = json.loads((folder / "index.json").read_text())
@@ -221,7 +227,10 @@ def test_an_index_with_another_value_in_index_json_is_loaded_as_saved_or_refused
 
 
 @bounded
-@given(st.sampled_from(sorted(["rows", "numbers", "fields", "kind", "effort", "words", "files", "hidden"])), VALUES)
+@given(
+    st.sampled_from(sorted(["rows", "width", "fields", "kind", "parameters", "settings", "bm25", "files", "hidden"])),
+    VALUES,
+)
 def test_an_index_with_another_description_of_a_segment_is_loaded_as_saved_or_refused(field, value):
     """With the right digest, as somebody who means harm would write it."""
 
@@ -229,7 +238,7 @@ def test_an_index_with_another_description_of_a_segment_is_loaded_as_saved_or_re
         info = json.loads((folder / "index.json").read_text())
         info["segments"]["0"][field] = value
         info.pop("sha256")
-        (folder / "index.json").write_text(json.dumps(info | {"sha256": index._digest(info)}))
+        (folder / "index.json").write_text(json.dumps(info | {"sha256": index_files._digest(info)}))
 
     check_load_after(change)
 

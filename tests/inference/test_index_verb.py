@@ -29,7 +29,7 @@ def write(path, rows):
 @pytest.fixture
 def index(model, tmp_path):
     corpus, folder = write(tmp_path / "c.jsonl", ROWS), str(tmp_path / "index")
-    arguments = ["--model", model, "--corpus", corpus, "--precision", "int8", "--words", "--output", folder]
+    arguments = ["--model", model, "--corpus", corpus, "--precision", "int8", "--bm25", "--output", folder]
     assert cli.main(["index", *arguments]) == 0
     return folder
 
@@ -70,7 +70,7 @@ def test_hybrid_results_say_what_vectors_and_words_add(model, index, tmp_path, c
         results = search(capsys, "--model", model, *source, "--query", "config", "--hybrid", "--top", "3")
         for result in results:
             assert result["score"] == pytest.approx(sum(result["shares"].values()))
-        with_words = [result["id"] for result in results if result["shares"]["words"]]
+        with_words = [result["id"] for result in results if result["shares"]["bm25"]]
         assert with_words == ["a"] and results[0]["id"] == "a"
     capsys.readouterr()
     assert cli.main(["search", "--model", model, "--index", index, "--query", "config", "--hybrid"]) == 0
@@ -93,11 +93,11 @@ def test_an_index_is_updated_deleted_from_and_compacted(model, index, tmp_path, 
     more = write(tmp_path / "more.jsonl", [{"_id": "c", "text": "whole"}, {"_id": "e", "text": "the query"}])
     update = ["index", "--update", index]
     capsys.readouterr()
-    assert cli.main([*update, "--model", model, "--corpus", more, "--precision", "int8"]) == 0
+    assert cli.main([*update, "--model", model, "--corpus", more]) == 0
     out = capsys.readouterr().out
-    assert "2 vectors added; 3 of the same documents were replaced" in out and "5 int8 vectors" in out
+    assert "vectors: 0 deleted, 2 added, 3 replaced by these" in out and "5 int8 vectors" in out
     assert cli.main([*update, "--delete", "a", "d"]) == 0
-    assert "2 vectors deleted" in capsys.readouterr().out
+    assert "vectors: 2 deleted, 0 added" in capsys.readouterr().out
     asked = ["--model", model, "--index", index, "--query", "whole query", "--hybrid"]
     before = search(capsys, *asked)
     assert {result["id"] for result in before} == {"b", "c", "e"}
@@ -112,7 +112,10 @@ def test_vectors_of_another_model_or_precision_are_not_added(model, index, tmp_p
     more = write(tmp_path / "more.jsonl", [{"_id": "e", "text": "the query"}])
     for arguments, message in (
         (["--model", other, "--precision", "int8"], "has vectors with model"),
-        (["--model", model], "has vectors with precision 'int8', not 'float32'"),
+        (["--model", model, "--precision", "float32"], "has vectors with precision 'int8', not 'float32'"),
+        (["--model", model, "--max_length", "9"], "has vectors with max_length None, not 9"),
+        (["--model", model, "--bm25", "eng"], "was made with --bm25=any: --compact changes it for all rows"),
+        (["--model", model, "--delete", "nobody"], "has no document 'nobody'; 1 of 1 are missing"),
     ):
         assert cli.main(["index", "--update", index, "--corpus", more, *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -123,13 +126,13 @@ def test_an_index_is_made_of_encoded_shards_with_the_same_results(model, index, 
     shards, second = str(tmp_path / "shards"), str(tmp_path / "second")
     encode = ["encode", "--model", model, "--input", str(tmp_path / "c.jsonl"), "--precision", "int8"]
     assert cli.main([*encode, "--shard_rows", "3", "--output", shards]) == 0
-    assert cli.main(["index", "--vectors", shards, "--output", second, "--words"]) == 0
+    assert cli.main(["index", "--vectors", shards, "--output", second, "--bm25"]) == 0
     query = ["--model", model, "--query", "open a vector index", "--hybrid"]
     assert search(capsys, *query, "--index", second) == search(capsys, *query, "--index", index)
     cut = [*encode, "--max_length", "3", "--truncate", "--output", str(tmp_path / "cut")]
     assert cli.main(cut) == 0
     assert cli.main(["index", "--vectors", str(tmp_path / "cut"), "--output", str(tmp_path / "third")]) == 0
-    made = Index.load(tmp_path / "third").made
+    made = Index.load(tmp_path / "third").provenance
     assert made.max_length == 3 and made.cut > 0
 
 
@@ -150,7 +153,7 @@ def test_the_kind_of_an_index_is_an_option_and_what_it_reaches_is_printed(model,
     made = ["index", "--model", model, "--corpus", corpus, "--precision", "int8", "--kind", kind, "--recall", "0.9"]
     assert cli.main([*made, "--output", str(tmp_path / "i")]) == 0
     out = capsys.readouterr().out
-    assert "60 int8 vectors" in out and (f"{kind}: recall " in out) == (kind != "exact")
+    assert "60 int8 vectors" in out and (f"{kind}: finds " in out) == (kind != "exact")
     results = search(capsys, "--model", model, "--index", str(tmp_path / "i"), "--query", rows[7]["text"])
     assert results[0]["text"] == rows[7]["text"] and results[0]["score"] == pytest.approx(1)
 
@@ -163,11 +166,17 @@ def test_the_kind_of_an_index_is_an_option_and_what_it_reaches_is_printed(model,
         (["--output=o"], "--output needs --corpus=FILE or --vectors=FOLDER"),
         (["--output=o", "--corpus=c"], "--corpus needs --model=MODEL"),
         (["--output=o", "--corpus=c", "--vectors=v"], "--corpus and --vectors: expected one of them"),
-        (["--output=o", "--vectors=v", "--model=m"], "says which model made them: leave out --model"),
-        (["--output=o", "--vectors=v", "--delete=a"], "--delete and --compact change an index: they need --update"),
+        (["--output=o", "--vectors=v", "--model=m"], "--model is for --corpus; --vectors=v says how they were made"),
+        (["--output=o", "--vectors=v", "--chunker=code"], "--chunker is for --corpus; --vectors=v says how"),
+        (["--output=o", "--vectors=v", "--precision=int8"], "--precision is for --corpus; --vectors=v says how"),
+        (["--output=o", "--vectors=v", "--delete=a"], "--delete changes an index: it needs --update=INDEX"),
+        (["--output=o", "--corpus=c", "--model=m", "--overlap=3"], "--overlap is for --chunker"),
+        (["--update=u", "--delete=a", "--kind=exact"], "--kind is for new rows or --compact"),
+        (["--update=u", "--delete=a", "--model=m"], "--model is for --corpus"),
+        (["--update=u", "--compact", "--overwrite"], "--overwrite is for --output"),
         (["--update=u"], "--update needs rows"),
         (["--output=o", "--vectors=v", "--recall=1.5"], "--recall=1.5 must be above 0, and 1 at most"),
-        (["--output=o", "--vectors=v", "--words=klingon"], "the language 'klingon' has no stemmer; those of ara, "),
+        (["--output=o", "--vectors=v", "--bm25=klingon"], "the language 'klingon' has no stemmer; those of ara, "),
         (["--output=o", "--vectors=nowhere"], "no vectors in nowhere"),
         (["--update=nowhere", "--compact"], "no index at nowhere"),
     ],
@@ -194,4 +203,4 @@ def test_hybrid_search_of_an_index_without_words_is_refused_before_the_model_is_
     corpus = write(tmp_path / "c.jsonl", ROWS)
     assert cli.main(["index", "--model", model, "--corpus", corpus, "--output", str(tmp_path / "i")]) == 0
     assert cli.main(["search", "--model", "nowhere", "--index", str(tmp_path / "i"), "--query=the", "--hybrid"]) == 2
-    assert "has no word statistics: make it with --words" in capsys.readouterr().err
+    assert "cannot be searched by words: make it with --bm25" in capsys.readouterr().err
