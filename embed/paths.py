@@ -109,7 +109,7 @@ def write(file, content: str | bytes) -> None:
         target.write_bytes(content)
         return
     aside = None
-    with _whole(file, "an existing file is unchanged"):
+    with whole(file, "an existing file is unchanged"):
         try:
             handle, aside = tempfile.mkstemp(**_aside(target))  # unique: several processes may write the same file
             with open(handle, "wb") as opened:
@@ -135,7 +135,7 @@ def write_tensors(file, tensors: Mapping, metadata: Mapping[str, str] | None = N
 
 
 @contextlib.contextmanager
-def _whole(target, kept: str) -> Iterator[None]:
+def whole(target, kept: str) -> Iterator[None]:
     """Make an OSError in the block name only `target`, not the temporary files next to it, and say what is `kept`."""
     try:
         yield
@@ -273,7 +273,7 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
     bucket = is_bucket(target)
     if bucket or not _can_be_renamed(target):
         with (
-            _whole(folder, "it may be incomplete"),
+            whole(folder, "it may be incomplete"),
             tempfile.TemporaryDirectory(
                 prefix=".embed-", suffix=".partial", dir=None if bucket else Path(target)
             ) as aside,
@@ -290,7 +290,7 @@ def replace_folder(folder, *, is_ours: Callable, marker: str, overwrite: bool = 
             (target / PARTIAL).unlink()
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(folder, "an existing folder is unchanged"):
+    with whole(folder, "an existing folder is unchanged"):
         aside = Path(tempfile.mkdtemp(**_aside(target)))
         try:
             os.chmod(aside, 0o777 & ~_umask())

@@ -114,6 +114,12 @@ def test_verbs_read_and_write_in_a_bucket(workdir, bucket, tmp_path):
     np.testing.assert_allclose(vectors, np.load(tmp_path / "vectors.npy"), atol=1e-6)
     assert cli.main(["index", model, f"--corpus={corpus}", f"--output={bucket}/index"]) == 0
     assert cli.main(["search", model, f"--index={bucket}/index", "--query=parse"]) == 0
+    for change in (["--delete=t1"], [model, f"--corpus={corpus}"], ["--compact"]):
+        assert cli.main(["index", f"--update={bucket}/index", *change]) == 0
+    described = json.loads((paths.path(bucket) / "index" / "index.json").read_text())["segments"]
+    assert len(described) == 1
+    left = {name.split("/")[0].split(".")[0] for name in paths.files(f"{bucket}/index")}
+    assert left == {*described, "index"} and cli.main(["search", model, f"--index={bucket}/index", "--query=a"]) == 0
     # An index made by a stage can be searched only with that stage.
     stages = [f"--model={workdir}/{name}" for name in ("pair", "triplet")]
     assert cli.main(["index", stages[0], f"--corpus={corpus}", f"--output={bucket}/index"]) == 2

@@ -107,7 +107,7 @@ class Index:
             if not same:
                 raise ValueError(f"{folder / file} is not the file that {INFO} was written with: make the index again")
         index = cls(local, info)
-        index._copy = copy  # which lives as long as the index
+        index.folder, index._copy = folder, copy  # which lives as long as the index
         return index
 
     def search(

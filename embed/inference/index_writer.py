@@ -147,7 +147,10 @@ def _new_files(folder) -> Iterator[Path]:
     inside = None if paths.is_bucket(target) else Path(target)
     for left in inside.glob(".embed-*.partial") if inside else ():  # by a change that was killed
         shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=".embed-", suffix=".partial", dir=inside) as local:
+    with (
+        paths.whole(folder, "an existing folder is unchanged"),
+        tempfile.TemporaryDirectory(prefix=".embed-", suffix=".partial", dir=inside) as local,
+    ):
         yield Path(local)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -73,6 +74,11 @@ def content(path):
     return {"": path.read_bytes()} if path.is_file() else {n: f.read_bytes() for n, f in paths.files(path).items()}
 
 
+def names(files):
+    """The names of files, without the number of an index's segment, which is another one each time."""
+    return {re.sub(r"^\d+", "N", name) for name in files}
+
+
 @pytest.fixture(scope="module")
 def written(inputs, tmp_path_factory):
     """The output of each verb."""
@@ -92,7 +98,7 @@ def test_an_existing_output_is_replaced_only_with_overwrite(verb, inputs, writte
     assert content(output) == before
     assert cli.main(arguments(verb, inputs, output, "--overwrite")) == 0
     after = content(output)
-    assert after == before or (verb in ("export", "merge") and after.keys() == before.keys())
+    assert after == before or (verb in ("export", "merge", "index") and names(after) == names(before))
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
@@ -232,9 +238,8 @@ def test_an_output_that_is_a_link_stays_a_link(verb, dangling, inputs, written, 
     if not dangling:
         small_copy(written / verb, tmp_path / "elsewhere" / "out")
     assert cli.main(arguments(verb, inputs, tmp_path / "link", *([] if dangling else ["--overwrite"]))) == 0
-    assert (tmp_path / "link").is_symlink() and content(tmp_path / "elsewhere" / "out").keys() == content(
-        written / verb
-    ).keys()
+    assert (tmp_path / "link").is_symlink()
+    assert names(content(tmp_path / "elsewhere" / "out")) == names(content(written / verb))
     assert [f.name for f in (tmp_path / "elsewhere").iterdir()] == ["out"]
 
 
