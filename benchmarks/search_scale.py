@@ -98,7 +98,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="s of the perturbation")
     parser.add_argument("--kind", choices=("exact", "binary", "ivf"), help="of the index (default: chosen by size)")
     parser.add_argument("--recall", type=float, default=0.95, help="that the index is tuned to")
-    parser.add_argument("--folder", type=Path, required=True, help="for encoded texts and indexes, which stay")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="for encoded texts and indexes, which stay; another one for another model",
+    )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # of a process that only searches
     arguments = parser.parse_args()
     if arguments.measure:
