@@ -102,7 +102,7 @@ def main() -> None:
         "--folder",
         type=Path,
         required=True,
-        help="for encoded texts and indexes, which stay; another one for another model",
+        help="of one model: vectors of texts, and indexes, which stay",
     )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # of a process that only searches
     arguments = parser.parse_args()
