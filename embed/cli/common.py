@@ -388,7 +388,7 @@ def make_chunker(arguments: argparse.Namespace, encoder):
 def check_vectors(model: str, precisions: Sequence[str], truncate_dim: int | None = None) -> None:
     """Refuse precisions and a prefix that a model's vectors do not have; reads only its config.json."""
     from embed import runs
-    from embed.inference.encoder import check_precision
+    from embed.inference.precision import check_precision
 
     size = runs.vector_size(model)
     for precision in precisions:

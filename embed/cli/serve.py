@@ -6,7 +6,7 @@ from pathlib import PurePosixPath
 
 from embed import inference
 from embed.cli import common
-from embed.inference.encoder import check_count
+from embed.inference.precision import check_count
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from embed.checkpoints.names import CONFIG
 from embed.evaluation import baselines, retrieval
 from embed.evaluation.retrieval import Form, Model
 from embed.evaluation.sets import RetrievalSet
-from embed.inference.encoder import PRECISIONS, check_precision
-from embed.inference.encoder import quantize as quantize_vectors
+from embed.inference.precision import PRECISIONS, check_precision
+from embed.inference.precision import quantize as quantize_vectors
 
 BM25 = "bm25"
 UNKNOWN = "no_revision_available"  # mteb's word

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embed.inference.encoder import Encoder, check_count
+from embed.inference.encoder import Encoder
+from embed.inference.precision import check_count
 from embed.rows import Segment
 
 

@@ -4,7 +4,6 @@ For late interaction, project the tokens instead of averaging them.
 """
 
 import concurrent.futures
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -25,26 +24,19 @@ from embed import distributed
 from embed.checkpoints import model_folder
 from embed.inference import long_texts
 from embed.inference.chunkers import Chunker
+from embed.inference.memory import TooLongError, check_memory, out_of_memory
 from embed.inference.packing import FINE_WORK, batches
-from embed.models import quantization, sharding, transformer
+from embed.inference.precision import NotFiniteError, check_count, check_precision, convert, is_finite, quantize
+from embed.models import sharding, transformer
 from embed.models.pooling import pool_spans
 from embed.objectives.contrastive import normalize as to_unit_length
 from embed.rows import Segment, Window, chunked, cut, dense, windows, write_rows
 from embed.tokenizers import check_text
 
-PRECISIONS = ("float32", "int8", "binary", "ubinary")
 # The settings of a model folder that `Encoder` takes.
 ENCODER_SETTINGS = ("separator", "max_length", "context_length", "matryoshka", "tanh", "pooling")
 STREAM_BATCHES, CHARACTERS_PER_TOKEN = 64, 4  # a block of `encode_stream`
 QUANTIZED = 1 << 14  # vectors of `encode_long` that are quantized together
-
-
-class NotFiniteError(ValueError):
-    """A model computed vectors that contain NaN or infinity."""
-
-
-class TooLongError(ValueError):
-    """A text needs more memory than the machine has."""
 
 
 def load(
@@ -95,40 +87,6 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_compilation_cache_max_size", 2**30)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the programs of small models are small
     compilation_cache.reset_cache()  # a process that has compiled something would not look at the folder
-
-
-def quantize(
-    pooled, precision: str, *, truncate_dim: int | None = None, normalize: bool = False, tanh: bool = False
-) -> np.ndarray:
-    """Convert pooled float32 vectors [..., D] to another precision: cut the prefix, then normalize, then pack bits.
-
-    float32 is [..., D], with `tanh` tanh(v). int8 is [..., D], round(127 tanh v). ubinary is uint8 [..., D/8], the
-    packed bits of v >= 0 with the first dimension in the highest bit. binary is int8 [..., D/8], ubinary - 128, as in
-    sentence-transformers. A vector that is not finite raises NotFiniteError, because int8 and bits would hide it.
-    """
-    if not getattr(pooled, "ndim", 0) or not jnp.issubdtype(pooled.dtype, jnp.floating):
-        what = f"{pooled.dtype}{list(pooled.shape)}" if hasattr(pooled, "dtype") else f"of type {type(pooled).__name__}"
-        raise ValueError(f"the vectors to quantize are {what}, expected an array of float32 [..., D]")
-    check_precision(precision, pooled.shape[-1], truncate_dim, normalize)
-    pooled = jnp.asarray(pooled)
-    bad = np.flatnonzero(~np.asarray(_is_finite(pooled)))
-    if len(bad):
-        raise NotFiniteError(f"vector {bad[0]} is not finite; {len(bad)} of {pooled[..., 0].size} vectors are not")
-    return _quantize(pooled, precision, truncate_dim, normalize, tanh)
-
-
-def _quantize(pooled, precision: str, truncate_dim: int | None, normalize: bool, tanh: bool) -> np.ndarray:
-    """`quantize` without its checks."""
-    pooled = pooled[..., :truncate_dim]
-    if precision == "int8":
-        return np.array(quantization.int8(pooled))
-    if precision in ("binary", "ubinary"):
-        packed = np.array(quantization.pack_bits(pooled))
-        return packed if precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
-    vectors = np.array(jnp.tanh(pooled) if tanh else pooled)
-    if normalize:  # a zero vector stays zero
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    return vectors
 
 
 class Encoder:
@@ -443,7 +401,7 @@ class Encoder:
         # The chunks of many texts at once, because each call takes half a millisecond; all may not fit the device.
         how = precision, truncate_dim, normalize_embeddings, self.tanh
         blocks = [pooled[i : i + QUANTIZED] for i in range(0, max(1, len(pooled)), QUANTIZED)]
-        quantized = np.concatenate([_quantize(jnp.asarray(block), *how) for block in blocks])
+        quantized = np.concatenate([convert(jnp.asarray(block), *how) for block in blocks])
         result = []
         own = np.split(quantized, np.cumsum([len(each.chunks) for each in fitted])[:-1])
         for text, each, chunks in zip(texts, fitted, own):
@@ -527,7 +485,7 @@ class Encoder:
         """Vectors of all spans of all segments, in order: [total spans, D or D/8]."""
         check_precision(precision, self.dimensions, truncate_dim, normalize)
         finish = functools.partial(
-            _quantize, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
+            convert, precision=precision, truncate_dim=truncate_dim, normalize=normalize, tanh=self.tanh
         )
         # A text with one vector is never divided: the models that give it were trained on whole texts.
         window = self.context_length or np.inf
@@ -617,7 +575,7 @@ class Encoder:
         def store(members, packed, table):
             # Every device has all vectors. One quantizes, so that the program does not depend on the number of devices.
             table = table.addressable_data(0)
-            finite, vectors = np.asarray(_is_finite(table)), finish(table).reshape(-1, out.shape[1])  # R·S, R·S D
+            finite, vectors = np.asarray(is_finite(table)), finish(table).reshape(-1, out.shape[1])  # R·S, R·S D
             slots = list(zip(members, packed.token_slots() if of_tokens else packed.span_slots()))
             if bad := sorted(i for i, slot in slots if not finite[slot : slot + counts[i]].all()):
                 raise NotFiniteError(
@@ -633,7 +591,7 @@ class Encoder:
         with (
             bar,
             distributed.translate_peer_errors(but=(NotFiniteError, TooLongError)),
-            _out_of_memory(name, segments, longest),
+            out_of_memory(name, segments, longest),
         ):
             tokens = sum(len(segment.tokens) for segment in segments)
             fine = _on_cpu() and tokens * transformer.count_params(self.params)[1] > FINE_WORK
@@ -646,7 +604,7 @@ class Encoder:
                     arguments = {"config": self.config, "num_spans": shape.spans, "pooling": self.pooling}
                     # One row per shard exceeds the batch, so batch_tokens does not bound the memory.
                     if not waiting and shape.length * shards > batch_tokens:
-                        _check_memory(program.lower(self.params, *rows, **arguments), name(longest), segments[longest])
+                        check_memory(program.lower(self.params, *rows, **arguments), name(longest), segments[longest])
                     table = program(self.params, *rows, **arguments)
                 if waiting:
                     store(*waiting)
@@ -676,12 +634,6 @@ def _token_vectors(params, tokens, segment_ids, positions, span_ids, *, config, 
     hidden = transformer.apply(config, params, tokens, segment_ids, positions)
     vectors = to_unit_length(transformer.token_vectors(params, hidden))
     return jax.lax.with_sharding_constraint(vectors, PartitionSpec())
-
-
-@jax.jit
-def _is_finite(vectors):
-    """Whether each vector [..., D] is finite: bool, flattened."""
-    return jnp.isfinite(vectors).all(-1).reshape(-1)
 
 
 def _windows(
@@ -739,38 +691,6 @@ def _list(name: str, values, expected: str) -> list:
     return list(values)
 
 
-def _check_memory(lowered, name: str, segment: Segment) -> None:
-    """TooLongError if the program for a text's row needs more memory than the device has."""
-    analysis = lowered.compile().memory_analysis()
-    needed = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    available = statistics.get("bytes_limit", 0) - statistics.get("bytes_in_use", 0)
-    if _on_cpu():
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if available and needed > available:
-        why = f"they need {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
-        raise TooLongError(_too_long(name, segment, why))
-
-
-def _too_long(name: str, segment: Segment, why: str) -> str:
-    return (
-        f"{name} has {len(segment.tokens):,} tokens, too many for the memory of this machine ({why}): shorten it, "
-        f"or cut it with truncate=True and a max_length (--truncate --max_length=N)"
-    )
-
-
-@contextlib.contextmanager
-def _out_of_memory(name: Callable, segments: Sequence[Segment], longest: int) -> Iterator[None]:
-    """Turn what the runtime raises when memory is used up into TooLongError."""
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        why = "it was used up; with many texts, a smaller batch_tokens helps"
-        raise TooLongError(_too_long(name(longest), segments[longest], why)) from error
-
-
 def _on_mesh(x, mesh, dtype) -> jax.Array:
     """A parameter in `dtype` on a mesh: with its sharding if it is on this mesh, otherwise copied to every device."""
     if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh:
@@ -780,30 +700,6 @@ def _on_mesh(x, mesh, dtype) -> jax.Array:
         x = np.asarray(x).astype(dtype)
         return jax.make_array_from_callback(x.shape, replicated, lambda index: x[index])
     return jax.device_put(jnp.asarray(x, dtype), replicated)
-
-
-def is_int(value) -> bool:
-    """Whether a value is a whole number by its type, of Python or NumPy."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def check_count(name: str, value) -> None:
-    """ValueError unless the value is a positive int."""
-    if not is_int(value) or value < 1:
-        raise ValueError(f"{name}={value!r} must be positive, an int")
-
-
-def check_precision(precision: str, dimensions: int, truncate_dim: int | None = None, normalize: bool = False) -> None:
-    """ValueError unless vectors of `dimensions` can be cut to `truncate_dim` and converted to `precision`."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} must be one of {', '.join(PRECISIONS)}")
-    if truncate_dim is not None and not (is_int(truncate_dim) and 1 <= truncate_dim <= dimensions):
-        raise ValueError(f"truncate_dim={truncate_dim!r} must be in 1..{dimensions}, an int")
-    kept = truncate_dim or dimensions
-    if precision in ("binary", "ubinary") and kept % 8:
-        raise ValueError(f"{precision} packs eight dimensions per byte: {kept} dimensions are not a multiple of 8")
-    if normalize and precision != "float32":
-        raise ValueError(f"normalize_embeddings is for float32 only, not {precision}: its distance ignores lengths")
 
 
 def _on_cpu() -> bool:

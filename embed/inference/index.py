@@ -14,8 +14,9 @@ import numpy as np
 
 from embed import paths
 from embed.inference import index_files, lexical
-from embed.inference.encoder import Encoder, check_count
+from embed.inference.encoder import Encoder
 from embed.inference.index_files import INFO, Provenance
+from embed.inference.precision import check_count
 from embed.inference.ranking import check_vectors
 from embed.inference.segments import Segment
 from embed.inference.stored_rows import document, load_array

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from embed import paths
 from embed.inference import candidates
-from embed.inference.encoder import PRECISIONS, is_int
+from embed.inference.precision import PRECISIONS, is_int
 
 FORMAT = "embed-index"
 FORMAT_VERSION = 3

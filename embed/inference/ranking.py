@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int8
 
-from embed.inference.encoder import PRECISIONS, check_count
+from embed.inference.precision import PRECISIONS, check_count
 from embed.inference.scores import EXACT_DIMENSIONS, cosines, negative_hamming
 
 DTYPES = {"float32": np.float32, "int8": np.int8, "binary": np.int8, "ubinary": np.uint8}

@@ -27,7 +27,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import embed
 from embed.inference.batching import Batcher, OverloadedError
-from embed.inference.encoder import Encoder, TooLongError, check_precision
+from embed.inference.encoder import Encoder
+from embed.inference.memory import TooLongError
+from embed.inference.precision import check_precision
 from embed.rows import Segment
 
 PRECISION = {"float": "float32", "base64": "float32", "base64_int8": "int8", "base64_binary": "ubinary"}

@@ -12,7 +12,7 @@ import small
 
 from embed import inference
 from embed.inference import encoder as encoding
-from embed.inference import packing
+from embed.inference import memory, packing
 from embed.models import sharding, transformer
 from embed.rows import Segment
 
@@ -383,7 +383,7 @@ def test_errors_use_names_for_texts(encoder):
 def test_a_text_that_does_not_fit_the_memory_of_the_machine_is_refused_before_it_is_computed(encoder, monkeypatch):
     """The compiled program says what it needs; here the machine has less."""
     pages = {"SC_PHYS_PAGES": 100, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(encoding.os, "sysconf", pages.get)
+    monkeypatch.setattr(memory.os, "sysconf", pages.get)
     texts = ["the", "a list of " * 1200]
     message = "text 1 has 3,600 tokens, too many for .* machine .they need .* GB, 0.0 GB are available.: shorten"
     with pytest.raises(encoding.TooLongError, match=message):
