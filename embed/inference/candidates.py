@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int32, Int64, UInt8
 
 from embed import paths
 from embed.inference.stored_rows import load_array
@@ -25,7 +25,7 @@ MAX_CLUSTER_DIMENSIONS = 256  # of the space in which k-means runs
 DEPTHS = (50, 100, 200, 500, 1000, 2000, 4000)  # numbers of candidates that are tried
 TUNED_QUERIES, TUNED_K = 256, 10
 POINTS_PER_LIST, ITERATIONS = 40, 8  # of k-means
-GRAPH_LISTS = 4096  # with so many lists, a graph finds the list of a vector
+GROUPS = 4  # of centroids, that are looked through for the list of a vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,6 @@ class Lists:
         """Arrays of `build_lists`: list l has rows ids[offsets[l]:offsets[l + 1]], with `codes`; but `hidden` rows."""
         library, bits = faiss(), codes.shape[1] * 8
         self.lists, self.mean, self.projection, self.centroids = len(centroids), mean, projection, centroids
-        self._lengths = (centroids**2).sum(1)
         inverted = library.ArrayInvertedLists(self.lists, codes.shape[1])
         kept = np.ones(len(ids), bool)
         kept[hidden] = False
@@ -142,7 +141,7 @@ class Lists:
     def _order(self, queries: np.ndarray, nprobe: int) -> Int64[np.ndarray, "Q nprobe"]:
         """The nearest lists of each query, nearest first."""
         y = reduce_dimensions(queries, self.mean, self.projection)
-        distances = self._lengths - 2 * y @ self.centroids.T
+        distances = _distances(y, self.centroids)
         if nprobe < self.lists:
             nearest = np.argpartition(distances, nprobe - 1, axis=1)[:, :nprobe]
         else:
@@ -178,25 +177,20 @@ def build_lists(folder: Path, vectors: np.ndarray, lists: int | None = None, see
     if lists is None:
         lists = 2 ** round(np.log2(4 * np.sqrt(max(count, 1))))
     lists = max(1, min(lists, count))
-    sample = np.sort(np.random.default_rng(seed).permutation(count)[: lists * POINTS_PER_LIST])
-    mean, projection = _principal_components(vectors, sample[:: max(1, len(sample) // 100_000)])
-    points = np.concatenate([reduce_dimensions(vectors[rows], mean, projection) for rows in _parts(sample)])
+    sample = vectors[np.sort(np.random.default_rng(seed).permutation(count)[: lists * POINTS_PER_LIST])]
+    mean, projection = _principal_components(sample[:: max(1, len(sample) // 100_000)])
+    points = np.concatenate([reduce_dimensions(sample[rows], mean, projection) for rows in _blocks(len(sample))])
+    del sample
     means = library.Kmeans(
         points.shape[1], lists, niter=ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=10**9
     )
     means.train(points)
     centroids = np.array(means.centroids)
     del points
-    if lists < GRAPH_LISTS:
-        nearest = library.IndexFlatL2(centroids.shape[1])
-    else:
-        nearest = library.IndexHNSWFlat(centroids.shape[1], 32)
-        nearest.hnsw.efSearch = 64
-    nearest.add(centroids)
+    nearest = _Nearest(centroids)
     of_row = np.empty(count, np.int32)
     for rows in _blocks(count):
-        _, found = nearest.search(reduce_dimensions(vectors[rows], mean, projection), 1)
-        of_row[rows] = found[:, 0]
+        of_row[rows] = nearest(reduce_dimensions(vectors[rows], mean, projection))
     ids = np.argsort(of_row, kind="stable").astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=lists))]).astype(np.int64)
     position = np.empty(count, np.int32)  # of each row in the lists
@@ -256,17 +250,55 @@ def reduce_dimensions(
     return (x - mean) @ projection
 
 
-def _principal_components(vectors: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean direction [D] of some vectors, and their first principal components [D, d]."""
+class _Nearest:
+    """Finds the nearest of many centroids [K, d], as matrix products.
+
+    Centroids are in about sqrt(K) groups of neighbors; those in the `GROUPS` groups nearest to a point are compared. It
+    is the nearest of all but for a point in hundreds, where another list takes the point as well.
+    """
+
+    def __init__(self, centroids: Float32[np.ndarray, "K d"]):
+        count, library = max(1, round(np.sqrt(len(centroids)))), faiss()
+        groups = library.Kmeans(centroids.shape[1], count, niter=ITERATIONS, min_points_per_centroid=1)
+        groups.train(centroids)
+        of_centroid = groups.index.search(centroids, 1)[1][:, 0]
+        self._members = [np.flatnonzero(of_centroid == group) for group in range(count)]
+        self._groups, self._centroids = np.array(groups.centroids), [centroids[members] for members in self._members]
+
+    def __call__(self, points: Float32[np.ndarray, "N d"]) -> Int32[np.ndarray, " N"]:
+        """The number of the nearest centroid of each point."""
+        probed = min(GROUPS, len(self._groups))
+        near = np.argpartition(_distances(points, self._groups), probed - 1, axis=1)[:, :probed]
+        order = np.argsort(near, axis=None, kind="stable")  # the pairs of points and groups, group by group
+        ends = np.cumsum(np.bincount(near.ravel(), minlength=len(self._groups)))
+        least, found = np.full(len(points), np.inf, np.float32), np.zeros(len(points), np.int32)
+        for pairs, members, centroids in zip(np.split(order, ends[:-1]), self._members, self._centroids):
+            rows = pairs // probed
+            if len(rows) and len(members):
+                distances = _distances(points[rows], centroids)
+                best = distances.argmin(1)
+                distance = distances[np.arange(len(rows)), best]
+                closer = distance < least[rows]
+                least[rows[closer]], found[rows[closer]] = distance[closer], members[best[closer]]
+        return found
+
+
+def _distances(points: np.ndarray, centroids: np.ndarray) -> Float32[np.ndarray, "N K"]:
+    """The squared distances, without the squared length of each point."""
+    return (centroids**2).sum(1) - 2 * points @ centroids.T
+
+
+def _principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean direction [D] of vectors [N, D], and their first principal components [D, d]."""
     size = vectors.shape[1]
     none, every = np.zeros(size, np.float32), np.eye(size, dtype=np.float32)
     total, products = np.zeros(size), np.zeros((size, size))
-    for rows in _parts(sample):
+    for rows in _blocks(len(vectors)):
         x = reduce_dimensions(vectors[rows], none, every)
         total += x.sum(0, dtype=np.float64)
         products += x.T @ x
-    mean = total / len(sample)
-    _, components = np.linalg.eigh(products / len(sample) - np.outer(mean, mean))  # in ascending order
+    mean = total / len(vectors)
+    _, components = np.linalg.eigh(products / len(vectors) - np.outer(mean, mean))  # in ascending order
     return mean.astype(np.float32), components[:, ::-1][:, :MAX_CLUSTER_DIMENSIONS].astype(np.float32).copy()
 
 
@@ -281,7 +313,3 @@ def faiss():
 
 def _blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
     return (slice(start, min(start + block, size)) for start in range(0, size, block))
-
-
-def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
-    return (rows[part] for part in _blocks(len(rows)))
