@@ -104,15 +104,13 @@ def test_every_kind_finds_the_stated_share_of_the_nearest_and_scores_them_exactl
 
 def test_a_search_for_very_many_gives_very_many(tmp_path):
     """FAISS finds nothing above some number of candidates, if it is told not to use a heap."""
-    rng = np.random.default_rng(0)
-    stored = rng.integers(-127, 128, (15_000, 64)).astype(np.int8)
-    made = make(tmp_path / "i", stored, [{"_id": str(i), "fields": {"even": i % 2}} for i in range(15_000)], kind="ivf")
-    found = made.search(stored[:1], 12_000)[1][0]
-    assert (
-        len({*found.tolist()}) == 12_000 and recall(found[None], made.search(stored[:1], 12_000, exact=True)[1]) > 0.9
-    )
-    found = made.search(stored[:2], 6_000, filters={"even": [1]})[1]
-    assert (found % 2 == 1).all() and len({*found[0].tolist()}) == 6_000
+    stored = np.random.default_rng(0).integers(-127, 128, (12_000, 64)).astype(np.int8)
+    content = [{"_id": str(i), "fields": {"third": i % 3}} for i in range(12_000)]
+    made = make(tmp_path / "i", stored, content, kind="ivf", recall=0.1)
+    (found,) = made.search(stored[:1], 10_500)[1].tolist()
+    assert len({*found}) == 10_500 and -1 not in found
+    (found,) = made.search(stored[:1], 3_900, filters={"third": [1]})[1].tolist()
+    assert len({*found}) == 3_900 and all(row % 3 == 1 for row in found)
 
 
 def test_threads_may_search_one_index(clustered, tmp_path):
