@@ -5,7 +5,9 @@ lists, and `nprobe` lists are read. FAISS's own files are not used, because read
 wrote them: arrays are, after `Lists.load` has checked them.
 """
 
+import concurrent.futures
 import dataclasses
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from embed.inference.stored_rows import load_array
 KINDS = ("exact", "binary", "ivf")
 EXACT_ROWS, BINARY_ROWS = 100_000, 1_000_000  # the most rows for which a kind is chosen
 CODES, LIST_CODES, LIST_ROWS, LISTS = "codes.npy", "list_codes.npy", "list_rows.npy", "lists.safetensors"
-BLOCK = 1 << 16  # vectors in float32 at once
+BLOCK, THREADS = 1 << 14, 8  # vectors in float32 at once, and most blocks at the same time
 MAX_CLUSTER_DIMENSIONS = 256  # of the space in which k-means runs
 DEPTHS = (50, 100, 200, 500, 1000, 2000, 4000)  # numbers of candidates that are tried
 TUNED_QUERIES, TUNED_K = 256, 10
@@ -189,8 +191,13 @@ def build_lists(folder: Path, vectors: np.ndarray, lists: int | None = None, see
     del points
     nearest = _Nearest(centroids)
     of_row = np.empty(count, np.int32)
-    for rows in _blocks(count):
+
+    def assign(rows: slice) -> None:
         of_row[rows] = nearest(reduce_dimensions(vectors[rows], mean, projection))
+
+    with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(assign, _blocks(count)):
+            pass
     ids = np.argsort(of_row, kind="stable").astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=lists))]).astype(np.int64)
     position = np.empty(count, np.int32)  # of each row in the lists
@@ -263,14 +270,14 @@ class _Nearest:
         groups.train(centroids)
         of_centroid = groups.index.search(centroids, 1)[1][:, 0]
         self._members = [np.flatnonzero(of_centroid == group) for group in range(count)]
-        self._groups, self._centroids = np.array(groups.centroids), [centroids[members] for members in self._members]
+        self._groups, self._centroids = groups.index, [centroids[members] for members in self._members]
 
     def __call__(self, points: Float32[np.ndarray, "N d"]) -> Int32[np.ndarray, " N"]:
         """The number of the nearest centroid of each point."""
-        probed = min(GROUPS, len(self._groups))
-        near = np.argpartition(_distances(points, self._groups), probed - 1, axis=1)[:, :probed]
+        probed = min(GROUPS, len(self._members))
+        _, near = self._groups.search(points, probed)
         order = np.argsort(near, axis=None, kind="stable")  # the pairs of points and groups, group by group
-        ends = np.cumsum(np.bincount(near.ravel(), minlength=len(self._groups)))
+        ends = np.cumsum(np.bincount(near.ravel(), minlength=len(self._members)))
         least, found = np.full(len(points), np.inf, np.float32), np.zeros(len(points), np.int32)
         for pairs, members, centroids in zip(np.split(order, ends[:-1]), self._members, self._centroids):
             rows = pairs // probed
