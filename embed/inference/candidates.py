@@ -314,7 +314,9 @@ def faiss():
     try:
         import faiss as library
     except ModuleNotFoundError:
-        raise ValueError("an index of this kind needs faiss: pip install -e '.[search]'") from None
+        raise ValueError(
+            "an index of the kind binary or ivf needs faiss: pip install -e '.[search]', or take --kind=exact"
+        ) from None
     return library
 
 

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -163,6 +164,22 @@ def test_a_kind_that_the_vectors_do_not_allow_is_refused(precision, dimensions):
         candidates.choose_kind("ivf", 9, precision, dimensions)
     with pytest.raises(ValueError, match="kind='hnsw' must be one of exact, binary, ivf"):
         candidates.choose_kind("hnsw", 9, "int8", 64)
+
+
+def test_without_faiss_the_error_comes_with_the_first_vector_that_needs_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(candidates, "EXACT_ROWS", 70)
+    stored, taken = vectors(200, precision="int8"), []
+
+    def blocks():
+        for start in range(0, 200, 50):
+            taken.append(start)
+            yield Block(stored[start : start + 50], [{"_id": str(i)} for i in range(start, start + 50)])
+
+    with pytest.raises(ValueError, match="needs faiss: pip install -e '.\\[search\\]', or take --kind=exact"):
+        create(tmp_path / "i", blocks(), MADE)
+    assert taken == [0, 50] and not (tmp_path / "i").exists()
+    assert len(create(tmp_path / "i", blocks(), MADE, Settings("exact"))) == 200
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
