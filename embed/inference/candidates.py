@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ EXACT_ROWS, BINARY_ROWS = 100_000, 1_000_000  # the most rows for which a kind i
 CODES, LIST_CODES, LIST_ROWS, LISTS = "codes.npy", "list_codes.npy", "list_rows.npy", "lists.safetensors"
 BLOCK, THREADS = 1 << 14, 8  # vectors in float32 at once, and most blocks at the same time
 MAX_CLUSTER_DIMENSIONS = 256  # of the space in which k-means runs
-DEPTHS = (50, 100, 200, 500, 1000, 2000, 4000)  # numbers of candidates that are tried
+CANDIDATES = (50, 100, 200, 500, 1000, 2000, 4000)  # numbers that are tried
+CANDIDATE_COST = 400  # of reading and scoring one, in codes that are compared meanwhile
 TUNED_QUERIES, TUNED_K = 256, 10
 POINTS_PER_LIST, ITERATIONS = 40, 8  # of k-means
 GROUPS = 4  # of centroids, that are looked through for the list of a vector
@@ -212,40 +213,38 @@ def build_lists(folder: Path, vectors: np.ndarray, lists: int | None = None, see
 
 
 def tune(found: Scan | Lists, queries: np.ndarray, own: np.ndarray, truth: np.ndarray, recall: float) -> Parameters:
-    """The least effort that finds a share `recall` of the `truth` int[Q, k], the rows that are nearest to each query.
+    """The cheapest search that finds a share `recall` of `truth` int[Q, k], the rows that are nearest to each query.
 
     Row own[q], which is query q itself, does not count. A candidate is scored exactly, so the share that is found is
-    the share of the truth among the candidates. First the number of candidates is chosen, with half of what may be
-    lost, then the number of lists.
+    the share of the truth among the candidates. More lists or more candidates may raise it: the numbers of lists grow
+    by a fifth at a time, each with the fewest candidates that suffice.
     """
     total = (truth >= 0).sum()
     if not total:  # of one vector there is no other
         return Parameters(1, 1, 1.0)
+    counts = sorted({min(count, found.size) for count in CANDIDATES})
 
-    def shares(depths: Sequence[int], probes: int) -> np.ndarray:
-        """The share among so many candidates; of some queries at a time, because reading all lists is slow."""
-        hits = np.zeros(len(depths))
+    def shares(nprobe: int) -> np.ndarray:
+        """The share among each number of candidates; of some queries at a time, because reading all lists is slow."""
+        hits = np.zeros(len(counts))
         for rows in _blocks(len(queries), 16):
-            near = found.find(queries[rows], max(depths) + 1, probes)
+            near = found.find(queries[rows], counts[-1] + 1, nprobe)
             for candidates, itself, expected in zip(near, own[rows], truth[rows]):
                 is_true = np.isin(candidates[candidates != itself], expected[expected >= 0])
-                hits += [is_true[:depth].sum() for depth in depths]
+                hits += [is_true[:count].sum() for count in counts]
         return hits / total
 
-    depths = sorted({min(depth, found.size) for depth in DEPTHS})
-    enough = shares(depths, found.lists) >= (recall if found.lists == 1 else (1 + recall) / 2)
-    depth = depths[int(enough.argmax())] if enough.any() else depths[-1]
-
-    def share(probes: int) -> float:
-        return float(shares([depth], probes)[0])
-
-    low, high = 0, 1  # too few lists, enough lists
-    while high < found.lists and share(high) < recall:
-        low, high = high, min(2 * high, found.lists)
-    while high - low > max(1, high // 16):
-        middle = (low + high) // 2
-        low, high = (low, middle) if share(middle) >= recall else (middle, high)
-    return Parameters(depth, high, round(share(high), 4))
+    best, nprobe = (np.inf, None), 1
+    while True:
+        reached, read = shares(nprobe), nprobe / found.lists * found.size
+        if (enough := reached >= recall).any():
+            i = int(enough.argmax())
+            cost = read + CANDIDATE_COST * counts[i]
+            best = min(best, (cost, Parameters(counts[i], nprobe, float(reached[i]))), key=lambda each: each[0])
+        if nprobe == found.lists or read >= best[0]:
+            break
+        nprobe = min(max(nprobe + 1, round(1.2 * nprobe)), found.lists)
+    return best[1] or Parameters(counts[-1], found.lists, float(reached[-1]))
 
 
 def reduce_dimensions(
