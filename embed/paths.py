@@ -161,6 +161,14 @@ def read_json(file):
         raise ValueError(f"{file} is not JSON ({error})") from None
 
 
+def has_format(file, name: str) -> bool:
+    """Whether a file is a JSON object whose "format" is `name`."""
+    try:
+        return read_json(file)["format"] == name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def is_empty(folder) -> bool:
     """Whether a path does not exist, or is a folder without files other than `IGNORED`."""
     folder = path(folder)

@@ -9,7 +9,6 @@ import concurrent.futures
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import safetensors.numpy
 from jaxtyping import Float32, Int32, Int64, UInt8
 
 from embed import paths
+from embed.inference.ranking import slices
 from embed.inference.stored_rows import load_array
 
 KINDS = ("exact", "binary", "ivf")
@@ -65,7 +65,7 @@ def sign_bits(vectors: np.ndarray) -> UInt8[np.ndarray, "N D/8"]:
 class Scan:
     """All vectors, compared by their bits."""
 
-    kind, lists = "binary", 1
+    lists = 1
 
     def __init__(self, codes: UInt8[np.ndarray, "N D/8"], ids: Int64[np.ndarray, " N"]):
         self._ids, self.size = ids, len(ids)
@@ -87,8 +87,6 @@ class Scan:
 
 class Lists:
     """The vectors in lists of similar ones, compared by their bits."""
-
-    kind = "ivf"
 
     def __init__(self, codes, ids, offsets, mean, projection, centroids, hidden):
         """Arrays of `build_lists`: list l has rows ids[offsets[l]:offsets[l + 1]], with `codes`; but `hidden` rows."""
@@ -139,53 +137,37 @@ class Lists:
 
     def find(self, queries: np.ndarray, count: int, nprobe: int) -> Int64[np.ndarray, "Q n"]:
         """As `Scan.find`, of the vectors in the `nprobe` lists nearest to each query."""
-        return self._find(queries, count, self._order(queries, min(nprobe, self.lists)))
-
-    def _order(self, queries: np.ndarray, nprobe: int) -> Int64[np.ndarray, "Q nprobe"]:
-        """The nearest lists of each query, nearest first."""
-        y = reduce_dimensions(queries, self.mean, self.projection)
-        distances = _distances(y, self.centroids)
-        if nprobe < self.lists:
-            nearest = np.argpartition(distances, nprobe - 1, axis=1)[:, :nprobe]
-        else:
-            nearest = np.broadcast_to(np.arange(self.lists), distances.shape)
-        order = np.argsort(np.take_along_axis(distances, nearest, 1), axis=1, kind="stable")
-        return np.take_along_axis(nearest, order, 1).astype(np.int64)
-
-    def _find(self, queries: np.ndarray, count: int, probed: Int64[np.ndarray, "Q nprobe"]) -> np.ndarray:
-        nothing = np.zeros(probed.shape, np.int32)
+        nprobe = min(nprobe, self.lists)
+        distances = _distances(reduce_dimensions(queries, self.mean, self.projection), self.centroids)
+        nearest = np.ascontiguousarray(np.argpartition(distances, nprobe - 1, axis=1)[:, :nprobe], np.int64)
+        unused = np.zeros(nearest.shape, np.int32)  # distances to the lists
         with self._lock:  # the number of lists is a field of the index
-            self._index.nprobe = probed.shape[1]
-            _, found = self._index.search_preassigned(
-                sign_bits(queries), min(count, self.size), np.ascontiguousarray(probed), nothing
-            )
-        return found
+            self._index.nprobe = nprobe
+            return self._index.search_preassigned(sign_bits(queries), min(count, self.size), nearest, unused)[1]
 
 
 def build_scan(folder: Path, vectors: np.ndarray) -> None:
     """Write the bits of all vectors [N, D] into a folder, for `Scan.load`."""
     codes = np.lib.format.open_memmap(folder / CODES, "w+", np.uint8, (len(vectors), vectors.shape[1] // 8))
-    for rows in _blocks(len(vectors)):
+    for rows in slices(len(vectors), BLOCK):
         codes[rows] = sign_bits(vectors[rows])
     codes.flush()
 
 
-def build_lists(folder: Path, vectors: np.ndarray, lists: int | None = None, seed: int = 0) -> None:
+def build_lists(folder: Path, vectors: np.ndarray) -> None:
     """Divide vectors [N, D] into lists by k-means and write them into a folder, for `Lists.load`.
 
     k-means sees the directions of the vectors, minus their mean, in their `MAX_CLUSTER_DIMENSIONS` principal
-    components. `lists` is their number; the default is the power of two nearest to 4 sqrt(N).
+    components. The number of lists is the power of two nearest to 4 sqrt(N).
     """
     library, count = faiss(), len(vectors)
-    if lists is None:
-        lists = 2 ** round(np.log2(4 * np.sqrt(max(count, 1))))
-    lists = max(1, min(lists, count))
-    sample = vectors[np.sort(np.random.default_rng(seed).permutation(count)[: lists * POINTS_PER_LIST])]
+    lists = min(2 ** round(np.log2(4 * np.sqrt(count))), count)
+    sample = vectors[np.sort(np.random.default_rng(0).permutation(count)[: lists * POINTS_PER_LIST])]
     mean, projection = _principal_components(sample[:: max(1, len(sample) // 100_000)])
-    points = np.concatenate([reduce_dimensions(sample[rows], mean, projection) for rows in _blocks(len(sample))])
+    points = np.concatenate([reduce_dimensions(sample[rows], mean, projection) for rows in slices(len(sample), BLOCK)])
     del sample
     means = library.Kmeans(
-        points.shape[1], lists, niter=ITERATIONS, seed=seed, min_points_per_centroid=1, max_points_per_centroid=10**9
+        points.shape[1], lists, niter=ITERATIONS, min_points_per_centroid=1, max_points_per_centroid=10**9
     )
     means.train(points)
     centroids = np.array(means.centroids)
@@ -197,14 +179,14 @@ def build_lists(folder: Path, vectors: np.ndarray, lists: int | None = None, see
         of_row[rows] = nearest(reduce_dimensions(vectors[rows], mean, projection))
 
     with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(assign, _blocks(count)):
+        for _ in pool.map(assign, slices(count, BLOCK)):
             pass
     ids = np.argsort(of_row, kind="stable").astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=lists))]).astype(np.int64)
     position = np.empty(count, np.int32)  # of each row in the lists
     position[ids] = np.arange(count, dtype=np.int32)
     codes = np.lib.format.open_memmap(folder / LIST_CODES, "w+", np.uint8, (count, vectors.shape[1] // 8))
-    for rows in _blocks(count):
+    for rows in slices(count, BLOCK):
         codes[position[rows]] = sign_bits(vectors[rows])
     codes.flush()
     np.save(folder / LIST_ROWS, ids)
@@ -227,7 +209,7 @@ def tune(found: Scan | Lists, queries: np.ndarray, own: np.ndarray, truth: np.nd
     def shares(nprobe: int) -> np.ndarray:
         """The share among each number of candidates; of some queries at a time, because reading all lists is slow."""
         hits = np.zeros(len(counts))
-        for rows in _blocks(len(queries), 16):
+        for rows in slices(len(queries), 16):
             near = found.find(queries[rows], counts[-1] + 1, nprobe)
             for candidates, itself, expected in zip(near, own[rows], truth[rows]):
                 is_true = np.isin(candidates[candidates != itself], expected[expected >= 0])
@@ -299,7 +281,7 @@ def _principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     size = vectors.shape[1]
     none, every = np.zeros(size, np.float32), np.eye(size, dtype=np.float32)
     total, products = np.zeros(size), np.zeros((size, size))
-    for rows in _blocks(len(vectors)):
+    for rows in slices(len(vectors), BLOCK):
         x = reduce_dimensions(vectors[rows], none, every)
         total += x.sum(0, dtype=np.float64)
         products += x.T @ x
@@ -317,7 +299,3 @@ def faiss():
             "an index of the kind binary or ivf needs faiss: pip install -e '.[search]', or take --kind=exact"
         ) from None
     return library
-
-
-def _blocks(size: int, block: int = BLOCK) -> Iterator[slice]:
-    return (slice(start, min(start + block, size)) for start in range(0, size, block))

@@ -74,10 +74,7 @@ def files(info: Mapping) -> dict[str, tuple[int, str]]:
 
 def is_index(folder) -> bool:
     """Whether a folder is an index, perhaps a damaged one. ValueError if it holds other files too."""
-    try:
-        if paths.read_json(paths.path(folder) / INFO)["format"] != FORMAT:
-            return False
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    if not paths.has_format(paths.path(folder) / INFO, FORMAT):
         return False
     for name in paths.files(folder).keys() - {INFO}:
         if not NAMES.fullmatch(name):

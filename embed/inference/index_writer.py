@@ -99,11 +99,7 @@ def update(
         if compact:
             name = str(1 + int(_next_name(folder)))
             blocks = itertools.chain.from_iterable(map(_blocks, searched.values()))
-            for each in local.iterdir():  # new rows are read through open files
-                each.rename(each.with_name(f"unused-{each.name}"))
             described = {name: _write_segment(local, name, blocks, provenance, settings)}
-            for each in local.glob("unused-*"):
-                shutil.rmtree(each) if each.is_dir() else each.unlink()
         else:
             for name, segment in searched.items():
                 hidden = np.flatnonzero(~segment.kept).astype(np.int64)
@@ -163,7 +159,8 @@ def _next_name(folder) -> str:
 def _finish(folder, local: Path, provenance: Provenance, described: Mapping) -> None:
     """Move new files into the index, replace index.json, and remove the files that belong to no segment any more."""
     target, content = paths.resolve(folder), index_files.content(provenance, described)
-    new = paths.files(local)
+    needed = index_files.files(json.loads(content))
+    new = {name: file for name, file in paths.files(local).items() if name in needed}
     if paths.is_bucket(target):
         for name, file in new.items():
             paths.copy_file(file, target / name)
@@ -175,7 +172,6 @@ def _finish(folder, local: Path, provenance: Provenance, described: Mapping) -> 
             os.replace(file, target / name)
             _sync(Path(target, name).parent)
     paths.write(target / INFO, content)
-    needed = index_files.files(json.loads(content))
     if paths.is_bucket(target):
         for name, file in paths.files(target).items():
             if NAMES.fullmatch(name) and name not in needed:

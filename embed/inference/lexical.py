@@ -83,7 +83,7 @@ class BM25:
 
     def __init__(self, folder: Path, count: int, language: str, words: int, postings: int):
         """What `build` wrote of `count` texts; ValueError if the files do not have that form."""
-        self.language, self.count, self._split = language, count, splitter(language)
+        self.count, self.split = count, splitter(language)  # of texts; the words of a text
         self._starts = load_array(folder / "starts.npy", np.int64, (words + 1,))
         self._rows = load_array(folder / "rows.npy", np.int32, (postings,))
         self._scores = load_array(folder / "scores.npy", np.float32, (postings,))
@@ -119,10 +119,6 @@ class BM25:
         np.save(folder / "rows.npy", np.asarray(scores["indices"], np.int32))
         np.save(folder / "scores.npy", np.asarray(scores["data"], np.float32))
         return {"language": language, "words": len(numbers), "postings": int(starts[-1])}
-
-    def split(self, query: str) -> list[str]:
-        """The words of a query."""
-        return self._split(query)
 
     def frequency(self, word: str) -> int:
         """The number of texts that have a word."""

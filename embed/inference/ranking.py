@@ -53,7 +53,7 @@ def search_blocks(
     """
     bits = precision in ("binary", "ubinary")
     similarity = negative_hamming if bits else functools.partial(cosines, exact=precision == "int8")
-    devices, groups = jax.local_devices(), list(_blocks(len(queries), BLOCK_QUERIES))
+    devices, groups = jax.local_devices(), list(slices(len(queries), BLOCK_QUERIES))
     # One block of queries per device at a time, computed by the program for one device: their number changes no bit.
     placed = [jax.device_put(queries[rows], devices[i % len(devices)]) for i, rows in enumerate(groups)]
     best: list = [None] * len(groups)
@@ -109,5 +109,6 @@ def check_vectors(vectors, precision: str, noun: str) -> np.ndarray:
     return vectors
 
 
-def _blocks(size: int, block: int) -> Iterator[slice]:
+def slices(size: int, block: int) -> Iterator[slice]:
+    """The slices of 0..size - 1 that have `block` numbers, the last one fewer."""
     return (slice(start, min(start + block, size)) for start in range(0, size, block))

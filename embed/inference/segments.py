@@ -146,18 +146,17 @@ class Segment:
         count = int(kept.sum())
         if not count:
             return nothing(len(queries), k, self.precision)
-        few = allowed is not None and count <= FEW_ROWS and not exact
         if exact or self._candidates is None:
             chosen = np.flatnonzero(kept).astype(np.int32)
             return search_blocks(queries, vector_blocks(self.vectors, chosen), k, self.precision)
         scores, rows = nothing(len(queries), k, self.precision)
         wanted = min(self.parameters.candidates * -(-k // candidates.TUNED_K), count)
-        near = [np.flatnonzero(kept)] * len(queries) if few else [None] * len(queries)
         if allowed is None:
-            near = list(self._candidates.find(queries, wanted, self.parameters.nprobe))
-        for i, query in enumerate(queries):
-            found = near[i]
-            if found is None or (found >= 0).sum() < min(k, count):
+            near = self._candidates.find(queries, wanted, self.parameters.nprobe)
+        else:  # of few rows all are candidates
+            near = [np.flatnonzero(kept) if count <= FEW_ROWS else kept[:0]] * len(queries)
+        for i, (query, found) in enumerate(zip(queries, near)):
+            if (found >= 0).sum() < min(k, count):
                 found = self._find_more(query, wanted, kept)
             found = found[found >= 0]
             own = rescore(query, self._read(found))

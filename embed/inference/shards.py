@@ -295,10 +295,7 @@ def shard_numbers(folder) -> dict[str, list[int]]:
 
 def is_ours(folder) -> bool:
     """Whether a folder has the shards of `write`. ValueError if it holds other files too."""
-    try:
-        if paths.read_json(paths.path(folder) / INFO)["format"] != FORMAT:
-            return False
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    if not paths.has_format(paths.path(folder) / INFO, FORMAT):
         return False
     shard_numbers(folder)
     return True
