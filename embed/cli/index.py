@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.update:
             how = dict(documents=args.delete, compact=args.compact, settings=settings)
             counts = index_writer.update(args.output, blocks=blocks, provenance=provenance, **how)
-            say(f"vectors: {counts.deleted:,} deleted, {counts.added:,} added, {counts.replaced:,} replaced by these")
+            if any(counts):
+                deleted, added, replaced = (f"{count:,}" for count in counts)
+                say(f"vectors: {deleted} deleted, {added} added, {replaced} replaced by these")
         else:
             index_writer.create(args.output, blocks, provenance, settings, overwrite=replaces)
         _report(Index.load(args.output, check=False), args.output)
